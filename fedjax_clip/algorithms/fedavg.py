@@ -1,0 +1,99 @@
+"""Federated averaging and the other members of its family: FedSGD and the server-optimiser methods (FedOpt)."""
+
+from collections.abc import Callable
+
+import jax
+import optax
+
+from fedjax_clip.algorithms.base import init_server, step_server
+from fedjax_clip.exchange import exchange
+from fedjax_clip.local import ClientFn, ClientTx, at_round, local_gradient, local_update
+from fedjax_clip.reduce import Reducer, weighted_mean
+from fedjax_clip.typing import Algorithm, ClientState, PerExampleLoss
+from fedjax_clip.uplink.base import Uplink, identity
+
+
+def fedavg(
+    per_example_loss: PerExampleLoss,
+    client_tx: ClientTx,
+    server_tx: optax.GradientTransformation | None = None,
+    *,
+    uplink: Uplink | None = None,
+    reducer: Reducer | None = None,
+) -> Algorithm:
+    """Federated averaging: clients train locally, the server steps along the average of their changes.
+
+    Round: every client c of the cohort starts from x, takes its local steps to y_c and sends y_c - x through the
+    uplink; the server takes ``server_tx``'s step with ``-reduce(y_c - x)`` for a gradient. With a clip in front of
+    the client's SGD it is clipped FedAvg (CELGC); ``optax.sgd(1.0)`` at the server is FedAvg, ``optax.sgd(1.0,
+    momentum=0.9)`` FedAvgM, ``optax.adam``, ``optax.yogi``, ``optax.adagrad`` are FedAdam, FedYogi, FedAdagrad.
+
+    Args:
+      per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``.
+      client_tx: optax optimiser of a client's local steps, fresh each round; or a function of the round's number
+        that gives one (for schedules over rounds).
+      server_tx: optax optimiser of the server; ``optax.sgd(1.0)`` by default.
+      uplink: what an update passes on its way to the server; nothing by default.
+      reducer: ``fc.weighted_mean()`` (by examples) by default, or ``fc.uniform_mean()``.
+
+    Returns:
+      An ``Algorithm``. Its metrics: ``loss`` (mean over the examples trained on, each before its step),
+      ``examples``, ``steps``, ``clients``, ``dropped``, ``update_norm``, ``clipped_steps`` (if the client's chain
+      has a clip of ``fc.clipping``) and whatever else the loss reports.
+
+    Example:
+      >>> client_tx = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx)
+
+    Source: McMahan et al. (2017), Algorithm 1; Reddi et al. (2021), Algorithms 1 and 2; Liu et al. (2022) for the
+    clipped local step.
+    """
+    return _averaged(local_update, per_example_loss, client_tx, server_tx, uplink, reducer)
+
+
+def fedsgd(
+    per_example_loss: PerExampleLoss,
+    client_tx: ClientTx,
+    server_tx: optax.GradientTransformation | None = None,
+    *,
+    uplink: Uplink | None = None,
+    reducer: Reducer | None = None,
+) -> Algorithm:
+    """One client step a round along the gradient over all of a client's examples, then as ``fedavg``.
+
+    With full participation, ``optax.sgd(lr)`` and the weighted mean this is distributed gradient descent on the
+    mean loss of all examples. Takes and returns what ``fedavg`` does; local epochs and steps must be 1, and the
+    batch size only bounds the memory.
+
+    Source: McMahan et al. (2017), section 2, FedSGD.
+    """
+    return _averaged(local_gradient, per_example_loss, client_tx, server_tx, uplink, reducer)
+
+
+def _averaged(
+    work: Callable[[PerExampleLoss, optax.GradientTransformation], ClientFn],
+    per_example_loss: PerExampleLoss,
+    client_tx: ClientTx,
+    server_tx: optax.GradientTransformation | None,
+    uplink: Uplink | None,
+    reducer: Reducer | None,
+) -> Algorithm:
+    server_tx = optax.sgd(1.0) if server_tx is None else server_tx
+    uplink = identity() if uplink is None else uplink
+    reducer = weighted_mean() if reducer is None else reducer
+
+    def init(params):
+        return init_server(params, server_tx, uplink)
+
+    def init_client(params):
+        return ClientState((), uplink.init_client(params))
+
+    def round(server, cohort, key):
+        client_fn = work(per_example_loss, at_round(client_tx, server.round))
+        key = jax.random.fold_in(key, server.round)
+        update, uplink_state, client_states, metrics = exchange(
+            client_fn, uplink, reducer, server.params, server.uplink, cohort, key
+        )
+        return step_server(server, server_tx, update, uplink_state), client_states, metrics
+
+    return Algorithm(init, init_client, round)

@@ -1,0 +1,86 @@
+"""The clients of one round on one device, as arrays."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_clip.typing import Array, Batch, PyTree
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ids", "weight", "first", "num_steps", "batches", "example_weight", "state", "population"],
+    meta_fields=["axis_name", "width"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """C clients whose T batches lie back to back, never padded to the longest client.
+
+    Client ``c``'s step ``i`` reads row ``first[c] + i``. Slots past the last client have id -1 and come last;
+    they, rows that nobody reads and examples of weight 0 may hold anything at all.
+
+    Attributes:
+      ids: int32 ``[C]`` client numbers.
+      weight: float32 ``[C]`` what each client weighs in an average: the sum of its example weights.
+      first: int32 ``[C]`` first row of each client.
+      num_steps: int32 ``[C]`` rows of each client.
+      batches: pytree of ``[T, B, ...]``, or int32 ``[T, B]`` example numbers if there is a ``population``.
+      example_weight: float32 ``[T, B]``, 0 where a batch is padded.
+      state: pytree of ``[C, ...]``: what clients keep between rounds.
+      population: pytree of ``[N, ...]`` examples that live on the device, or ``None``.
+      axis_name: the mapped axis over which cohorts of several devices are reduced, or ``None``.
+      width: how many clients a device trains at once; divides C.
+    """
+
+    ids: Array
+    weight: Array
+    first: Array
+    num_steps: Array
+    batches: PyTree
+    example_weight: Array
+    state: PyTree = ()
+    population: PyTree | None = None
+    axis_name: str | None = None
+    width: int = 1
+
+    def clients(self, start: Array) -> tuple[Array, ...]:
+        """``(id, weight, first, num_steps, state)`` of the ``width`` clients from slot ``start``, each ``[width, ...]``."""
+        fields = (self.ids, self.weight, self.first, self.num_steps, self.state)
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, self.width), fields)
+
+    def read(self, row: Array) -> tuple[Batch, Array]:
+        """One batch ``[B, ...]`` and its example weights ``[B]``.
+
+        Padded examples are filled with the batch's first one, so that neither a loss nor its gradient ever
+        meets what lies in the padding.
+        """
+        weight, batch = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, row, keepdims=False), (self.example_weight, self.batches)
+        )
+        live = weight > 0
+        if self.population is not None:
+            index = jnp.where(live, batch, batch[0])
+            return jax.tree.map(lambda x: x[index], self.population), jnp.where(live, weight, 0)
+
+        def fill(x: Array) -> Array:
+            return jnp.where(live.reshape(live.shape + (1,) * (x.ndim - 1)), x, x[:1])
+
+        return jax.tree.map(fill, batch), jnp.where(live, weight, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """All that an algorithm sees of one client: ``batch(i)`` for ``i < num_steps``, and no storage."""
+
+    id: Array
+    weight: Array
+    first: Array
+    num_steps: Array
+    state: PyTree
+    cohort: Cohort
+
+    def batch(self, step: Array) -> tuple[Batch, Array]:
+        """The batch ``[B, ...]`` of a local step and its example weights ``[B]`` (0 where padded)."""
+        return self.cohort.read(self.first + step)

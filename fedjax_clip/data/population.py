@@ -1,0 +1,233 @@
+"""A population of clients: flat arrays of examples, and where each client begins."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from fedjax_clip.typing import InvalidInput, PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FederatedData:
+    """Ragged clients over one flat pytree of examples; nobody is padded.
+
+    Client ``c`` owns the examples ``offsets[c]:offsets[c + 1]``. The arrays may be
+    memory-mapped: nothing here copies or reads them whole.
+
+    Args:
+      examples: pytree of arrays ``[N, ...]``, usually ``{"x": ..., "y": ...}``.
+      offsets: int64 ``[M + 1]``, rising from 0 to N; no client is empty.
+      names: ``[M]`` unique client names; ``None`` names them ``"0", "1", ...``.
+      weights: optional ``[N]`` positive example weights (class weights, say);
+        ``None`` weighs every example 1.
+
+    Raises:
+      InvalidInput: leading dimensions that differ, empty clients, duplicate names ...
+
+    Example:
+      >>> data = FederatedData.from_clients({"ann": {"x": np.ones((3, 2))}, "bob": {"x": np.ones((1, 2))}})
+      >>> data.num_clients, data.sizes.tolist()
+      (2, [3, 1])
+    """
+
+    examples: PyTree
+    offsets: np.ndarray
+    names: Sequence[str] | None = None
+    weights: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        offsets = _integers("offsets", self.offsets)
+        object.__setattr__(self, "offsets", offsets)
+        num_examples = count_examples(self.examples)
+        if offsets.ndim != 1 or len(offsets) < 2:
+            raise InvalidInput(f"offsets must be [clients + 1] with at least one client, not shape {offsets.shape}.")
+        if offsets[0] != 0 or offsets[-1] != num_examples:
+            raise InvalidInput(
+                f"offsets must run from 0 to the {num_examples} examples, not from {offsets[0]} to {offsets[-1]}."
+            )
+        if self.names is not None:
+            if len(self.names) != self.num_clients:
+                raise InvalidInput(f"There are {len(self.names)} client names for {self.num_clients} clients.")
+            if len(set(self.names)) != len(self.names):
+                seen: set[str] = set()
+                twice = next(n for n in self.names if n in seen or seen.add(n))  # type: ignore[func-returns-value]
+                raise InvalidInput(f"Client name {twice!r} occurs more than once.")
+        if (empty := np.flatnonzero(np.diff(offsets) <= 0)).size:
+            raise InvalidInput(f"Client {self.name(int(empty[0]))!r} has no examples.")
+        if self.weights is not None:
+            weights = np.asarray(self.weights)
+            if weights.shape != (num_examples,) or not np.all(np.isfinite(weights) & (weights > 0)):
+                raise InvalidInput(f"Example weights must be {num_examples} positive finite numbers.")
+
+    @classmethod
+    def from_clients(cls, clients: Mapping[str, PyTree]) -> "FederatedData":
+        """Joins ``{client name: examples}``; every client has the same fields and shapes."""
+        if not clients:
+            raise InvalidInput("The data set is empty: it has no clients.")
+        trees = {str(name): jax.tree.map(np.asarray, examples) for name, examples in clients.items()}
+        first_name, first = next(iter(trees.items()))
+        sizes = []
+        for name, tree in trees.items():
+            if jax.tree.structure(tree) != jax.tree.structure(first):
+                raise InvalidInput(f"Client {name!r} has other fields than client {first_name!r}.")
+            leaves, first_leaves = jax.tree.leaves(tree), jax.tree.leaves(first)
+            if not leaves or any(x.ndim == 0 for x in leaves):
+                raise InvalidInput(f"The examples of client {name!r} must be arrays [examples, ...].")
+            for x, y in zip(leaves, first_leaves, strict=True):
+                if x.shape[1:] != y.shape[1:]:
+                    raise InvalidInput(
+                        f"Client {name!r} has examples of shape {x.shape[1:]}, client {first_name!r} of {y.shape[1:]}."
+                    )
+            if len({len(x) for x in leaves}) > 1:
+                raise InvalidInput(f"The fields of client {name!r} differ in length: {[len(x) for x in leaves]}.")
+            sizes.append(len(leaves[0]))
+        examples = jax.tree.map(lambda *xs: np.concatenate(xs), *trees.values())
+        return cls(examples, np.concatenate([[0], np.cumsum(sizes)]), list(trees))
+
+    @classmethod
+    def from_assignment(
+        cls, examples: PyTree, client_of: np.ndarray, names: Sequence[str] | None = None
+    ) -> "FederatedData":
+        """Groups examples by owner, keeping their order within each client.
+
+        Args:
+          examples: pytree of arrays ``[N, ...]``.
+          client_of: ``[N]`` integers ``0 .. M-1``: example i belongs to client ``client_of[i]``.
+          names: ``[M]`` client names.
+        """
+        client_of = _integers("client_of", client_of)
+        num_examples = count_examples(examples)
+        if client_of.shape != (num_examples,) or client_of.min() < 0:
+            raise InvalidInput(f"client_of must name a client 0, 1, ... for each of the {num_examples} examples.")
+        counts = np.bincount(client_of, minlength=0 if names is None else len(names))
+        order = np.argsort(client_of, kind="stable")
+        return cls(jax.tree.map(lambda x: np.asarray(x)[order], examples), np.concatenate([[0], np.cumsum(counts)]), names)
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_examples(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """``[M]`` examples of each client."""
+        return np.diff(self.offsets)
+
+    def name(self, client: int) -> str:
+        return str(client) if self.names is None else str(self.names[client])
+
+    def client(self, client: int) -> PyTree:
+        """The examples of one client, as views."""
+        start, stop = self.offsets[client], self.offsets[client + 1]
+        return jax.tree.map(lambda x: x[start:stop], self.examples)
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """The arrays of ``examples`` under readable names."""
+        return _fields(self.examples)
+
+    def select(self, clients: Sequence[int] | np.ndarray) -> "FederatedData":
+        """The population of these clients only, in this order."""
+        clients = _integers("clients", clients)
+        if not clients.size:
+            raise InvalidInput("No client is selected.")
+        if clients.min() < 0 or clients.max() >= self.num_clients:
+            raise InvalidInput(f"Clients are numbered 0 to {self.num_clients - 1}: {clients.tolist()} leaves that range.")
+        return self.take(np.concatenate([np.arange(self.offsets[c], self.offsets[c + 1]) for c in clients]), clients)
+
+    def take(self, index: np.ndarray, clients: np.ndarray | None = None) -> "FederatedData":
+        """The population of these examples only; ``index`` lists them client by client.
+
+        Args:
+          index: ``[n]`` example numbers.
+          clients: which clients they belong to, in order; all of them if ``None``.
+        """
+        index = _integers("index", index)
+        clients = np.arange(self.num_clients) if clients is None else clients
+        if index.size and (index.min() < 0 or index.max() >= self.num_examples):
+            raise InvalidInput(f"Examples are numbered 0 to {self.num_examples - 1}: the index leaves that range.")
+        owner = np.searchsorted(self.offsets, index, side="right") - 1
+        counts = np.bincount(owner, minlength=self.num_clients)[clients]
+        if not np.array_equal(owner, np.repeat(clients, counts)):
+            raise InvalidInput("The index must list the examples client by client, in the order of the clients.")
+        return FederatedData(
+            jax.tree.map(lambda x: x[index], self.examples),
+            np.concatenate([[0], np.cumsum(counts)]),
+            [self.name(int(c)) for c in clients],
+            None if self.weights is None else self.weights[index],
+        )
+
+    def split_examples(self, fraction: float, seed: int = 0) -> tuple["FederatedData", "FederatedData"]:
+        """Holds out ``fraction`` of every client's examples: ``(train, held_out)``.
+
+        Every client keeps at least one example to train on; a client with a single
+        example is missing from the held-out population.
+        """
+        _check_fraction(fraction)
+        rng = np.random.default_rng(seed)
+        train, held_out, tested = [], [], []
+        for c in range(self.num_clients):
+            index = self.offsets[c] + rng.permutation(int(self.sizes[c]))
+            cut = min(max(1, round(fraction * len(index))), len(index) - 1)
+            held_out.append(np.sort(index[:cut]))
+            train.append(np.sort(index[cut:]))
+            if cut:
+                tested.append(c)
+        if not tested:
+            raise InvalidInput("No client has two examples: there is nothing to hold out.")
+        return self.take(np.concatenate(train)), self.take(np.concatenate(held_out), np.array(tested))
+
+    def split_clients(self, fraction: float, seed: int = 0) -> tuple["FederatedData", "FederatedData"]:
+        """Holds out ``fraction`` of the clients, whole: ``(train, held_out)``, at least one in each."""
+        _check_fraction(fraction)
+        if self.num_clients < 2:
+            raise InvalidInput("A population of one client cannot be split by clients.")
+        order = np.random.default_rng(seed).permutation(self.num_clients)
+        cut = min(max(1, round(fraction * self.num_clients)), self.num_clients - 1)
+        return self.select(np.sort(order[cut:])), self.select(np.sort(order[:cut]))
+
+    def __repr__(self) -> str:
+        shapes = {name: (str(x.dtype), x.shape[1:]) for name, x in self.fields().items()}
+        return f"FederatedData({self.num_clients} clients, {self.num_examples} examples, {_pairs(shapes)})"
+
+
+def count_examples(examples: PyTree) -> int:
+    """The leading dimension that all arrays of ``examples`` share.
+
+    Raises:
+      InvalidInput: no examples, leading dimensions that differ, a leaf that is not an array.
+    """
+    fields = _fields(examples)
+    if single := next((name for name, x in fields.items() if np.ndim(x) == 0), None):
+        raise InvalidInput(f"Field {single!r} is a single value: every field must be an array [examples, ...].")
+    lengths = {name: len(x) for name, x in fields.items()}
+    if not lengths or 0 in lengths.values():
+        raise InvalidInput("The data set is empty: it has no examples.")
+    if len(set(lengths.values())) > 1:
+        raise InvalidInput(f"The fields of the examples differ in length: {_pairs(lengths)}.")
+    return next(iter(lengths.values()))
+
+
+def _fields(examples: PyTree) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(examples)
+    return {jax.tree_util.keystr(path, simple=True, separator="/") or "examples": x for path, x in leaves}
+
+
+def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
+    array = np.asarray(values)
+    if array.size and array.dtype.kind not in "iu":
+        raise InvalidInput(f"{name} must be integers, not {array.dtype}.")
+    return array.astype(np.int64)
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise InvalidInput(f"The fraction to hold out must lie between 0 and 1, not {fraction}.")
+
+
+def _pairs(mapping: Mapping[str, object]) -> str:
+    return ", ".join(f"{k}: {v}" for k, v in mapping.items())

@@ -1,0 +1,133 @@
+"""Which clients take part in a round: pure functions of (seed, round)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from fedjax_clip.data import draws
+from fedjax_clip.typing import InvalidInput
+
+_UNIFORM, _POISSON, _SIZE, _WINDOW, _AVAILABLE = range(5)  # separates the samplers' streams
+
+
+class Sampler(NamedTuple):
+    """Chooses a cohort.
+
+    Attributes:
+      sample: ``(sizes[M], seed, round) -> ids``, client numbers; deterministic in its arguments.
+      replacement: whether one client may stand twice in a cohort (then clients cannot keep a state).
+    """
+
+    sample: Callable[[np.ndarray, int, int], np.ndarray]
+    replacement: bool = False
+
+
+def uniform(cohort_size: int) -> Sampler:
+    """``cohort_size`` clients, all sets equally likely, without replacement.
+
+    Raises:
+      InvalidInput: (on the first sample) a cohort larger than the population.
+
+    Example:
+      >>> uniform(3).sample(np.ones(100), seed=0, round=7).shape
+      (3,)
+    """
+    _check_size(cohort_size)
+
+    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        _check_fits(cohort_size, len(sizes))
+        return draws.permute(np.arange(cohort_size), len(sizes), seed, round, _UNIFORM)
+
+    return Sampler(sample)
+
+
+def poisson(cohort_size: float) -> Sampler:
+    """Every client by itself with probability ``cohort_size / M``: what privacy accounting assumes.
+
+    The cohort's size varies about ``cohort_size``; a round may even be empty and then changes nothing
+    but the server optimiser's own momentum.
+    """
+    if not 0 < cohort_size < np.inf:
+        raise InvalidInput(f"The expected cohort size must be positive and finite, not {cohort_size}.")
+
+    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        _check_fits(cohort_size, len(sizes))
+        return np.flatnonzero(draws.uniform(seed, round, _POISSON, np.arange(len(sizes))) < cohort_size / len(sizes))
+
+    return Sampler(sample)
+
+
+def by_size(cohort_size: int, replacement: bool = False) -> Sampler:
+    """Clients in proportion to their number of examples.
+
+    With replacement and a uniform average this is the unbiased "scheme I" of Li et al. (2020, "On the
+    Convergence of FedAvg on Non-IID Data"); without, successive draws in proportion to size (Efraimidis and
+    Spirakis 2006). Average uniformly in both: weighting by examples once more would count size twice.
+    """
+    _check_size(cohort_size)
+
+    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        if replacement:
+            u = draws.uniform(seed, round, _SIZE, np.arange(cohort_size))
+            return np.searchsorted(np.cumsum(sizes), u * np.sum(sizes), side="right")
+        _check_fits(cohort_size, len(sizes))
+        u = draws.uniform(seed, round, _SIZE, np.arange(len(sizes)))
+        keys = -np.log1p(-u) / sizes  # exponential clocks of rate `sizes`: the first to ring take part
+        return np.argsort(keys, kind="stable")[:cohort_size]
+
+    return Sampler(sample, replacement)
+
+
+def round_robin(cohort_size: int) -> Sampler:
+    """Clients in turn: round r takes the next ``cohort_size`` after round r - 1's."""
+    _check_size(cohort_size)
+
+    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        _check_fits(cohort_size, len(sizes))
+        return (round * cohort_size + np.arange(cohort_size)) % len(sizes)
+
+    return Sampler(sample)
+
+
+def available(
+    cohort_size: int, period: int = 24, duty: float = 0.5, windows: np.ndarray | None = None
+) -> Sampler:
+    """Uniform among the clients whose availability window is open, as with phones that charge at night.
+
+    Args:
+      cohort_size: clients a round; all that are available, if they are fewer.
+      period: rounds after which availability repeats.
+      duty: fraction of the period for which a client is available; where its window starts is drawn from the seed.
+      windows: bool ``[period, M]``, to say who is available when in place of ``period`` and ``duty``.
+    """
+    _check_size(cohort_size)
+    if windows is None and (period < 1 or not 0 < duty <= 1):
+        raise InvalidInput(f"Availability needs period >= 1 and 0 < duty <= 1, not period={period}, duty={duty}.")
+
+    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        num_clients = len(sizes)
+        _check_fits(cohort_size, num_clients)
+        if windows is None:
+            start = np.floor(period * draws.uniform(seed, _WINDOW, np.arange(num_clients)))
+            is_open = (round - start) % period < duty * period
+        else:
+            table = np.asarray(windows, dtype=bool)
+            if table.ndim != 2 or table.shape[1] != num_clients:
+                raise InvalidInput(f"windows must be [period, {num_clients} clients], not shape {table.shape}.")
+            is_open = table[round % len(table)]
+        ids = np.flatnonzero(is_open)
+        take = min(cohort_size, len(ids))
+        return ids[draws.permute(np.arange(take), max(len(ids), 1), seed, round, _AVAILABLE)]
+
+    return Sampler(sample)
+
+
+def _check_size(cohort_size: int) -> None:
+    if not isinstance(cohort_size, (int, np.integer)) or cohort_size < 1:
+        raise InvalidInput(f"The cohort size must be a whole number of at least 1, not {cohort_size}.")
+
+
+def _check_fits(cohort_size: float, num_clients: int) -> None:
+    if cohort_size > num_clients:
+        raise InvalidInput(f"A cohort of {cohort_size} clients is larger than the population of {num_clients}.")

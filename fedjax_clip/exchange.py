@@ -1,0 +1,96 @@
+"""One round trip between the server and a cohort: the only place where clients are mapped and reduced."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_clip import metrics, tree
+from fedjax_clip.cohort import Client, Cohort
+from fedjax_clip.local import ClientFn
+from fedjax_clip.reduce import Reducer
+from fedjax_clip.typing import Array, ClientState, Metrics, PyTree
+from fedjax_clip.uplink.base import Context, Uplink
+
+
+def exchange(
+    client_fn: ClientFn,
+    uplink: Uplink,
+    reducer: Reducer,
+    shared: PyTree,
+    uplink_state: PyTree,
+    cohort: Cohort,
+    key: Array,
+) -> tuple[PyTree, PyTree, PyTree, Metrics]:
+    """Sends ``shared`` to every client, lets each work, and folds their messages into one update.
+
+    Clients stream through the device ``cohort.width`` at a time, and each message is folded in as it comes, so
+    memory does not grow with the cohort. The loop ends with the last client, and each client's own loop with its
+    last step: padding costs nothing. A client whose update or message is not finite is dropped: it adds nothing,
+    keeps its old state and is counted.
+
+    Args:
+      client_fn: ``(shared, client, key) -> (update, client_state, report)``, written for ONE client.
+      uplink: what each update passes on its way.
+      reducer: how messages become one.
+      shared: what the server broadcasts, usually the parameters.
+      uplink_state: the uplink's state at the server.
+      cohort: this device's clients.
+      key: PRNG key of the round; each client folds its own number in, so its place does not matter.
+
+    Returns:
+      ``(update, uplink_state, client_states [C, ...], metrics)``, the same on every device but for client_states.
+    """
+    work_key, link_key, decode_key = jax.random.split(key, 3)
+
+    def one_client(id, weight, first, num_steps, state):
+        present = id >= 0
+        number = jnp.maximum(id, 0)
+        client = Client(id, weight, first, num_steps, state, cohort)
+        update, own, report = client_fn(shared, client, jax.random.fold_in(work_key, number))
+        ctx = Context(jax.random.fold_in(link_key, number), link_key, id, weight)
+        message, link, link_report = uplink.encode(update, uplink_state, state.uplink, ctx)
+        arrived = present & tree.all_finite(update) & tree.all_finite(message)
+        report = {"client": report, "uplink": link_report, "clients": jnp.ones((), jnp.float32)}
+        return (
+            tree.where(arrived, message, optax.tree.zeros_like(message)),
+            jnp.where(arrived, weight, 0),
+            tree.where(arrived, ClientState(own, link), state),
+            tree.where(arrived, report, optax.tree.zeros_like(report)) | {"dropped": (present & ~arrived).astype(jnp.float32)},
+        )
+
+    def chunk(index):
+        clients = cohort.clients(index * cohort.width)
+        if cohort.width == 1:  # not a vmap of one: convolutions would become grouped ones
+            out = one_client(*jax.tree.map(lambda x: x[0], clients))
+            message, weight, state, report = jax.tree.map(lambda x: x[None], out)
+        else:
+            message, weight, state, report = jax.vmap(one_client)(*clients)
+        return message, weight, state, jax.tree.map(lambda x: jnp.sum(x, 0), report)
+
+    def body(index, carry):
+        acc, states, report = carry
+        message, weight, state, new_report = chunk(index)
+        states = jax.tree.map(
+            lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, x, index * cohort.width, 0), states, state
+        )
+        return reducer.add(acc, message, weight), states, metrics.add(report, new_report)
+
+    messages, _, _, report = tree.zeros(chunk, 0)
+    acc = reducer.zero(jax.tree.map(lambda m: m[0], messages), len(cohort.ids))
+    num_chunks = -(-jnp.sum(cohort.ids >= 0) // cohort.width)
+    acc, client_states, report = jax.lax.fori_loop(0, num_chunks, body, (acc, cohort.state, report))
+
+    aggregate = reducer.finish(acc, cohort.axis_name)
+    if cohort.axis_name is not None:
+        report = jax.lax.psum(report, cohort.axis_name)
+    ctx = Context(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"])
+    update, uplink_state, link_metrics = uplink.decode(
+        aggregate, uplink_state, metrics.finish(report["uplink"]), ctx
+    )
+    return update, uplink_state, client_states, {
+        **metrics.finish(report["client"]),
+        **metrics.prefixed("uplink", link_metrics),
+        "clients": report["clients"],
+        "dropped": report["dropped"],
+        "update_norm": optax.tree.norm(update),
+    }

@@ -1,0 +1,61 @@
+"""How the messages of a cohort become one."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_clip.typing import Array, PyTree
+
+
+class Reducer(NamedTuple):
+    """Folds messages into an accumulator, a few clients at a time.
+
+    Attributes:
+      zero: ``(message, num_clients) -> acc``, the empty accumulator for messages like this one.
+      add: ``(acc, messages[w, ...], weights[w]) -> acc``. A dropped or absent client has weight 0 and a message
+        of zeros.
+      finish: ``(acc, axis_name) -> aggregate``, over all devices of the mapped axis, if there is one.
+      linear: whether the aggregate is linear in the messages, so that masks and sums commute with it and the
+        accumulator does not grow with the cohort.
+    """
+
+    zero: Callable[[PyTree, int], Any]
+    add: Callable[[Any, PyTree, Array], Any]
+    finish: Callable[[Any, str | None], PyTree]
+    linear: bool
+
+
+def weighted_mean() -> Reducer:
+    """``sum_i w_i m_i / sum_i w_i`` with ``w_i`` the client's weight (its number of examples); zero for nobody.
+
+    Sums are kept in float32 or better whatever the messages' type, one accumulator for the whole cohort.
+
+    Source: McMahan et al. (2017), Algorithm 1.
+    """
+    return _mean(lambda weights: weights)
+
+
+def uniform_mean() -> Reducer:
+    """``sum_i m_i / n`` over the n clients that arrived, whatever their size; zero for nobody."""
+    return _mean(lambda weights: (weights > 0).astype(weights.dtype))
+
+
+def _mean(weigh: Callable[[Array], Array]) -> Reducer:
+    def zero(message, num_clients):
+        def wide(x):
+            return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+
+        return jax.tree.map(wide, message), jnp.zeros((), jnp.float32)
+
+    def add(acc, messages, weights):
+        weights = weigh(weights)
+        total = jax.tree.map(lambda t, m: t + jnp.tensordot(weights.astype(t.dtype), m.astype(t.dtype), 1), acc[0], messages)
+        return total, acc[1] + jnp.sum(weights)
+
+    def finish(acc, axis_name):
+        total, weight = acc if axis_name is None else jax.lax.psum(acc, axis_name)
+        return jax.tree.map(lambda t: jnp.where(weight > 0, t / weight, 0), total)
+
+    return Reducer(zero, add, finish, linear=True)

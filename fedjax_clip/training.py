@@ -1,0 +1,213 @@
+"""The driver: samples and plans cohorts, runs the compiled round, evaluates, saves and resumes."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_clip import metrics, placement, tree
+from fedjax_clip.data import sampling
+from fedjax_clip.data.planning import LocalWork, plan
+from fedjax_clip.data.population import FederatedData
+from fedjax_clip.local import batch_loss
+from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
+
+RESIDENT_BYTES = 2**29  # a population up to this size lives on every device, and a round sends only example numbers
+
+Row = dict[str, float]
+
+
+class State(NamedTuple):
+    """All that a run needs to go on: the server, and what the clients keep ([M, ...], on the host)."""
+
+    server: PyTree
+    clients: PyTree
+
+
+class Result(NamedTuple):
+    """What ``train`` returns: final parameters, the whole last state, and one row of metrics for each round."""
+
+    params: Params
+    state: State
+    history: list[Row]
+
+
+class Checkpoints(Protocol):
+    """Where a run saves itself; see ``fedjax_clip.checkpoint``."""
+
+    def restore(self, template: State) -> tuple[int, State] | None: ...
+
+    def save(self, round: int, state: State) -> None: ...
+
+
+def train(
+    algorithm: Algorithm,
+    data: FederatedData,
+    params: Params,
+    *,
+    rounds: int,
+    cohort_size: int | None = None,
+    sampler: sampling.Sampler | None = None,
+    batch_size: int | None = 20,
+    local_epochs: int = 1,
+    local_steps: int | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    evaluate: Callable[[Params], Mapping[str, float]] | None = None,
+    eval_every: int = 10,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_every: int = 50,
+    on_round: Callable[[Row], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    clients_per_chunk: int | None = None,
+) -> Result:
+    """Trains for a number of rounds, each one compiled program over all local devices.
+
+    The result is a function of (algorithm, data, params, seed): resuming changes no bit of it, and client order,
+    chunks and the number of devices change it by rounding only.
+
+    Args:
+      algorithm: ``fc.fedavg(...)`` or any other.
+      data: the training population.
+      params: initial parameters; they are copied.
+      rounds: rounds in all, those before a resume included.
+      cohort_size: clients a round, drawn uniformly without replacement; all clients by default.
+      sampler: how cohorts are drawn, in place of ``cohort_size``; see ``fc.sampling``.
+      batch_size: examples a local step; ``None`` takes all of a client's at once.
+      local_epochs: passes of a client over its examples in a round.
+      local_steps: local steps a round, in place of ``local_epochs``.
+      shuffle: whether a client shuffles its examples in each pass.
+      seed: of everything random.
+      evaluate: ``params -> {name: value}``, called every ``eval_every`` rounds and after the last; its values
+        appear in that round's row as ``eval/name``. See ``fc.evaluator``.
+      eval_every: rounds from one evaluation to the next.
+      checkpoints: where to resume from and save to, ``fc.checkpoint.Checkpoints(directory)``.
+      checkpoint_every: rounds from one save to the next.
+      on_round: called with each round's row.
+      should_stop: asked after each round; if true, the state is saved and training ends early.
+      devices: devices to use; all local ones by default.
+      clients_per_chunk: clients that a device trains at once; 1 on CPUs, up to 16 elsewhere by default.
+
+    Returns:
+      A ``Result``. A row has ``round`` (1 after the first), the algorithm's metrics, ``seconds``, and ``eval/...``.
+
+    Raises:
+      InvalidInput: rounds < 1, a cohort larger than the population, a loss of the wrong shape ...
+
+    Example:
+      >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10)
+    """
+    for name, value in (("rounds", rounds), ("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+        if value < 1:
+            raise InvalidInput(f"{name} must be at least 1, not {value}.")
+    sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
+    work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
+    devices = jax.local_devices() if devices is None else devices
+    on_cpu = devices[0].platform == "cpu"
+
+    state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients))
+    if sampler.replacement and jax.tree.leaves(state.clients):
+        raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
+    sizes = data.sizes
+    expected_cohort = len(sampler.sample(sizes, seed, 0))
+    width = clients_per_chunk or (1 if on_cpu else min(16, max(1, expected_cohort // len(devices))))
+    start, state = (checkpoints and checkpoints.restore(state)) or (0, state)
+
+    resident = sum(x.nbytes for x in data.fields().values()) <= RESIDENT_BYTES
+    population = placement.replicate(data.examples, devices) if resident else None
+    server = placement.replicate(state.server, devices)
+    run_round = placement.pmap_round(algorithm, devices)
+    key = jax.random.key(seed)
+    history: list[Row] = []
+
+    for done in range(start, rounds):
+        began = time.perf_counter()
+        ids = sampler.sample(sizes, seed, done)
+        cohort = plan(
+            data,
+            ids,
+            work,
+            seed=seed,
+            round=done,
+            num_devices=len(devices),
+            width=width,
+            population=population,
+            state=state.clients,
+        )
+        server, new_states, report = run_round(server, cohort, key)
+        # Waiting here is not only for the clock: collectives of rounds in flight dead-lock on CPU devices.
+        row = {"round": float(done + 1), **{k: float(v) for k, v in placement.first_replica(report).items()}}
+        _scatter(state.clients, np.asarray(cohort.ids), new_states)
+        row["seconds"] = time.perf_counter() - began
+
+        last = done + 1 == rounds
+        if evaluate is not None and (last or (done + 1) % eval_every == 0):
+            scores = evaluate(placement.first_replica(server.params))
+            row |= metrics.prefixed("eval", {k: float(v) for k, v in scores.items()})
+        history.append(row)
+        if on_round is not None:
+            on_round(row)
+        stop = should_stop is not None and should_stop()
+        if checkpoints is not None and (last or stop or (done + 1) % checkpoint_every == 0):
+            checkpoints.save(done + 1, State(placement.first_replica(server), state.clients))
+        if stop:
+            break
+
+    state = State(placement.first_replica(server), state.clients)
+    return Result(state.server.params, state, history)
+
+
+def client_states(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
+    """What all clients keep before round 0, ``[M, ...]`` on the host."""
+    state = algorithm.init_client(tree.as_arrays(params))
+    return jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], num_clients, axis=0), state)
+
+
+def _scatter(states: PyTree, ids: np.ndarray, new_states: PyTree) -> None:
+    present = ids >= 0
+    for old, new in zip(jax.tree.leaves(states), jax.tree.leaves(new_states), strict=True):
+        old[ids[present]] = np.asarray(new)[present]
+
+
+def evaluator(
+    per_example_loss: PerExampleLoss, sets: Mapping[str, FederatedData], batch_size: int = 1024
+) -> Callable[[Params], Row]:
+    """An ``evaluate`` for ``train``: means over the examples of each set, of the loss and of what it says besides.
+
+    Args:
+      per_example_loss: the training loss; called with ``key=None``, so nothing in it is random.
+      sets: populations by name, such as ``{"examples": held_out_examples, "clients": held_out_clients}``.
+      batch_size: examples at a time.
+
+    Returns:
+      ``params -> {"examples/loss": ..., "examples/accuracy": ..., ...}``.
+    """
+
+    @jax.jit
+    def batch_report(params, batch, weights):
+        report = batch_loss(per_example_loss, params, batch, weights, None)[1]
+        return {name: value for name, value in report.items() if isinstance(value, metrics.Mean)}
+
+    def batches(data: FederatedData):
+        size = min(batch_size, data.num_examples)
+        for i in range(math.ceil(data.num_examples / size)):
+            index = np.arange(i * size, (i + 1) * size)
+            live = index < data.num_examples
+            index = np.minimum(index, data.num_examples - 1)
+            weights = np.where(live, 1.0 if data.weights is None else data.weights[index], 0).astype(np.float32)
+            yield jax.tree.map(lambda x, index=index: x[index], data.examples), weights
+
+    def evaluate(params: Params) -> Row:
+        scores: Row = {}
+        for name, data in sets.items():
+            reports = [batch_report(params, batch, weights) for batch, weights in batches(data)]
+            total: Any = jax.tree.map(lambda *xs: jnp.sum(jnp.stack(xs)), *reports)
+            scores |= {k: float(v) for k, v in metrics.prefixed(name, metrics.finish(total)).items()}
+        return scores
+
+    return evaluate

@@ -1,0 +1,39 @@
+"""The few operations on pytrees that optax.tree lacks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_clip.typing import Array, PyTree
+
+
+def where(condition: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+    """``jnp.where`` leaf by leaf, with one scalar condition for the whole tree."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
+
+
+def zeros(function: Callable, *args: Any) -> PyTree:
+    """Zeros of the shapes and types that ``function(*args)`` would return; it is not computed."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+
+
+def all_finite(tree: PyTree) -> Array:
+    """True if no leaf holds a NaN or an infinity (integers are always finite)."""
+    inexact = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in inexact], dtype=bool))
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Copies every leaf into a device array of a strong type: a weak one would cost a second compilation."""
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype), tree)
+
+
+def flatten_with_names(tree: PyTree, separator: str = "/") -> dict[str, np.ndarray]:
+    """``{"a/b/0": array}``: the leaves as NumPy arrays under readable, unique names."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator=separator): np.asarray(leaf) for path, leaf in leaves
+    }

@@ -1,0 +1,62 @@
+"""Names for what flows through a round, and the one error that a person reads."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+Params = PyTree
+Batch = PyTree
+Metrics = dict[str, Any]
+
+# (params, batch, key) -> losses[B], or (losses[B], {name: values[B]})
+PerExampleLoss = Callable[[Params, Batch, Array], Any]
+
+
+class InvalidInput(ValueError):
+    """Bad input from outside, said in one sentence that names the culprit.
+
+    The binaries print the sentence alone and exit with code 2.
+    """
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm: three pure functions.
+
+    Attributes:
+      init: ``params -> server``, the server's state before round 0.
+      init_client: ``params -> client_state``, what one client keeps between
+        rounds; a pytree without leaves if it keeps nothing.
+      round: ``(server, cohort, key) -> (server, client_states[C, ...], metrics)``,
+        one whole round. ``key`` is the key of the run; the round folds its own
+        number into it.
+    """
+
+    init: Callable[[Params], PyTree]
+    init_client: Callable[[Params], PyTree]
+    round: Callable[[PyTree, Any, Array], tuple[PyTree, PyTree, Metrics]]
+
+
+class Server(NamedTuple):
+    """What the server knows between rounds, whichever the algorithm.
+
+    Attributes:
+      params: the global model.
+      opt_state: state of the server's optax optimiser.
+      uplink: state of the uplink chain at the server.
+      round: int32 scalar, the number of rounds done.
+    """
+
+    params: Params
+    opt_state: PyTree
+    uplink: PyTree
+    round: Array
+
+
+class ClientState(NamedTuple):
+    """What a client keeps between rounds: the algorithm's part and the uplink's."""
+
+    own: PyTree
+    uplink: PyTree
