@@ -62,7 +62,7 @@ class Cohort:
         live = weight > 0
         if self.population is not None:
             index = jnp.where(live, batch, batch[0])
-            return jax.tree.map(lambda x: x[index], self.population), jnp.where(live, weight, 0)
+            return jax.tree.map(lambda x: jnp.asarray(x)[index], self.population), jnp.where(live, weight, 0)
 
         def fill(x: Array) -> Array:
             return jnp.where(live.reshape(live.shape + (1,) * (x.ndim - 1)), x, x[:1])

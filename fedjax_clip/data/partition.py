@@ -9,7 +9,7 @@ import heapq
 import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +25,9 @@ Examples = Mapping[str, PyTree]
 # Beyond these a Dirichlet draw is one client, or an even share, to the last example.
 _ALPHA_RANGE = 1e-6, 1e15
 
-_TEN_COLOURS = "#4e79a7 #f28e2b #e15759 #76b7b2 #59a14f #edc948 #b07aa1 #ff9da7 #9c755f #bab0ac".split()
+_TEN_COLOURS = [
+    "#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#bab0ac",
+]  # fmt: skip
 
 
 def iid(examples: Examples, num_clients: int, seed: int = 0) -> FederatedData:
@@ -138,7 +140,7 @@ def shards(
     num_shards = num_clients * per_client
     if num_shards > num_examples:
         raise InvalidInput(
-            f"{num_clients} clients with {per_client} classes each need {num_shards} examples; there are {num_examples}."
+            f"{num_clients} clients of {per_client} classes each need {num_shards} examples: there are {num_examples}."
         )
     shuffled = rng.permutation(num_examples)
     by_label = shuffled[np.argsort(labels[shuffled], kind="stable")]
@@ -185,9 +187,17 @@ def owners_of(keys: np.ndarray, by: str) -> tuple[np.ndarray, list[str]]:
         )
     values, client_of = np.unique(keys, return_inverse=True)
     names = [_text(value) for value in values.tolist()]
-    order = range(len(names)) if keys.dtype.kind in "iu" else sorted(range(len(names)), key=lambda i: _natural(names[i]))
-    rank = np.argsort(np.asarray(order), kind="stable")
-    return rank[client_of], [names[i] for i in order]
+    if keys.dtype.kind in "iu":
+        return client_of, names
+    order = sorted(range(len(names)), key=lambda i: _natural(names[i]))
+    return np.argsort(order)[client_of], [names[i] for i in order]
+
+
+def no_field(name: str, fields: Iterable[str]) -> InvalidInput:
+    """The error for a field that does not exist; it names the nearest that do."""
+    fields = [str(field) for field in fields]
+    near = difflib.get_close_matches(str(name), fields, 3, 0.5) or fields[:8]
+    return InvalidInput(f"There is no field {name!r} in the examples; there is {' or '.join(map(repr, near))}.")
 
 
 def plot(
@@ -253,7 +263,7 @@ def _bars(figure: Any, counts: np.ndarray, classes: list[str], names: list[str])
     import matplotlib
 
     axes = figure.subplots()
-    colours = _TEN_COLOURS if len(classes) <= 10 else matplotlib.colormaps["tab20"].colors
+    colours = _TEN_COLOURS if len(classes) <= 10 else matplotlib.colormaps["tab20"](np.arange(20))
     clients, left = np.arange(len(names)), np.zeros(len(names))
     for k, name in enumerate(classes):
         axes.barh(clients, counts[:, k], 0.8, left, color=colours[k], label=name, edgecolor="white", linewidth=0.4)
@@ -332,8 +342,7 @@ def _fill_empty(client_of: np.ndarray, num_clients: int, rng: np.random.Generato
 
 def _field(examples: Examples, name: str) -> np.ndarray:
     if name not in examples:
-        near = difflib.get_close_matches(str(name), [str(n) for n in examples], 3, 0.5) or list(examples)[:8]
-        raise InvalidInput(f"There is no field {name!r} in the examples; there is {' or '.join(map(repr, near))}.")
+        raise no_field(name, examples)
     return np.asarray(examples[name])
 
 

@@ -103,7 +103,8 @@ class FederatedData:
             raise InvalidInput(f"client_of must name a client 0, 1, ... for each of the {num_examples} examples.")
         counts = np.bincount(client_of, minlength=0 if names is None else len(names))
         order = np.argsort(client_of, kind="stable")
-        return cls(jax.tree.map(lambda x: np.asarray(x)[order], examples), np.concatenate([[0], np.cumsum(counts)]), names)
+        examples = jax.tree.map(lambda x: np.asarray(x)[order], examples)
+        return cls(examples, np.concatenate([[0], np.cumsum(counts)]), names)
 
     @property
     def num_clients(self) -> int:
@@ -136,7 +137,9 @@ class FederatedData:
         if not clients.size:
             raise InvalidInput("No client is selected.")
         if clients.min() < 0 or clients.max() >= self.num_clients:
-            raise InvalidInput(f"Clients are numbered 0 to {self.num_clients - 1}: {clients.tolist()} leaves that range.")
+            raise InvalidInput(f"Clients are numbered 0 to {self.num_clients - 1}: the selection leaves that range.")
+        if (twice := np.flatnonzero(np.bincount(clients) > 1)).size:
+            raise InvalidInput(f"Client {self.name(int(twice[0]))!r} is selected more than once.")
         return self.take(np.concatenate([np.arange(self.offsets[c], self.offsets[c + 1]) for c in clients]), clients)
 
     def take(self, index: np.ndarray, clients: np.ndarray | None = None) -> "FederatedData":

@@ -1,0 +1,76 @@
+"""Pictures of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fedjax_clip.training import Row
+
+TRAIN, EXAMPLES, CLIENTS = "#7f7f7f", "#1f77b4", "#d95f02"
+
+# panel title -> [(metric, label, colour)]
+_PANELS: dict[str, list[tuple[str, str, str]]] = {
+    "loss": [
+        ("loss", "training, before each step", TRAIN),
+        ("eval/examples/loss", "held-out examples", EXAMPLES),
+        ("eval/clients/loss", "held-out clients", CLIENTS),
+    ],
+    "accuracy": [
+        ("accuracy", "training, before each step", TRAIN),
+        ("eval/examples/accuracy", "held-out examples", EXAMPLES),
+        ("eval/clients/accuracy", "held-out clients", CLIENTS),
+    ],
+    "norm of the server's update": [("update_norm", "‖aggregate‖", "#1b9e77")],
+    "fraction clipped": [
+        ("clipped_steps", "local steps", "#7570b3"),
+        ("uplink/clipped_updates", "clients' updates", "#e7298a"),
+    ],
+}
+_LOGARITHMIC = ("loss", "norm of the server's update")
+
+
+def curves(rows: Sequence[Row], title: str = "") -> Figure:
+    """Loss, accuracy, update norm and clipped fraction over rounds, as far as the rows have them.
+
+    Args:
+      rows: rows of ``fc.train``'s history.
+      title: over the whole figure.
+
+    Example:
+      >>> curves(result.history).savefig("curves.png")
+    """
+    panels = {name: lines for name, lines in _PANELS.items() if any(_series(rows, key)[0].size for key, _, _ in lines)}
+    columns = 2 if len(panels) > 1 else 1
+    height = 3.0 * -(-len(panels) // columns) + 0.5
+    figure = Figure(figsize=(5.2 * columns, height), layout="constrained")
+    figure.suptitle(title, fontsize=9, family="monospace")
+    for index, (name, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(-(-len(panels) // columns), columns, index + 1)
+        _panel(axes, rows, lines)
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_xlabel("round")
+        if name in _LOGARITHMIC:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(None, 1.02)
+    return figure
+
+
+def _panel(axes: Any, rows: Sequence[Row], lines: Sequence[tuple[str, str, str]]) -> None:
+    for key, label, colour in lines:
+        x, y = _series(rows, key)
+        if not x.size:
+            continue
+        sparse = key.startswith("eval/")
+        end = f"{label} ({y[-1]:.3g})"
+        axes.plot(x, y, color=colour, lw=1.8 if sparse else 1.1, marker="o" if sparse else None, ms=3, label=end)
+    axes.legend(fontsize=7.5, frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(row["round"], row[key]) for row in rows if np.isfinite(row.get(key, np.nan))]
+    return tuple(np.array(points).reshape(-1, 2).T)  # type: ignore[return-value]

@@ -1,0 +1,134 @@
+"""The names that flags may use, and what they build."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+import fedjax_clip as fc
+from experiments import spec
+from fedjax_clip import sampling, tasks
+from fedjax_clip.typing import InvalidInput
+
+TASKS: Mapping[str, Callable[..., tasks.Task]] = {
+    "digits": tasks.digits,
+    "linear_regression": tasks.linear_regression,
+    "mlp_regression": tasks.mlp_regression,
+    "npz": tasks.npz,
+    "relu_classifier": tasks.relu_classifier,
+    "tfds": tasks.tfds,
+    "two_nodes": tasks.two_nodes,
+}
+
+SAMPLERS: Mapping[str, Callable[..., sampling.Sampler]] = {
+    "available": sampling.available,
+    "by_size": sampling.by_size,
+    "poisson": sampling.poisson,
+    "round_robin": sampling.round_robin,
+    "uniform": sampling.uniform,
+}
+
+
+def samplers(cohort_size: int) -> dict[str, Callable[..., sampling.Sampler]]:
+    """The samplers with the cohort's size filled in."""
+    return {name: functools.partial(make, cohort_size=cohort_size) for name, make in SAMPLERS.items()}
+
+
+UPLINKS: Mapping[str, Callable[..., fc.Uplink]] = {"clip_by_global_norm": fc.uplink.clip_by_global_norm}
+
+REDUCERS: Mapping[str, Callable[..., fc.Reducer]] = {
+    "uniform_mean": fc.uniform_mean,
+    "weighted_mean": fc.weighted_mean,
+}
+
+
+def _fedavg(local_epochs: int = 1, local_steps: int | None = None) -> tuple[Callable[..., fc.Algorithm], dict[str, Any]]:
+    return fc.fedavg, {"local_epochs": local_epochs, "local_steps": local_steps}
+
+
+def _fedsgd() -> tuple[Callable[..., fc.Algorithm], dict[str, Any]]:
+    return fc.fedsgd, {}
+
+
+ALGORITHMS = {"fedavg": _fedavg, "fedsgd": _fedsgd}
+
+
+def _cosine(init: float, rounds: int, alpha: float = 0.0) -> optax.Schedule:
+    return optax.cosine_decay_schedule(init, rounds, alpha)
+
+
+def _exponential(init: float, decay: float, rounds: int = 1, staircase: bool = False) -> optax.Schedule:
+    return optax.exponential_decay(init, rounds, decay, staircase=staircase)
+
+
+def _linear(init: float, end: float, rounds: int) -> optax.Schedule:
+    return optax.linear_schedule(init, end, rounds)
+
+
+def _warmup_cosine(peak: float, warmup: int, rounds: int, end: float = 0.0) -> optax.Schedule:
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, rounds, end)
+
+
+SCHEDULES: Mapping[str, Callable[..., optax.Schedule]] = {
+    "cosine": _cosine,
+    "exponential": _exponential,
+    "linear": _linear,
+    "warmup_cosine": _warmup_cosine,
+}
+
+
+def _checked(optimizer: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    """Refuses a learning rate that is a number but not a positive, finite one."""
+
+    @functools.wraps(optimizer)
+    def build(*args, **kwargs):
+        rate = inspect.signature(optimizer).bind(*args, **kwargs).arguments["learning_rate"]
+        if isinstance(rate, (int, float)) and not 0 < rate < math.inf:
+            raise InvalidInput(f"the learning rate must be positive and finite, not {rate}")
+        return optimizer(*args, **kwargs)
+
+    return build
+
+
+OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
+    "adagrad": _checked(optax.adagrad),
+    "adam": _checked(optax.adam),
+    "adamw": _checked(optax.adamw),
+    "add_decayed_weights": optax.add_decayed_weights,
+    "clip_by_global_norm": fc.clipping.clip_by_global_norm,
+    "clip_by_value": fc.clipping.clip_by_value,
+    "rmsprop": _checked(optax.rmsprop),
+    "sgd": _checked(optax.sgd),
+    "yogi": _checked(optax.yogi),
+}
+
+
+def server_tx(text: str) -> optax.GradientTransformation:
+    """``"adam(0.01)"``: the server's optimiser; a schedule counts rounds."""
+    return optax.chain(*_optimizers(text, "--server", SCHEDULES))
+
+
+def client_tx(text: str) -> Callable[[Any], optax.GradientTransformation]:
+    """``"clip_by_global_norm(1.0)|sgd(cosine(0.1, 100))"``: a client's optimiser in a round; a schedule counts rounds."""
+
+    def at(round: Any) -> optax.GradientTransformation:
+        rates = {name: _at_round(schedule, round) for name, schedule in SCHEDULES.items()}
+        return optax.chain(*_optimizers(text, "--client", rates))
+
+    at(jnp.zeros((), jnp.int32))  # says at once what is wrong with the text
+    return at
+
+
+def _optimizers(text: str, flag: str, schedules: Mapping[str, Callable[..., Any]]) -> list[optax.GradientTransformation]:
+    chain = spec.build(text, OPTIMIZERS, flag, nested=schedules)
+    if not chain:
+        raise InvalidInput(f'{flag}: an optimiser is needed, such as "sgd(0.1)".')
+    return chain
+
+
+def _at_round(schedule: Callable[..., optax.Schedule], round: Any) -> Callable[..., Any]:
+    return functools.wraps(schedule)(lambda *args, **kwargs: schedule(*args, **kwargs)(round))

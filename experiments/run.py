@@ -1,0 +1,167 @@
+"""Trains one federated model and writes a run directory.
+
+  python -m experiments.run
+  python -m experiments.run --client="clip_by_global_norm(0.5)|sgd(0.1)" --server="adam(0.01)"
+  python -m experiments.run --flagfile=experiments/presets/linear_regression.flags
+
+Components are written as name(arguments), joined by | where several follow each other. Stopped in any way, the
+same command goes on where it was.
+"""
+
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import flags
+
+import fedjax_clip as fc
+from experiments import binary, registry, rundir, spec
+from fedjax_clip import tasks, tree
+from fedjax_clip.typing import InvalidInput
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("task", "digits", f"What to learn: one of {', '.join(registry.TASKS)}; as in npz('my.npz').")
+flags.DEFINE_string("algorithm", "fedavg(local_epochs=1)", "fedavg(local_epochs=, local_steps=) or fedsgd.")
+flags.DEFINE_string("client", "clip_by_global_norm(1.0)|sgd(0.1)", "The clients' optimiser, an optax chain.")
+flags.DEFINE_string("server", "sgd(1.0)", "The server's optimiser: sgd, adam, yogi, adagrad ...")
+flags.DEFINE_string("uplink", "", "What an update passes on its way to the server: clip_by_global_norm(1.0).")
+flags.DEFINE_string("reducer", "weighted_mean", "weighted_mean (by examples) or uniform_mean.")
+flags.DEFINE_string("sampler", "uniform", f"How cohorts are drawn: {', '.join(registry.SAMPLERS)}.")
+flags.DEFINE_integer("cohort_size", None, "Clients a round; by default 8, or all where there are fewer.")
+flags.DEFINE_integer("batch_size", 20, "Examples a local step; 0 takes all of a client's at once.")
+flags.DEFINE_integer("rounds", 150, "Rounds in all.")
+flags.DEFINE_integer("seed", 0, "Seed of the initial parameters, the cohorts and the batches.")
+flags.DEFINE_string("workdir", None, "Run directory; by default one under runs/ named after the configuration.")
+flags.DEFINE_integer("eval_every", 10, "Rounds from one evaluation to the next.")
+flags.DEFINE_integer("checkpoint_every", 25, "Rounds from one checkpoint to the next.")
+flags.DEFINE_integer("devices", None, "Devices to use; by default all (on a CPU, one for each core).")
+
+# What the results depend on. More rounds only make a run longer.
+IDENTITY = (
+    ["task", "algorithm", "client", "server", "uplink", "reducer", "sampler", "cohort_size", "batch_size", "seed"]
+    + ["eval_every"]
+)
+
+
+def main() -> None:
+    for name in ("rounds", "eval_every", "checkpoint_every", "devices", "cohort_size"):
+        if FLAGS[name].value is not None and FLAGS[name].value < 1:
+            raise InvalidInput(f"--{name} must be at least 1, not {FLAGS[name].value}.")
+    if FLAGS.batch_size < 0 or not 0 <= FLAGS.seed < 2**32:
+        raise InvalidInput("--batch_size and --seed must not be negative, and the seed less than 2**32.")
+    binary.host_devices(FLAGS.devices)
+
+    task = spec.one(FLAGS.task, registry.TASKS, "--task")
+    make_algorithm, work = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm")
+    algorithm = make_algorithm(
+        task.per_example_loss,
+        registry.client_tx(FLAGS.client),
+        registry.server_tx(FLAGS.server),
+        uplink=fc.uplink.chain(*spec.build(FLAGS.uplink, registry.UPLINKS, "--uplink")),
+        reducer=spec.one(FLAGS.reducer, registry.REDUCERS, "--reducer"),
+    )
+    sampler = spec.one(FLAGS.sampler, registry.samplers(cohort_size(task)), "--sampler")
+    config = {name: FLAGS[name].value for name in IDENTITY}
+    directory = rundir.RunDirectory(FLAGS.workdir or rundir.default_path(config), config)
+
+    devices = jax.local_devices()[: FLAGS.devices]
+    params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))
+    print(describe(task, params, devices), file=sys.stderr)
+    stopping = binary.Stopping()
+    with Progress(FLAGS.rounds) as progress:
+
+        def on_round(row: fc.training.Row) -> None:
+            directory.add(row)
+            progress(row)
+
+        result = fc.train(
+            algorithm,
+            task.data,
+            params,
+            rounds=FLAGS.rounds,
+            sampler=sampler,
+            batch_size=FLAGS.batch_size or None,
+            seed=FLAGS.seed,
+            evaluate=fc.evaluator(task.per_example_loss, task.evaluation),
+            eval_every=FLAGS.eval_every,
+            checkpoints=directory.checkpoints,
+            checkpoint_every=FLAGS.checkpoint_every,
+            on_round=on_round,
+            should_stop=stopping,
+            devices=devices,
+            **work,
+        )
+
+    rows = directory.rows()
+    if stopping() and rows[-1]["round"] < FLAGS.rounds:
+        directory.draw()
+        print(f"Stopped after round {rows[-1]['round']:.0f} of {FLAGS.rounds}; the same command goes on from there.")
+        sys.exit(128 + stopping.signal)
+    if not result.history:
+        print(f"Complete already ({rows[-1]['round']:.0f} rounds); remove {directory.path} to run it again.")
+    directory.finish(result.params)
+    print(summary(rows, result.params, directory))
+
+
+def cohort_size(task: tasks.Task) -> int:
+    return FLAGS.cohort_size or min(8, task.data.num_clients)
+
+
+def describe(task: tasks.Task, params: Any, devices: list[jax.Device]) -> str:
+    data, size = task.data, sum(x.size for x in jax.tree.leaves(params))
+    return (
+        f"{FLAGS.task}: {data.num_clients} clients with {data.sizes.min()} to {data.sizes.max()} examples, "
+        f"{size:,} parameters, {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+    )
+
+
+class Progress:
+    """A bar of rounds with loss, held-out accuracy, clipped fraction and clients a second."""
+
+    def __init__(self, rounds: int):
+        self.rounds = rounds
+        self.shown: dict[str, str] = {}
+        self.bar: tqdm.tqdm | None = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __call__(self, row: fc.training.Row) -> None:
+        if self.bar is None:
+            initial = int(row["round"]) - 1
+            self.bar = tqdm.tqdm(total=self.rounds, initial=initial, unit="round", dynamic_ncols=True, mininterval=0.2)
+        self.shown["loss"] = f"{row['loss']:.3f}"
+        if "eval/examples/accuracy" in row:
+            self.shown["accuracy"] = f"{row['eval/examples/accuracy']:.3f}"
+        if "clipped_steps" in row:
+            self.shown["clipped"] = f"{row['clipped_steps']:.0%}"
+        self.shown["clients/s"] = f"{row['clients'] / row['seconds']:,.0f}"
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirectory) -> str:
+    last = rows[-1]
+    sets = dict.fromkeys(k.split("/")[1] for k in last if k.startswith("eval/"))
+    lines = []
+    for name in sets:
+        scores = {k.split("/")[2]: v for k, v in last.items() if k.startswith(f"eval/{name}/")}
+        lines.append(f"held-out {name:<10}" + "  ".join(f"{k} {v:.4f}" for k, v in sorted(scores.items())))
+    arrays = tree.flatten_with_names(params)
+    if sum(x.size for x in arrays.values()) <= 8:
+        lines.append("parameters         " + "  ".join(f"{k} {np.array2string(x, precision=4)}" for k, x in arrays.items()))
+    seconds = sum(row["seconds"] for row in rows)
+    lines.append(f"training           {last['round']:.0f} rounds in {seconds:.1f} s")
+    lines.append(f"run directory      {directory.path}: curves.png, metrics.jsonl, params.npz, tensorboard")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    binary.run(main)

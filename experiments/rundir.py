@@ -1,0 +1,130 @@
+"""A run's directory: what ran, a row of metrics for each round, TensorBoard events, pictures, checkpoints."""
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import fedjax_clip as fc
+from experiments import plots
+from fedjax_clip import tree
+from fedjax_clip.typing import InvalidInput, Params
+
+
+class RunDirectory:
+    """Writes a run, and continues one of the same configuration; refuses one of another.
+
+    Nothing is written before the first row, so a run that cannot start leaves nothing behind.
+
+    Args:
+      path: the directory; made when needed.
+      config: what the results depend on, all of it.
+
+    Raises:
+      InvalidInput: a path that cannot be written, or that holds a run of another configuration or something else.
+    """
+
+    def __init__(self, path: str | pathlib.Path, config: Mapping[str, Any]):
+        self.path = pathlib.Path(path)
+        self.config = dict(config)
+        self.checkpoints = fc.checkpoint.Checkpoints(self.path / "checkpoints")
+        self._events: Any = None
+        self._rows: Any = None
+        self._check()
+
+    def _check(self) -> None:
+        existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise InvalidInput(f"--workdir: {self.path} cannot be written, since {existing} is no writable directory.")
+        if existing != self.path.absolute() or not any(self.path.iterdir()):
+            return
+        try:
+            found = json.loads((self.path / "config.json").read_text())["config"]
+        except FileNotFoundError:
+            raise InvalidInput(f"--workdir: {self.path} holds files but no run (no config.json); choose another.") from None
+        except (ValueError, KeyError, TypeError):
+            raise InvalidInput(f"--workdir: {self.path / 'config.json'} is not a run's configuration; choose another.") from None
+        for name in sorted(self.config.keys() | found.keys()):
+            if found.get(name) != self.config.get(name):
+                raise InvalidInput(
+                    f"--workdir: {self.path} holds a run with --{name}={found.get(name)!r}, not "
+                    f"{self.config.get(name)!r}; choose another directory or remove it."
+                )
+
+    def rows(self) -> list[fc.training.Row]:
+        """All whole rows on disk, in order."""
+        rows: list[fc.training.Row] = []
+        try:
+            lines = (self.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        except FileNotFoundError:
+            return rows
+        for line in lines:
+            if not line.endswith("\n"):
+                break  # the kill came in the middle of this row
+            rows.append({k: float("nan") if v is None else v for k, v in json.loads(line).items()})
+        return rows
+
+    def add(self, row: fc.training.Row) -> None:
+        """Appends the row of one round."""
+        if self._rows is None:
+            self._start(int(row["round"]))
+        self._rows.write(_line(row))
+        self._rows.flush()
+        for name, value in row.items():
+            if name != "round" and np.isfinite(value):
+                self._events.add_scalar(name, value, int(row["round"]))
+
+    def _start(self, round: int) -> None:
+        import tensorboardX
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        earlier = [row for row in self.rows() if row["round"] < round]  # a kill may have left rows past the checkpoint
+        if not (self.path / "config.json").exists():
+            versions = {"python": platform.python_version(), "jax": jax.__version__, "fedjax_clip": fc.__version__}
+            devices = [str(d) for d in jax.local_devices()]
+            record = {"config": self.config, "versions": versions, "devices": devices}
+            _write(self.path / "config.json", json.dumps(record, indent=2) + "\n")
+        _write(self.path / "metrics.jsonl", "".join(_line(row) for row in earlier))
+        self._events = tensorboardX.SummaryWriter(str(self.path / "tensorboard"), purge_step=round, flush_secs=10)
+        self._rows = (self.path / "metrics.jsonl").open("a")
+
+    def finish(self, params: Params) -> None:
+        """Writes ``params.npz`` and ``curves.png``."""
+        temporary = self.path / "params.tmp.npz"
+        np.savez(temporary, **tree.flatten_with_names(params))
+        os.replace(temporary, self.path / "params.npz")
+        self.draw()
+        self.close()
+
+    def draw(self) -> None:
+        """Draws ``curves.png`` from the rows so far."""
+        title = f"{self.config.get('task')}    {self.config.get('algorithm')}    {self.config.get('client')}"
+        plots.curves(self.rows(), title).savefig(self.path / "curves.png", dpi=120)
+
+    def close(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
+            self._events.close()
+
+
+def default_path(config: Mapping[str, Any]) -> pathlib.Path:
+    """``runs/digits-fedavg-1a2b3c``: the same for the same configuration, so that the same command goes on."""
+    digest = hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode()).hexdigest()[:6]
+    task, algorithm = (str(config[k]).split("(")[0] for k in ("task", "algorithm"))
+    return pathlib.Path("runs") / f"{task}-{algorithm}-{digest}"
+
+
+def _line(row: fc.training.Row) -> str:
+    return json.dumps({k: v if np.isfinite(v) else None for k, v in row.items()}) + "\n"
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,82 @@
+"""The same round under jit, pmap and shard_map, on 1, 2 and 8 devices. Started by test_devices.py."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, parameters
+
+import fedjax_clip as fc
+from fedjax_clip.placement import AXIS, pmap_round, replicate
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_pmap_is_jit(name, devices):
+    run = entry(name)
+    step = run.pmapped(jax.local_devices()[:devices])
+    assert_close(run.rounds(parameters(), COHORTS, step, devices), run.rounds(parameters(), COHORTS))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("name", ["fedavg", "fedavg, stateful link", "fedadam"])
+def test_shard_map_is_jit(name, devices):
+    run = entry(name)
+    mesh = Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
+
+    def one_device(server, cohort, key):
+        cohort = dataclasses.replace(jax.tree.map(lambda x: x[0], cohort), axis_name=AXIS)
+        server, states, metrics = run.algorithm.round(server, cohort, key)
+        return server, jax.tree.map(lambda x: x[None], states), metrics
+
+    split, whole = PartitionSpec(AXIS), PartitionSpec()
+    step = jax.jit(
+        jax.shard_map(one_device, mesh=mesh, in_specs=(whole, split, whole), out_specs=(whole, split, whole), check_vma=False)
+    )
+    assert_close(run.rounds(parameters(), COHORTS, step, devices), run.rounds(parameters(), COHORTS))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavg, stateful link"])
+def test_replicas_stay_equal_and_the_second_round_does_not_compile(name):
+    run, devices = entry(name), jax.local_devices()
+    server, clients = run.start(parameters())
+    server = replicate(server, devices)
+    step = pmap_round(run.algorithm, devices)
+    for round in range(3):
+        cohort = run.cohort([4, 1, 3], round, clients, len(devices))
+        server, states, _ = step(server, cohort, jax.random.key(0))
+        fc.training._scatter(clients, np.asarray(cohort.ids), states)
+        assert step._cache_size() == 1
+    for leaf in jax.tree.leaves(server):
+        assert_identical(np.asarray(leaf), np.broadcast_to(np.asarray(leaf)[:1], leaf.shape))
+
+
+def test_the_server_is_donated():
+    run, devices = entry("fedadam"), jax.local_devices()
+    server, clients = run.start(parameters())
+    server = replicate(server, devices)
+    pmap_round(run.algorithm, devices)(server, run.cohort([4, 1, 3], 0, clients, len(devices)), jax.random.key(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(server))
+
+
+def test_train_agrees_over_any_number_of_devices():
+    run = entry("fedavg, stateful link")
+
+    def train(devices, **options):
+        algorithm, data = run.algorithm, run.data
+        return fc.train(
+            algorithm, data, parameters(), rounds=4, cohort_size=5, batch_size=4, devices=jax.local_devices()[:devices], **options
+        )
+
+    one = train(1)
+    for devices, width in ((2, 1), (8, 1), (2, 2)):
+        assert_close(train(devices, clients_per_chunk=width).state, one.state, rtol=1e-4, atol=1e-5)
+
+
+def test_thousands_of_tiny_rounds_do_not_dead_lock():
+    run = entry("fedavg")
+    result = fc.train(run.algorithm, run.data, parameters(), rounds=3000, cohort_size=3, local_steps=1)
+    assert len(result.history) == 3000
+    assert np.isfinite(result.history[-1]["loss"])

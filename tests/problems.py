@@ -1,0 +1,169 @@
+"""Small federated problems, and the entries over which the law suite runs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fedjax_clip as fc
+from fedjax_clip.metrics import Mean
+from fedjax_clip.placement import first_replica, pmap_round, replicate
+from fedjax_clip.uplink.base import Uplink
+
+SIZES = (3, 9, 1, 5, 12, 4)
+SEED = 3
+
+
+def population(sizes=SIZES, features=4, classes=3, seed=0) -> fc.FederatedData:
+    rng = np.random.default_rng(seed)
+    total = sum(sizes)
+    x = rng.normal(size=(total, features)).astype(np.float32)
+    y = rng.integers(classes, size=total).astype(np.int32)
+    return fc.FederatedData({"x": x, "y": y}, np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def parameters(features=4, classes=3, seed=1) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"w": rng.normal(size=(features, classes)).astype(np.float32), "b": np.zeros(classes, np.float32)}
+
+
+def softmax_loss(params, batch, key):
+    logits = batch["x"] @ params["w"] + params["b"]
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return losses, {"accuracy": (logits.argmax(-1) == batch["y"]).astype(jnp.float32)}
+
+
+def noisy_loss(params, batch, key):
+    """A loss that draws random numbers: dropout on the inputs."""
+    keep = jax.random.bernoulli(key, 0.8, batch["x"].shape)
+    return softmax_loss(params, {**batch, "x": batch["x"] * keep / 0.8}, key)
+
+
+def leaky_error_feedback(bound: float) -> Uplink:
+    """A made-up link with everything a link can have: client state, server state, randomness and a report."""
+
+    def init_client(params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def encode(update, state, residual, ctx):
+        wanted = jax.tree.map(jnp.add, update, residual)
+        noise = optax.tree.random_like(ctx.key, wanted, sampler=jax.random.normal)
+        sent = jax.tree.map(lambda x, n: jnp.clip(x, -state, state) + 1e-3 * n, wanted, noise)
+        report = {"sent_norm": Mean(optax.tree.norm(sent), jnp.ones(()))}
+        return sent, jax.tree.map(lambda w, s: 0.5 * (w - s), wanted, sent), report
+
+    def decode(aggregate, state, report, ctx):
+        return aggregate, 0.9 * state + 0.1 * jnp.nan_to_num(report["sent_norm"]), report
+
+    return Uplink(lambda params: jnp.float32(bound), init_client, encode, decode)
+
+
+clipped_sgd = optax.chain(fc.clipping.clip_by_global_norm(0.7), optax.sgd(0.2))
+
+# Every algorithm, with the options that change its state or its path: each law runs over all of them.
+ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
+    "fedavg": lambda: fc.fedavg(softmax_loss, clipped_sgd),
+    "fedavg, adam locally": lambda: fc.fedavg(softmax_loss, optax.adam(0.05)),
+    "fedavg, dropout": lambda: fc.fedavg(noisy_loss, clipped_sgd),
+    "fedavg, schedule": lambda: fc.fedavg(softmax_loss, lambda r: optax.sgd(0.3 / (1.0 + r))),
+    "fedavg, uniform": lambda: fc.fedavg(softmax_loss, clipped_sgd, reducer=fc.uniform_mean()),
+    "fedavg, clipped update": lambda: fc.fedavg(
+        softmax_loss, clipped_sgd, uplink=fc.uplink.clip_by_global_norm(0.2)
+    ),
+    "fedavg, stateful link": lambda: fc.fedavg(
+        softmax_loss, clipped_sgd, uplink=fc.uplink.chain(leaky_error_feedback(0.05), fc.uplink.clip_by_global_norm(0.2))
+    ),
+    "fedavgm": lambda: fc.fedavg(softmax_loss, clipped_sgd, optax.sgd(1.0, momentum=0.9)),
+    "fedadam": lambda: fc.fedavg(softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3)),
+    "fedsgd": lambda: fc.fedsgd(softmax_loss, clipped_sgd),
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """A driver of a few lines, so that laws can look between its steps."""
+
+    algorithm: fc.Algorithm
+    data: fc.FederatedData
+    work: fc.LocalWork = dataclasses.field(default_factory=lambda: fc.LocalWork(batch_size=4, epochs=2))
+    resident: bool = True
+    width: int = 1
+
+    def cohort(self, ids, round, clients, devices=1) -> fc.Cohort:
+        population = self.data.examples if self.resident else None
+        if population is not None:
+            population = jax.tree.map(lambda x: np.repeat(x[None], devices, axis=0), population)
+        return fc.plan(
+            self.data,
+            np.asarray(ids),
+            self.work,
+            seed=SEED,
+            round=round,
+            num_devices=devices,
+            width=self.width,
+            population=population,
+            state=clients,
+        )
+
+    def start(self, params):
+        return self.algorithm.init(params), fc.training.client_states(self.algorithm, params, self.data.num_clients)
+
+    @functools.cached_property
+    def jitted(self):
+        """The round under ``jax.jit`` on one device."""
+        one = jax.jit(self.algorithm.round)
+
+        def run(server, cohort, key):
+            server, states, metrics = one(server, jax.tree.map(lambda x: x[0], cohort), key)
+            return server, jax.tree.map(lambda x: x[None], states), metrics
+
+        run.cache_size = one._cache_size
+        return run
+
+    def rounds(self, params, cohorts_ids, step=None, devices=1, edit=lambda cohort: cohort):
+        """Trains on the given cohorts; returns ``(server, client states, metrics of each round)``."""
+        step = step or self.jitted
+        server, clients = self.start(params)
+        history = []
+        for round, ids in enumerate(cohorts_ids):
+            cohort = edit(self.cohort(ids, round, clients, devices))
+            server, states, metrics = step(server, cohort, jax.random.key(SEED))
+            fc.training._scatter(clients, np.asarray(cohort.ids), states)
+            history.append({k: float(v) for k, v in metrics.items()})
+        return jax.tree.map(np.asarray, server), clients, history
+
+    def pmapped(self, devices):
+        step = pmap_round(self.algorithm, devices)
+
+        def run(server, cohort, key):
+            server, states, metrics = step(replicate(server, devices), cohort, key)
+            return first_replica(server), states, first_replica(metrics)
+
+        return run
+
+
+@functools.cache
+def entry(name: str) -> Run:
+    """The run of an entry; laws share it, and so its compiled rounds."""
+    return Run(ENTRIES[name](), population())
+
+
+COHORTS = ([4, 1, 3], [0, 2, 5], [5, 2, 4])
+
+
+def assert_close(actual, expected, rtol=2e-5, atol=2e-6):
+    """Equal to rounding, and finite: NaN is not equal to NaN here."""
+    for name, x in fc.tree.flatten_with_names(actual).items():
+        assert np.all(np.isfinite(x)), f"{name} is not finite: {x}"
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), actual, expected)
+
+
+def assert_identical(actual, expected):
+    """Equal to the last bit, and finite."""
+    for name, x in fc.tree.flatten_with_names(actual).items():
+        assert np.all(np.isfinite(x)), f"{name} is not finite: {x}"
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
