@@ -39,7 +39,8 @@ def pmap_round(
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """A copy of every leaf on each device, ``[D, ...]``."""
-    copy = jax.pmap(lambda x, _: x, in_axes=(None, 0), devices=devices)
+    # The same axis name as the round: arrays of another mesh would cost the second round a compilation.
+    copy = jax.pmap(lambda x, _: x, axis_name=AXIS, in_axes=(None, 0), devices=devices)
     return copy(tree, np.zeros(len(devices), np.int8)) if jax.tree.leaves(tree) else tree
 
 
