@@ -3,26 +3,36 @@
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from fedjax_clip.typing import InvalidInput
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Runs ``main()`` under absl; bad input ends in one sentence on stderr and exit code 2."""
+def run(main: Callable[[], None], doc: str, notes: Callable[[], str]) -> NoReturn:
+    """Runs ``main()`` under absl; bad input ends in one sentence on stderr and exit code 2.
+
+    Args:
+      main: what to run once the flags are read.
+      doc: what ``--help`` opens with.
+      notes: what ``--help`` closes with.
+    """
 
     def parse(argv: list[str]) -> list[str]:
+        if {"--help", "-help", "-h", "--h"} & set(argv):  # absl's own --help exits with 1
+            print(f"{doc.strip()}\n\nFlags:\n{_flags_help()}\n\n{notes()}")
+            sys.exit(0)
         try:
             rest = flags.FLAGS(argv)
         except (flags.Error, OSError) as error:
-            _fail(" ".join(str(error).split()))
-        if flags.FLAGS["help"].value or flags.FLAGS["helpshort"].value:
-            app.usage(shorthelp=True, writeto_stdout=True, detailed_error=None, exitcode=0)
+            _fail(" ".join(str(error).removeprefix("ERROR:: ").split()))
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.FATAL)  # what libraries log of an error, the error says again
         return rest
 
     def guarded(argv: list[str]) -> None:
@@ -59,6 +69,17 @@ def host_devices(count: int | None) -> None:
     import jax
 
     jax.config.update("jax_num_cpu_devices", count or len(os.sched_getaffinity(0)))
+
+
+def _flags_help() -> str:
+    """The binary's own flags in the order of their definition, each with its default."""
+    own = flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag("workdir")]
+    rows = [(f"  --{f.name}" + ("" if f.default is None else f"={f.default}"), f.help or "") for f in own]
+    indent = " " * 23
+    return "\n".join(
+        textwrap.fill(f"{head:<22} {text}" if len(head) < 23 else f"{head}  {text}", 110, subsequent_indent=indent)
+        for head, text in rows
+    )
 
 
 def _fail(sentence: str) -> NoReturn:

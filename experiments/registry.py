@@ -46,7 +46,10 @@ REDUCERS: Mapping[str, Callable[..., fc.Reducer]] = {
 }
 
 
-def _fedavg(local_epochs: int = 1, local_steps: int | None = None) -> tuple[Callable[..., fc.Algorithm], dict[str, Any]]:
+def _fedavg(
+    local_epochs: int = 1, local_steps: int | None = None
+) -> tuple[Callable[..., fc.Algorithm], dict[str, Any]]:
+    fc.LocalWork(epochs=local_epochs, steps=local_steps)  # says at once what is wrong with them
     return fc.fedavg, {"local_epochs": local_epochs, "local_steps": local_steps}
 
 
@@ -123,7 +126,9 @@ def client_tx(text: str) -> Callable[[Any], optax.GradientTransformation]:
     return at
 
 
-def _optimizers(text: str, flag: str, schedules: Mapping[str, Callable[..., Any]]) -> list[optax.GradientTransformation]:
+def _optimizers(
+    text: str, flag: str, schedules: Mapping[str, Callable[..., Any]]
+) -> list[optax.GradientTransformation]:
     chain = spec.build(text, OPTIMIZERS, flag, nested=schedules)
     if not chain:
         raise InvalidInput(f'{flag}: an optimiser is needed, such as "sgd(0.1)".')
@@ -132,3 +137,31 @@ def _optimizers(text: str, flag: str, schedules: Mapping[str, Callable[..., Any]
 
 def _at_round(schedule: Callable[..., optax.Schedule], round: Any) -> Callable[..., Any]:
     return functools.wraps(schedule)(lambda *args, **kwargs: schedule(*args, **kwargs)(round))
+
+
+def describe() -> str:
+    """Every component with its arguments, for ``--help``."""
+    groups: dict[str, Mapping[str, Callable[..., Any]]] = {
+        "--task": TASKS,
+        "--algorithm": ALGORITHMS,
+        "--client, --server": OPTIMIZERS,
+        "schedules, in place of a learning rate": SCHEDULES,
+        "--uplink": UPLINKS,
+        "--reducer": REDUCERS,
+        "--sampler": SAMPLERS,
+    }
+    lines = ["Components:"]
+    for group, registry in groups.items():
+        lines.append(f"  {group}")
+        lines += [
+            f"    {name}({', '.join(_argument(p) for p in _parameters(make))})" for name, make in registry.items()
+        ]
+    return "\n".join(lines)
+
+
+def _parameters(make: Callable[..., Any]) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(make).parameters.values() if p.name != "cohort_size"]
+
+
+def _argument(parameter: inspect.Parameter) -> str:
+    return parameter.name if parameter.default is parameter.empty else f"{parameter.name}={parameter.default!r}"

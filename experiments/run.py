@@ -40,18 +40,29 @@ flags.DEFINE_integer("checkpoint_every", 25, "Rounds from one checkpoint to the 
 flags.DEFINE_integer("devices", None, "Devices to use; by default all (on a CPU, one for each core).")
 
 # What the results depend on. More rounds only make a run longer.
-IDENTITY = (
-    ["task", "algorithm", "client", "server", "uplink", "reducer", "sampler", "cohort_size", "batch_size", "seed"]
-    + ["eval_every"]
-)
+IDENTITY = [
+    "task",
+    "algorithm",
+    "client",
+    "server",
+    "uplink",
+    "reducer",
+    "sampler",
+    "cohort_size",
+    "batch_size",
+    "seed",
+] + ["eval_every"]
 
 
 def main() -> None:
     for name in ("rounds", "eval_every", "checkpoint_every", "devices", "cohort_size"):
-        if FLAGS[name].value is not None and FLAGS[name].value < 1:
-            raise InvalidInput(f"--{name} must be at least 1, not {FLAGS[name].value}.")
-    if FLAGS.batch_size < 0 or not 0 <= FLAGS.seed < 2**32:
-        raise InvalidInput("--batch_size and --seed must not be negative, and the seed less than 2**32.")
+        value: Any = FLAGS[name].value
+        if value is not None and value < 1:
+            raise InvalidInput(f"--{name} must be at least 1, not {value}.")
+    if FLAGS.batch_size < 0:
+        raise InvalidInput(f"--batch_size must not be negative, and is {FLAGS.batch_size}.")
+    if not 0 <= FLAGS.seed < 2**32:
+        raise InvalidInput(f"--seed must lie between 0 and 2**32 - 1, and is {FLAGS.seed}.")
     binary.host_devices(FLAGS.devices)
 
     task = spec.one(FLAGS.task, registry.TASKS, "--task")
@@ -96,7 +107,7 @@ def main() -> None:
         )
 
     rows = directory.rows()
-    if stopping() and rows[-1]["round"] < FLAGS.rounds:
+    if stopping.signal and rows[-1]["round"] < FLAGS.rounds:
         directory.draw()
         print(f"Stopped after round {rows[-1]['round']:.0f} of {FLAGS.rounds}; the same command goes on from there.")
         sys.exit(128 + stopping.signal)
@@ -107,6 +118,10 @@ def main() -> None:
 
 
 def cohort_size(task: tasks.Task) -> int:
+    if (FLAGS.cohort_size or 0) > task.data.num_clients:
+        raise InvalidInput(
+            f"--cohort_size={FLAGS.cohort_size} is more than the {task.data.num_clients} training clients."
+        )
     return FLAGS.cohort_size or min(8, task.data.num_clients)
 
 
@@ -156,7 +171,9 @@ def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirec
         lines.append(f"held-out {name:<10}" + "  ".join(f"{k} {v:.4f}" for k, v in sorted(scores.items())))
     arrays = tree.flatten_with_names(params)
     if sum(x.size for x in arrays.values()) <= 8:
-        lines.append("parameters         " + "  ".join(f"{k} {np.array2string(x, precision=4)}" for k, x in arrays.items()))
+        lines.append(
+            "parameters         " + "  ".join(f"{k} {np.array2string(x, precision=4)}" for k, x in arrays.items())
+        )
     seconds = sum(row["seconds"] for row in rows)
     lines.append(f"training           {last['round']:.0f} rounds in {seconds:.1f} s")
     lines.append(f"run directory      {directory.path}: curves.png, metrics.jsonl, params.npz, tensorboard")
@@ -164,4 +181,4 @@ def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirec
 
 
 if __name__ == "__main__":
-    binary.run(main)
+    binary.run(main, __doc__ or "", registry.describe)

@@ -47,9 +47,13 @@ class RunDirectory:
         try:
             found = json.loads((self.path / "config.json").read_text())["config"]
         except FileNotFoundError:
-            raise InvalidInput(f"--workdir: {self.path} holds files but no run (no config.json); choose another.") from None
+            raise InvalidInput(
+                f"--workdir: {self.path} holds files but no run (no config.json); choose another."
+            ) from None
         except (ValueError, KeyError, TypeError):
-            raise InvalidInput(f"--workdir: {self.path / 'config.json'} is not a run's configuration; choose another.") from None
+            raise InvalidInput(
+                f"--workdir: {self.path / 'config.json'} is not a run's configuration; choose another."
+            ) from None
         for name in sorted(self.config.keys() | found.keys()):
             if found.get(name) != self.config.get(name):
                 raise InvalidInput(
@@ -97,7 +101,7 @@ class RunDirectory:
     def finish(self, params: Params) -> None:
         """Writes ``params.npz`` and ``curves.png``."""
         temporary = self.path / "params.tmp.npz"
-        np.savez(temporary, **tree.flatten_with_names(params))
+        np.savez(temporary, allow_pickle=False, **tree.flatten_with_names(params))
         os.replace(temporary, self.path / "params.npz")
         self.draw()
         self.close()

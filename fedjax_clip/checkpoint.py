@@ -49,13 +49,14 @@ class Checkpoints:
         leaves = tree.flatten_with_names(template, ".")
         try:
             saved = manager.restore(step, args=ocp.args.StandardRestore(leaves))
+            found = {name: (x.shape, x.dtype) for name, x in manager.item_metadata(step).items()}
         except Exception as error:  # Orbax raises whatever its layers raise
-            raise InvalidInput(f"The checkpoint {path} is corrupt or of another model or algorithm; remove it to "
-                               "go on from an earlier one, or start afresh.") from error
-        for name, leaf in leaves.items():
-            if saved[name].shape != leaf.shape or saved[name].dtype != leaf.dtype:
-                raise InvalidInput(f"The checkpoint {path} holds {name} of shape {saved[name].shape}, "
-                                   f"not {leaf.shape}: it is of another model or algorithm.")
+            raise InvalidInput(
+                f"The checkpoint {path} is corrupt or of another model or algorithm; remove it to go on from an "
+                "earlier one, or start afresh."
+            ) from error
+        if found != {name: (x.shape, x.dtype) for name, x in leaves.items()}:  # Orbax would cast
+            raise InvalidInput(f"The checkpoint {path} is of another model or algorithm: its arrays differ in type.")
         arrays = [np.array(saved[name]) for name in leaves]
         return step, jax.tree.unflatten(jax.tree.structure(template), arrays)
 

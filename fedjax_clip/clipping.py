@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedjax_clip.typing import Array, InvalidInput, PyTree
@@ -17,9 +18,7 @@ class WatchedState(NamedTuple):
     inner: PyTree
 
 
-def watch(
-    tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]
-) -> optax.GradientTransformationExtraArgs:
+def watch(tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]) -> optax.GradientTransformationExtraArgs:
     """``tx``, unchanged, with ``fired(updates)`` (before the transform) kept in its state for the metrics.
 
     Args:
@@ -91,9 +90,5 @@ def check_threshold(name: str, value: float | Array) -> None:
     """Refuses a threshold that is known now (not traced) and is not a positive number; infinity never clips."""
     if isinstance(value, jax.core.Tracer):
         return
-    try:
-        positive = float(value) > 0
-    except (TypeError, ValueError):
-        positive = False
-    if not positive:
+    if isinstance(value, (str, bytes)) or not np.all(np.asarray(value) > 0):
         raise InvalidInput(f"{name} needs a threshold that is a positive number, not {value!r}.")

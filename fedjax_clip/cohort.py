@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_clip.typing import Array, Batch, PyTree
 
@@ -34,12 +35,12 @@ class Cohort:
       width: how many clients a device trains at once; divides C.
     """
 
-    ids: Array
-    weight: Array
-    first: Array
-    num_steps: Array
+    ids: Array | np.ndarray
+    weight: Array | np.ndarray
+    first: Array | np.ndarray
+    num_steps: Array | np.ndarray
     batches: PyTree
-    example_weight: Array
+    example_weight: Array | np.ndarray
     state: PyTree = ()
     population: PyTree | None = None
     axis_name: str | None = None

@@ -55,7 +55,8 @@ def exchange(
             tree.where(arrived, message, optax.tree.zeros_like(message)),
             jnp.where(arrived, weight, 0),
             tree.where(arrived, ClientState(own, link), state),
-            tree.where(arrived, report, optax.tree.zeros_like(report)) | {"dropped": (present & ~arrived).astype(jnp.float32)},
+            tree.where(arrived, report, optax.tree.zeros_like(report))
+            | {"dropped": (present & ~arrived).astype(jnp.float32)},
         )
 
     def chunk(index):
@@ -84,13 +85,16 @@ def exchange(
     if cohort.axis_name is not None:
         report = jax.lax.psum(report, cohort.axis_name)
     ctx = Context(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"])
-    update, uplink_state, link_metrics = uplink.decode(
-        aggregate, uplink_state, metrics.finish(report["uplink"]), ctx
+    update, uplink_state, link_metrics = uplink.decode(aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
+    return (
+        update,
+        uplink_state,
+        client_states,
+        {
+            **metrics.finish(report["client"]),
+            **metrics.prefixed("uplink", link_metrics),
+            "clients": report["clients"],
+            "dropped": report["dropped"],
+            "update_norm": optax.tree.norm(update),
+        },
     )
-    return update, uplink_state, client_states, {
-        **metrics.finish(report["client"]),
-        **metrics.prefixed("uplink", link_metrics),
-        "clients": report["clients"],
-        "dropped": report["dropped"],
-        "update_norm": optax.tree.norm(update),
-    }

@@ -9,10 +9,9 @@ import optax
 from fedjax_clip import clipping, tree
 from fedjax_clip.cohort import Client
 from fedjax_clip.metrics import Mean, add
-from fedjax_clip.typing import Array, Batch, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
+from fedjax_clip.typing import Array, Batch, ClientTx, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
 
 ClientFn = Callable[[PyTree, Client, Array], tuple[PyTree, PyTree, Metrics]]
-ClientTx = optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]
 
 
 def batch_loss(

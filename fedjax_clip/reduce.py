@@ -51,7 +51,9 @@ def _mean(weigh: Callable[[Array], Array]) -> Reducer:
 
     def add(acc, messages, weights):
         weights = weigh(weights)
-        total = jax.tree.map(lambda t, m: t + jnp.tensordot(weights.astype(t.dtype), m.astype(t.dtype), 1), acc[0], messages)
+        total = jax.tree.map(
+            lambda t, m: t + jnp.tensordot(weights.astype(t.dtype), m.astype(t.dtype), 1), acc[0], messages
+        )
         return total, acc[1] + jnp.sum(weights)
 
     def finish(acc, axis_name):

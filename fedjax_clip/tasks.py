@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -39,7 +38,7 @@ def classifier(model: nn.Module) -> PerExampleLoss:
     """
 
     def per_example_loss(params, batch, key):
-        logits = model.apply(params, _scaled(batch["x"]))
+        logits = jnp.asarray(model.apply(params, _scaled(batch["x"])))
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
         return losses, {"accuracy": (jnp.argmax(logits, -1) == batch["y"]).astype(jnp.float32)}
 
@@ -50,7 +49,7 @@ def regressor(model: nn.Module) -> PerExampleLoss:
     """Half the squared error of a Flax module with one output, on batches ``{"x", "y"}``."""
 
     def per_example_loss(params, batch, key):
-        return 0.5 * (model.apply(params, batch["x"])[:, 0] - batch["y"]) ** 2
+        return 0.5 * (jnp.asarray(model.apply(params, batch["x"]))[:, 0] - batch["y"]) ** 2
 
     return per_example_loss
 
@@ -124,6 +123,8 @@ def classification(
         raise InvalidInput(f"Labels y must be whole numbers from 0, one an example, not {labels.dtype}{labels.shape}.")
     if not np.issubdtype(fields["x"].dtype, np.number):
         raise InvalidInput(f"Inputs x must be numbers, not {fields['x'].dtype}.")
+    if any(not isinstance(width, int) or width < 1 for width in hidden):
+        raise InvalidInput(f"hidden must be widths of at least 1, not {hidden}.")
     train, clients = data.split_clients(held_out_clients, seed)
     train, examples = train.split_examples(held_out_examples, seed)
     model = models.MLP(tuple(hidden), int(labels.max()) + 1)

@@ -34,6 +34,4 @@ def as_arrays(tree: PyTree) -> PyTree:
 def flatten_with_names(tree: PyTree, separator: str = "/") -> dict[str, np.ndarray]:
     """``{"a/b/0": array}``: the leaves as NumPy arrays under readable, unique names."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator=separator): np.asarray(leaf) for path, leaf in leaves
-    }
+    return {jax.tree_util.keystr(path, simple=True, separator=separator): np.asarray(leaf) for path, leaf in leaves}

@@ -1,9 +1,10 @@
 """Names for what flows through a round, and the one error that a person reads."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import optax
 
 Array = jax.Array
 PyTree = Any
@@ -11,8 +12,11 @@ Params = PyTree
 Batch = PyTree
 Metrics = dict[str, Any]
 
-# (params, batch, key) -> losses[B], or (losses[B], {name: values[B]})
-PerExampleLoss = Callable[[Params, Batch, Array], Any]
+# (params, batch, key) -> losses[B], or (losses[B], {name: values[B]}); no key means evaluation
+PerExampleLoss = Callable[[Params, Batch, Any], Any]
+
+# an optimiser, or what builds one from the number of the round
+ClientTx: TypeAlias = optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]
 
 
 class InvalidInput(ValueError):

@@ -71,11 +71,11 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
     "fedavg, dropout": lambda: fc.fedavg(noisy_loss, clipped_sgd),
     "fedavg, schedule": lambda: fc.fedavg(softmax_loss, lambda r: optax.sgd(0.3 / (1.0 + r))),
     "fedavg, uniform": lambda: fc.fedavg(softmax_loss, clipped_sgd, reducer=fc.uniform_mean()),
-    "fedavg, clipped update": lambda: fc.fedavg(
-        softmax_loss, clipped_sgd, uplink=fc.uplink.clip_by_global_norm(0.2)
-    ),
+    "fedavg, clipped update": lambda: fc.fedavg(softmax_loss, clipped_sgd, uplink=fc.uplink.clip_by_global_norm(0.2)),
     "fedavg, stateful link": lambda: fc.fedavg(
-        softmax_loss, clipped_sgd, uplink=fc.uplink.chain(leaky_error_feedback(0.05), fc.uplink.clip_by_global_norm(0.2))
+        softmax_loss,
+        clipped_sgd,
+        uplink=fc.uplink.chain(leaky_error_feedback(0.05), fc.uplink.clip_by_global_norm(0.2)),
     ),
     "fedavgm": lambda: fc.fedavg(softmax_loss, clipped_sgd, optax.sgd(1.0, momentum=0.9)),
     "fedadam": lambda: fc.fedavg(softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3)),

@@ -83,12 +83,10 @@ def test_uniform_average_and_clipped_updates_are_the_loop_of_the_paper():
     algorithm = fc.fedavg(
         softmax_loss, clipped_sgd, uplink=fc.uplink.clip_by_global_norm(0.1), reducer=fc.uniform_mean()
     )
-    ours, theirs = compare(
-        algorithm, CLIENTS["clip, sgd"][1], SERVERS["sgd"][1], weighting="uniform", update_clip=0.1
-    )
+    ours, theirs = compare(algorithm, CLIENTS["clip, sgd"][1], SERVERS["sgd"][1], weighting="uniform", update_clip=0.1)
     fractions = [m["clipped_updates"] for m in theirs]
     np.testing.assert_allclose([m["uplink/clipped_updates"] for m in ours], fractions, rtol=1e-6)
-    assert 0 < max(fractions)
+    assert max(fractions) > 0
 
 
 # Whole numbers and powers of two, so that float32 arithmetic is exact and "equal" means equal.
@@ -137,9 +135,7 @@ def test_fedsgd_does_not_depend_on_the_batch_size():
 def test_a_clip_that_never_binds_is_no_clip_to_the_last_bit(bound):
     clip = fc.clipping.clip_by_global_norm(bound)
     clipped = Run(fc.fedavg(softmax_loss, optax.chain(clip, optax.sgd(0.2))), population())
-    link = Run(
-        fc.fedavg(softmax_loss, optax.sgd(0.2), uplink=fc.uplink.clip_by_global_norm(bound)), population()
-    )
+    link = Run(fc.fedavg(softmax_loss, optax.sgd(0.2), uplink=fc.uplink.clip_by_global_norm(bound)), population())
     plain = Run(fc.fedavg(softmax_loss, optax.sgd(0.2)), population()).rounds(parameters(), COHORTS)[0]
     for run, metric in ((clipped, "clipped_steps"), (link, "uplink/clipped_updates")):
         server, _, history = run.rounds(parameters(), COHORTS)
@@ -178,6 +174,7 @@ def test_example_weights_weigh_the_loss_and_the_average():
     weighted = dataclasses.replace(data, weights=weights)
     algorithm = fc.fedavg(softmax_loss, optax.sgd(0.2))
     results = [
-        fc.train(algorithm, d, parameters(), rounds=3, batch_size=None, shuffle=False).params for d in (weighted, doubled)
+        fc.train(algorithm, d, parameters(), rounds=3, batch_size=None, shuffle=False).params
+        for d in (weighted, doubled)
     ]
     assert_close(*results, rtol=1e-5, atol=1e-6)

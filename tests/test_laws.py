@@ -48,9 +48,7 @@ def test_packed_and_resident_examples_agree_to_the_last_bit(run):
 
 def test_padding_changes_nothing_whatever_it_holds(run):
     packed = dataclasses.replace(run, resident=False)
-    assert_identical(
-        packed.rounds(parameters(), COHORTS, edit=with_garbage), packed.rounds(parameters(), COHORTS)
-    )
+    assert_identical(packed.rounds(parameters(), COHORTS, edit=with_garbage), packed.rounds(parameters(), COHORTS))
     wide = dataclasses.replace(packed, width=4)
     assert_identical(wide.rounds(parameters(), COHORTS, edit=with_garbage), wide.rounds(parameters(), COHORTS))
 

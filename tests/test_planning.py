@@ -86,7 +86,9 @@ def test_devices_finish_together_on_log_normal_clients():
     shapes = set()
     for round in range(50):
         ids = fc.sampling.uniform(50).sample(sizes, 0, round)
-        plan = fc.plan(population, ids, fc.LocalWork(20), seed=0, round=round, num_devices=2, population=population.examples)
+        plan = fc.plan(
+            population, ids, fc.LocalWork(20), seed=0, round=round, num_devices=2, population=population.examples
+        )
         load = plan.num_steps.sum(1)
         waste.append(1 - load.mean() / load.max())
         shapes.add(plan.batches.shape)
@@ -114,7 +116,9 @@ def test_packed_batches_hold_what_the_indices_point_at():
     jax.tree.map(np.testing.assert_array_equal, packed.example_weight, resident.example_weight)
 
 
-@pytest.mark.parametrize("bad", [{"batch_size": 0}, {"epochs": 0}, {"steps": -1}, {"batch_size": 2.5}, {"epochs": None}])
+@pytest.mark.parametrize(
+    "bad", [{"batch_size": 0}, {"epochs": 0}, {"steps": -1}, {"batch_size": 2.5}, {"epochs": None}]
+)
 def test_work_that_makes_no_sense_is_refused(bad):
     with pytest.raises(fc.InvalidInput, match="whole number of at least 1"):
         fc.LocalWork(**bad)

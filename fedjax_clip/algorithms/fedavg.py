@@ -7,9 +7,9 @@ import optax
 
 from fedjax_clip.algorithms.base import init_server, step_server
 from fedjax_clip.exchange import exchange
-from fedjax_clip.local import ClientFn, ClientTx, at_round, local_gradient, local_update
+from fedjax_clip.local import ClientFn, at_round, local_gradient, local_update
 from fedjax_clip.reduce import Reducer, weighted_mean
-from fedjax_clip.typing import Algorithm, ClientState, PerExampleLoss
+from fedjax_clip.typing import Algorithm, ClientState, ClientTx, PerExampleLoss
 from fedjax_clip.uplink.base import Uplink, identity
 
 

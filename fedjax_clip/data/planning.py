@@ -29,7 +29,11 @@ class LocalWork:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in (("batch_size", self.batch_size), ("local_epochs", self.epochs), ("local_steps", self.steps)):
+        for name, value in (
+            ("batch_size", self.batch_size),
+            ("local_epochs", self.epochs),
+            ("local_steps", self.steps),
+        ):
             whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
             if not whole and not (value is None and name != "local_epochs"):
                 raise InvalidInput(f"{name} must be a whole number of at least 1, not {value!r}.")
@@ -100,7 +104,7 @@ def plan(
     weight[target] = live if data.weights is None else np.where(live, data.weights[example], 0)
 
     def slots(values: np.ndarray, empty: int, dtype: type) -> np.ndarray:
-        out = np.full((num_devices, capacity), empty, dtype)
+        out: np.ndarray = np.full((num_devices, capacity), empty, dtype)
         out[device, slot] = values
         return out
 

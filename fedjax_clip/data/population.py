@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,9 +69,10 @@ class FederatedData:
             raise InvalidInput("The data set is empty: it has no clients.")
         trees = {str(name): jax.tree.map(np.asarray, examples) for name, examples in clients.items()}
         first_name, first = next(iter(trees.items()))
+        structure: Any = jax.tree.structure(first)
         sizes = []
         for name, tree in trees.items():
-            if jax.tree.structure(tree) != jax.tree.structure(first):
+            if structure != jax.tree.structure(tree):
                 raise InvalidInput(f"Client {name!r} has other fields than client {first_name!r}.")
             leaves, first_leaves = jax.tree.leaves(tree), jax.tree.leaves(first)
             if not leaves or any(x.ndim == 0 for x in leaves):

@@ -90,9 +90,7 @@ def round_robin(cohort_size: int) -> Sampler:
     return Sampler(sample)
 
 
-def available(
-    cohort_size: int, period: int = 24, duty: float = 0.5, windows: np.ndarray | None = None
-) -> Sampler:
+def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np.ndarray | None = None) -> Sampler:
     """Uniform among the clients whose availability window is open, as with phones that charge at night.
 
     Args:

@@ -100,7 +100,9 @@ def at_client(tx: optax.GradientTransformation) -> Uplink:
 
     def init(params):
         if jax.tree.leaves(tx.init(params)):
-            raise InvalidInput("at_client takes a transform without a state; write an Uplink whose client_state keeps it.")
+            raise InvalidInput(
+                "at_client takes a transform without a state; write an Uplink whose client_state keeps it."
+            )
         return ()
 
     def encode(update, state, client_state, ctx):

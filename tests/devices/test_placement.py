@@ -33,7 +33,9 @@ def test_shard_map_is_jit(name, devices):
 
     split, whole = PartitionSpec(AXIS), PartitionSpec()
     step = jax.jit(
-        jax.shard_map(one_device, mesh=mesh, in_specs=(whole, split, whole), out_specs=(whole, split, whole), check_vma=False)
+        jax.shard_map(
+            one_device, mesh=mesh, in_specs=(whole, split, whole), out_specs=(whole, split, whole), check_vma=False
+        )
     )
     assert_close(run.rounds(parameters(), COHORTS, step, devices), run.rounds(parameters(), COHORTS))
 
@@ -73,7 +75,14 @@ def test_train_agrees_over_any_number_of_devices():
     def train(devices, **options):
         algorithm, data = run.algorithm, run.data
         return fc.train(
-            algorithm, data, parameters(), rounds=4, cohort_size=5, batch_size=4, devices=jax.local_devices()[:devices], **options
+            algorithm,
+            data,
+            parameters(),
+            rounds=4,
+            cohort_size=5,
+            batch_size=4,
+            devices=jax.local_devices()[:devices],
+            **options,
         )
 
     one = train(1)

@@ -1,0 +1,23 @@
+"""What a bare installation must be: light, quick to import, and quiet about devices until it is used."""
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+import time
+
+for name in ("tensorflow", "torch", "sklearn", "tensorflow_datasets"):
+    assert importlib.util.find_spec(name) is None, f"the core brings {name}"
+
+subprocess.run([sys.executable, "-c", "import fedjax_clip"], check=True)  # compiles the bytecode
+began = time.perf_counter()
+subprocess.run([sys.executable, "-c", "import fedjax_clip"], check=True)
+seconds = time.perf_counter() - began
+
+from jax._src import xla_bridge  # noqa: E402
+
+import fedjax_clip as fc  # noqa: E402
+
+assert not xla_bridge._backends, "importing fedjax_clip starts a device"
+assert fc.__version__ == importlib.metadata.version("fedjax_clip")
+print(f"core installation: import in {seconds:.2f} s, no device touched")

@@ -1,0 +1,277 @@
+"""The binary as its user meets it: bad input, presets, run directories, kills and resumption."""
+
+import importlib.util
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from experiments import binary, registry, rundir, run
+from fedjax_clip.checkpoint import Checkpoints
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Runs the binary in this process, in an empty directory; returns ``(exit code, stdout, stderr)``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(binary, "host_devices", lambda count: None)  # the number is fixed in a process
+
+    def call(*arguments):
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit:
+            monkeypatch.setattr(sys, "argv", [run.__file__, *arguments])
+            binary.run(run.main, run.__doc__, registry.describe)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        return exit.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+QUICK = ("--task=linear_regression(num_clients=6)", "--rounds=3", "--cohort_size=3")
+
+
+def saved(path, **arrays):
+    np.savez(path, **arrays)
+    return f"--task=npz({str(path)!r})"
+
+
+def bad_files(tmp_path):
+    x, y = np.ones((12, 2), np.float32), np.arange(12) % 2
+    names = np.array(["a", "b", "b"])
+    (tmp_path / "corrupt.npz").write_bytes(b"PK\x03\x04 this is no archive")
+    good = tmp_path / "good.npz"
+    np.savez(good, x=x, y=y)
+    (tmp_path / "truncated.npz").write_bytes(good.read_bytes()[:200])
+    (tmp_path / "file").write_text("")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("")
+    return {
+        "an empty client": (saved(tmp_path / "a.npz", x=x, y=y, offsets=[0, 3, 3, 12]), "has no examples"),
+        "duplicate names": (saved(tmp_path / "b.npz", x=x, y=y, offsets=[0, 2, 4, 12], names=names), "'b'"),
+        "an empty data set": (saved(tmp_path / "c.npz", x=x[:0], y=y[:0]), "no examples"),
+        "fields of different length": (saved(tmp_path / "d.npz", x=x, y=y[:5]), "x: 12, y: 5"),
+        "labels that are text": (saved(tmp_path / "e.npz", x=x, y=np.array(list("ab" * 6))), "Labels y"),
+        "labels that are fractions": (saved(tmp_path / "f.npz", x=x, y=y + 0.5), "Labels y"),
+        "no labels": (saved(tmp_path / "g.npz", x=x), "['y'] is missing"),
+        "pickled objects": (saved(tmp_path / "h.npz", x=np.array([{}] * 12), y=y), "h.npz"),
+        "a corrupt file": (f"--task=npz({str(tmp_path / 'corrupt.npz')!r})", "corrupt.npz"),
+        "a truncated file": (f"--task=npz({str(tmp_path / 'truncated.npz')!r})", "truncated.npz"),
+        "an unknown client field": (f"--task=npz({str(good)!r}, by='hospital')", "hospital"),
+        "more clients than examples": (f"--task=npz({str(good)!r}, num_clients=13)", "13"),
+        "a negative Dirichlet parameter": (f"--task=npz({str(good)!r}, num_clients=2, alpha=-1.0)", "-1.0"),
+        "a run directory under a file": (f"--workdir={tmp_path / 'file' / 'run'}", "cannot be written"),
+        "a run directory of something else": (f"--workdir={other}", "holds files but no run"),
+    }
+
+
+BAD_FLAGS = {
+    "an unknown task": ("--task=digit", 'did you mean "digits"'),
+    "an unknown algorithm": ("--algorithm=fedavgg", 'did you mean "fedavg"'),
+    "an unknown sampler": ("--sampler=unifrom", 'did you mean "uniform"'),
+    "an unknown argument": ("--algorithm=fedavg(local_epoch=1)", 'did you mean "local_epochs"'),
+    "an unknown flag": ("--cohort_sizes=3", "cohort_size"),
+    "a value that is no number": ("--rounds=many", "rounds"),
+    "no rounds": ("--rounds=0", "--rounds must be at least 1"),
+    "no evaluation": ("--eval_every=0", "--eval_every"),
+    "a negative batch size": ("--batch_size=-1", "--batch_size"),
+    "a negative seed": ("--seed=-1", "--seed"),
+    "no clients": ("--cohort_size=0", "--cohort_size"),
+    "a cohort larger than the population": ("--cohort_size=12", "more than the 11 training clients"),
+    "no devices": ("--devices=0", "--devices"),
+    "a negative clip": ("--client=clip_by_global_norm(-1.0)|sgd(0.1)", "positive number, not -1.0"),
+    "a clip of zero": ("--client=clip_by_global_norm(0)|sgd(0.1)", "positive number, not 0"),
+    "a NaN clip": ("--client=clip_by_global_norm(nan)|sgd(0.1)", "positive number, not nan"),
+    "a clip of text": ("--client=clip_by_global_norm('1')|sgd(0.1)", "--client"),
+    "a NaN clip of the update": ("--uplink=clip_by_global_norm(nan)", "--uplink"),
+    "a negative learning rate": ("--client=sgd(-0.1)", "learning rate must be positive"),
+    "an infinite learning rate": ("--server=sgd(inf)", "learning rate must be positive"),
+    "no optimiser": ("--client=", "--client: an optimiser is needed"),
+    "code": ("--client=__import__('os').system('touch owned')", "--client"),
+    "code in an argument": ("--client=sgd(open('owned', 'w'))", "--client"),
+    "no local epochs": ("--algorithm=fedavg(local_epochs=0)", "local_epochs must be a whole number"),
+    "half a local step": ("--algorithm=fedavg(local_steps=0.5)", "local_steps must be a whole number"),
+    "a window that never opens": ("--sampler=available(duty=0)", "--sampler"),
+    "a hidden layer without units": ("--task=digits(hidden=(0,))", "hidden"),
+    "all forms held out": ("--task=digits(held_out_forms=1.0)", "between 0 and 1"),
+    "two tasks": ("--task=digits|digits", "--task"),
+    "a file that is not there": ("--task=npz('nowhere.npz')", "nowhere.npz"),
+    "an unknown TFDS data set": ("--task=tfds('no_such_data_set')", "no_such_data_set"),
+    "a flagfile that is not there": ("--flagfile=nowhere.flags", "nowhere.flags"),
+    "a stray argument": ("digits", "unexpected argument 'digits'"),
+}
+
+
+def assert_refused(outcome, directory, before, *words):
+    code, out, err = outcome
+    assert code == 2
+    assert out == ""
+    assert err.splitlines()[-1].startswith("error: ")
+    assert err.count("error:") == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+    assert sorted(directory.rglob("*")) == before
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_bad_flag_is_one_sentence_and_exit_code_2(cli, case, tmp_path):
+    flag, words = BAD_FLAGS[case]
+    assert_refused(cli(flag), tmp_path, [], words)
+
+
+def test_bad_files_are_one_sentence_and_exit_code_2(cli, tmp_path):
+    for flag, words in bad_files(tmp_path).values():
+        before = sorted(tmp_path.rglob("*"))
+        quick = () if flag.startswith("--task") else QUICK
+        assert_refused(cli(flag, *quick), tmp_path, before, words)
+
+
+def test_a_run_leaves_what_the_readme_says_and_the_same_command_adds_nothing(cli, tmp_path):
+    code, out, err = cli(*QUICK, "--workdir=here")
+    assert code == 0
+    assert "held-out examples" in out
+    assert "6 clients" in err
+    here = tmp_path / "here"
+    found = {p.name for p in here.iterdir()}
+    assert found == {"checkpoints", "config.json", "curves.png", "metrics.jsonl", "params.npz", "tensorboard"}
+    rows = [json.loads(line) for line in (here / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert "eval/examples/loss" in rows[-1]
+    with np.load(here / "params.npz") as params:
+        assert set(params.files) == {"params/Dense_0/kernel", "params/Dense_0/bias"}
+    before = (here / "metrics.jsonl").read_bytes()
+    code, out, _ = cli(*QUICK, "--workdir=here")
+    assert code == 0
+    assert "Complete already (3 rounds)" in out
+    assert (here / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_rounds_go_on_and_another_configuration_is_refused(cli, tmp_path):
+    assert cli(*QUICK, "--workdir=here")[0] == 0
+    assert cli(*QUICK, "--workdir=here", "--rounds=5")[0] == 0
+    assert [row["round"] for row in rundir.RunDirectory("here", config()).rows()] == [1, 2, 3, 4, 5]
+    before = sorted(tmp_path.rglob("*"))
+    outcome = cli(*QUICK, "--workdir=here", "--seed=1")
+    assert_refused(outcome, tmp_path, before, "holds a run with --seed=0, not 1")
+
+
+def config():
+    return json.loads(pathlib.Path("here/config.json").read_text())["config"]
+
+
+def test_a_corrupt_checkpoint_is_named_and_nothing_is_lost(cli, tmp_path):
+    assert cli(*QUICK, "--workdir=here")[0] == 0
+    for path in (tmp_path / "here/checkpoints/3").rglob("*"):
+        if path.is_file() and path.name != "commit_success.txt":
+            path.write_bytes(b"garbage")
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(cli(*QUICK, "--workdir=here", "--rounds=5"), tmp_path, before, "checkpoints/3")
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    import fedjax_clip as fc
+
+    state = fc.State({"w": np.zeros(3, np.float32)}, ())
+    Checkpoints(tmp_path).save(1, state)
+    assert Checkpoints(tmp_path).restore(state)[0] == 1
+    for other in ({"w": np.zeros(4, np.float32)}, {"v": np.zeros(3, np.float32)}, {"w": np.zeros(3, np.int32)}):
+        with pytest.raises(fc.InvalidInput, match="another model"):
+            Checkpoints(tmp_path).restore(fc.State(other, ()))
+
+
+def test_help_fits_a_person(cli):
+    code, out, _ = cli("--help")
+    assert code == 0
+    assert out.index("--task=digits ") < out.index("--sampler=uniform ") < out.index("Components:")
+    assert "clip_by_global_norm(max_norm)" in out
+
+
+PRESETS = sorted((REPOSITORY / "experiments/presets").glob("*.flags"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_opens_with_its_command_time_and_result_and_runs(cli, preset):
+    head = [line for line in preset.read_text().splitlines() if line.startswith("#")]
+    assert head[0] == f"# python -m experiments.run --flagfile=experiments/presets/{preset.name}"
+    assert head[1].startswith("# Time: ")
+    assert "Ends at: " in head[1]
+    code, out, _ = cli(f"--flagfile={preset}", "--rounds=2")
+    assert code == 0
+    assert "2 rounds" in out
+
+
+def test_linear_regression_ends_near_two_and_one(cli):
+    code, _, _ = cli(f"--flagfile={REPOSITORY}/experiments/presets/linear_regression.flags", "--workdir=here")
+    assert code == 0
+    with np.load("here/params.npz") as params:
+        np.testing.assert_allclose(params["params/Dense_0/kernel"], [[2]], atol=0.05)
+        np.testing.assert_allclose(params["params/Dense_0/bias"], [1], atol=0.05)
+
+
+def test_two_nodes_meet_at_their_joint_optimum(cli):
+    assert cli(f"--flagfile={REPOSITORY}/experiments/presets/two_nodes.flags", "--workdir=here")[0] == 0
+    with np.load("here/params.npz") as params:
+        np.testing.assert_allclose(params["w"], 1, atol=1e-3)
+
+
+def test_the_default_run_reaches_its_accuracies(cli):
+    assert cli("--workdir=here")[0] == 0
+    last = rundir.RunDirectory("here", config()).rows()[-1]
+    assert last["eval/examples/accuracy"] > 0.95
+    assert last["eval/clients/accuracy"] > 0.90
+
+
+@pytest.fixture
+def kills():
+    specification = importlib.util.spec_from_file_location("kills", REPOSITORY / "benchmarks/kills.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_killed_three_times_it_ends_with_the_same_bits(kills, tmp_path):
+    kills.finish(tmp_path / "undisturbed")
+    rng = random.Random(0)
+    for _ in range(3):
+        kills.kill(tmp_path / "killed", rng)
+    kills.finish(tmp_path / "killed")
+    assert kills.outcome(tmp_path / "killed") == kills.outcome(tmp_path / "undisturbed")
+
+
+def test_control_c_saves_and_says_how_to_go_on(kills, tmp_path):
+    process = kills.start(tmp_path / "run")
+    while kills.count_rows(tmp_path / "run") < 3:
+        assert process.poll() is None, process.communicate()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    if process.returncode != 0:  # 0 if it was done before the signal came
+        assert process.returncode == 128 + signal.SIGINT
+        assert "the same command goes on from there" in out
+        assert "Traceback" not in err
+    kills.finish(tmp_path / "run")
+    assert [row["round"] for row in kills.outcome(tmp_path / "run")[1]] == list(range(1, kills.ROUNDS + 1))
+
+
+def test_the_module_runs_as_the_readme_writes_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.run", "--task=digit"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --task")
+    assert not list(tmp_path.iterdir())
+
+
