@@ -44,6 +44,7 @@ from IPython.display import display
 import fedjax_clip as fc
 from experiments import plots
 
+# %matplotlib inline
 SHORT = os.environ.get("FEDJAX_CLIP_SHORT") == "1"  # the project's tests run this notebook with less work
 ROUNDS = 4 if SHORT else 60
 
@@ -81,7 +82,10 @@ print("held-out clients  ", held_out_clients)
 # %%
 def init(key):
     k1, k2 = jax.random.split(key)
-    layer = lambda k, n, m: {"w": jax.random.normal(k, (n, m)) / np.sqrt(n), "b": jnp.zeros(m)}
+
+    def layer(k, n, m):
+        return {"w": jax.random.normal(k, (n, m)) / np.sqrt(n), "b": jnp.zeros(m)}
+
     return {"hidden": layer(k1, 64, 64), "out": layer(k2, 64, 10)}
 
 
@@ -129,15 +133,30 @@ learning_rates = [0.3, 3.0]
 seeds = [0] if SHORT else [0, 1, 2]
 
 
-def run(threshold, learning_rate, seed=0, data=train):
-    client_tx = optax.chain(fc.clipping.clip_by_global_norm(threshold), optax.sgd(learning_rate))
-    algorithm = fc.fedavg(per_example_loss, client_tx)
+def clipped_fedavg(threshold, learning_rate):
+    return fc.fedavg(
+        per_example_loss, optax.chain(fc.clipping.clip_by_global_norm(threshold), optax.sgd(learning_rate))
+    )
+
+
+def run(algorithm, seed=0, data=train):
     params = init(jax.random.key(seed))
-    options = dict(rounds=ROUNDS, cohort_size=8, batch_size=20, evaluate=evaluate, eval_every=2, seed=seed)
+    options = {
+        "rounds": ROUNDS,
+        "cohort_size": 8,
+        "batch_size": 20,
+        "evaluate": evaluate,
+        "eval_every": 2,
+        "seed": seed,
+    }
     return fc.train(algorithm, data, params, **options).history
 
 
-histories = {(lr, c): [run(c, lr, seed) for seed in seeds] for lr in learning_rates for c in thresholds}
+histories = {}
+for lr in learning_rates:
+    for c in thresholds:
+        algorithm = clipped_fedavg(c, lr)
+        histories[lr, c] = [run(algorithm, seed) for seed in seeds]
 
 # %%
 position = [c if np.isfinite(c) else 10.0 for c in thresholds]  # no clip: to the right of them all
@@ -175,13 +194,32 @@ for axis, lr in zip(axes, learning_rates, strict=True):
     for c, colour, name in zip(thresholds, colours, names, strict=True):
         rows = [row for row in histories[lr, c][0] if "eval/examples/accuracy" in row]
         y = [row["eval/examples/accuracy"] for row in rows]
-        axis.plot([row["round"] for row in rows], y, color=colour, lw=1.8, ls="-" if np.isfinite(c) else "--", label=name)
+        axis.plot(
+            [row["round"] for row in rows], y, color=colour, lw=1.8, ls="-" if np.isfinite(c) else "--", label=name
+        )
     axis.set(title=f"learning rate {lr:g}, seed 0", xlabel="round", ylim=(0, 1.02))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 axes[0].set_ylabel("accuracy on held-out examples")
 axes[1].legend(title="threshold", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
+
+# %%
+for lr in learning_rates:
+    for c, name in zip(thresholds, names, strict=True):
+        final = [h[-1] for h in histories[lr, c]]
+        means = {
+            k: np.mean([row[f"eval/{k}"] for row in final])
+            for k in ("examples/accuracy", "clients/accuracy", "examples/loss")
+        }
+        print(
+            lr,
+            name,
+            means,
+            [clipped_fraction(h) for h in histories[lr, c]],
+            [row["eval/examples/accuracy"] for row in final],
+            [round(h[0]["loss"], 2) for h in histories[lr, c]],
+        )
 
 # %% [markdown]
 # TODO
@@ -195,7 +233,7 @@ plt.show()
 # %%
 skewed = fc.partition.dirichlet(train.examples, num_clients=train.num_clients, alpha=0.1, seed=0)
 display(fc.partition.plot(skewed))
-plots.curves(run(1.0, 0.3, data=skewed), "the same training on Dirichlet(0.1) clients")
+plots.curves(run(clipped_fedavg(1.0, 0.3), data=skewed), "the same training on Dirichlet(0.1) clients")
 
 # %% [markdown]
 # TODO

@@ -1,0 +1,1 @@
+"""Binaries that run experiments, and what they share."""

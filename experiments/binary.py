@@ -73,7 +73,7 @@ def host_devices(count: int | None) -> None:
 
 def _flags_help() -> str:
     """The binary's own flags in the order of their definition, each with its default."""
-    own = flags.FLAGS.flags_by_module_dict()[flags.FLAGS.find_module_defining_flag("workdir")]
+    own = flags.FLAGS.flags_by_module_dict()[str(flags.FLAGS.find_module_defining_flag("workdir"))]
     rows = [(f"  --{f.name}" + ("" if f.default is None else f"={f.default}"), f.help or "") for f in own]
     indent = " " * 23
     return "\n".join(

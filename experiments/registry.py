@@ -116,7 +116,7 @@ def server_tx(text: str) -> optax.GradientTransformation:
 
 
 def client_tx(text: str) -> Callable[[Any], optax.GradientTransformation]:
-    """``"clip_by_global_norm(1.0)|sgd(cosine(0.1, 100))"``: a client's optimiser in a round; a schedule counts rounds."""
+    """``"clip_by_global_norm(1.0)|sgd(cosine(0.1, 100))"``: a client's optimiser; a schedule counts rounds."""
 
     def at(round: Any) -> optax.GradientTransformation:
         rates = {name: _at_round(schedule, round) for name, schedule in SCHEDULES.items()}

@@ -40,21 +40,14 @@ flags.DEFINE_integer("checkpoint_every", 25, "Rounds from one checkpoint to the 
 flags.DEFINE_integer("devices", None, "Devices to use; by default all (on a CPU, one for each core).")
 
 # What the results depend on. More rounds only make a run longer.
-IDENTITY = [
-    "task",
-    "algorithm",
-    "client",
-    "server",
-    "uplink",
-    "reducer",
-    "sampler",
-    "cohort_size",
-    "batch_size",
-    "seed",
-] + ["eval_every"]
+IDENTITY = (
+    *("task", "algorithm", "client", "server", "uplink", "reducer", "sampler", "cohort_size", "batch_size"),
+    *("seed", "eval_every"),
+)
 
 
 def main() -> None:
+    """Builds what the flags say, trains it, and writes its run directory."""
     for name in ("rounds", "eval_every", "checkpoint_every", "devices", "cohort_size"):
         value: Any = FLAGS[name].value
         if value is not None and value < 1:
@@ -118,6 +111,7 @@ def main() -> None:
 
 
 def cohort_size(task: tasks.Task) -> int:
+    """What ``--cohort_size`` says, or 8, or everyone."""
     if (FLAGS.cohort_size or 0) > task.data.num_clients:
         raise InvalidInput(
             f"--cohort_size={FLAGS.cohort_size} is more than the {task.data.num_clients} training clients."
@@ -126,6 +120,7 @@ def cohort_size(task: tasks.Task) -> int:
 
 
 def describe(task: tasks.Task, params: Any, devices: list[jax.Device]) -> str:
+    """One line on what is about to be trained."""
     data, size = task.data, sum(x.size for x in jax.tree.leaves(params))
     return (
         f"{FLAGS.task}: {data.num_clients} clients with {data.sizes.min()} to {data.sizes.max()} examples, "
@@ -163,6 +158,7 @@ class Progress:
 
 
 def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirectory) -> str:
+    """The last evaluation, the parameters if they are few, and where to look next."""
     last = rows[-1]
     sets = dict.fromkeys(k.split("/")[1] for k in last if k.startswith("eval/"))
     lines = []

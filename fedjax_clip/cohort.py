@@ -47,7 +47,7 @@ class Cohort:
     width: int = 1
 
     def clients(self, start: Array) -> tuple[Array, ...]:
-        """``(id, weight, first, num_steps, state)`` of the ``width`` clients from slot ``start``, each ``[width, ...]``."""
+        """``(id, weight, first, num_steps, state)`` of the ``width`` clients from slot ``start``."""
         fields = (self.ids, self.weight, self.first, self.num_steps, self.state)
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, self.width), fields)
 

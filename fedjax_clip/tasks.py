@@ -99,11 +99,12 @@ def tfds(
     by: str | None = None,
     num_clients: int = 100,
     alpha: float | None = None,
+    download: bool = False,
     hidden: Sequence[int] = (128,),
     seed: int = 0,
 ) -> Task:
     """Classification of any TFDS data set of images and labels; arguments as for ``npz`` and ``fc.sources.tfds``."""
-    examples = sources.tfds(name, split, data_dir, by)
+    examples = sources.tfds(name, split, data_dir, by, download=download)
     return classification(_deal(examples, num_clients, alpha, seed), hidden, seed=seed)
 
 

@@ -43,10 +43,7 @@ def jax_mean_loss(name, p, x, y, w):
     if name == "linear":
         losses = 0.5 * (x @ p["w"] + p["b"] - y) ** 2
     else:
-        if name == "mlp":
-            z = jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"]
-        else:
-            z = x @ p["w"] + p["b"]
+        z = jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"] if name == "mlp" else x @ p["w"] + p["b"]
         losses = optax.softmax_cross_entropy_with_integer_labels(z, y)
     return jnp.sum(w * losses) / jnp.sum(w)
 
@@ -73,7 +70,8 @@ def test_gradient_against_central_differences(name, weighted):
 
     g = model.grad(p, x, y, w)
     for k in p:
-        assert g[k].shape == p[k].shape and g[k].dtype == np.float64
+        assert g[k].shape == p[k].shape
+        assert g[k].dtype == np.float64
         for index in np.ndindex(p[k].shape):
             h = 1e-5
             up, down = o.as64(p), o.as64(p)
@@ -196,7 +194,8 @@ def test_clipping_a_zero_gradient_is_safe():
     zero = {"w": np.zeros(3)}
     for c in (0.0, 1.0):
         u, fired = o.clip_to_norm(zero, c)
-        assert not fired and np.all(u["w"] == 0.0)
+        assert not fired
+        assert np.all(u["w"] == 0.0)
 
 
 # --- local work ------------------------------------------------------------------------------------------------------
@@ -222,7 +221,8 @@ def test_local_update_against_jax_and_optax(name, which):
     with x64():
         expected = jax_local(name, p, batches, theirs)
     close(delta, expected, rtol=1e-9, atol=1e-12)
-    assert stats["steps"] == len(batches) and stats["examples"] == sum(len(x) for x, _, _ in batches)
+    assert stats["steps"] == len(batches)
+    assert stats["examples"] == sum(len(x) for x, _, _ in batches)
     assert stats["weight_sum"] == pytest.approx(sum(np.sum(w) for _, _, w in batches))
 
 
@@ -235,7 +235,8 @@ def test_local_update_by_hand():
     assert stats == {"loss_sum": 3 * (8.0 + 2.0), "weight_sum": 6.0, "steps": 2, "clipped": 0, "examples": 2}
     # Norms are sqrt(80) and sqrt(20): a clip at 5 shrinks the first step alone, to 5/sqrt(80) of itself.
     delta, stats = o.local_update(p, [batch], o.linear, [o.clip_by_global_norm(5.0), o.sgd(0.1)])
-    assert o.global_norm(delta) == pytest.approx(0.5) and stats["clipped"] == 1
+    assert o.global_norm(delta) == pytest.approx(0.5)
+    assert stats["clipped"] == 1
     one = {"w": np.array([0.8]), "b": np.array(0.4)}
     assert o.local_update(one, [batch], o.linear, [o.clip_by_global_norm(5.0), o.sgd(0.1)])[1]["clipped"] == 0
 
@@ -268,7 +269,8 @@ def test_fedsgd_is_centralised_gradient_descent(name, clip):
     x, y, w = o.pool(cohort)
     close(got, o.gradient_descent(p, x, y, o.MODELS[name], 0.3, 4, clip=clip, weights=w), rtol=1e-10)
     assert history[0]["loss"] == pytest.approx(o.MODELS[name].mean_loss(p, x, y, w))
-    assert [h["steps"] for h in history] == [3] * 4 and history[0]["examples"] == len(x)
+    assert [h["steps"] for h in history] == [3] * 4
+    assert history[0]["examples"] == len(x)
 
 
 def test_fedavg_with_one_full_batch_is_fedsgd():
@@ -340,7 +342,13 @@ def test_rounds_against_jax_and_optax(server):
 
 def test_aggregate_by_hand():
     def client(weight_sum, loss_sum, steps, clipped, examples):
-        return dict(weight_sum=weight_sum, loss_sum=loss_sum, steps=steps, clipped=clipped, examples=examples)
+        return {
+            "weight_sum": weight_sum,
+            "loss_sum": loss_sum,
+            "steps": steps,
+            "clipped": clipped,
+            "examples": examples,
+        }
 
     deltas = [{"w": np.array(v)} for v in ([3.0, 4.0], [0.0, 1.0], [np.nan, 0.0], [np.inf, 0.0], [9.0, 9.0])]
     stats = [client(1.0, 4.0, 2, 1, 2), client(3.0, 2.0, 3, 0, 3)]
@@ -348,7 +356,15 @@ def test_aggregate_by_hand():
     stats.append(client(0.0, 0.0, 0, 0, 0))  # an empty client: no say, however odd its delta
     mean, m = o.aggregate(deltas, stats)
     np.testing.assert_allclose(mean["w"], [0.75, 1.75])
-    expected = dict(loss=1.5, examples=5, steps=5, clients=2, dropped=2, clipped_steps=0.2, clipped_updates=0.0)
+    expected = {
+        "loss": 1.5,
+        "examples": 5,
+        "steps": 5,
+        "clients": 2,
+        "dropped": 2,
+        "clipped_steps": 0.2,
+        "clipped_updates": 0.0,
+    }
     assert m == {**expected, "update_norm": pytest.approx(np.hypot(0.75, 1.75))}
     np.testing.assert_allclose(o.aggregate(deltas, stats, "uniform")[0]["w"], [1.5, 2.5])
     mean, m = o.aggregate(deltas, stats, "uniform", update_clip=2.5)
@@ -383,8 +399,10 @@ def test_round_with_nobody_left():
         close(skipped, first, rtol=0, atol=0)
         stepped, _ = o.fedavg_rounds(p, [cohort, empty], *args)
         close(o.sub(stepped, first), o.scale(0.5, o.sub(first, p)))  # momentum alone
-        assert history[1]["clients"] == 0 and history[1]["dropped"] == len(empty)
-        assert np.isnan(history[1]["loss"]) and history[1]["update_norm"] == 0.0
+        assert history[1]["clients"] == 0
+        assert history[1]["dropped"] == len(empty)
+        assert np.isnan(history[1]["loss"])
+        assert history[1]["update_norm"] == 0.0
 
 
 def test_inputs_are_left_alone():

@@ -77,7 +77,9 @@ def test_dirichlet_alpha_sets_the_skew():
         return (counts.max(0) / counts.sum(0)).mean()
 
     sharp, middle, flat = map(largest_share, (1e-3, 1.0, 1e3))
-    assert sharp > 0.97 and 0.2 < middle < 0.6 and flat < 0.12
+    assert sharp > 0.97
+    assert 0.2 < middle < 0.6
+    assert flat < 0.12
 
 
 def test_quantity_skew_sizes():
@@ -113,7 +115,8 @@ def test_nested_fields_and_seed_types():
 def test_natural_names(keys, names):
     given_examples = {"x": np.arange(4), "who": keys}
     data = partition.natural(given_examples, "who")
-    assert data.names == names and set(data.examples) == {"x"}
+    assert data.names == names
+    assert set(data.examples) == {"x"}
     kept = partition.natural(given_examples, "who", keep=True)
     for c in range(kept.num_clients):
         assert {k.decode() if isinstance(k, bytes) else str(k) for k in kept.client(c)["who"]} == {kept.name(c)}
@@ -182,7 +185,8 @@ def test_plot_writes_a_picture(tmp_path, num_clients, num_classes):
     path = tmp_path / "picture.png"
     figure = partition.plot(plotted(num_clients, num_classes), path=path)
     assert f"{num_clients} clients, 4,000 examples" in figure.get_suptitle()
-    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert path.stat().st_size > 5000
 
 
 def test_plot_bars_are_the_counts():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from experiments import binary, registry, rundir, run
+from experiments import binary, registry, run, rundir
 from fedjax_clip.checkpoint import Checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -231,6 +231,18 @@ def test_the_default_run_reaches_its_accuracies(cli):
     assert last["eval/clients/accuracy"] > 0.90
 
 
+def test_a_tfds_data_set_with_natural_clients_trains_without_a_network(cli, tmp_path, monkeypatch):
+    from fedjax_clip import sources
+
+    monkeypatch.setenv("FEDJAX_CLIP_CACHE", str(tmp_path / "cache"))
+    sources.build_digits_tfds(tmp_path / "tfds")
+    task = f"--task=tfds('fedjax_digits', data_dir={str(tmp_path / 'tfds')!r}, by='client_id')"
+    code, out, err = cli(task, "--rounds=2", "--workdir=here")
+    assert code == 0, err
+    assert "11 clients" in err
+    assert "held-out clients" in out
+
+
 @pytest.fixture
 def kills():
     specification = importlib.util.spec_from_file_location("kills", REPOSITORY / "benchmarks/kills.py")
@@ -273,5 +285,3 @@ def test_the_module_runs_as_the_readme_writes_it(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --task")
     assert not list(tmp_path.iterdir())
-
-

@@ -31,10 +31,15 @@ def same(one, two):
 def test_digits_are_14_forms():
     data = sources.digits()
     assert data.names == [f"form{i:02d}" for i in range(14)]
-    assert data.num_examples == 1797 and data.sizes.min() == 122 and data.sizes.max() == 130
+    assert data.num_examples == 1797
+    assert data.sizes.min() == 122
+    assert data.sizes.max() == 130
     x, y = data.examples["x"], data.examples["y"]
-    assert x.shape == (1797, 8, 8, 1) and x.dtype == np.float32 and (x.min(), x.max()) == (0, 1)
-    assert y.dtype == np.int32 and set(y) == set(range(10))
+    assert x.shape == (1797, 8, 8, 1)
+    assert x.dtype == np.float32
+    assert (x.min(), x.max()) == (0, 1)
+    assert y.dtype == np.int32
+    assert set(y) == set(range(10))
     for c in range(14):
         start = data.client(c)["y"][:15]
         np.testing.assert_array_equal(start, (start[0] + np.arange(15)) % 10)
@@ -68,7 +73,8 @@ def test_npz_fields_and_grouping(tmp_path):
     np.savez_compressed(path, x=np.arange(6).reshape(3, 2), who=np.array(["b", "a", "b"]))
     assert set(sources.npz(path)) == {"x", "who"}
     data = sources.npz(path, by="who")
-    assert data.names == ["a", "b"] and data.client(1)["x"].tolist() == [[0, 1], [4, 5]]
+    assert data.names == ["a", "b"]
+    assert data.client(1)["x"].tolist() == [[0, 1], [4, 5]]
 
 
 def npy(array):
@@ -145,7 +151,8 @@ def test_bad_npz_is_refused_with_its_name(tmp_path, write, sentence):
     write(path)
     with pytest.raises(InvalidInput, match=sentence) as error:
         sources.npz(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_npz_grouping_is_refused(tmp_path):
@@ -219,7 +226,8 @@ def no_tfds(monkeypatch):
 
 def test_tfds_gives_the_same_digits(read):
     data, expected = read(by="client_id"), sources.digits()
-    assert data.names == expected.names and set(data.examples) == {"x", "y"}
+    assert data.names == expected.names
+    assert set(data.examples) == {"x", "y"}
     np.testing.assert_array_equal(data.offsets, expected.offsets)
     assert data.examples["x"].dtype == np.uint8
     np.testing.assert_array_equal(data.examples["x"] / np.float32(16), expected.examples["x"])
@@ -323,7 +331,8 @@ def test_two_at_once_convert_once(read, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(calls) == 1 and len(results) == 3
+    assert len(calls) == 1
+    assert len(results) == 3
 
 
 @pytest.mark.parametrize(
@@ -374,6 +383,11 @@ def test_stock_data_sets(tfds, tmp_path):
         faces = sources.tfds("celeb_a", fields=["attributes"], label="attributes/Young", **keywords)
         with pytest.raises(InvalidInput, match="Field 'image' of 'voc' is not one text, or numbers of the same shape"):
             sources.tfds("voc", **keywords)
-    assert mnist["x"].shape == (7, 28, 28, 1) and mnist["x"].dtype == np.uint8 and mnist["y"].shape == (7,)
-    assert reviews["text"].dtype.kind == "S" and len(reviews["text"][0]) >= 10
-    assert faces["y"].dtype == bool and "attributes/Smiling" in faces and "x" not in faces
+    assert mnist["x"].shape == (7, 28, 28, 1)
+    assert mnist["x"].dtype == np.uint8
+    assert mnist["y"].shape == (7,)
+    assert reviews["text"].dtype.kind == "S"
+    assert len(reviews["text"][0]) >= 10
+    assert faces["y"].dtype == bool
+    assert "attributes/Smiling" in faces
+    assert "x" not in faces
