@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,7 +122,6 @@ class Run:
             server, states, metrics = one(server, jax.tree.map(lambda x: x[0], cohort), key)
             return server, jax.tree.map(lambda x: x[None], states), metrics
 
-        run.cache_size = one._cache_size
         return run
 
     def rounds(self, params, cohorts_ids, step=None, devices=1, edit=lambda cohort: cohort):
@@ -157,13 +157,11 @@ COHORTS = ([4, 1, 3], [0, 2, 5], [5, 2, 4])
 
 def assert_close(actual, expected, rtol=2e-5, atol=2e-6):
     """Equal to rounding, and finite: NaN is not equal to NaN here."""
-    for name, x in fc.tree.flatten_with_names(actual).items():
-        assert np.all(np.isfinite(x)), f"{name} is not finite: {x}"
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), actual, expected)
+    chex.assert_tree_all_finite(actual)
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
 
 
 def assert_identical(actual, expected):
     """Equal to the last bit, and finite."""
-    for name, x in fc.tree.flatten_with_names(actual).items():
-        assert np.all(np.isfinite(x)), f"{name} is not finite: {x}"
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    chex.assert_tree_all_finite(actual)
+    chex.assert_trees_all_equal(actual, expected)

@@ -7,7 +7,6 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +48,7 @@ def test_notebook_runs(script, tmp_path, monkeypatch):
     notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
     NotebookClient(
         notebook,
-        km=AsyncKernelManager(kernel_name="this", transport="ipc"),
+        kernel_name="this",
         timeout=120,
         resources={"metadata": {"path": str(tmp_path / "work")}},
     ).execute()

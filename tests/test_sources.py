@@ -1,5 +1,6 @@
 """Real data: the digits, .npz files and TFDS, all without a network."""
 
+import importlib.util
 import io
 import json
 import os
@@ -11,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from fedjax_clip.data import sources
+from fedjax_clip.data import sources, tfds_cache
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.typing import InvalidInput
 
@@ -221,7 +222,7 @@ def no_tfds(monkeypatch):
     def refuse():
         raise AssertionError("TFDS is asked again")
 
-    return lambda: monkeypatch.setattr(sources, "_import_tfds", refuse)
+    return lambda: monkeypatch.setattr(tfds_cache, "import_tfds", refuse)
 
 
 def test_tfds_gives_the_same_digits(read):
@@ -323,8 +324,8 @@ def test_a_failed_conversion_leaves_nothing(read, tmp_path, monkeypatch):
 
 def test_two_at_once_convert_once(read, monkeypatch):
     calls = []
-    convert = sources._convert
-    monkeypatch.setattr(sources, "_convert", lambda *args: calls.append(1) or convert(*args))
+    convert = tfds_cache._convert
+    monkeypatch.setattr(tfds_cache, "_convert", lambda *args: calls.append(1) or convert(*args))
     results = []
     threads = [threading.Thread(target=lambda: results.append(read(by="client_id"))) for _ in range(3)]
     for thread in threads:
@@ -369,9 +370,9 @@ def test_an_unusable_cache(read, tmp_path):
 
 @pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record"])
 def test_tfds_without_its_packages(read, monkeypatch, package):
-    find = sources.importlib.util.find_spec
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if name == package else find(name))
-    with pytest.raises(InvalidInput, match=rf'need {package}.*pip install "fedjax_clip\[data\]"'):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(InvalidInput, match=rf'need {package}.*pip install "fedjax_clip\[tfds\]"'):
         read()
 
 

@@ -181,7 +181,8 @@ def test_builds(text, built):
         ("sgd(sgd(0.1))", '--client: unknown component "sgd" (valid: cosine).'),
         (
             "sgd(0.1, momentun=0.9)",
-            '--client: sgd has no argument "momentun"; did you mean "momentum"? (it is sgd(learning_rate, momentum=None)).',
+            '--client: sgd has no argument "momentun"; did you mean "momentum"? '
+            "(it is sgd(learning_rate, momentum=None)).",
         ),
         (
             "sgd(momentum=0.9)",
