@@ -1,47 +1,62 @@
-# make demo  trains on handwritten digits;  make test  runs the tests.  Each needs nothing but Python and its pip.
-# make lint, make format, make wheel, make clean: for developers.
-
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
-  if $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then echo $$p; break; fi; done)
+# Each target makes its own virtual environment first: all it takes is Python 3.11 or newer with its pip.
+#
+#   make demo                                              train on handwritten digits and draw the curves
+#   make demo ARGS="--rounds=20 --client='sgd(0.1)'"       the same with other flags
+#   make test ARGS=tests/test_spec.py                      the tests, or some of them
+#   make test PYTHON=python3.12 VENV=.venv-3.12            with another Python
+#
+# PYTHON: the interpreter; by default python3 or, where that is too old, python3.12 or python3.11.
 VENV ?= .venv
-BIN := $(VENV)/bin
-CONSTRAINTS = constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+WORKERS ?= 2
+
+python := $(VENV)/bin/python
+pins := pyproject.toml $(wildcard constraints/*.txt)
+install = $(python) -m pip install --quiet --disable-pip-version-check \
+  -c "$$($(python) -c 'import sys; print(f"constraints/py3{min(sys.version_info[1], 12)}.txt")')"
 
 .PHONY: demo test lint format wheel clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m experiments.run $(ARGS)
+	$(python) -m experiments.run $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(python) -m pytest -q -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
 
 format: $(VENV)/.dev
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
 
 wheel: $(VENV)/.dev
 	rm -rf dist build
-	$(BIN)/python -m build --wheel
+	$(python) -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
-$(BIN)/python:
-	@if [ -z "$(PYTHON)" ]; then echo "error: Python 3.11 or 3.12 is needed; name one with make PYTHON=/path/to/python3." >&2; exit 2; fi
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
-	  { echo "error: $(PYTHON) has no venv module; install it (on Debian: apt-get install python3-venv)." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/.python:
+	@for python in $(or $(PYTHON),python3 python3.12 python3.11); do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	  $$python -c 'import ensurepip, venv' 2>/dev/null || { bare="$$bare $$python"; continue; }; \
+	  echo "Making $(VENV) with $$($$python -V)"; \
+	  $$python -m venv --clear $(VENV) && touch $@; exit; \
+	done; \
+	if [ "$$bare" ]; then echo "error:$$bare cannot make virtual environments; install its venv package" \
+	  "(python3-venv on Debian and Ubuntu) or name another with PYTHON=." >&2; \
+	else echo "error: fedjax_clip needs Python 3.11 or newer, and none of these is:" \
+	  "$(or $(PYTHON),python3 python3.12 python3.11); name one with PYTHON=." >&2; fi; exit 1
 
-$(VENV)/.demo: $(BIN)/python pyproject.toml
-	$(INSTALL) --editable ".[experiments]"
+$(VENV)/.demo: $(VENV)/.python $(pins)
+	@echo "Installing what the experiments need into $(VENV) (once)"
+	@$(install) -e '.[experiments]'
 	@touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(INSTALL) --editable ".[dev]"
-	@touch $@ $(VENV)/.demo
+$(VENV)/.dev: $(VENV)/.python $(pins)
+	@echo "Installing what the tests need into $(VENV) (once)"
+	@$(install) -e '.[dev]'
+	@touch $(VENV)/.demo $@

@@ -19,7 +19,7 @@
 # adds the mean of these changes to its parameters. This is federated averaging (FedAvg).
 #
 # This notebook trains a small network that way on handwritten digits, and looks at what clipping the clients' gradients
-# changes. It runs as it is on a CPU, GPU or TPU; two CPU cores take about two minutes.
+# changes. No line after the installation names a kind of device; two CPU cores take about a minute.
 
 # %%
 import glob
@@ -27,8 +27,9 @@ import importlib.util
 import shutil
 
 if importlib.util.find_spec("fedjax_clip") is None:
-    # The package is on no public index yet: clone it, and run  pip install ".[experiments]"  in the clone instead.
-    accelerator = ",cuda" if shutil.which("nvidia-smi") else ",tpu" if glob.glob("/dev/accel*") else ""
+    # On no public index yet: until it is, clone the repository and run  pip install ".[experiments]"  there.
+    tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    accelerator = ",cuda" if shutil.which("nvidia-smi") else ",tpu" if tpu else ""
     # %pip install -q "fedjax_clip[experiments{accelerator}]"
 
 # %%
@@ -82,17 +83,14 @@ print("held-out clients  ", held_out_clients)
 # %%
 def init(key):
     k1, k2 = jax.random.split(key)
-
-    def layer(k, n, m):
-        return {"w": jax.random.normal(k, (n, m)) / np.sqrt(n), "b": jnp.zeros(m)}
-
-    return {"hidden": layer(k1, 64, 64), "out": layer(k2, 64, 10)}
+    w1, w2 = jax.random.normal(k1, (64, 64)) / 8, jax.random.normal(k2, (64, 10)) / 8
+    return {"w1": w1, "b1": jnp.zeros(64), "w2": w2, "b2": jnp.zeros(10)}
 
 
 def per_example_loss(params, batch, key):
     x = batch["x"].reshape(-1, 64)
-    x = jax.nn.relu(x @ params["hidden"]["w"] + params["hidden"]["b"])
-    logits = x @ params["out"]["w"] + params["out"]["b"]
+    hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
+    logits = hidden @ params["w2"] + params["b2"]
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
     return losses, {"accuracy": (logits.argmax(-1) == batch["y"]).astype(jnp.float32)}
 
@@ -108,15 +106,14 @@ client_tx = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.3))
 algorithm = fc.fedavg(per_example_loss, client_tx)
 evaluate = fc.evaluator(per_example_loss, {"examples": held_out_examples, "clients": held_out_clients})
 
-result = fc.train(
-    algorithm, train, init(jax.random.key(0)),
-    rounds=ROUNDS, cohort_size=8, batch_size=20, evaluate=evaluate, eval_every=2,
-)  # fmt: skip
+settings = {"rounds": ROUNDS, "cohort_size": 8, "batch_size": 20, "evaluate": evaluate, "eval_every": 2}
+result = fc.train(algorithm, train, init(jax.random.key(0)), **settings)
 result.history[-1]
 
 # %% [markdown]
-# `history` holds such a row for each round. The gradients are longest in the first rounds, and there most steps are
-# clipped; later few are.
+# `history` holds such a row for each round. `clipped_steps` is the fraction of the local steps that the clip changed: it
+# is highest, about 0.8, in round 5 and near 0.1 at the end. Accuracy is about 0.95 on held-out examples and 0.93 on
+# held-out clients: unseen handwriting is a little harder.
 
 # %%
 plots.curves(result.history, "FedAvg on digits by form, steps clipped at norm 1, learning rate 0.3")
@@ -125,32 +122,22 @@ plots.curves(result.history, "FedAvg on digits by form, steps clipped at norm 1,
 # ## Which threshold?
 #
 # The same training at six thresholds (`inf` never clips), at the learning rate above and at ten times as much, with
-# three seeds each. The round is compiled anew for each run, which is most of the time this takes.
+# three seeds each. This is the one cell that takes a while: each of the twelve algorithms is compiled once.
+
 
 # %%
-thresholds = [0.1, np.inf] if SHORT else [0.03, 0.1, 0.3, 1.0, 3.0, np.inf]
-learning_rates = [0.3, 3.0]
-seeds = [0] if SHORT else [0, 1, 2]
-
-
 def clipped_fedavg(threshold, learning_rate):
-    return fc.fedavg(
-        per_example_loss, optax.chain(fc.clipping.clip_by_global_norm(threshold), optax.sgd(learning_rate))
-    )
+    client_tx = optax.chain(fc.clipping.clip_by_global_norm(threshold), optax.sgd(learning_rate))
+    return fc.fedavg(per_example_loss, client_tx)
 
 
 def run(algorithm, seed=0, data=train):
-    params = init(jax.random.key(seed))
-    options = {
-        "rounds": ROUNDS,
-        "cohort_size": 8,
-        "batch_size": 20,
-        "evaluate": evaluate,
-        "eval_every": 2,
-        "seed": seed,
-    }
-    return fc.train(algorithm, data, params, **options).history
+    return fc.train(algorithm, data, init(jax.random.key(seed)), seed=seed, **settings).history
 
+
+thresholds = [0.1, np.inf] if SHORT else [0.03, 0.1, 0.3, 1.0, 3.0, np.inf]
+learning_rates = [0.3, 3.0]
+seeds = [0] if SHORT else [0, 1, 2]
 
 histories = {}
 for lr in learning_rates:
@@ -159,89 +146,79 @@ for lr in learning_rates:
         histories[lr, c] = [run(algorithm, seed) for seed in seeds]
 
 # %%
-position = [c if np.isfinite(c) else 10.0 for c in thresholds]  # no clip: to the right of them all
 names = [f"{c:g}" if np.isfinite(c) else "no clip" for c in thresholds]
-
-
-def final_accuracy(history):
-    return history[-1]["eval/examples/accuracy"]
-
-
-def clipped_fraction(history):
-    return np.mean([row["clipped_steps"] for row in history])
-
+position = [c if np.isfinite(c) else 10.0 for c in thresholds]  # no clip: to the right of them all
+panels = {
+    f"accuracy on held-out examples, round {ROUNDS}": lambda history: history[-1]["eval/examples/accuracy"],
+    "fraction of local steps clipped, all rounds": lambda history: np.mean([row["clipped_steps"] for row in history]),
+}
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-panels = [(final_accuracy, f"accuracy on held-out examples, round {ROUNDS}"),
-          (clipped_fraction, "fraction of local steps clipped, all rounds")]  # fmt: skip
-for axis, (measure, title) in zip(axes, panels, strict=True):
+for axis, (title, measure) in zip(axes, panels.items(), strict=True):
     for lr, colour, marker in zip(learning_rates, ["#1f77b4", "#d95f02"], "os", strict=True):
-        values = np.array([[measure(h) for h in histories[lr, c]] for c in thresholds])
+        values = np.array([[measure(history) for history in histories[lr, c]] for c in thresholds])
         axis.plot(position, values.mean(1), color=colour, marker=marker, ms=5, label=f"learning rate {lr:g}")
-        axis.plot(position, values, ".", color=colour, alpha=0.5, ms=4)  # each seed
+        axis.plot(position, values, ".", color=colour, alpha=0.6, ms=4)
     axis.set(title=title, xscale="log", xlabel="clipping threshold (norm of a step's gradient)", ylim=(-0.03, 1.03))
     axis.set_xticks(position, names)
     axis.minorticks_off()
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-axes[0].legend(frameon=False, loc="center left")
+axes[0].legend(frameon=False, loc="center left", bbox_to_anchor=(0, 0.4))
 plt.show()
+
+# %% [markdown]
+# Lines are means over the seeds, small dots the seeds.
+#
+# **At learning rate 0.3 clipping gains nothing.** Thresholds of 1 and more end where no clip does, near 0.95; smaller ones
+# shorten every step and are only slower (0.70 at 0.03).
+#
+# **At learning rate 3 it decides.** Without a clip, or with one at 3, the first long steps silence every unit of the
+# hidden layer for good (a ReLU that is 0 on all inputs has no gradient), and the network ends at chance, 0.10; nothing
+# becomes NaN. Thresholds of 1 and less end at 0.94 to 0.96. A clip at 3 touches under one step in a hundred, and is as
+# good as none; one at 1 touches a quarter.
+#
+# **Where all steps are clipped, only the product counts.** Learning rate 3 at threshold 0.03 does what 0.3 at 0.3 does:
+# a step then has the length learning rate × threshold, whatever the gradient.
+#
+# So a clip buys no accuracy here that a good learning rate would not; it makes the choice of the learning rate matter
+# less. The curves show when it happens:
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-colours = plt.colormaps["viridis"](np.linspace(0, 0.9, len(thresholds)))
+colours = [*plt.colormaps["plasma"](np.linspace(0, 0.9, len(thresholds) - 1)), "black"]
 for axis, lr in zip(axes, learning_rates, strict=True):
     for c, colour, name in zip(thresholds, colours, names, strict=True):
-        rows = [row for row in histories[lr, c][0] if "eval/examples/accuracy" in row]
-        y = [row["eval/examples/accuracy"] for row in rows]
-        axis.plot(
-            [row["round"] for row in rows], y, color=colour, lw=1.8, ls="-" if np.isfinite(c) else "--", label=name
-        )
-    axis.set(title=f"learning rate {lr:g}, seed 0", xlabel="round", ylim=(0, 1.02))
+        points = [(row["round"], row["eval/examples/accuracy"]) for row in histories[lr, c][0] if row["round"] % 2 == 0]
+        axis.plot(*zip(*points, strict=True), color=colour, ls="-" if np.isfinite(c) else ":", lw=1.8, label=name)
+    axis.set(title=f"learning rate {lr:g}, first seed", xlabel="round", ylim=(0, 1.02))
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 axes[0].set_ylabel("accuracy on held-out examples")
 axes[1].legend(title="threshold", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
-# %%
-for lr in learning_rates:
-    for c, name in zip(thresholds, names, strict=True):
-        final = [h[-1] for h in histories[lr, c]]
-        means = {
-            k: np.mean([row[f"eval/{k}"] for row in final])
-            for k in ("examples/accuracy", "clients/accuracy", "examples/loss")
-        }
-        print(
-            lr,
-            name,
-            means,
-            [clipped_fraction(h) for h in histories[lr, c]],
-            [row["eval/examples/accuracy"] for row in final],
-            [round(h[0]["loss"], 2) for h in histories[lr, c]],
-        )
-
-# %% [markdown]
-# TODO
-
 # %% [markdown]
 # ## Clients that differ more
 #
-# The forms are alike in their mix of digits. Clients often are not. Deal the same training examples out again, each
-# digit in proportions drawn from a Dirichlet distribution: the smaller its parameter, the fewer clients have a digit.
+# The forms hold every digit equally often. Clients seldom do. Deal the same training examples out again, each digit in
+# proportions drawn from a Dirichlet distribution: the smaller its parameter, the fewer clients share a digit.
 
 # %%
 skewed = fc.partition.dirichlet(train.examples, num_clients=train.num_clients, alpha=0.1, seed=0)
 display(fc.partition.plot(skewed))
-plots.curves(run(clipped_fedavg(1.0, 0.3), data=skewed), "the same training on Dirichlet(0.1) clients")
+history = run(clipped_fedavg(1.0, 0.3), data=skewed)
+plots.curves(history, "Dirichlet(0.1) clients, steps clipped at norm 1, learning rate 0.3")
 
 # %% [markdown]
-# TODO
+# It learns more slowly and less smoothly (0.72 after 10 rounds, where the forms gave 0.91), because each client pulls
+# towards its own digits; after 60 rounds the difference is gone. The training accuracy is the higher from the start: a
+# client that holds three digits has an easier task than the held-out data set.
 #
 # ## Where to go next
 #
-# - `python -m experiments.run --help`: the same from the command line, with checkpoints, resuming and more tasks; ready
-#   settings are in `experiments/presets/`.
-# - `fc.uplink.clip_by_global_norm` clips a client's whole update instead of its steps; `fc.fedavg(..., server_tx=
-#   optax.adam(0.01))` gives the server another optimiser.
+# - `python -m experiments.run --help`: such runs from the command line, with checkpoints and more tasks; ready settings
+#   are in `experiments/presets/`.
+# - `fc.uplink.clip_by_global_norm` clips a client's whole update instead of its steps; `server_tx=optax.adam(0.01)` in
+#   `fc.fedavg` gives the server another optimiser.
 # - `docs/design.md`: how a round is built, and how to write another algorithm.

@@ -5,7 +5,9 @@ The round itself knows nothing of this: give it an unsplit cohort under ``jax.ji
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +33,11 @@ def pmap_round(
       passed in is donated: do not use it again.
     """
 
+    return _pmap_round(algorithm, tuple(devices))
+
+
+@functools.lru_cache(maxsize=16)  # so that training the same algorithm again does not compile again
+def _pmap_round(algorithm: Algorithm, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
     def one_device(server: PyTree, cohort: Cohort, key: Array):
         return algorithm.round(server, dataclasses.replace(cohort, axis_name=AXIS), key)
 
