@@ -27,10 +27,11 @@ import importlib.util
 import shutil
 
 if importlib.util.find_spec("fedjax_clip") is None:
-    # On no public index yet: until it is, clone the repository and run  pip install ".[experiments]"  there.
+    # Where a clone of the repository lies, seen from here: a notebook in its colab/ folder sees it as "..".
+    clone = ".."
     tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     accelerator = ",cuda" if shutil.which("nvidia-smi") else ",tpu" if tpu else ""
-    # %pip install -q "fedjax_clip[experiments{accelerator}]"
+    # %pip install -q "{clone}[experiments{accelerator}]"
 
 # %%
 import os
@@ -43,7 +44,6 @@ import optax
 from IPython.display import display
 
 import fedjax_clip as fc
-from experiments import plots
 
 # %matplotlib inline
 SHORT = os.environ.get("FEDJAX_CLIP_SHORT") == "1"  # the project's tests run this notebook with less work
@@ -116,7 +116,7 @@ result.history[-1]
 # held-out clients: unseen handwriting is a little harder.
 
 # %%
-plots.curves(result.history, "FedAvg on digits by form, steps clipped at norm 1, learning rate 0.3")
+fc.plots.curves(result.history, "FedAvg on digits by form, steps clipped at norm 1, learning rate 0.3")
 
 # %% [markdown]
 # ## Which threshold?
@@ -208,7 +208,7 @@ plt.show()
 skewed = fc.partition.dirichlet(train.examples, num_clients=train.num_clients, alpha=0.1, seed=0)
 display(fc.partition.plot(skewed))
 history = run(clipped_fedavg(1.0, 0.3), data=skewed)
-plots.curves(history, "Dirichlet(0.1) clients, steps clipped at norm 1, learning rate 0.3")
+fc.plots.curves(history, "Dirichlet(0.1) clients, steps clipped at norm 1, learning rate 0.3")
 
 # %% [markdown]
 # It learns more slowly and less smoothly (0.72 after 10 rounds, where the forms gave 0.91), because each client pulls

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 import fedjax_clip as fc
-from experiments import plots
 from fedjax_clip import tree
 from fedjax_clip.typing import InvalidInput, Params
 
@@ -109,7 +108,7 @@ class RunDirectory:
     def draw(self) -> None:
         """Draws ``curves.png`` from the rows so far."""
         title = f"{self.config.get('task')}    {self.config.get('algorithm')}    {self.config.get('client')}"
-        plots.curves(self.rows(), title).savefig(self.path / "curves.png", dpi=120)
+        fc.plots.curves(self.rows(), title).savefig(self.path / "curves.png", dpi=120)
 
     def close(self) -> None:
         if self._rows is not None:

@@ -44,6 +44,7 @@ __all__ = [
     "partition",
     "placement",
     "plan",
+    "plots",
     "reduce",
     "sampling",
     "sources",
@@ -56,6 +57,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("models", "tasks"):  # these import Flax, which the library itself does not need
+    if name in ("models", "plots", "tasks"):  # these import Flax or matplotlib, which the library itself does not need
         return importlib.import_module(f"fedjax_clip.{name}")
     raise AttributeError(f"module 'fedjax_clip' has no attribute {name!r}")

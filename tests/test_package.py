@@ -25,6 +25,7 @@ LAYERS = [
     {"exchange"},
     {"algorithms", "placement", "models"},
     {"tasks", "checkpoint", "training"},
+    {"plots"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

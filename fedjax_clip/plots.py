@@ -39,7 +39,7 @@ def curves(rows: Sequence[Row], title: str = "") -> Figure:
       title: over the whole figure.
 
     Example:
-      >>> curves(result.history).savefig("curves.png")
+      >>> fc.plots.curves(result.history).savefig("curves.png")  # in a notebook: after %matplotlib inline
     """
     panels = {name: lines for name, lines in _PANELS.items() if any(_series(rows, key)[0].size for key, _, _ in lines)}
     columns = 2 if len(panels) > 1 else 1
