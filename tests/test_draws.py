@@ -1,4 +1,4 @@
-"""Counter-based draws: published hash values, bijections, and uniformity."""
+"""Counter-based draws: published hash values, permutations, and uniformity."""
 
 import itertools
 
@@ -43,39 +43,45 @@ def murmur3(data: bytes) -> int:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 3000), st.integers(0, 2**32 - 1))
-def test_permute_is_a_permutation(size, seed):
-    assert np.array_equal(np.sort(draws.permute(np.arange(size), size, seed)), np.arange(size))
+@given(st.integers(1, 3000), st.integers(0, 2**32 - 1), st.data())
+def test_chosen_numbers_are_different_and_in_range(size, seed, data):
+    count = data.draw(st.integers(0, size))
+    chosen = draws.choose(count, size, seed)
+    assert len(set(chosen.tolist())) == len(chosen) == count
+    assert np.all((chosen >= 0) & (chosen < size))
 
 
-def test_permute_of_a_huge_domain_is_distinct_and_inside():
-    image = draws.permute(np.arange(10_000), 2**31 - 1, 7)
-    assert len(np.unique(image)) == 10_000
-    assert image.min() >= 0
-    assert image.max() < 2**31 - 1
-    assert_uniform(np.bincount(image >> 27, minlength=16))
+def test_numbers_of_a_huge_range_are_uniform():
+    chosen = draws.choose(10_000, 2**31 - 1, 7)
+    assert len(np.unique(chosen)) == 10_000
+    assert_uniform(np.bincount(chosen >> 27, minlength=16))
 
 
-def test_permute_broadcasts_sizes_and_keys():
-    sizes = np.array([[3], [7]])
-    index = np.minimum(np.arange(7), sizes - 1)
-    both = draws.permute(index, sizes, np.array([[5], [6]]))
-    assert np.array_equal(both[0, :3], draws.permute(np.arange(3), 3, 5))
-    assert np.array_equal(both[1], draws.permute(np.arange(7), 7, 6))
+def test_every_ordered_choice_is_equally_likely_whichever_way_it_is_drawn():
+    for count, size in ((2, 3), (2, 4), (2, 5), (3, 7), (4, 5)):
+        outcomes = {choice: i for i, choice in enumerate(itertools.permutations(range(size), count))}
+        counts = np.zeros(len(outcomes))
+        for seed in range(8000):
+            counts[outcomes[tuple(draws.choose(count, size, seed).tolist())]] += 1
+        assert_uniform(counts)
 
 
-def test_every_permutation_of_a_small_domain_is_about_equally_likely():
-    for size in (2, 3, 4):
-        keys = np.arange(24_000)[:, None]
-        images = draws.permute(np.arange(size), size, keys, 1)
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(0, 2**32 - 1))
+def test_shuffles_are_permutations_side_by_side(sizes, seed):
+    starts = np.cumsum([0, *sizes])
+    together = draws.shuffles(np.array(sizes), seed, np.arange(len(sizes)))
+    for k, size in enumerate(sizes):
+        own = together[starts[k] : starts[k + 1]]
+        assert np.array_equal(np.sort(own), np.arange(size))
+        assert np.array_equal(own, draws.shuffles(np.array([size]), seed, np.array([k])))
+
+
+def test_every_shuffle_of_a_small_client_is_equally_likely():
+    for size in (2, 3, 4, 5):
         orders = {order: i for i, order in enumerate(itertools.permutations(range(size)))}
-        assert_uniform(np.bincount([orders[tuple(row)] for row in images.tolist()], minlength=len(orders)))
-
-
-def test_pairs_of_a_larger_domain_are_uniform():
-    images = draws.permute(np.arange(2), 11, np.arange(50_000)[:, None])
-    pairs = images[:, 0] * 11 + images[:, 1]
-    assert_uniform(np.bincount(pairs, minlength=121).reshape(11, 11)[~np.eye(11, dtype=bool)])
+        shuffled = draws.shuffles(np.full(24_000, size), 1, np.arange(24_000)).reshape(-1, size)
+        assert_uniform(np.bincount([orders[tuple(row)] for row in shuffled.tolist()], minlength=len(orders)))
 
 
 def test_uniform_draws_are_uniform_and_independent_of_their_neighbours():

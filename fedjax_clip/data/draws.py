@@ -7,8 +7,6 @@ cohort is drawn by a few array operations.
 
 import numpy as np
 
-_FEISTEL_ROUNDS = 6
-
 
 def mix(*words: np.ndarray | int) -> np.ndarray:
     """Hashes broadcast 32-bit words into one well-mixed uint32 (MurmurHash3, 32-bit variant)."""
@@ -17,10 +15,7 @@ def mix(*words: np.ndarray | int) -> np.ndarray:
         k = np.asarray(word).astype(np.uint64).astype(np.uint32) * np.uint32(0xCC9E2D51)
         k = _rotate(np.atleast_1d(k), 15) * np.uint32(0x1B873593)
         h = _rotate(h ^ k, 13) * np.uint32(5) + np.uint32(0xE6546B64)
-    h = h ^ np.uint32(4 * len(words))
-    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return h ^ (h >> np.uint32(16))
+    return _finish(h ^ np.uint32(4 * len(words)))
 
 
 def uniform(*words: np.ndarray | int) -> np.ndarray:
@@ -28,43 +23,52 @@ def uniform(*words: np.ndarray | int) -> np.ndarray:
     return mix(*words) / 2.0**32
 
 
-def permute(index: np.ndarray, size: np.ndarray | int, *key: np.ndarray | int) -> np.ndarray:
-    """Where a pseudo-random permutation of ``range(size)``, chosen by ``key``, sends ``index``.
+def choose(count: int, size: int, *words: np.ndarray | int) -> np.ndarray:
+    """``count`` different numbers below ``size``, in random order; all outcomes are equally likely.
 
-    A Feistel network on the grid ``ceil(sqrt n) x ceil(n / ceil(sqrt n))``, walked until it lands
-    inside ``range(n)`` (Black and Rogaway 2002): no array of ``size`` entries is made, so
-    50 clients of a million cost as much as 50 of a hundred.
-
-    Args:
-      index: integers ``0 <= index < size``.
-      size: the domain's size, below 2**31; broadcasts with ``index``.
-      key: words that choose the permutation; broadcast with ``index``.
-
-    Returns:
-      int64 array; for a fixed size and key, distinct indices have distinct images.
+    Up to half of ``size`` they are drawn one by one and repetitions passed over, so that 50 of a million cost what
+    50 of a thousand do.
 
     Example:
-      >>> sorted(permute(np.arange(5), 5, 42).tolist())
+      >>> sorted(choose(5, 5, 42).tolist())
       [0, 1, 2, 3, 4]
     """
-    index, size, seed = np.broadcast_arrays(index, size, mix(*key))
-    out = np.empty(index.shape, np.int64)
-    todo = np.arange(index.size)
-    x, n, seed = index.ravel().astype(np.uint32), size.ravel().astype(np.uint32), seed.ravel()
-    while todo.size:
-        rows = np.ceil(np.sqrt(n)).astype(np.uint32)
-        columns = (n + rows - np.uint32(1)) // rows
-        row, column = x // columns, x % columns
-        for step in range(_FEISTEL_ROUNDS):
-            if step % 2:
-                column = (column + mix(seed, step, row) % columns) % columns
-            else:
-                row = (row + mix(seed, step, column) % rows) % rows
-        x = row * columns + column
-        out.ravel()[todo] = x
-        walk = x >= n
-        todo, x, n, seed = todo[walk], x[walk], n[walk], seed[walk]
-    return out
+    if 2 * count > size:
+        return np.argsort(mix(*words, np.arange(size)), kind="stable")[:count]
+    drawn = np.zeros(0, np.int64)
+    while len(drawn) < count:
+        more = uniform(*words, np.arange(len(drawn) + 2 * (count - len(drawn)) + 8)) * size
+        values, first = np.unique(more.astype(np.int64), return_index=True)
+        drawn = values[np.argsort(first)]
+    return drawn[:count]
+
+
+def shuffles(sizes: np.ndarray, *words: np.ndarray | int) -> np.ndarray:
+    """A permutation of ``range(n)`` for each n in ``sizes``, one behind the other.
+
+    Args:
+      sizes: ``[S]`` positive integers.
+      words: what chooses the permutations; scalars, or ``[S]``.
+
+    Returns:
+      int64 ``[sum(sizes)]``.
+
+    Example:
+      >>> shuffles(np.array([1, 1, 1]), 7).tolist()
+      [0, 0, 0]
+    """
+    ends = np.cumsum(sizes)
+    segment = np.repeat(np.arange(len(sizes)), sizes)
+    place = np.arange(len(segment)) - np.repeat(ends - sizes, sizes)
+    rank = mix(mix(*words, np.zeros(len(sizes), np.int64))[segment], place)
+    order = np.argsort((segment.astype(np.uint64) << np.uint64(32)) | rank, kind="stable")
+    return place[order]
+
+
+def _finish(h: np.ndarray) -> np.ndarray:
+    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    h = (h ^ (h >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return h ^ (h >> np.uint32(16))
 
 
 def _rotate(x: np.ndarray, bits: int) -> np.ndarray:

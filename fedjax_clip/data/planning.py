@@ -94,7 +94,12 @@ def plan(
     live = position < size
     position = np.minimum(position, size - 1)
     if work.shuffle:
-        position = draws.permute(position, size, seed, round, ids[owner][:, None], epoch[:, None])
+        passes = -(-num_steps // per_epoch)  # of each client over its examples, the last perhaps in part
+        client = np.repeat(np.arange(len(ids)), passes)
+        number = np.arange(len(client)) - np.repeat(np.cumsum(passes) - passes, passes)
+        order = draws.shuffles(sizes[ids][client], seed, round, ids[client], number)
+        begin = np.cumsum(sizes[ids][client]) - sizes[ids][client]
+        position = order[begin[(np.cumsum(passes) - passes)[owner] + epoch][:, None] + position]
     example = data.offsets[ids][owner][:, None] + position
 
     index = np.zeros((num_devices, rows, batch_size), np.int64)

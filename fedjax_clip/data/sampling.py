@@ -37,7 +37,7 @@ def uniform(cohort_size: int) -> Sampler:
 
     def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
-        return draws.permute(np.arange(cohort_size), len(sizes), seed, round, _UNIFORM)
+        return draws.choose(cohort_size, len(sizes), seed, round, _UNIFORM)
 
     return Sampler(sample)
 
@@ -115,8 +115,7 @@ def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np
                 raise InvalidInput(f"windows must be [period, {num_clients} clients], not shape {table.shape}.")
             is_open = table[round % len(table)]
         ids = np.flatnonzero(is_open)
-        take = min(cohort_size, len(ids))
-        return ids[draws.permute(np.arange(take), max(len(ids), 1), seed, round, _AVAILABLE)]
+        return ids[draws.choose(min(cohort_size, len(ids)), len(ids), seed, round, _AVAILABLE)]
 
     return Sampler(sample)
 
