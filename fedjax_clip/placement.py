@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.cohort import Cohort
@@ -18,30 +19,50 @@ from fedjax_clip.typing import Algorithm, Array, Metrics, PyTree
 AXIS = "devices"
 
 
-def pmap_round(
+def pmap_rounds(
     algorithm: Algorithm, devices: Sequence[jax.Device]
-) -> Callable[[PyTree, Cohort, Array], tuple[PyTree, PyTree, Metrics]]:
-    """The algorithm's round as one compiled program over ``devices``.
+) -> Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]:
+    """Up to R of the algorithm's rounds as one compiled program over ``devices``.
 
     Args:
       algorithm: any ``Algorithm``.
       devices: D local devices.
 
     Returns:
-      ``(server, cohort, key) -> (server, client_states, metrics)`` where server, states and metrics have a leading
-      axis D (all replicas of a server are equal, see ``replicate``), and so have the cohort's arrays. The server
-      passed in is donated: do not use it again.
+      ``(server, cohorts, key, count) -> (server, client_states, metrics)``. Server and metrics have a leading axis D
+      (all replicas are equal, see ``replicate``); ``cohorts`` are R rounds' cohorts, ``[D, R, ...]`` (``fc.stack``),
+      of which the first ``count`` are run; client states and metrics are ``[D, R, ...]``. One round and many are the
+      same program, so they give the same bits. The server passed in is donated: do not use it again.
     """
-
-    return _pmap_round(algorithm, tuple(devices))
+    return _pmap_rounds(algorithm, tuple(devices))
 
 
 @functools.lru_cache(maxsize=16)  # so that training the same algorithm again does not compile again
-def _pmap_round(algorithm: Algorithm, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
-    def one_device(server: PyTree, cohort: Cohort, key: Array):
-        return algorithm.round(server, dataclasses.replace(cohort, axis_name=AXIS), key)
+def _pmap_rounds(algorithm: Algorithm, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
+    def one_device(server: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
+        def round(server: PyTree, index: Array):
+            cohort = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), cohorts)
+            cohort = dataclasses.replace(cohort, population=population, axis_name=AXIS)
+            server, *out = algorithm.round(server, cohort, key)
+            return server, out
 
-    return jax.pmap(one_device, axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=(0,), devices=devices)
+        def body(index: Array, carry: tuple[PyTree, PyTree]):
+            server, outs = carry
+            server, out = round(server, index)
+            return server, jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, index, 0), outs, out)
+
+        length = cohorts.ids.shape[0]
+        out = jax.eval_shape(round, server, 0)[1]
+        outs = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), out)
+        server, outs = jax.lax.fori_loop(0, count, body, (server, outs))
+        return server, *outs
+
+    compiled = jax.pmap(one_device, axis_name=AXIS, in_axes=(0, 0, 0, None, None), donate_argnums=(0,), devices=devices)
+
+    def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
+        return compiled(server, dataclasses.replace(cohorts, population=None), cohorts.population, key, np.int32(count))
+
+    return run
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
@@ -49,6 +70,13 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     # The same axis name as the round: arrays of another mesh would cost the second round a compilation.
     copy = jax.pmap(lambda x, _: x, axis_name=AXIS, in_axes=(None, 0), devices=devices)
     return copy(tree, np.zeros(len(devices), np.int8)) if jax.tree.leaves(tree) else tree
+
+
+def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+    """Sends host arrays ``[D, ...]`` to the devices, a slice to each, without waiting for them to arrive."""
+    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, sharding), tree)
 
 
 def first_replica(tree: PyTree) -> PyTree:

@@ -1,8 +1,12 @@
 """The driver: samples and plans cohorts, runs the compiled round, evaluates, saves and resumes."""
 
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip import metrics, placement, tree
+from fedjax_clip.cohort import Cohort
 from fedjax_clip.data import sampling
-from fedjax_clip.data.planning import LocalWork, plan
+from fedjax_clip.data.planning import LocalWork, plan, stack
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.local import batch_loss
 from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
@@ -65,6 +70,7 @@ def train(
     should_stop: Callable[[], bool] | None = None,
     devices: Sequence[jax.Device] | None = None,
     clients_per_chunk: int | None = None,
+    rounds_per_dispatch: int = 1,
 ) -> Result:
     """Trains for a number of rounds, each one compiled program over all local devices.
 
@@ -94,6 +100,10 @@ def train(
       should_stop: asked after each round; if true, the state is saved and training ends early.
       devices: devices to use; all local ones by default.
       clients_per_chunk: clients that a device trains at once; 1 on CPUs, up to 16 elsewhere by default.
+      rounds_per_dispatch: how many rounds are sent to the devices at once, which helps where a round takes under a
+        millisecond; dispatches end where an evaluation or a checkpoint is due, and ``should_stop`` is asked after
+        each. It changes no bit. Clients that keep a state and populations that do not fit on the devices go one
+        round at a time, the next one being planned and sent meanwhile.
 
     Returns:
       A ``Result``. A row has ``round`` (1 after the first), the algorithm's metrics, ``seconds``, and ``eval/...``.
@@ -104,7 +114,12 @@ def train(
     Example:
       >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10)
     """
-    for name, value in (("rounds", rounds), ("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+    for name, value in (
+        ("rounds", rounds),
+        ("eval_every", eval_every),
+        ("checkpoint_every", checkpoint_every),
+        ("rounds_per_dispatch", rounds_per_dispatch),
+    ):
         if value < 1:
             raise InvalidInput(f"{name} must be at least 1, not {value}.")
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
@@ -123,51 +138,78 @@ def train(
     resident = sum(x.nbytes for x in data.fields().values()) <= RESIDENT_BYTES
     population = placement.replicate(data.examples, devices) if resident else None
     server = placement.replicate(state.server, devices)
-    run_round = placement.pmap_round(algorithm, devices)
+    run_rounds = placement.pmap_rounds(algorithm, devices)
     key = jax.random.key(seed)
+    length = rounds_per_dispatch if resident and not jax.tree.leaves(state.clients) else 1
+
+    def prepare(block: range) -> tuple[np.ndarray, Cohort]:
+        def planned(r: int) -> Cohort:
+            ids = sampler.sample(sizes, seed, r)
+            return plan(
+                data, ids, work, seed=seed, round=r, num_devices=len(devices), width=width, population=population
+            )
+
+        cohorts = [planned(r) for r in block]
+        cohort = stack(cohorts, length)
+        return np.asarray(cohort.ids), placement.split(cohort, devices)
+
     history: list[Row] = []
+    blocks = list(_blocks(range(start, rounds), length, eval_every if evaluate else 0, checkpoint_every))
+    with concurrent.futures.ThreadPoolExecutor(1) as planner:
+        plans = collections.deque(planner.submit(prepare, block) for block in blocks[:1])
+        for block, following in itertools.zip_longest(blocks, blocks[1:]):
+            began = time.perf_counter()
+            ids, cohorts = plans.popleft().result()
+            if following is not None:  # planned and sent while the devices work
+                plans.append(planner.submit(prepare, following))
+            cohorts = dataclasses.replace(cohorts, state=_gather(state.clients, ids))
+            server, new_states, report = run_rounds(server, cohorts, key, len(block))
+            # Waiting here is not only for the clock: collectives of dispatches in flight dead-lock on CPU devices.
+            columns = placement.first_replica(report)
+            _scatter(state.clients, ids, new_states)
+            seconds = (time.perf_counter() - began) / len(block)
 
-    for done in range(start, rounds):
-        began = time.perf_counter()
-        ids = sampler.sample(sizes, seed, done)
-        cohort = plan(
-            data,
-            ids,
-            work,
-            seed=seed,
-            round=done,
-            num_devices=len(devices),
-            width=width,
-            population=population,
-            state=state.clients,
-        )
-        server, new_states, report = run_round(server, cohort, key)
-        # Waiting here is not only for the clock: collectives of rounds in flight dead-lock on CPU devices.
-        row = {"round": float(done + 1), **{k: float(v) for k, v in placement.first_replica(report).items()}}
-        _scatter(state.clients, np.asarray(cohort.ids), new_states)
-        row["seconds"] = time.perf_counter() - began
-
-        last = done + 1 == rounds
-        if evaluate is not None and (last or (done + 1) % eval_every == 0):
-            scores = evaluate(placement.first_replica(server.params))
-            row |= metrics.prefixed("eval", {k: float(v) for k, v in scores.items()})
-        history.append(row)
-        if on_round is not None:
-            on_round(row)
-        stop = should_stop is not None and should_stop()
-        if checkpoints is not None and (last or stop or (done + 1) % checkpoint_every == 0):
-            checkpoints.save(done + 1, State(placement.first_replica(server), state.clients))
-        if stop:
-            break
+            done = block.stop
+            rows = [
+                {"round": float(r + 1), **{k: float(x[i]) for k, x in columns.items()}, "seconds": seconds}
+                for i, r in enumerate(block)
+            ]
+            if evaluate is not None and (done == rounds or done % eval_every == 0):
+                scores = evaluate(placement.first_replica(server.params))
+                rows[-1] |= metrics.prefixed("eval", {k: float(v) for k, v in scores.items()})
+            history += rows
+            if on_round is not None:
+                for row in rows:
+                    on_round(row)
+            stop = should_stop is not None and should_stop()
+            if checkpoints is not None and (done == rounds or stop or done % checkpoint_every == 0):
+                checkpoints.save(done, State(placement.first_replica(server), state.clients))
+            if stop:
+                break
 
     state = State(placement.first_replica(server), state.clients)
     return Result(state.server.params, state, history)
+
+
+def _blocks(rounds: range, length: int, *every: int) -> Iterator[range]:
+    """Cuts ``rounds`` into dispatches of at most ``length`` that end wherever a multiple of ``every`` is due."""
+    start = rounds.start
+    while start < rounds.stop:
+        due = [start + e - start % e for e in every if e]
+        stop = min(start + length, rounds.stop, *due)
+        yield range(start, stop)
+        start = stop
 
 
 def client_states(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
     """What all clients keep before round 0, ``[M, ...]`` on the host."""
     state = algorithm.init_client(tree.as_arrays(params))
     return jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], num_clients, axis=0), state)
+
+
+def _gather(states: PyTree, ids: np.ndarray) -> PyTree:
+    """The states of a cohort's clients, ``[D, R, C, ...]``."""
+    return jax.tree.map(lambda x: x[np.maximum(ids, 0)], states)
 
 
 def _scatter(states: PyTree, ids: np.ndarray, new_states: PyTree) -> None:

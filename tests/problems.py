@@ -12,7 +12,7 @@ import optax
 
 import fedjax_clip as fc
 from fedjax_clip.metrics import Mean
-from fedjax_clip.placement import first_replica, pmap_round, replicate
+from fedjax_clip.placement import first_replica, pmap_rounds, replicate
 from fedjax_clip.uplink.base import Uplink
 
 SIZES = (3, 9, 1, 5, 12, 4)
@@ -137,10 +137,11 @@ class Run:
         return jax.tree.map(np.asarray, server), clients, history
 
     def pmapped(self, devices):
-        step = pmap_round(self.algorithm, devices)
+        step = pmap_rounds(self.algorithm, devices)
 
         def run(server, cohort, key):
-            server, states, metrics = step(replicate(server, devices), cohort, key)
+            server, *out = step(replicate(server, devices), fc.stack([cohort], 1), key, 1)
+            states, metrics = jax.tree.map(lambda x: x[:, 0], out)
             return first_replica(server), states, first_replica(metrics)
 
         return run

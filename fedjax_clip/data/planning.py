@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -76,7 +77,7 @@ def plan(
     per_epoch = -(-sizes[ids] // batch_size)
     num_steps = np.full(len(ids), work.steps) if work.steps is not None else work.epochs * per_epoch
 
-    capacity = width * -(-max(len(ids), 1) // (num_devices * width))
+    capacity = width * _round_up(-(-len(ids) // (num_devices * width)))
     device, slot = _deal(num_steps, num_devices, capacity)
     order = np.lexsort((slot, device))  # clients in the order in which their rows lie
     ids, per_epoch, num_steps, device, slot = (x[order] for x in (ids, per_epoch, num_steps, device, slot))
@@ -113,11 +114,10 @@ def plan(
         out[device, slot] = values
         return out
 
-    total = sizes[ids] if data.weights is None else np.add.reduceat(data.weights, data.offsets[:-1])[ids]
     slot_ids = slots(ids, -1, np.int32)
     return Cohort(
         ids=slot_ids,
-        weight=slots(total, 0, np.float32),
+        weight=slots(data.client_weights[ids], 0, np.float32),
         first=slots(first, 0, np.int32),
         num_steps=slots(num_steps, 0, np.int32),
         batches=index.astype(np.int32) if population is not None else jax.tree.map(lambda x: x[index], data.examples),
@@ -126,6 +126,21 @@ def plan(
         population=population,
         width=width,
     )
+
+
+def stack(cohorts: Sequence[Cohort], length: int) -> Cohort:
+    """Cohorts of several rounds as one, ``[D, length, ...]``, padded to the largest and to ``length`` rounds."""
+
+    def join(*arrays: np.ndarray) -> np.ndarray:
+        num_devices, *shape = np.max([x.shape for x in arrays], axis=0)
+        out = np.zeros((num_devices, length, *shape), arrays[0].dtype)
+        for i, x in enumerate(arrays):
+            out[:, i][tuple(slice(n) for n in x.shape)] = x
+        return out
+
+    number_from_one = [dataclasses.replace(c, ids=c.ids + 1, population=None) for c in cohorts]
+    joined = jax.tree.map(join, *number_from_one)
+    return dataclasses.replace(joined, ids=joined.ids - 1, population=cohorts[0].population)
 
 
 def _deal(num_steps: np.ndarray, num_devices: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """A population of clients: flat arrays of examples, and where each client begins."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,10 +117,15 @@ class FederatedData:
     def num_examples(self) -> int:
         return int(self.offsets[-1])
 
-    @property
+    @functools.cached_property
     def sizes(self) -> np.ndarray:
         """``[M]`` examples of each client."""
         return np.diff(self.offsets)
+
+    @functools.cached_property
+    def client_weights(self) -> np.ndarray:
+        """``[M]`` what each client weighs: the sum of its example weights, which are 1 by default."""
+        return self.sizes if self.weights is None else np.add.reduceat(self.weights, self.offsets[:-1])
 
     def name(self, client: int) -> str:
         return str(client) if self.names is None else str(self.names[client])

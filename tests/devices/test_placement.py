@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, parameters
 
 import fedjax_clip as fc
-from fedjax_clip.placement import AXIS, pmap_round, replicate
+from fedjax_clip.placement import AXIS, pmap_rounds, replicate
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
@@ -47,11 +47,13 @@ def test_replicas_stay_equal_and_the_second_round_does_not_compile(name):
     server, clients = run.start(parameters())
     server = replicate(server, devices)
     chex.clear_trace_counter()
-    step = pmap_round(run.algorithm._replace(round=chex.assert_max_traces(run.algorithm.round, 1)), devices)
+    step = pmap_rounds(
+        run.algorithm._replace(round=chex.assert_max_traces(run.algorithm.round, 2)), devices
+    )  # one, and its shapes
     for round in range(3):
         cohort = run.cohort([4, 1, 3], round, clients, len(devices))
-        server, states, _ = step(server, cohort, jax.random.key(0))
-        fc.training._scatter(clients, np.asarray(cohort.ids), states)
+        server, states, _ = step(server, fc.stack([cohort], 1), jax.random.key(0), 1)
+        fc.training._scatter(clients, cohort.ids[:, None], states)
     for leaf in jax.tree.leaves(server):
         assert_identical(np.asarray(leaf), np.broadcast_to(np.asarray(leaf)[:1], leaf.shape))
 
@@ -60,7 +62,8 @@ def test_the_server_is_donated():
     run, devices = entry("fedadam"), jax.local_devices()
     server, clients = run.start(parameters())
     server = replicate(server, devices)
-    pmap_round(run.algorithm, devices)(server, run.cohort([4, 1, 3], 0, clients, len(devices)), jax.random.key(0))
+    cohorts = fc.stack([run.cohort([4, 1, 3], 0, clients, len(devices))], 1)
+    pmap_rounds(run.algorithm, devices)(server, cohorts, jax.random.key(0), 1)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(server))
 
 
@@ -83,6 +86,22 @@ def test_train_agrees_over_any_number_of_devices():
     one = train(1)
     for devices, width in ((2, 1), (8, 1), (2, 2)):
         assert_close(train(devices, clients_per_chunk=width).state, one.state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("name", ["fedavg", "fedavg, dropout", "fedadam"])
+def test_many_rounds_a_dispatch_give_the_bits_of_one(name, devices):
+    run = entry(name)
+
+    def train(rounds_per_dispatch):
+        options = {"cohort_size": 4, "batch_size": 4, "checkpoint_every": 4, "seed": 5}
+        options |= {"devices": jax.local_devices()[:devices], "rounds_per_dispatch": rounds_per_dispatch}
+        return fc.train(run.algorithm, run.data, parameters(), rounds=11, **options)
+
+    one, many = train(1), train(7)
+    assert_identical(many.state, one.state)
+    without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in r.history] for r in (one, many)]
+    assert without_time[0] == without_time[1]
 
 
 def test_thousands_of_tiny_rounds_do_not_dead_lock():
