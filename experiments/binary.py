@@ -1,6 +1,7 @@
 """What every binary shares: flags that fail with one sentence, and a Ctrl-C that saves."""
 
 import os
+import pathlib
 import signal
 import sys
 import textwrap
@@ -64,11 +65,18 @@ class Stopping:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def host_devices(count: int | None) -> None:
-    """On a CPU, ``count`` XLA devices, or one a core; to be called before JAX computes anything."""
+def configure_jax(cpu_devices: int | None) -> None:
+    """On a CPU, so many XLA devices, or one a core; and compiled programs are kept for the next start.
+
+    They are kept in ``$FEDJAX_CLIP_CACHE``, or ``~/.cache/fedjax_clip``. To be called before JAX computes anything.
+    """
     import jax
 
-    jax.config.update("jax_num_cpu_devices", count or len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", cpu_devices or cores)
+    cache = pathlib.Path(os.environ.get("FEDJAX_CLIP_CACHE") or "~/.cache/fedjax_clip").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def _flags_help() -> str:

@@ -32,23 +32,27 @@ flags.DEFINE_string("reducer", "weighted_mean", "weighted_mean (by examples) or 
 flags.DEFINE_string("sampler", "uniform", f"How cohorts are drawn: {', '.join(registry.SAMPLERS)}.")
 flags.DEFINE_integer("cohort_size", None, "Clients a round; by default 8, or all where there are fewer.")
 flags.DEFINE_integer("batch_size", 20, "Examples a local step; 0 takes all of a client's at once.")
+flags.DEFINE_enum(
+    "compute_dtype", "float32", ["float32", "bfloat16"], "Type of the clients' forward and backward passes."
+)
 flags.DEFINE_integer("rounds", 150, "Rounds in all.")
 flags.DEFINE_integer("seed", 0, "Seed of the initial parameters, the cohorts and the batches.")
 flags.DEFINE_string("workdir", None, "Run directory; by default one under runs/ named after the configuration.")
 flags.DEFINE_integer("eval_every", 10, "Rounds from one evaluation to the next.")
 flags.DEFINE_integer("checkpoint_every", 25, "Rounds from one checkpoint to the next.")
+flags.DEFINE_integer("rounds_per_dispatch", 1, "Rounds sent to the devices at once; changes no result.")
 flags.DEFINE_integer("devices", None, "Devices to use; by default all (on a CPU, one for each core).")
 
 # What the results depend on. More rounds only make a run longer.
 IDENTITY = (
     *("task", "algorithm", "client", "server", "uplink", "reducer", "sampler", "cohort_size", "batch_size"),
-    *("seed", "eval_every"),
+    *("compute_dtype", "seed", "eval_every"),
 )
 
 
 def main() -> None:
     """Builds what the flags say, trains it, and writes its run directory."""
-    for name in ("rounds", "eval_every", "checkpoint_every", "devices", "cohort_size"):
+    for name in ("rounds", "eval_every", "checkpoint_every", "rounds_per_dispatch", "devices", "cohort_size"):
         value: Any = FLAGS[name].value
         if value is not None and value < 1:
             raise InvalidInput(f"--{name} must be at least 1, not {value}.")
@@ -56,12 +60,13 @@ def main() -> None:
         raise InvalidInput(f"--batch_size must not be negative, and is {FLAGS.batch_size}.")
     if not 0 <= FLAGS.seed < 2**32:
         raise InvalidInput(f"--seed must lie between 0 and 2**32 - 1, and is {FLAGS.seed}.")
-    binary.host_devices(FLAGS.devices)
+    binary.configure_jax(FLAGS.devices)
 
     task = spec.one(FLAGS.task, registry.TASKS, "--task")
     make_algorithm, work = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm")
+    reduced = FLAGS.compute_dtype != "float32"
     algorithm = make_algorithm(
-        task.per_example_loss,
+        fc.mixed_precision(task.per_example_loss, FLAGS.compute_dtype) if reduced else task.per_example_loss,
         registry.client_tx(FLAGS.client),
         registry.server_tx(FLAGS.server),
         uplink=fc.uplink.chain(*spec.build(FLAGS.uplink, registry.UPLINKS, "--uplink")),
@@ -96,6 +101,7 @@ def main() -> None:
             on_round=on_round,
             should_stop=stopping,
             devices=devices,
+            rounds_per_dispatch=FLAGS.rounds_per_dispatch,
             **work,
         )
 

@@ -10,7 +10,7 @@ from fedjax_clip.data import partition, sampling, sources
 from fedjax_clip.data.planning import LocalWork, plan, stack
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.exchange import exchange
-from fedjax_clip.local import local_gradient, local_update
+from fedjax_clip.local import local_gradient, local_update, mixed_precision
 from fedjax_clip.reduce import Reducer, uniform_mean, weighted_mean
 from fedjax_clip.training import Result, State, evaluator, train
 from fedjax_clip.typing import Algorithm, ClientState, InvalidInput, Server
@@ -40,6 +40,7 @@ __all__ = [
     "local_gradient",
     "local_update",
     "metrics",
+    "mixed_precision",
     "models",
     "partition",
     "placement",

@@ -1,6 +1,7 @@
 """What one client does in a round: pure functions of (shared, client, key)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,31 @@ def batch_loss(
     loss = Mean.of(losses, weights)
     report = {"loss": loss, **{name: Mean.of(x, weights) for name, x in values.items()}}
     return loss.total, report | {"examples": jnp.sum(weights > 0).astype(jnp.float32)}
+
+
+def mixed_precision(per_example_loss: PerExampleLoss, dtype: Any = jnp.bfloat16) -> PerExampleLoss:
+    """The same loss computed in ``dtype`` on parameters that stay in float32, as do gradients, clips and averages.
+
+    Args:
+      per_example_loss: see ``batch_loss``; a model that chooses types of its own keeps them.
+      dtype: what floating-point parameters and inputs are cast to.
+
+    Returns:
+      A loss of the same form; losses and metrics come back in float32.
+
+    Example:
+      >>> algorithm = fc.fedavg(fc.mixed_precision(per_example_loss), client_tx)
+
+    Source: Micikevicius et al. (2018), "Mixed Precision Training"; bfloat16 needs no loss scaling.
+    """
+
+    def cast(tree: PyTree, to: Any) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def loss(params, batch, key):
+        return cast(per_example_loss(cast(params, dtype), cast(batch, dtype), key), jnp.float32)
+
+    return loss
 
 
 def local_update(per_example_loss: PerExampleLoss, client_tx: optax.GradientTransformation) -> ClientFn:

@@ -189,3 +189,19 @@ def test_example_weights_weigh_the_loss_and_the_average():
         for d in (weighted, doubled)
     ]
     assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
+    seen = []
+
+    def loss(params, batch, key):
+        seen.extend(jax.tree.leaves(jax.tree.map(lambda x: x.dtype, (params, batch["x"]))))
+        return softmax_loss(params, batch, key)
+
+    run = Run(fc.fedavg(fc.mixed_precision(loss), clipped_sgd), population())
+    server, _, _ = run.rounds(parameters(), COHORTS)
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(server.params))
+    exact = Run(fc.fedavg(softmax_loss, clipped_sgd), population()).rounds(parameters(), COHORTS)[0]
+    assert_close(server.params, exact.params, rtol=0, atol=0.02)
+    assert any(np.any(x != y) for x, y in zip(server.params.values(), exact.params.values(), strict=True))

@@ -22,7 +22,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 def cli(tmp_path, monkeypatch, capsys):
     """Runs the binary in this process, in an empty directory; returns ``(exit code, stdout, stderr)``."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(binary, "host_devices", lambda count: None)  # the number is fixed in a process
+    monkeypatch.setattr(binary, "configure_jax", lambda count: None)  # the number is fixed in a process
 
     def call(*arguments):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

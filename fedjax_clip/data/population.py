@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fedjax_clip.data import draws
 from fedjax_clip.typing import InvalidInput, PyTree
 
 
@@ -148,7 +149,9 @@ class FederatedData:
             raise InvalidInput(f"Clients are numbered 0 to {self.num_clients - 1}: the selection leaves that range.")
         if (twice := np.flatnonzero(np.bincount(clients) > 1)).size:
             raise InvalidInput(f"Client {self.name(int(twice[0]))!r} is selected more than once.")
-        return self.take(np.concatenate([np.arange(self.offsets[c], self.offsets[c + 1]) for c in clients]), clients)
+        sizes = self.sizes[clients]
+        place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return self.take(np.repeat(self.offsets[clients], sizes) + place, clients)
 
     def take(self, index: np.ndarray, clients: np.ndarray | None = None) -> "FederatedData":
         """The population of these examples only; ``index`` lists them client by client.
@@ -179,18 +182,11 @@ class FederatedData:
         example is missing from the held-out population.
         """
         _check_fraction(fraction)
-        rng = np.random.default_rng(seed)
-        train, held_out, tested = [], [], []
-        for c in range(self.num_clients):
-            index = self.offsets[c] + rng.permutation(int(self.sizes[c]))
-            cut = min(max(1, round(fraction * len(index))), len(index) - 1)
-            held_out.append(np.sort(index[:cut]))
-            train.append(np.sort(index[cut:]))
-            if cut:
-                tested.append(c)
-        if not tested:
+        cuts = np.minimum(np.maximum(1, np.round(fraction * self.sizes)), self.sizes - 1).astype(np.int64)
+        if not cuts.any():
             raise InvalidInput("No client has two examples: there is nothing to hold out.")
-        return self.take(np.concatenate(train)), self.take(np.concatenate(held_out), np.array(tested))
+        held_out = draws.shuffles(self.sizes, seed, np.arange(self.num_clients)) < np.repeat(cuts, self.sizes)
+        return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out), np.flatnonzero(cuts))
 
     def split_clients(self, fraction: float, seed: int = 0) -> tuple["FederatedData", "FederatedData"]:
         """Holds out ``fraction`` of the clients, whole: ``(train, held_out)``, at least one in each."""
