@@ -16,7 +16,7 @@ import numpy as np
 from fedjax_clip import metrics, placement, tree
 from fedjax_clip.cohort import Cohort
 from fedjax_clip.data import sampling
-from fedjax_clip.data.planning import LocalWork, plan, stack
+from fedjax_clip.data.planning import LocalWork, plan, stack, wasted_steps
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.local import batch_loss
 from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
@@ -106,7 +106,8 @@ def train(
         round at a time, the next one being planned and sent meanwhile.
 
     Returns:
-      A ``Result``. A row has ``round`` (1 after the first), the algorithm's metrics, ``seconds``, and ``eval/...``.
+      A ``Result``. A row has ``round`` (1 after the first), the algorithm's metrics, ``wasted_steps`` (the fraction
+      of the devices' steps that trained nobody), ``seconds``, and ``eval/...``.
 
     Raises:
       InvalidInput: rounds < 1, a cohort larger than the population, a loss of the wrong shape ...
@@ -142,7 +143,7 @@ def train(
     key = jax.random.key(seed)
     length = rounds_per_dispatch if resident and not jax.tree.leaves(state.clients) else 1
 
-    def prepare(block: range) -> tuple[np.ndarray, Cohort]:
+    def prepare(block: range) -> tuple[np.ndarray, list[float], Cohort]:
         def planned(r: int) -> Cohort:
             ids = sampler.sample(sizes, seed, r)
             return plan(
@@ -151,7 +152,7 @@ def train(
 
         cohorts = [planned(r) for r in block]
         cohort = stack(cohorts, length)
-        return np.asarray(cohort.ids), placement.split(cohort, devices)
+        return np.asarray(cohort.ids), [wasted_steps(c) for c in cohorts], placement.split(cohort, devices)
 
     history: list[Row] = []
     blocks = list(_blocks(range(start, rounds), length, eval_every if evaluate else 0, checkpoint_every))
@@ -159,7 +160,7 @@ def train(
         plans = collections.deque(planner.submit(prepare, block) for block in blocks[:1])
         for block, following in itertools.zip_longest(blocks, blocks[1:]):
             began = time.perf_counter()
-            ids, cohorts = plans.popleft().result()
+            ids, wasted, cohorts = plans.popleft().result()
             if following is not None:  # planned and sent while the devices work
                 plans.append(planner.submit(prepare, following))
             cohorts = dataclasses.replace(cohorts, state=_gather(state.clients, ids))
@@ -170,9 +171,9 @@ def train(
             seconds = (time.perf_counter() - began) / len(block)
 
             done = block.stop
+            columns |= {"wasted_steps": wasted, "seconds": [seconds] * len(block)}
             rows = [
-                {"round": float(r + 1), **{k: float(x[i]) for k, x in columns.items()}, "seconds": seconds}
-                for i, r in enumerate(block)
+                {"round": float(r + 1), **{k: float(x[i]) for k, x in columns.items()}} for i, r in enumerate(block)
             ]
             if evaluate is not None and (done == rounds or done % eval_every == 0):
                 scores = evaluate(placement.first_replica(server.params))

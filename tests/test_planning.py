@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedjax_clip as fc
-from fedjax_clip.data.planning import _round_up
+from fedjax_clip.data.planning import _round_up, wasted_steps
 
 
 def numbered(sizes):
@@ -90,7 +90,8 @@ def test_devices_finish_together_on_log_normal_clients():
             population, ids, fc.LocalWork(20), seed=0, round=round, num_devices=2, population=population.examples
         )
         load = plan.num_steps.sum(1)
-        waste.append(1 - load.mean() / load.max())
+        waste.append(wasted_steps(plan))
+        np.testing.assert_allclose(waste[-1], 1 - load.mean() / load.max(), atol=1e-12)
         shapes.add(plan.batches.shape)
     assert np.mean(waste) < 0.01
     assert len(shapes) <= 3
@@ -122,3 +123,8 @@ def test_packed_batches_hold_what_the_indices_point_at():
 def test_work_that_makes_no_sense_is_refused(bad):
     with pytest.raises(fc.InvalidInput, match="whole number of at least 1"):
         fc.LocalWork(**bad)
+
+
+def test_a_chunk_waits_for_its_longest_client():
+    plan = fc.plan(numbered([4, 2, 1, 1]), np.arange(4), fc.LocalWork(1), seed=0, round=0, width=2)
+    assert wasted_steps(plan) == 1 - 8 / (2 * 4 + 2 * 1)

@@ -128,6 +128,17 @@ def plan(
     )
 
 
+def wasted_steps(cohort: Cohort) -> float:
+    """Fraction of the devices' steps in a round that train nobody.
+
+    A device waits for the device with the most work, and a client of a chunk for the longest client of its chunk.
+    """
+    num_steps = np.asarray(cohort.num_steps)
+    chunks = num_steps.reshape(len(num_steps), -1, cohort.width)
+    busy = cohort.width * chunks.max(-1).sum(-1).max() * len(num_steps)
+    return 1 - float(num_steps.sum() / busy) if busy else 0.0
+
+
 def stack(cohorts: Sequence[Cohort], length: int) -> Cohort:
     """Cohorts of several rounds as one, ``[D, length, ...]``, padded to the largest and to ``length`` rounds."""
 
