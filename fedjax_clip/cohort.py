@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip.typing import Array, Batch, PyTree
+from fedjax_clip.typing import Array, Batch, ClientState, PyTree
 
 
 @functools.partial(
@@ -41,7 +41,7 @@ class Cohort:
     num_steps: Array | np.ndarray
     batches: PyTree
     example_weight: Array | np.ndarray
-    state: PyTree = ()
+    state: PyTree = ClientState((), ())  # noqa: RUF009
     population: PyTree | None = None
     axis_name: str | None = None
     width: int = 1

@@ -95,6 +95,6 @@ def exchange(
             **metrics.prefixed("uplink", link_metrics),
             "clients": report["clients"],
             "dropped": report["dropped"],
-            "update_norm": optax.tree.norm(update),
+            "update_norm": tree.norm(update),
         },
     )

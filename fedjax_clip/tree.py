@@ -23,7 +23,21 @@ def zeros(function: Callable, *args: Any) -> PyTree:
 def all_finite(tree: PyTree) -> Array:
     """True if no leaf holds a NaN or an infinity (integers are always finite)."""
     inexact = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in inexact], dtype=bool))
+    return jnp.all(jnp.array([jnp.all(_by_columns(jnp.all, jnp.isfinite(x))) for x in inexact], dtype=bool))
+
+
+def norm(tree: PyTree) -> Array:
+    """Euclidean norm over all leaves, in float32 or better."""
+    squares = [jnp.square(jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(jnp.sum(_by_columns(jnp.sum, x)) for x in squares))
+
+
+def _by_columns(reduce: Callable[..., Array], x: Array) -> Array:
+    """Reduces all axes but the last one, behind a barrier.
+
+    XLA's loop over all elements at once has one accumulator on a CPU, and is not vectorised; over columns it is.
+    """
+    return x if x.ndim < 2 else jax.lax.optimization_barrier(reduce(x.reshape(-1, x.shape[-1]), axis=0))
 
 
 def as_arrays(tree: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ import numpy as np
 from fedjax_clip.cohort import Cohort
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.typing import InvalidInput, PyTree
+from fedjax_clip.typing import ClientState, InvalidInput, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ def plan(
     num_devices: int = 1,
     width: int = 1,
     population: PyTree | None = None,
-    state: PyTree = (),
+    state: PyTree = ClientState((), ()),  # noqa: B008
 ) -> Cohort:
     """Deals clients to devices and lays their batches back to back.
 
@@ -66,7 +66,8 @@ def plan(
       num_devices: D, the leading axis of every array of the result.
       width: clients a device trains at once.
       population: the examples as they lie on the devices; batches are then example numbers only.
-      state: pytree of ``[M, ...]`` host arrays, what all clients keep between rounds.
+      state: pytree of ``[M, ...]`` host arrays, what all clients keep between rounds
+        (``fc.training.client_states``); nothing by default.
 
     Returns:
       A ``Cohort`` of NumPy arrays ``[D, C, ...]`` and ``[D, T, B, ...]``.

@@ -1,0 +1,84 @@
+"""Clips of a step: optax's results, their guarantee for every input, and when they say that they fired."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fedjax_clip import clipping, tree
+
+trees = st.fixed_dictionaries(
+    {
+        "w": hnp.arrays(np.float32, (3, 4), elements=st.floats(-(2.0**49), 2.0**49, width=32)),
+        "b": hnp.arrays(np.float32, (5,), elements=st.floats(-(2.0**49), 2.0**49, width=32)),
+    }
+)
+bounds = st.floats(1e-6, 1e6)
+
+
+def apply(tx, updates):
+    return tx.update(updates, tx.init(updates))
+
+
+@settings(deadline=None, max_examples=50)
+@given(trees, bounds)
+def test_clip_by_global_norm_is_optax_and_holds_its_bound(updates, bound):
+    clipped, state = apply(clipping.clip_by_global_norm(bound), updates)
+    expected, _ = apply(optax.clip_by_global_norm(bound), updates)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-30), clipped, expected)
+    assert tree.norm(clipped) <= bound * (1 + 1e-5)
+    norm = np.sqrt(sum(np.sum(np.square(x.astype(np.float64))) for x in updates.values()))
+    if abs(norm / bound - 1) > 1e-5:
+        assert bool(state.fired) == (norm > bound)
+
+
+@settings(deadline=None, max_examples=50)
+@given(trees, bounds)
+def test_clip_by_value_is_optax_and_holds_its_bound(updates, bound):
+    clipped, state = apply(clipping.clip_by_value(bound), updates)
+    jax.tree.map(np.testing.assert_array_equal, clipped, apply(optax.clip(bound), updates)[0])
+    assert all(np.max(np.abs(x)) <= np.float32(bound) for x in clipped.values())
+    assert bool(state.fired) == any(np.any(np.abs(x) > np.float32(bound)) for x in updates.values())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("clip", [clipping.clip_by_global_norm, clipping.clip_by_value])
+def test_zero_stays_zero_and_types_stay(clip, dtype):
+    zeros = {"w": jnp.zeros((2, 3), dtype), "b": jnp.zeros(4, dtype)}
+    clipped, state = apply(clip(0.5), zeros)
+    assert all(x.dtype == dtype and not np.any(x) for x in jax.tree.leaves(clipped))
+    assert not state.fired
+    large, state = apply(clip(0.5), jax.tree.map(lambda x: x + 100, zeros))
+    assert all(x.dtype == dtype for x in jax.tree.leaves(large))
+    assert state.fired
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_does_not_pass_for_a_step(bad):
+    updates = {"w": np.ones((2, 3), np.float32), "b": np.array([1, bad], np.float32)}
+    clipped, state = apply(clipping.clip_by_global_norm(1.0), updates)
+    assert not tree.all_finite(clipped)
+    assert state.fired
+
+
+def test_a_watched_transform_is_found_anywhere_in_a_chain():
+    clip = clipping.clip_by_global_norm(1.0)
+    tx = optax.chain(optax.add_decayed_weights(0.1), optax.chain(clip, optax.trace(0.9)), optax.scale(-0.1))
+    params = {"w": jnp.full((4, 4), 0.1)}
+    for gradient, fired in ((10.0, True), (0.01, False)):
+        grads = {"w": jnp.full((4, 4), gradient)}
+        _, state = tx.update(grads, tx.init(params), params)
+        assert bool(clipping.has_fired(state)) == fired
+    assert clipping.has_fired(optax.adam(0.1).init(params)) is None
+
+
+def test_the_norm_may_be_mapped_and_differentiated():
+    x = {"w": jnp.arange(12.0).reshape(2, 2, 3) + 1, "b": jnp.ones((2, 2))}
+    norms = jax.vmap(tree.norm)(x)
+    np.testing.assert_allclose(norms, [tree.norm(jax.tree.map(lambda v, i=i: v[i], x)) for i in range(2)], rtol=1e-6)
+    gradient = jax.grad(tree.norm)({"w": jnp.array([[3.0, 4.0]])})["w"]
+    np.testing.assert_allclose(gradient, [[0.6, 0.8]], rtol=1e-6)
