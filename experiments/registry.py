@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -47,8 +48,11 @@ REDUCERS: Mapping[str, Callable[..., fc.Reducer]] = {
 
 
 def _fedavg(
-    local_epochs: int = 1, local_steps: int | None = None
+    local_epochs: int | None = None, local_steps: int | None = None
 ) -> tuple[Callable[..., fc.Algorithm], dict[str, Any]]:
+    if local_epochs is not None and local_steps is not None:
+        raise InvalidInput("local_epochs and local_steps exclude each other: give one of them.")
+    local_epochs = 1 if local_epochs is None else local_epochs
     fc.LocalWork(epochs=local_epochs, steps=local_steps)  # says at once what is wrong with them
     return fc.fedavg, {"local_epochs": local_epochs, "local_steps": local_steps}
 
@@ -84,14 +88,23 @@ SCHEDULES: Mapping[str, Callable[..., optax.Schedule]] = {
 }
 
 
+_FRACTIONS = ("b1", "b2", "decay", "momentum")
+
+
 def _checked(optimizer: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
-    """Refuses a learning rate that is a number but not a positive, finite one."""
+    """Refuses what optax would only stumble over in the first round, or never."""
 
     @functools.wraps(optimizer)
     def build(*args, **kwargs):
-        rate = inspect.signature(optimizer).bind(*args, **kwargs).arguments["learning_rate"]
-        if isinstance(rate, (int, float)) and not 0 < rate < math.inf:
-            raise InvalidInput(f"the learning rate must be positive and finite, not {rate}")
+        for name, value in inspect.signature(optimizer).bind(*args, **kwargs).arguments.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if isinstance(value, str):
+                raise InvalidInput(f"{name} must be a number, not {value!r}")
+            scheduled = callable(value) or isinstance(value, jax.Array)
+            if name == "learning_rate" and not (0 < value < math.inf if number else scheduled):
+                raise InvalidInput(f"the learning rate must be positive and finite, not {value}")
+            if name in _FRACTIONS and value is not None and not (number and 0 <= value < 1):
+                raise InvalidInput(f"{name} must lie between 0 and 1, not {value}")
         return optimizer(*args, **kwargs)
 
     return build
@@ -130,8 +143,8 @@ def _optimizers(
     text: str, flag: str, schedules: Mapping[str, Callable[..., Any]]
 ) -> list[optax.GradientTransformation]:
     chain = spec.build(text, OPTIMIZERS, flag, nested=schedules)
-    if not chain:
-        raise InvalidInput(f'{flag}: an optimiser is needed, such as "sgd(0.1)".')
+    if not any("learning_rate" in inspect.signature(OPTIMIZERS[c.name]).parameters for c in spec.parse(text, flag)):
+        raise InvalidInput(f'{flag}: the chain needs an optimiser, such as sgd in "clip_by_global_norm(1.0)|sgd(0.1)".')
     return chain
 
 

@@ -80,7 +80,8 @@ def main() -> None:
     params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))
     print(describe(task, params, devices), file=sys.stderr)
     stopping = binary.Stopping()
-    with Progress(FLAGS.rounds) as progress:
+    with directory:
+        progress = Progress(FLAGS.rounds)
 
         def on_round(row: fc.training.Row) -> None:
             directory.add(row)
@@ -104,16 +105,19 @@ def main() -> None:
             rounds_per_dispatch=FLAGS.rounds_per_dispatch,
             **work,
         )
+        progress.close()
 
-    rows = directory.rows()
-    if stopping.signal and rows[-1]["round"] < FLAGS.rounds:
-        directory.draw()
-        print(f"Stopped after round {rows[-1]['round']:.0f} of {FLAGS.rounds}; the same command goes on from there.")
-        sys.exit(128 + stopping.signal)
-    if not result.history:
-        print(f"Complete already ({rows[-1]['round']:.0f} rounds); remove {directory.path} to run it again.")
-    directory.finish(result.params)
-    print(summary(rows, result.params, directory))
+        rows = directory.rows()
+        if stopping.signal and rows[-1]["round"] < FLAGS.rounds:
+            directory.draw()
+            print(
+                f"Stopped after round {rows[-1]['round']:.0f} of {FLAGS.rounds}; the same command goes on from there."
+            )
+            sys.exit(128 + stopping.signal)
+        if not result.history:
+            print(f"Complete already ({rows[-1]['round']:.0f} rounds); remove {directory.path} to run it again.")
+        directory.finish(result.params)
+        print(summary(rows, result.params, directory))
 
 
 def cohort_size(task: tasks.Task) -> int:
@@ -142,9 +146,6 @@ class Progress:
         self.shown: dict[str, str] = {}
         self.bar: tqdm.tqdm | None = None
 
-    def __enter__(self) -> "Progress":
-        return self
-
     def __call__(self, row: fc.training.Row) -> None:
         if self.bar is None:
             initial = int(row["round"]) - 1
@@ -158,7 +159,8 @@ class Progress:
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update()
 
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Ends the bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -171,6 +173,9 @@ def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirec
     for name in sets:
         scores = {k.split("/")[2]: v for k, v in last.items() if k.startswith(f"eval/{name}/")}
         lines.append(f"held-out {name:<10}" + "  ".join(f"{k} {v:.4f}" for k, v in sorted(scores.items())))
+    if lost := sum(row["dropped"] for row in rows):
+        when = sum(row["dropped"] > 0 for row in rows)
+        lines.append(f"dropped            {lost:.0f} clients in {when} rounds: their updates were not finite")
     arrays = tree.flatten_with_names(params)
     if sum(x.size for x in arrays.values()) <= 8:
         lines.append(

@@ -1,5 +1,6 @@
 """A run's directory: what ran, a row of metrics for each round, TensorBoard events, pictures, checkpoints."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from fedjax_clip.typing import InvalidInput, Params
 class RunDirectory:
     """Writes a run, and continues one of the same configuration; refuses one of another.
 
-    Nothing is written before the first row, so a run that cannot start leaves nothing behind.
+    Use it as a context: it keeps other processes out. A run that cannot start leaves nothing behind.
 
     Args:
       path: the directory; made when needed.
@@ -41,7 +42,7 @@ class RunDirectory:
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise InvalidInput(f"--workdir: {self.path} cannot be written, since {existing} is no writable directory.")
-        if existing != self.path.absolute() or not any(self.path.iterdir()):
+        if existing != self.path.absolute() or {p.name for p in self.path.iterdir()} <= {".lock"}:
             return
         try:
             found = json.loads((self.path / "config.json").read_text())["config"]
@@ -59,6 +60,29 @@ class RunDirectory:
                     f"--workdir: {self.path} holds a run with --{name}={found.get(name)!r}, not "
                     f"{self.config.get(name)!r}; choose another directory or remove it."
                 )
+
+    def __enter__(self) -> "RunDirectory":
+        made = [p for p in (self.path.absolute(), *self.path.absolute().parents) if not p.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise InvalidInput(f"--workdir: {self.path} cannot be written: {error.strerror}.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InvalidInput(f"--workdir: {self.path} is in use by another run.") from None
+        self._made = made
+        self._check()  # another run may have begun since
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+        (self.path / ".lock").unlink()
+        if not any(self.path.iterdir()):
+            for path in self._made:
+                path.rmdir()
+        self._lock.close()
 
     def rows(self) -> list[fc.training.Row]:
         """All whole rows on disk, in order."""

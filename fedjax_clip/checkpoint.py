@@ -75,5 +75,9 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+            except OSError as error:
+                raise InvalidInput(f"Checkpoints cannot be written to {self.directory}: {error.strerror}.") from error
         return self._manager

@@ -33,6 +33,8 @@ def batch_loss(
     """
     out = per_example_loss(params, batch, key)
     losses, values = out if isinstance(out, tuple) else (out, {})
+    if taken := {"loss", "examples"} & set(values):
+        raise InvalidInput(f"per_example_loss reports {sorted(taken)}, names that the library fills itself.")
     for name, x in {"loss": losses, **values}.items():
         if jnp.shape(x) != weights.shape:
             raise InvalidInput(

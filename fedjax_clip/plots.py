@@ -51,7 +51,7 @@ def curves(rows: Sequence[Row], title: str = "") -> Figure:
         _panel(axes, rows, lines)
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("round")
-        if name in _LOGARITHMIC:
+        if name in _LOGARITHMIC and any(np.any(_series(rows, key)[1] > 0) for key, _, _ in lines):
             axes.set_yscale("log")
         else:
             axes.set_ylim(None, 1.02)

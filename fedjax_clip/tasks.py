@@ -34,7 +34,7 @@ class Task:
 def classifier(model: nn.Module) -> PerExampleLoss:
     """Softmax cross-entropy and ``accuracy`` of a Flax module of logits, on batches ``{"x", "y"}``.
 
-    Integer inputs (images as bytes) are divided by 255.
+    Inputs of type uint8 (images) are divided by 255.
     """
 
     def per_example_loss(params, batch, key):
@@ -73,7 +73,7 @@ def digits(
 def npz(
     path: str,
     by: str | None = None,
-    num_clients: int = 10,
+    num_clients: int | None = None,
     alpha: float | None = None,
     hidden: Sequence[int] = (128,),
     seed: int = 0,
@@ -84,12 +84,12 @@ def npz(
       path: the file; see ``fc.sources.npz``.
       by: the field that names each example's client; without it (and without offsets in the file) examples are
         dealt to ``num_clients``: evenly, or with Dirichlet(``alpha``) label skew.
-      num_clients: clients to deal examples to.
+      num_clients: clients to deal examples to, 10 by default.
       alpha: label skew, smaller is more skewed.
       hidden: widths of the MLP's hidden layers.
       seed: of the partition and of the splits.
     """
-    return classification(_deal(sources.npz(path, by), num_clients, alpha, seed), hidden, seed=seed)
+    return classification(_deal(sources.npz(path, by), num_clients, 10, alpha, seed), hidden, seed=seed)
 
 
 def tfds(
@@ -97,15 +97,18 @@ def tfds(
     split: str = "train",
     data_dir: str | None = None,
     by: str | None = None,
-    num_clients: int = 100,
+    num_clients: int | None = None,
     alpha: float | None = None,
     download: bool = False,
     hidden: Sequence[int] = (128,),
     seed: int = 0,
 ) -> Task:
-    """Classification of any TFDS data set of images and labels; arguments as for ``npz`` and ``fc.sources.tfds``."""
+    """Classification of any TFDS data set of images and labels, by default dealt to 100 clients.
+
+    Arguments as for ``npz`` and ``fc.sources.tfds``.
+    """
     examples = sources.tfds(name, split, data_dir, by, download=download)
-    return classification(_deal(examples, num_clients, alpha, seed), hidden, seed=seed)
+    return classification(_deal(examples, num_clients, 100, alpha, seed), hidden, seed=seed)
 
 
 def classification(
@@ -116,14 +119,24 @@ def classification(
     seed: int = 0,
 ) -> Task:
     """An MLP on any population of ``{"x": [N, ...], "y": int[N]}``; whole clients and examples are held out."""
+    hidden = (hidden,) if isinstance(hidden, int) else hidden
     fields = data.fields()
     if missing := {"x", "y"} - set(fields):
-        raise InvalidInput(f"Classification needs fields x and y; {sorted(missing)} is missing from {sorted(fields)}.")
+        raise InvalidInput(
+            f"Classification needs fields x and y: {sorted(missing)} is missing; there is {sorted(fields)}."
+        )
     labels = fields["y"]
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise InvalidInput(f"Labels y must be whole numbers from 0, one an example, not {labels.dtype}{labels.shape}.")
-    if not np.issubdtype(fields["x"].dtype, np.number):
-        raise InvalidInput(f"Inputs x must be numbers, not {fields['x'].dtype}.")
+        found = f"{labels.dtype} of shape {labels.shape}, beginning {labels.flat[:3].tolist()}"
+        raise InvalidInput(f"Labels y must be whole numbers from 0, one an example, not {found}.")
+    inputs = fields["x"]
+    if not np.issubdtype(inputs.dtype, np.number):
+        raise InvalidInput(f"Inputs x must be numbers, not {inputs.dtype}.")
+    if inputs.dtype != np.uint8:
+        inputs = inputs.astype(np.float32)
+        if (bad := np.flatnonzero(~np.isfinite(inputs).reshape(len(inputs), -1).all(1))).size:
+            raise InvalidInput(f"Inputs x of example {bad[0]} are not finite, as are those of {bad.size} in all.")
+    data = dataclasses.replace(data, examples={"x": inputs, "y": labels.astype(np.int32)})
     if any(not isinstance(width, int) or width < 1 for width in hidden):
         raise InvalidInput(f"hidden must be widths of at least 1, not {hidden}.")
     train, clients = data.split_clients(held_out_clients, seed)
@@ -188,16 +201,19 @@ def _task(
     return Task(train, evaluation, lambda key: model.init(key, sample), loss)
 
 
-def _deal(data, num_clients: int, alpha: float | None, seed: int) -> FederatedData:
+def _deal(data, num_clients: int | None, default: int, alpha: float | None, seed: int) -> FederatedData:
     if isinstance(data, FederatedData):
+        if num_clients is not None or alpha is not None:
+            raise InvalidInput("The data have clients of their own: num_clients and alpha have nothing to say.")
         return data
+    num_clients = default if num_clients is None else num_clients
     if alpha is None:
         return partition.iid(data, num_clients, seed)
     return partition.dirichlet(data, num_clients, alpha, seed=seed)
 
 
 def _scaled(x: Array) -> Array:
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32) / 255
+    return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
 
 
 def _check_positive(**values: int) -> None:

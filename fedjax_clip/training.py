@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,22 +20,27 @@ from fedjax_clip.data import sampling
 from fedjax_clip.data.planning import LocalWork, plan, stack, wasted_steps
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.local import batch_loss
-from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
+from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree, check_type
 
+WIDE_BYTES = 2**16  # on a CPU, models up to this size train several clients at once: their cost is that of many loops
 RESIDENT_BYTES = 2**29  # a population up to this size lives on every device, and a round sends only example numbers
 
 Row = dict[str, float]
 
 
 class State(NamedTuple):
-    """All that a run needs to go on: the server, and what the clients keep ([M, ...], on the host)."""
+    """All that a run needs to go on: the server, what the clients keep ([M, ...], on the host), and which run it is."""
 
     server: PyTree
     clients: PyTree
+    run: dict[str, np.ndarray]
 
 
 class Result(NamedTuple):
-    """What ``train`` returns: final parameters, the whole last state, and one row of metrics for each round."""
+    """What ``train`` returns: final parameters, the whole last state, and one row of metrics for each round it ran.
+
+    A resumed run's history begins where it went on; it is empty if there was nothing left to do.
+    """
 
     params: Params
     state: State
@@ -99,7 +105,8 @@ def train(
       on_round: called with each round's row.
       should_stop: asked after each round; if true, the state is saved and training ends early.
       devices: devices to use; all local ones by default.
-      clients_per_chunk: clients that a device trains at once; 1 on CPUs, up to 16 elsewhere by default.
+      clients_per_chunk: clients that a device trains at once. By default 1 on a CPU where the model is larger than
+        64 KiB, otherwise up to 16.
       rounds_per_dispatch: how many rounds are sent to the devices at once, which helps where a round takes under a
         millisecond; dispatches end where an evaluation or a checkpoint is due, and ``should_stop`` is asked after
         each. It changes no bit. Clients that keep a state and populations that do not fit on the devices go one
@@ -123,18 +130,31 @@ def train(
     ):
         if value < 1:
             raise InvalidInput(f"{name} must be at least 1, not {value}.")
+    check_type("data", data, FederatedData, "a FederatedData")
+    check_type("sampler", sampler, sampling.Sampler | None, "a sampler such as fc.sampling.uniform(10)")
+    if sampler is not None and cohort_size is not None:
+        raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
+    for name, field in data.fields().items():
+        if field.dtype.kind not in "biufV":
+            raise InvalidInput(f"Field {name!r} of the examples holds {field.dtype}, not numbers: drop or encode it.")
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
     devices = jax.local_devices() if devices is None else devices
     on_cpu = devices[0].platform == "cpu"
 
-    state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients))
+    run = _identity(data, seed)
+    state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients), run)
     if sampler.replacement and jax.tree.leaves(state.clients):
         raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
     sizes = data.sizes
     expected_cohort = len(sampler.sample(sizes, seed, 0))
-    width = clients_per_chunk or (1 if on_cpu else min(16, max(1, expected_cohort // len(devices))))
+    model_bytes = sum(x.nbytes for x in jax.tree.leaves(state.server.params))
+    widest = 1 if on_cpu and model_bytes > WIDE_BYTES else 16
+    width = clients_per_chunk or min(widest, max(1, -(-expected_cohort // len(devices))))
     start, state = (checkpoints and checkpoints.restore(state)) or (0, state)
+    for name, expected in run.items():
+        if state.run[name] != expected:
+            raise InvalidInput(f"The checkpoint is of a run with {name}={state.run[name]}, not {expected}.")
 
     resident = sum(x.nbytes for x in data.fields().values()) <= RESIDENT_BYTES
     population = placement.replicate(data.examples, devices) if resident else None
@@ -155,14 +175,16 @@ def train(
         return np.asarray(cohort.ids), [wasted_steps(c) for c in cohorts], placement.split(cohort, devices)
 
     history: list[Row] = []
-    blocks = list(_blocks(range(start, rounds), length, eval_every if evaluate else 0, checkpoint_every))
+    due = (eval_every if evaluate else 0, checkpoint_every if checkpoints else 0)
+    blocks = _blocks(range(start, rounds), length, *due)
     with concurrent.futures.ThreadPoolExecutor(1) as planner:
-        plans = collections.deque(planner.submit(prepare, block) for block in blocks[:1])
-        for block, following in itertools.zip_longest(blocks, blocks[1:]):
+        plans = collections.deque((b, planner.submit(prepare, b)) for b in itertools.islice(blocks, 1))
+        while plans:
             began = time.perf_counter()
-            ids, wasted, cohorts = plans.popleft().result()
-            if following is not None:  # planned and sent while the devices work
-                plans.append(planner.submit(prepare, following))
+            block, ready = plans.popleft()
+            ids, wasted, cohorts = ready.result()
+            # The next block is planned and sent while the devices work.
+            plans.extend((b, planner.submit(prepare, b)) for b in itertools.islice(blocks, 1))
             cohorts = dataclasses.replace(cohorts, state=_gather(state.clients, ids))
             server, new_states, report = run_rounds(server, cohorts, key, len(block))
             # Waiting here is not only for the clock: collectives of dispatches in flight dead-lock on CPU devices.
@@ -184,12 +206,22 @@ def train(
                     on_round(row)
             stop = should_stop is not None and should_stop()
             if checkpoints is not None and (done == rounds or stop or done % checkpoint_every == 0):
-                checkpoints.save(done, State(placement.first_replica(server), state.clients))
+                checkpoints.save(done, State(placement.first_replica(server), state.clients, run))
             if stop:
                 break
 
-    state = State(placement.first_replica(server), state.clients)
+    state = State(placement.first_replica(server), state.clients, run)
     return Result(state.server.params, state, history)
+
+
+def _identity(data: FederatedData, seed: int) -> dict[str, np.ndarray]:
+    """What a checkpoint must agree with besides shapes: the seed, and the data as far as a sample of it tells."""
+    few = np.linspace(0, data.num_examples - 1, 64).astype(np.int64)
+    checksum = zlib.crc32(np.ascontiguousarray(data.offsets).tobytes())
+    for x in data.fields().values():
+        checksum = zlib.crc32(np.ascontiguousarray(x[few]).tobytes(), checksum)
+    values = {"seed": seed, "num_clients": data.num_clients, "num_examples": data.num_examples, "checksum": checksum}
+    return {name: np.asarray(value, np.int64) for name, value in values.items()}
 
 
 def _blocks(rounds: range, length: int, *every: int) -> Iterator[range]:
@@ -232,6 +264,10 @@ def evaluator(
     Returns:
       ``params -> {"examples/loss": ..., "examples/accuracy": ..., ...}``.
     """
+
+    check_type("sets", sets, Mapping, "FederatedData in a dict by name")
+    for name, data in sets.items():
+        check_type(f"sets[{name!r}]", data, FederatedData, "a FederatedData")
 
     @jax.jit
     def batch_report(params, batch, weights):

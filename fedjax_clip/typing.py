@@ -64,3 +64,9 @@ class ClientState(NamedTuple):
 
     own: PyTree
     uplink: PyTree
+
+
+def check_type(name: str, value: Any, kind: Any, wanted: str) -> None:
+    """Refuses an argument of the wrong kind while its name is still known."""
+    if not isinstance(value, kind):
+        raise InvalidInput(f"{name} must be {wanted}, not {type(value).__name__}.")

@@ -205,3 +205,35 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
     exact = Run(fc.fedavg(softmax_loss, clipped_sgd), population()).rounds(parameters(), COHORTS)[0]
     assert_close(server.params, exact.params, rtol=0, atol=0.02)
     assert any(np.any(x != y) for x, y in zip(server.params.values(), exact.params.values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fc.fedavg(softmax_loss, 0.1), "client_tx must be an optax optimiser"),
+        (lambda: fc.fedavg(softmax_loss, optax.sgd(0.1), 0.1), "server_tx must be an optax optimiser"),
+        (lambda: fc.fedavg(softmax_loss, fc.uplink.clip_by_global_norm(1.0)), "client_tx is an uplink"),
+        (lambda: fc.fedavg(softmax_loss, optax.sgd(0.1), uplink=optax.clip(1.0)), "at_client"),
+        (lambda: fc.fedavg(softmax_loss, optax.sgd(0.1), reducer=fc.uniform_mean), "uniform_mean()"),
+        (lambda: fc.evaluator(softmax_loss, population()), "in a dict by name"),
+        (lambda: train(parameters()), "data must be a FederatedData"),
+        (lambda: train(population(), sampler="uniform"), "sampler must be"),
+        (lambda: train(population(), sampler=fc.sampling.uniform(2), cohort_size=2), "give one of them"),
+        (lambda: train(fc.FederatedData({"x": np.array(["a"])}, [0, 1])), "Field 'x' of the examples holds <U1"),
+    ],
+)
+def test_a_wrong_argument_is_named(call, message):
+    with pytest.raises(fc.InvalidInput) as error:
+        call()
+    assert message in str(error.value)
+
+
+def train(data, **options):
+    return fc.train(fc.fedavg(softmax_loss, optax.sgd(0.1)), data, parameters(), rounds=1, **options)
+
+
+def test_a_checkpoint_of_another_seed_is_refused(tmp_path):
+    checkpoints = fc.checkpoint.Checkpoints(tmp_path)
+    train(population(), checkpoints=checkpoints)
+    with pytest.raises(fc.InvalidInput, match="seed=0, not 1"):
+        train(population(), checkpoints=checkpoints, seed=1)

@@ -69,6 +69,14 @@ def bad_files(tmp_path):
         "an unknown client field": (f"--task=npz({str(good)!r}, by='hospital')", "hospital"),
         "more clients than examples": (f"--task=npz({str(good)!r}, num_clients=13)", "13"),
         "a negative Dirichlet parameter": (f"--task=npz({str(good)!r}, num_clients=2, alpha=-1.0)", "-1.0"),
+        "inputs that are not finite": (
+            saved(tmp_path / "i.npz", x=np.where(x > 0, np.nan, x), y=y),
+            "example 0",
+        ),
+        "clients twice over": (
+            saved(tmp_path / "j.npz", x=x, y=y, h=y)[:-1] + ", by='h', num_clients=3)",
+            "clients of their own",
+        ),
         "a run directory under a file": (f"--workdir={tmp_path / 'file' / 'run'}", "cannot be written"),
         "a run directory of something else": (f"--workdir={other}", "holds files but no run"),
     }
@@ -95,7 +103,14 @@ BAD_FLAGS = {
     "a NaN clip of the update": ("--uplink=clip_by_global_norm(nan)", "--uplink"),
     "a negative learning rate": ("--client=sgd(-0.1)", "learning rate must be positive"),
     "an infinite learning rate": ("--server=sgd(inf)", "learning rate must be positive"),
-    "no optimiser": ("--client=", "--client: an optimiser is needed"),
+    "no optimiser": ("--client=", "--client: the chain needs an optimiser"),
+    "a clip without an optimiser": ("--client=clip_by_global_norm(0.5)", "the chain needs an optimiser"),
+    "no learning rate": ("--client=sgd(None)", "learning rate must be positive and finite, not None"),
+    "a learning rate that is true": ("--client=sgd(True)", "learning rate must be positive and finite, not True"),
+    "a learning rate of text": ("--client=sgd('a')", "must be a number, not 'a'"),
+    "a decay above one": ("--server=adam(0.01, b1=2)", "b1 must lie between 0 and 1"),
+    "epochs and steps": ("--algorithm=fedavg(local_epochs=1, local_steps=1)", "exclude each other"),
+    "a run directory that cannot be": ("--workdir=/proc/nope", "--workdir: /proc/nope cannot be written"),
     "code": ("--client=__import__('os').system('touch owned')", "--client"),
     "code in an argument": ("--client=sgd(open('owned', 'w'))", "--client"),
     "no local epochs": ("--algorithm=fedavg(local_epochs=0)", "local_epochs must be a whole number"),
@@ -169,6 +184,28 @@ def config():
     return json.loads(pathlib.Path("here/config.json").read_text())["config"]
 
 
+def test_a_directory_in_use_is_refused_and_a_failed_start_leaves_none(cli, tmp_path):
+    with rundir.RunDirectory(tmp_path / "here", {}):
+        code, _, err = cli(*QUICK, "--workdir=here")
+        assert (code, err.count("in use by another run")) == (2, 1)
+    assert not (tmp_path / "here").exists()
+
+
+def test_replaced_data_are_not_trained_on_under_the_old_name(cli, tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2
+    task = saved(tmp_path / "mine.npz", x=x, y=y, note=np.array(["text"] * 40))
+    assert cli(task, "--rounds=2", "--workdir=here")[0] == 0
+    saved(tmp_path / "mine.npz", x=-x, y=y)
+    code, _, err = cli(task, "--rounds=3", "--workdir=here")
+    assert (code, err.count("error: The checkpoint is of a run with checksum=")) == (2, 1)
+
+
+def test_clients_that_diverge_are_said_to_be_dropped(cli):
+    code, out, _ = cli(*QUICK, "--client=sgd(1e30)")
+    assert code == 0
+    assert "rounds: their updates were not finite" in out
+
+
 def test_a_corrupt_checkpoint_is_named_and_nothing_is_lost(cli, tmp_path):
     assert cli(*QUICK, "--workdir=here")[0] == 0
     for path in (tmp_path / "here/checkpoints/3").rglob("*"):
@@ -181,12 +218,12 @@ def test_a_corrupt_checkpoint_is_named_and_nothing_is_lost(cli, tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     import fedjax_clip as fc
 
-    state = fc.State({"w": np.zeros(3, np.float32)}, ())
+    state = fc.State({"w": np.zeros(3, np.float32)}, (), {})
     Checkpoints(tmp_path).save(1, state)
     assert Checkpoints(tmp_path).restore(state)[0] == 1
     for other in ({"w": np.zeros(4, np.float32)}, {"v": np.zeros(3, np.float32)}, {"w": np.zeros(3, np.int32)}):
         with pytest.raises(fc.InvalidInput, match="another model"):
-            Checkpoints(tmp_path).restore(fc.State(other, ()))
+            Checkpoints(tmp_path).restore(fc.State(other, (), {}))
 
 
 def test_help_fits_a_person(cli):

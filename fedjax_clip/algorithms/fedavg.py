@@ -9,7 +9,7 @@ from fedjax_clip.algorithms.base import init_server, step_server
 from fedjax_clip.exchange import exchange
 from fedjax_clip.local import ClientFn, at_round, local_gradient, local_update
 from fedjax_clip.reduce import Reducer, weighted_mean
-from fedjax_clip.typing import Algorithm, ClientState, ClientTx, PerExampleLoss
+from fedjax_clip.typing import Algorithm, ClientState, ClientTx, InvalidInput, PerExampleLoss, check_type
 from fedjax_clip.uplink.base import Uplink, identity
 
 
@@ -81,6 +81,14 @@ def _averaged(
     server_tx = optax.sgd(1.0) if server_tx is None else server_tx
     uplink = identity() if uplink is None else uplink
     reducer = weighted_mean() if reducer is None else reducer
+    if isinstance(client_tx, Uplink):
+        raise InvalidInput("client_tx is an uplink; clips of a local step are in fc.clipping.")
+    check_type(
+        "client_tx", client_tx, optax.GradientTransformation | Callable, "an optax optimiser, or what builds one"
+    )
+    check_type("server_tx", server_tx, optax.GradientTransformation, "an optax optimiser")
+    check_type("uplink", uplink, Uplink, "an fc.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)")
+    check_type("reducer", reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
 
     def init(params):
         return init_server(params, server_tx, uplink)

@@ -157,9 +157,13 @@ def stack(cohorts: Sequence[Cohort], length: int) -> Cohort:
 
 def _deal(num_steps: np.ndarray, num_devices: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Longest processing time first: ``(device[K], slot[K])``, at most ``capacity`` clients a device."""
-    device, slot = np.zeros(len(num_steps), np.int64), np.zeros(len(num_steps), np.int64)
+    order = np.argsort(-num_steps, kind="stable")
+    device, slot = np.empty((2, len(num_steps)), np.int64)
+    if num_devices == 1 or len(set(num_steps.tolist())) < 2:
+        slot[order], device[order] = np.divmod(np.arange(len(num_steps)), num_devices)
+        return device, slot
     heap = [(0, d, 0) for d in range(num_devices)]
-    for client in np.argsort(-num_steps, kind="stable"):
+    for client in order:
         load, d, used = heapq.heappop(heap)
         device[client], slot[client] = d, used
         if used + 1 < capacity:

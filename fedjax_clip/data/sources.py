@@ -76,7 +76,7 @@ def npz(path: PathLike, by: str | None = None) -> dict[str, Any] | FederatedData
       >>> npz("/tmp/digits.npz").num_clients
       14
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     arrays = _read_npz(path)
     try:
         if "offsets" not in arrays:
