@@ -70,10 +70,14 @@ class RunDirectory:
             raise InvalidInput(f"--workdir: {self.path} cannot be written: {error.strerror}.") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._check()  # another run may have begun since
+        except BlockingIOError:
+            self._lock.close()
             raise InvalidInput(f"--workdir: {self.path} is in use by another run.") from None
+        except InvalidInput:
+            self._lock.close()
+            raise
         self._made = made
-        self._check()  # another run may have begun since
         return self
 
     def __exit__(self, *exception: object) -> None:
