@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from absl import flags
 
 from experiments import binary, registry, run, rundir
 from fedjax_clip.checkpoint import Checkpoints
@@ -26,11 +26,13 @@ def cli(tmp_path, monkeypatch, capsys):
 
     def call(*arguments):
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as exit:
+        with pytest.raises(SystemExit) as exit:
             monkeypatch.setattr(sys, "argv", [run.__file__, *arguments])
             binary.run(run.main, run.__doc__, registry.describe)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        for flag in flags.FLAGS.flags_by_module_dict()["experiments.run"]:
+            flag.unparse()
         return exit.value.code or 0, *capsys.readouterr()
 
     return call
