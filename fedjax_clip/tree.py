@@ -40,6 +40,30 @@ def by_columns(reduce: Callable[..., Array], x: Array) -> Array:
     return x if x.ndim < 2 else jax.lax.optimization_barrier(reduce(x.reshape(-1, x.shape[-1]), axis=0))
 
 
+def sorted_rows(x: Array) -> list[Array]:
+    """``list(jnp.sort(x, axis=0))`` of finite or infinite values.
+
+    Up to 32 rows go through Batcher's network of minima and maxima (Knuth, algorithm 5.2.2M): elementwise, so that XLA
+    makes one vectorised loop of it and of what follows, where its own sort compares float by float.
+    """
+    rows = list(x)
+    if len(rows) > 32:
+        return list(jnp.sort(x, axis=0))
+    top = 1 << max(len(rows) - 1, 1).bit_length() - 1
+    p = top
+    while p:
+        q, r, d = top, 0, p
+        while True:
+            for i in range(len(rows) - d):
+                if i & p == r:
+                    rows[i], rows[i + d] = jnp.minimum(rows[i], rows[i + d]), jnp.maximum(rows[i], rows[i + d])
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2
+    return rows
+
+
 def nbytes(tree: PyTree) -> int:
     """Bytes of all leaves; only their shapes and types are looked at."""
     return sum(np.size(x) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
