@@ -104,7 +104,7 @@ def shakespeare_lora(
     """
     whole = shakespeare_transformer(plays, width, layers, heads, length, held_out_roles, held_out_examples, seed)
     tuned = lora(whole.per_example_loss, _load(base, whole), rank, pattern, alpha)
-    return Task(whole.data, whole.evaluation, tuned.init, tuned.per_example_loss)
+    return Task(whole.data, whole.evaluation, tuned.init, tuned.per_example_loss, frozen=tuned.frozen)
 
 
 def text_files(
