@@ -113,7 +113,7 @@ def main() -> None:
 
     devices = jax.local_devices()[: FLAGS.devices]
     params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))
-    directory.about = describe(task, params, devices)
+    directory.about = describe(task, cohort_size(task), params, devices)
     print(directory.about, file=sys.stderr)
     stopping = binary.Stopping()
     with directory:
@@ -264,13 +264,14 @@ def cohort_size(task: tasks.Task) -> int:
     return FLAGS.cohort_size or min(8, task.data.num_clients)
 
 
-def describe(task: tasks.Task, params: Any, devices: list[jax.Device]) -> str:
+def describe(task: tasks.Task, cohort_size: int, params: Params, devices: list[jax.Device]) -> str:
     """One line on what is about to be trained."""
     data, size, frozen = task.data, tree.size(trained(task, params)), ""
     if task.frozen is not None:
         frozen = f" beside {tree.size(params) - size:,} that stay as they are"
     return (
         f"{FLAGS.task}: {data.num_clients} clients with {data.sizes.min()} to {data.sizes.max()} examples, "
+        f"{cohort_size} a round, "
         f"{size:,} parameters{frozen}, {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
     )
 
@@ -322,6 +323,9 @@ def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirec
         lines.append(f"held-out {name:<10}" + "  ".join(f"{k} {v:.4f}" for k, v in sorted(scores.items())))
     if "epsilon" in last:
         lines.append(f"epsilon            {last['epsilon']:.3f} at delta {FLAGS.delta:g}, for one client's presence")
+        if last["round"] < FLAGS.rounds:
+            why = f"one more round would pass --target_epsilon={FLAGS.target_epsilon:g}"
+            lines.append(f"ended early        after {last['round']:.0f} of {FLAGS.rounds} rounds: {why}")
     if lost := sum(row["dropped"] for row in rows):
         when = sum(row["dropped"] > 0 for row in rows)
         stale = ", or too stale" * ("staleness" in last)

@@ -278,5 +278,5 @@ def test_only_adapters_travel(tmp_path, monkeypatch):
     np.savez(tmp_path / "other.npz", w=np.ones(3))
     with pytest.raises(InvalidInput, match="other.npz does not fit the model: params/.* is None, not"):
         tasks.shakespeare_lora(str(tmp_path / "other.npz"), **small)
-    with pytest.raises(InvalidInput, match="There is no file"):
+    with pytest.raises(InvalidInput, match="There is no base model nowhere.npz: train one, by python -m"):
         tasks.shakespeare_lora("nowhere.npz", **small)
