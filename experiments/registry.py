@@ -176,11 +176,14 @@ REDUCERS: Mapping[str, Callable[..., fc.Reducer]] = {
 }
 
 
+NOISES = ("discrete_gaussian", "gaussian", "skellam")  # on the sum, so that ``--target_epsilon`` can solve for it
+
+
 def uplinks(noise_multiplier: float | None) -> Mapping[str, Callable[..., fc.Uplink]]:
-    """The links, with this noise for a ``gaussian`` that is given none."""
+    """The links, with this noise for a link of ``NOISES`` that is given none."""
     if noise_multiplier is None:
         return UPLINKS
-    return {**UPLINKS, "gaussian": functools.partial(uplink.gaussian, noise_multiplier)}
+    return {**UPLINKS, **{name: functools.partial(UPLINKS[name], noise_multiplier) for name in NOISES}}
 
 
 def reducers(cohort_size: int) -> Mapping[str, Callable[..., fc.Reducer]]:
