@@ -383,6 +383,13 @@ def _optimizers(
     return chain
 
 
+def behind_optimizer(text: str) -> list[str]:
+    """The names of the clips that stand behind the optimiser of ``--client``, and so bound steps, not gradients."""
+    names = [call.name for call in spec.parse(text, "--client")]
+    steps = [name for name in names if "learning_rate" in inspect.signature(OPTIMIZERS[name]).parameters]
+    return [name for name in names[names.index(steps[0]) :] if "clip" in name]
+
+
 def _at_round(schedule: Callable[..., optax.Schedule], round: Any) -> Callable[..., Any]:
     return functools.wraps(schedule)(lambda *args, **kwargs: schedule(*args, **kwargs)(round))
 

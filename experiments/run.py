@@ -116,6 +116,11 @@ def main() -> None:
     params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))
     directory.about = describe(task, params, devices)
     print(directory.about, file=sys.stderr)
+    for name in registry.behind_optimizer(FLAGS.client):
+        print(
+            f"--client: {name} stands behind the optimiser and bounds its steps; to clip gradients put it in front.",
+            file=sys.stderr,
+        )
     stopping = binary.Stopping()
     with directory:
         progress = Progress(rounds)

@@ -347,7 +347,7 @@ CLIP, NOISE, SGD = uplink.clip_by_global_norm(1.0), uplink.gaussian(1.0), optax.
             lambda: fc.fedavg(
                 softmax_loss, clipped_sgd, uplink=uplink.count_sketch(), reducer=fc.reduce.centered_mean(1.0)
             ),
-            "in a sum only: the reducer must be",
+            "in a sum only: make weighted_mean",
         ),
         (lambda: c.top_k(0.1, c.top_k(3)), "cannot stand inside of another"),
         (lambda: c.top_k(0.1, CLIP), "must be a compressor"),

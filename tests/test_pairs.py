@@ -59,7 +59,7 @@ WRITTEN = {
     "trimmed_mean": "trimmed_mean(1)",
     "uniform": "uniform(4)",
 }
-SENTENCE = re.compile(r"\b(link|uplink|reducer|algorithm|Fed[A-Z]\w+|fc\.\w+)\b.*[.)]$")
+SENTENCE = re.compile(r"\b(uplink|algorithm|FedBuff)\b.*[.)]$")
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
