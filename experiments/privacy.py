@@ -1,5 +1,6 @@
 """The uplink that flags ask for, and what its noise is worth."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,15 +32,15 @@ def build_uplink(
     if target_epsilon is None:
         uplink = chain(text, None)
         return uplink, None if delta is None else spent(uplink, delta, rounds, sampler, num_clients, on_grid)
-    calls = [call for call in spec.parse(text, "--uplink") if call.name == "gaussian"]
+    calls = [call for call in spec.parse(text, "--uplink") if call.name in registry.NOISES]
     if len(calls) != 1:
         raise InvalidInput(
-            "--target_epsilon needs one gaussian() without a number in --uplink, to solve for its noise, or with one, "
-            "to solve for the rounds."
+            f"--target_epsilon needs one of {', '.join(f'{name}()' for name in registry.NOISES)} in --uplink: without "
+            "a number, to solve for its noise, or with one, to solve for the rounds."
         )
     if delta is None:
         raise InvalidInput("--target_epsilon needs --delta, such as 1e-5.")
-    if calls[0].args or "noise_multiplier" in calls[0].kwargs:
+    if _given(calls[0]):
         uplink = chain(text, None)
         epsilons = spent(uplink, delta, rounds, sampler, num_clients, on_grid)
         allowed = int(np.sum(epsilons <= target_epsilon))
@@ -48,24 +49,51 @@ def build_uplink(
                 f"--target_epsilon={target_epsilon:g} allows no round, one costs {epsilons[0]:.3g}: take more noise."
             )
         return uplink, epsilons[:allowed]
-    *bits, _ = chain(text, 1.0).noise_multipliers  # the noise on updates comes last
-    z = fc.privacy.noise_multiplier(
-        target_epsilon, sampler, num_clients, rounds, delta, mechanism=chain(text, 1.0).mechanism
-    )
-    uplink = chain(text, fc.privacy.split(z, fc.privacy.together(bits) / 2) if bits else z)
+    unit = chain(text, 1.0)
+    allowance = functools.partial(fc.privacy.noise_multiplier, target_epsilon, sampler, num_clients, rounds, delta)
+    bits = unit.noise_multipliers[:-1] if unit.noise == "central" else unit.noise_multipliers  # updates come last
+    if bits or unit.noise == "central":
+        z = allowance(mechanism=unit.mechanism)
+        z = fc.privacy.split(z, fc.privacy.together(bits) / 2) if bits else z
+    if unit.grid:
+        z = allowance(curve=lambda z: on_grid(chain(text, z)))
+    uplink = chain(text, z)
     return uplink, spent(uplink, delta, rounds, sampler, num_clients, on_grid)
 
 
+def protects(uplink: fc.Uplink, sampler: fc.sampling.Sampler, num_clients: int) -> str:
+    """What epsilon is for: what neighbours differ in, as the accounting has them."""
+    if uplink.grid:
+        return "one client's data, from who sees sums only"
+    replaced = sampler.scheme == "uniform" and sampler.cohort_size < num_clients
+    return "one client's data, in another's place" if replaced else "one client's presence"
+
+
 def chain(text: str, noise_multiplier: float | None, values: Mapping[str, Any] = spec.NO_VALUES) -> fc.Uplink:
-    """The links of ``--uplink``, with this noise for a ``gaussian()``, and the values of its placeholders."""
+    """The links of ``--uplink``, with this noise for one without a number, and the values of its placeholders."""
     return fc.uplink.chain(*links(text, noise_multiplier, values))
 
 
 def links(
     text: str, noise_multiplier: float | None = None, values: Mapping[str, Any] = spec.NO_VALUES
 ) -> list[fc.Uplink]:
-    """The links of ``--uplink`` one by one."""
+    """The links of ``--uplink`` one by one.
+
+    Raises:
+      InvalidInput: noise without a number, if none is given here.
+    """
+    for call in spec.parse(text, "--uplink"):
+        if noise_multiplier is None and call.name in registry.NOISES and not _given(call):
+            raise InvalidInput(
+                f"--uplink: {call.name} has no number: write {call.name}(1.0), or let --target_epsilon of "
+                "experiments.run solve for it."
+            )
     return spec.build(text, registry.uplinks(noise_multiplier), "--uplink", registry.IN_UPLINKS, values)
+
+
+def _given(call: spec.Call) -> bool:
+    """Whether a link of ``registry.NOISES`` says how much."""
+    return bool(call.args) or "noise_multiplier" in call.kwargs
 
 
 def spent(

@@ -176,11 +176,14 @@ REDUCERS: Mapping[str, Callable[..., fc.Reducer]] = {
 }
 
 
+NOISES = ("discrete_gaussian", "gaussian", "skellam")  # on the sum, so that ``--target_epsilon`` can solve for it
+
+
 def uplinks(noise_multiplier: float | None) -> Mapping[str, Callable[..., fc.Uplink]]:
-    """The links, with this noise for a ``gaussian`` that is given none."""
+    """The links, with this noise for a link of ``NOISES`` that is given none."""
     if noise_multiplier is None:
         return UPLINKS
-    return {**UPLINKS, "gaussian": functools.partial(uplink.gaussian, noise_multiplier)}
+    return {**UPLINKS, **{name: functools.partial(UPLINKS[name], noise_multiplier) for name in NOISES}}
 
 
 def reducers(cohort_size: int) -> Mapping[str, Callable[..., fc.Reducer]]:
@@ -378,6 +381,13 @@ def _optimizers(
     if not any("learning_rate" in inspect.signature(OPTIMIZERS[c.name]).parameters for c in spec.parse(text, flag)):
         raise InvalidInput(f'{flag}: the chain needs an optimiser, such as sgd in "clip_by_global_norm(1.0)|sgd(0.1)".')
     return chain
+
+
+def behind_optimizer(text: str) -> list[str]:
+    """The names of the clips that stand behind the optimiser of ``--client``, and so bound steps, not gradients."""
+    names = [call.name for call in spec.parse(text, "--client")]
+    steps = [name for name in names if "learning_rate" in inspect.signature(OPTIMIZERS[name]).parameters]
+    return [name for name in names[names.index(steps[0]) :] if "clip" in name]
 
 
 def _at_round(schedule: Callable[..., optax.Schedule], round: Any) -> Callable[..., Any]:

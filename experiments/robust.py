@@ -49,6 +49,7 @@ def define_flags() -> None:
     flags.DEFINE_list("channels", ["8", "16"], "Channels of long_tail's convolutions, or none; the paper has 32,64.")
     flags.DEFINE_integer("dense", 64, "Width of long_tail's dense layer; the paper has 128.")
     flags.DEFINE_integer("rounds", 600, "Rounds of long_tail; the paper has 4500.")
+    flags.DEFINE_boolean("dropout", False, "Whether long_tail's network has the paper's dropout.")
     flags.DEFINE_boolean("quick", False, "Few rounds and one seed: to see that it runs.")
 
 
@@ -72,7 +73,7 @@ def main() -> None:
     build = {
         "digits": digits,
         "mnist": lambda: mnist(values.mnist),
-        "long_tail": lambda: long_tail(values.mnist, channels, values.dense, values.rounds),
+        "long_tail": lambda: long_tail(values.mnist, channels, values.dense, values.rounds, values.dropout),
     }
     problems = [build[name]() for name in dict.fromkeys(values.problems)]
     compare(problems, values.attacks, values.defences, values.seeds, values.workdir, values.quick, stopping)

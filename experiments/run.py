@@ -48,11 +48,12 @@ flags.DEFINE_string(
     "weighted_mean (by examples), uniform_mean, fixed_mean, median, bucketing(krum(1), 2) ...; by default the "
     "algorithm's own, fixed_mean under the server's noise, modular_sum behind an integer grid.",
 )
-flags.DEFINE_float("delta", None, "Writes epsilon so far, of gaussian(...) in --uplink at this delta, into each row.")
+flags.DEFINE_float("delta", None, "Writes epsilon so far, of the noise in --uplink at this delta, into each row.")
 flags.DEFINE_float(
     "target_epsilon",
     None,
-    "Solves for the noise of gaussian() in --uplink, or for the rounds of gaussian(1.0); needs --delta.",
+    "Solves for the noise of gaussian(), skellam() or discrete_gaussian() in --uplink, or for the rounds of "
+    "gaussian(1.0); needs --delta.",
 )
 flags.DEFINE_string("sampler", "uniform", f"How cohorts are drawn: {', '.join(registry.SAMPLERS)}.")
 flags.DEFINE_integer("cohort_size", None, "Clients a round; by default 8, or all where there are fewer.")
@@ -115,6 +116,11 @@ def main() -> None:
     params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))
     directory.about = describe(task, cohort_size(task), params, devices)
     print(directory.about, file=sys.stderr)
+    for name in registry.behind_optimizer(FLAGS.client):
+        print(
+            f"--client: {name} stands behind the optimiser and bounds its steps; to clip gradients put it in front.",
+            file=sys.stderr,
+        )
     stopping = binary.Stopping()
     with directory:
         progress = Progress(rounds)
@@ -158,7 +164,8 @@ def main() -> None:
             print(f"Complete already ({rows[-1]['round']:.0f} rounds); remove {directory.path} to run it again.")
         directory.finish(result.params, client_scores(task, algorithm, result))
         page.write(directory.path / "report.html", [directory.path])
-        print(summary(rows, result.params, directory))
+        protects = privacy.protects(uplink, sampler, task.data.num_clients) if epsilons is not None else ""
+        print(summary(rows, result.params, directory, protects))
 
 
 def check_numbers() -> None:
@@ -246,13 +253,16 @@ def build_reducer(uplink: fc.Uplink, cohort_size: int) -> fc.Reducer | None:
 
 def on_grid(uplink: fc.Uplink, task: tasks.Task) -> Callable[..., Any]:
     """What the clients' noise on an integer grid costs a round."""
-    if FLAGS.algorithm.startswith("partially_private"):
-        raise InvalidInput("--delta does not know how many parameters partially_private shares: leave --delta out.")
     reducer = build_reducer(uplink, cohort_size(task))
     if reducer is None or reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)
-    params = trained(task, jax.eval_shape(task.init, jax.random.key(0)))
-    return fc.privacy.distributed(uplink, params, reducer)
+    algorithm, _ = build_algorithm(task, uplink, cohort_size(task), task.data.num_clients)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    sent = trained(task, params)
+    if algorithm.personal is not None:  # what clients keep is not sent
+        kept = jax.eval_shape(algorithm.init_client, params).own
+        sent = np.empty(tree.size(params) - tree.size(kept), np.float32)
+    return fc.privacy.distributed(uplink, sent, reducer)
 
 
 def cohort_size(task: tasks.Task) -> int:
@@ -313,7 +323,7 @@ class Progress:
             self.bar.close()
 
 
-def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirectory) -> str:
+def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirectory, protects: str) -> str:
     """The last evaluation, the parameters if they are few, and where to look next."""
     last = rows[-1]
     sets = dict.fromkeys(k.split("/")[1] for k in last if k.startswith("eval/"))
@@ -322,7 +332,7 @@ def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirec
         scores = {k.split("/")[2]: v for k, v in last.items() if k.startswith(f"eval/{name}/") and k.count("/") == 2}
         lines.append(f"held-out {name:<10}" + "  ".join(f"{k} {v:.4f}" for k, v in sorted(scores.items())))
     if "epsilon" in last:
-        lines.append(f"epsilon            {last['epsilon']:.3f} at delta {FLAGS.delta:g}, for one client's presence")
+        lines.append(f"epsilon            {last['epsilon']:.3f} at delta {FLAGS.delta:g}, for {protects}")
         if last["round"] < FLAGS.rounds:
             why = f"one more round would pass --target_epsilon={FLAGS.target_epsilon:g}"
             lines.append(f"ended early        after {last['round']:.0f} of {FLAGS.rounds} rounds: {why}")

@@ -183,6 +183,8 @@ def _construct(call: Call, registry: Registry, flag: str, nested: Registry, valu
     name = call.name
     if not registry:
         raise InvalidInput(f"{flag}: {_quote(name)} is not a value; text is written in quotes.")
+    if name not in registry and name in nested:
+        raise InvalidInput(f"{flag}: {_quote(name)} goes inside of one of these: {_names(registry)}.")
     if name not in registry:
         hint = f"unknown component {_quote(name)}{_nearest(name, registry)} (valid: {_names(registry)})"
         raise InvalidInput(f"{flag}: {hint}.")
@@ -205,7 +207,8 @@ def _construct(call: Call, registry: Registry, flag: str, nested: Registry, valu
     try:
         return component(*args, **kwargs)
     except (TypeError, ValueError, ArithmeticError, OSError) as error:
-        raise InvalidInput(f"{flag}: {name}: {' '.join(str(error).split())}") from error
+        sentence = " ".join(str(error).split()).removeprefix(f"{name}: ")
+        raise InvalidInput(f"{flag}: {name}: {sentence}") from error
 
 
 def _check_arguments(call: Call, signature: inspect.Signature, flag: str) -> None:

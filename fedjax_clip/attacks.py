@@ -19,7 +19,7 @@ from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import check_labels
 from fedjax_clip.reduce import Reducer, Stack, restacked
-from fedjax_clip.typing import Array, InvalidInput, PyTree
+from fedjax_clip.typing import Array, InvalidInput, PyTree, check_number
 from fedjax_clip.uplink.base import Uplink
 
 Clients = Sequence[int] | np.ndarray
@@ -132,9 +132,10 @@ def replaced(clients: Clients, change: Callable[[PyTree, Array], PyTree]) -> Upl
         forged = jax.tree.map(lambda new, old: new.astype(old.dtype), change(update, ctx.key), update)
         return tree.where(bad, forged, update), client_state, {}
 
-    return Uplink(
+    link = Uplink(
         lambda params: (), lambda params: (), encode, lambda aggregate, state, report, ctx: (aggregate, state, {})
     )
+    return link._replace(population=_population(ids))
 
 
 def sign_flip(clients: Clients) -> Uplink:
@@ -218,7 +219,8 @@ def colluding(reducer: Reducer, clients: Clients, forge: Callable[[Stack, Array]
 
         return stack._replace(messages=jax.tree.map(put, stack.messages, forged))
 
-    return restacked(change, reducer)
+    attacked = restacked(change, reducer)
+    return attacked._replace(population=max(attacked.population, _population(ids)))
 
 
 def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> Reducer:
@@ -273,10 +275,11 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
       target: number of the honest one; one whose data are far from the others' does most harm.
 
     Raises:
-      InvalidInput: a target that is bad itself.
+      InvalidInput: a target that is no client's number, or bad itself.
 
     Source: Karimireddy, He and Jaggi (2022), section 4.2, with the target given (their search for one is a warm-up).
     """
+    check_number("mimic: target", target)
     if target in _numbers(clients):
         raise InvalidInput(f"mimic: the target {target} is one of the bad clients.")
 
@@ -284,7 +287,8 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
         is_target = honest & (stack.ids == target)
         return jax.tree.map(lambda x: jnp.tensordot(is_target.astype(x.dtype), x, 1), stack.messages)
 
-    return colluding(reducer, clients, forge)
+    attacked = colluding(reducer, clients, forge)
+    return attacked._replace(population=max(attacked.population, target + 1))
 
 
 def _honest_mean(messages: PyTree, honest: Array) -> PyTree:
@@ -297,6 +301,10 @@ def _numbers(clients: Clients) -> np.ndarray:
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu") or np.any(numbers < 0):
         raise InvalidInput(f"clients must be the numbers of the bad ones, such as [0, 3], not {clients!r}.")
     return numbers.astype(np.int32)
+
+
+def _population(numbers: np.ndarray) -> int:
+    return int(numbers.max(initial=-1)) + 1
 
 
 def _owned(data: FederatedData, clients: Clients) -> np.ndarray:

@@ -9,7 +9,7 @@ from fedjax_clip.cohort import Client, Cohort
 from fedjax_clip.local import ClientFn
 from fedjax_clip.reduce import Reducer, Roster
 from fedjax_clip.typing import Array, ClientState, Metrics, PyTree
-from fedjax_clip.uplink.base import SENT, Context, Uplink
+from fedjax_clip.uplink.base import SENT, Context, Uplink, decoded, encoded
 
 
 def exchange(
@@ -61,7 +61,7 @@ def exchange(
         ctx = Context(
             own_key, link_key, id, weight, reducer.denominator, staleness=staleness, threshold=reducer.threshold
         )
-        message, link, link_report = uplink.encode(update, uplink_state, state.uplink, ctx)
+        message, link, link_report = encoded(uplink, update, uplink_state, state.uplink, ctx)
         sent = {name: link_report[name] for name in SENT if name in link_report}
         link_report = {name: x for name, x in link_report.items() if name not in SENT}
         norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
@@ -111,7 +111,7 @@ def exchange(
         *(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"], reducer.denominator),
         threshold=reducer.threshold,
     )
-    update, uplink_state, link_metrics = uplink.decode(aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
+    update, uplink_state, link_metrics = decoded(uplink, aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
     asked = report["clients"] + report["dropped"]
     return (
         update,

@@ -18,7 +18,7 @@ from fedjax_clip.data.planning import LocalWork, plan_rounds
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.local import batch_loss
-from fedjax_clip.typing import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
+from fedjax_clip.typing import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree, check_named
 
 Build = Callable[[dict[str, Any]], Algorithm]
 
@@ -86,6 +86,7 @@ def _places(ids: Array, size: int) -> Array:
 
 def init_state(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
     """The server before round 0 and what each of ``num_clients`` clients keeps, ``[M, ...]``."""
+    check_named(algorithm, num_clients)
     kept = algorithm.init_client(tree.as_arrays(params))
     return algorithm.init(params), jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], num_clients, axis=0), kept)
 

@@ -1,6 +1,7 @@
 """The driver: samples and plans cohorts, runs the compiled round, evaluates, saves and resumes."""
 
 import concurrent.futures
+import inspect
 import math
 import time
 import zlib
@@ -17,7 +18,7 @@ from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.dispatch import Block, Dispatcher
 from fedjax_clip.local import batch_loss
-from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree, check_type
+from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree, check_named, check_type
 
 Row = dict[str, float]
 
@@ -153,6 +154,10 @@ def train(
     if sampler is not None and cohort_size is not None:
         raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
     check_fields(data)
+    check_named(algorithm, data.num_clients)
+    _check_judge("evaluate", evaluate, 1, "the parameters: fc.evaluator(per_example_loss, sets)")
+    kept = "the parameters and what all clients keep: fc.client_evaluator(...)"
+    _check_judge("evaluate_clients", evaluate_clients, 2, kept)
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
     devices = jax.local_devices() if devices is None else devices
@@ -243,6 +248,18 @@ def check_fields(data: FederatedData) -> None:
     for name, field in data.fields().items():
         if field.dtype.kind not in "biufV":
             raise InvalidInput(f"Field {name!r} of the examples holds {field.dtype}, not numbers: drop or encode it.")
+
+
+def _check_judge(name: str, judge: Any, arguments: int, wanted: str) -> None:
+    """Refuses what cannot be called with so many arguments, such as a loss."""
+    if judge is None:
+        return
+    try:
+        inspect.signature(judge).bind(*[None] * arguments)
+    except ValueError:  # it does not say what it takes
+        return
+    except TypeError:
+        raise InvalidInput(f"{name} must be a function of {wanted} makes one.") from None
 
 
 def client_states(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:

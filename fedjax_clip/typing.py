@@ -44,6 +44,7 @@ class Algorithm(NamedTuple):
         uses itself; ``None`` where everyone uses the server's.
       broadcasts: whether all that clients are sent of a model is ``server.params``, whole, so that
         ``fc.compressed_broadcast`` may replace it.
+      population: fewest clients that there must be, since a link or reducer names one by number.
 
     Example:
       >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, jax.random.key(0))
@@ -54,6 +55,7 @@ class Algorithm(NamedTuple):
     round: Callable[[PyTree, Any, Array], tuple[PyTree, PyTree, Metrics]]
     personal: Callable[[Params, PyTree], Params] | None = None
     broadcasts: bool = True
+    population: int = 0
 
 
 class Server(NamedTuple):
@@ -93,10 +95,25 @@ class ClientState(NamedTuple):
     uplink: PyTree
 
 
+def check_named(algorithm: Algorithm, num_clients: int) -> None:
+    """Refuses an algorithm whose links or reducers name a client that there is not."""
+    if algorithm.population > num_clients:
+        raise InvalidInput(
+            f"The uplink or the reducer names client {algorithm.population - 1}, and there is none: there are "
+            f"{num_clients}, numbered from 0 in the order of the population."
+        )
+
+
 def check_type(name: str, value: Any, kind: Any, wanted: str) -> None:
     """Refuses an argument of the wrong kind while its name is still known."""
     if not isinstance(value, kind):
         raise InvalidInput(f"{name} must be {wanted}, not {type(value).__name__}.")
+
+
+def check_number(name: str, client: int) -> None:
+    """Refuses what is no client's number."""
+    if isinstance(client, bool) or not isinstance(client, (int, np.integer)) or client < 0:
+        raise InvalidInput(f"{name} must be a client's number, not {client!r}.")
 
 
 def check_count(name: str, value: int) -> None:

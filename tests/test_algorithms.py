@@ -234,6 +234,18 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
         (lambda: train(parameters()), "data must be a FederatedData"),
         (lambda: train(population(), sampler="uniform"), "sampler must be"),
         (lambda: train(population(), sampler=fc.sampling.uniform(2), cohort_size=2), "give one of them"),
+        (lambda: train(population(), evaluate=softmax_loss), "evaluate must be a function of the parameters"),
+        (lambda: train(population(), evaluate_clients=lambda params: {}), "and what all clients keep"),
+        (
+            lambda: train(population(), uplink=link(lambda u, s, c, ctx: u)),
+            "encode must return (message, client_state, report)",
+        ),
+        (lambda: train(population(), uplink=link(lambda u, s, c, ctx: (u, c, 0.5))), "the last a dict"),
+        (
+            lambda: train(population(), uplink=link(lambda u, s, c, ctx: (u, jnp.ones(2), {}))),
+            "encode must return the client_state in the form it got it, {}, not {'': 'float32[2]'}",
+        ),
+        (lambda: train(population(), uplink=link(decode=lambda a, s, r, ctx: a)), "decode must return"),
         (lambda: train(fc.FederatedData({"x": np.array(["a"])}, [0, 1])), "Field 'x' of the examples holds <U1"),
     ],
 )
@@ -243,8 +255,12 @@ def test_a_wrong_argument_is_named(call, message):
     assert message in str(error.value)
 
 
-def train(data, **options):
-    return fc.train(fc.fedavg(softmax_loss, optax.sgd(0.1)), data, parameters(), rounds=1, **options)
+def train(data, uplink=None, **options):
+    return fc.train(fc.fedavg(softmax_loss, optax.sgd(0.1), uplink=uplink), data, parameters(), rounds=1, **options)
+
+
+def link(encode=lambda u, s, c, ctx: (u, c, {}), decode=lambda a, s, r, ctx: (a, s, {})):
+    return fc.Uplink(lambda params: (), lambda params: (), encode, decode)
 
 
 def test_a_checkpoint_of_another_seed_is_refused(tmp_path):

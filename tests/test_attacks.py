@@ -1,6 +1,7 @@
 """What bad clients do, by the formulas of the papers, and that honest ones stay as they are."""
 
 import doctest
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import scipy.stats
 from problems import Run, assert_close, assert_identical, clipped_sgd, parameters, population, softmax_loss
 
 import fedjax_clip as fc
-from fedjax_clip import attacks, reduce
+from fedjax_clip import attacks, reduce, uplink
 from fedjax_clip.reduce import Roster
 
 N, BAD = 7, [2, 31]
@@ -171,11 +172,35 @@ def test_a_backdoor_is_learned_and_a_trimmed_mean_keeps_it_out():
         lambda: attacks.backdoor(population(), [0], [4], 1.0, 0),
         lambda: attacks.backdoor(population(), [0], [0], 1.0, 0, fraction=1.5),
         lambda: attacks.mimic(reduce.median(), [0, 1], target=1),
+        lambda: attacks.mimic(reduce.median(), [0, 1], target=-1),
+        lambda: attacks.alie(reduce.median, [0, 1]),
+        lambda: attacks.ipm(uplink.identity(), [0, 1]),
     ],
 )
 def test_attacks_that_cannot_be_are_refused(make):
     with pytest.raises(fc.InvalidInput):
         make()
+
+
+def test_clients_that_there_are_not_are_refused_when_training_begins():
+    median, clip, six = reduce.median(), uplink.clip_by_global_norm(1.0), population()
+
+    def begin(link=None, reducer=None, make=fc.fedavg):
+        algorithm = make(softmax_loss, clipped_sgd, uplink=link, reducer=reducer)
+        return fc.train(algorithm, six, parameters(), rounds=1, cohort_size=2)
+
+    for parts, number in (
+        ({"link": attacks.sign_flip((0, 99))}, 99),
+        ({"link": uplink.chain(clip, attacks.noise([6]))}, 6),
+        ({"link": uplink.memory(attacks.scaling([7]))}, 7),
+        ({"reducer": attacks.alie(median, (50, 60))}, 60),
+        ({"reducer": reduce.norm_bounded(1.0, attacks.mimic(median, [0], target=77))}, 77),
+        ({"reducer": reduce.bucketing(attacks.ipm(reduce.fltrust(8), [0]))}, 8),
+        ({"link": attacks.sign_flip([9]), "make": functools.partial(fc.scaffold, num_clients=6)}, 9),
+    ):
+        with pytest.raises(fc.InvalidInput, match=f"names client {number}, .* there are 6, numbered from 0"):
+            begin(**parts)
+    assert len(begin(attacks.sign_flip([0, 5])).history) == 1
 
 
 def test_examples_in_docstrings_come_out_as_written():

@@ -15,6 +15,7 @@ from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from problems import COHORTS, Run, assert_close, assert_identical, parameters, population, softmax_loss
 
 import fedjax_clip as fc
+from experiments import privacy as flags
 from fedjax_clip import privacy, sampling, uplink
 from fedjax_clip.privacy import renyi
 from fedjax_clip.reduce import modular_sum
@@ -237,12 +238,12 @@ GRID, SCAFFOLD = uplink.integer_grid(), functools.partial(fc.scaffold, num_clien
         (lambda: uplink.chain(CLIP, GRID, uplink.skellam(1.0)), "a second grid"),
         (lambda: uplink.chain(uplink.quantile_clip(0.1), uplink.skellam(1.0)), "bits_noise=cohort_size / 20"),
         (lambda: fedavg(CLIP, GRID), "only a modular sum"),
-        (lambda: fedavg(CLIP, GRID, reducer=fc.weighted_mean()), "reducer=fc.reduce.modular_sum"),
+        (lambda: fedavg(CLIP, GRID, reducer=fc.weighted_mean()), "make modular_sum the reducer"),
         (lambda: fedavg(CLIP, GRID, reducer=fc.reduce.centered_mean(1.0)), "only a modular sum"),
         (lambda: fedavg(CLIP, GRID, reducer=fc.homomorphic.ckks_mean(3)), "only a modular sum"),
         (lambda: fedavg(CLIP, reducer=SUM), "integer_grid\\(\\) last in the uplink"),
         (lambda: fedavg(CLIP, reducer=fc.secure.pairwise_masks(3)), "integer_grid\\(\\) last in the uplink"),
-        (lambda: fedavg(CLIP, GRID, reducer=SUM, make=SCAFFOLD), "use fc.fedavg or fc.fedsgd"),
+        (lambda: fedavg(CLIP, GRID, reducer=SUM, make=SCAFFOLD), "take fedavg or fedsgd"),
         (lambda: fedavg(CLIP, GRID, reducer=SUM, make=fc.fedbuff, max_staleness=1), "by their staleness"),
         (lambda: train(uplink.with_bias(uplink.chain(CLIP, GRID))), "only a modular sum"),
         (lambda: send(uplink.integer_grid(8), vectors(1, 3), context(cohort=200)), "more bits, or rotate=True"),
@@ -342,3 +343,46 @@ def test_fine_steps_cost_what_a_gaussian_does_and_bits_are_counted():
     assert privacy.epsilon(both, sampling.uniform(8), 100, 20, 1e-3) == pytest.approx(fine, rel=1e-3)
     assert epsilon(uplink.skellam(0.0)) == math.inf
     assert epsilon(uplink.skellam(1.0), rounds=0) == 0
+
+
+@pytest.mark.parametrize("noise", ["skellam", "discrete_gaussian"])
+def test_flags_solve_for_the_noise_that_a_target_allows(noise):
+    sampler = sampling.poisson(8)
+
+    def solve(links, target, sampler=sampler):
+        return flags.build_uplink(links, target, 1e-3, 10, sampler, 100, on_grid)
+
+    def on_grid(link):
+        return privacy.distributed(link, parameters(), modular_sum(8))
+
+    clip = "clip_by_global_norm(1.0)|"
+    solved, spent = solve(f"{clip}{noise}(bits=16)", 3.0)
+    layout = solved.grid(15, 8.0, 6)
+    z = float(layout.stddev / layout.l2) * math.sqrt(6)
+    assert spent[-1] <= 3.0 < epsilon(getattr(uplink, noise)(z - 2e-4, 16), sampler)
+    fine, coarse = (solve(f"{clip}{noise}(bits={bits})", 6.0)[0].grid(15, 8.0, 6) for bits in (16, 8))
+    assert coarse.stddev / coarse.l2 > fine.stddev / fine.l2  # coarser steps need more noise
+    assert len(solve(f"{clip}{noise}({z}, 16)", float(spent[5]))[1]) in (6, 7)  # the rounds, where noise is given
+    both, spent = solve(f"quantile_clip(bits_noise=2.0)|{noise}()", 6.0, sampling.round_robin(8))
+    assert both.noise_multipliers == (4.0,)
+    assert 5.98 < spent[-1] <= 6.0
+    for links, target, sentence in (
+        (f"{clip}{noise}(bits=8)", 0.1, "give it more bits"),
+        (f"quantile_clip(bits_noise=0.1)|{noise}()", 3.0, "leaves nothing for the updates"),
+        (f"{clip}integer_grid()", 3.0, "needs one of discrete_gaussian"),
+    ):
+        with pytest.raises(fc.InvalidInput, match=sentence):
+            solve(links, target, sampling.round_robin(8))
+    with pytest.raises(fc.InvalidInput, match=f"{noise} has no number: write"):
+        flags.chain(f"{clip}{noise}()", None)
+
+
+def test_what_epsilon_is_for_is_what_neighbours_differ_in():
+    clipped = "clip_by_global_norm(1.0)|gaussian(1.0)"
+    for links, sampler, words in (
+        (clipped, sampling.poisson(8), "one client's presence"),
+        (clipped, sampling.uniform(100), "one client's presence"),
+        (clipped, sampling.uniform(8), "one client's data, in another's place"),
+        ("clip_by_global_norm(1.0)|skellam(1.0)", sampling.poisson(8), "one client's data, from who sees sums only"),
+    ):
+        assert flags.protects(flags.chain(links, None), sampler, 100) == words

@@ -31,11 +31,11 @@ BROKEN = {
         "put clip_by_global_norm in its place",
     ),
     "a quantile that leaks beside noise": ([uplink.quantile_clip(), noise], FIXED, "give it bits_noise"),
-    "weights under noise": ([clip, noise], fc.weighted_mean(), "reducer=fc.fixed_mean"),
-    "masks under a median": ([clip, grid], fc.reduce.median(), "reducer=fc.reduce.modular_sum"),
-    "masks under weights": ([clip, grid], fc.weighted_mean(), "reducer=fc.reduce.modular_sum"),
+    "weights under noise": ([clip, noise], fc.weighted_mean(), "make fixed_mean the reducer"),
+    "masks under a median": ([clip, grid], fc.reduce.median(), "make modular_sum the reducer"),
+    "masks under weights": ([clip, grid], fc.weighted_mean(), "make modular_sum the reducer"),
     "a modular sum of real numbers": ([clip], fc.reduce.modular_sum(8), "integer_grid() last"),
-    "a sketch under a median": ([uplink.count_sketch(3, 8, k=2)], fc.reduce.median(), "reducer must be"),
+    "a sketch under a median": ([uplink.count_sketch(3, 8, k=2)], fc.reduce.median(), "make weighted_mean"),
 }
 
 
@@ -50,7 +50,7 @@ def test_a_broken_order_is_refused_when_it_is_built(name):
 @pytest.mark.parametrize("links", [[clip, noise], [clip, grid]], ids=["noise", "grid"])
 def test_what_does_not_cover_all_that_is_sent_is_refused(links):
     reducer = FIXED if noise in links else fc.reduce.modular_sum(8)
-    with pytest.raises(fc.InvalidInput, match=r"does not cover: .* use fc\.fedavg"):
+    with pytest.raises(fc.InvalidInput, match=r"does not cover: .* take fedavg"):
         fc.scaffold(softmax_loss, optax.sgd(0.1), num_clients=6, uplink=uplink.chain(*links), reducer=reducer)
 
 

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -239,38 +238,6 @@ def test_buckets_are_dealt_by_round_and_client():
         np.testing.assert_allclose(aggregate, oracle(key), rtol=1e-5, atol=1e-6)
         seen.add(aggregate.tobytes())
     assert len(seen) > 1
-
-
-REDUCERS = {  # the paths through a stack; what is computed of it does not matter here
-    "krum": lambda: reduce.krum(0),
-    "fltrust": lambda: reduce.fltrust(1),
-    "all at once": lambda: fc.attacks.mimic(reduce.bucketing(reduce.norm_bounded(0.1, reduce.median())), [4], 1),
-}
-ALGORITHMS = {
-    "fedavg": fc.fedavg,
-    "fedsgd": fc.fedsgd,
-    "fedbuff": functools.partial(fc.fedbuff, max_staleness=2),
-    "scaffold": functools.partial(fc.scaffold, num_clients=6),
-    "episode": lambda loss, tx, **options: fc.episode(loss, 0.5, tx, **options),
-    "episode_plus": lambda loss, tx, **options: fc.episode_plus(loss, 0.5, tx, num_clients=6, **options),
-    "fednova": fc.fednova,
-    "feddyn": functools.partial(fc.feddyn, alpha=0.3, num_clients=6),
-    "mime": fc.mime,
-    "mime, lite": functools.partial(fc.mime, lite=True),
-    "private": functools.partial(fc.partially_private, private="^b$"),
-}
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_reducer_serves_every_algorithm(algorithm):
-    for make in REDUCERS.values():
-        run = Run(ALGORITHMS[algorithm](softmax_loss, clipped_sgd, reducer=make()), population())
-        server, clients = run.start(parameters())
-        cohort = jax.tree.map(lambda x: x[0], run.cohort([4, 1, 3], 0, clients))
-        after, _, _ = jax.eval_shape(run.algorithm.round, server, cohort, jax.random.key(0))
-        assert jax.tree.map(jax.typeof, server) == jax.tree.map(
-            lambda x: jax.typeof(jnp.zeros(x.shape, x.dtype)), after
-        )
 
 
 def test_bad_clients_do_not_come_in_by_the_side_door():

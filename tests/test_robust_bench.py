@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import generated
+import jax
 import numpy as np
 import pytest
 from problems import parameters, population, softmax_loss
@@ -11,6 +12,7 @@ from problems import parameters, population, softmax_loss
 import fedjax_clip as fc
 from experiments import robust
 from experiments.robust_problems import ATTACKS, DEFENCES, Problem, long_tail, mnist
+from fedjax_clip.reduce import Roster
 
 
 def tiny() -> Problem:
@@ -75,6 +77,25 @@ def test_the_long_tail_is_sorted_and_halves_with_each_class(tmp_path):
             robust.compare([problem], attacks, defences, 1, tmp_path / "out", quick=True)
     assert set(problem.published) == set(problem.defences) <= set(DEFENCES)
     assert len(mnist(str(tmp_path)).bad) < mnist(str(tmp_path)).data.num_clients / 2
+
+
+def test_the_long_tails_dropout_is_of_training_only(tmp_path):
+    generated.write_mnist(tmp_path, count=60)
+    plain, dropping = (long_tail(str(tmp_path), (4,), 16, 10, dropout) for dropout in (False, True))
+    params, batch = dropping.start(0), {k: x[:5] for k, x in plain.data.examples.items()}
+    np.testing.assert_array_equal(dropping.loss(params, batch, None)[0], plain.loss(params, batch, None)[0])
+    assert np.all(dropping.loss(params, batch, jax.random.key(0))[0] != plain.loss(params, batch, None)[0])
+
+
+def test_krum_squared_is_the_authors():
+    rows = np.random.default_rng(4).standard_t(2, (7, 5)).astype(np.float32) * 1e-12
+    reducer = DEFENCES["Krum squared"].reducer(tiny(), 9)
+    acc = reducer.zero({"w": rows[0]}, Roster(np.arange(8), jax.random.key(0)))
+    got = reducer.finish(reducer.add(acc, {"w": rows}, np.ones(7, np.float32)), None)["w"]
+    squares = np.sum(np.square((rows[:, None] - rows).astype(np.float64)), axis=-1)
+    scores = np.sort(squares**2, axis=1)[:, 1:6].sum(1)  # without itself, of n - 2 nearest
+    np.testing.assert_array_equal(got, rows[np.argmin(scores)])
+    assert np.argmin(scores) != np.argmin(np.sort(squares, axis=1)[:, 1:6].sum(1))  # Blanchard's
 
 
 def test_the_binary_refuses_what_there_is_not(tmp_path):

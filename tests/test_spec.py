@@ -16,7 +16,7 @@ def clip(max_norm: float, *, per_layer: bool = False):
 
 def sgd(learning_rate, momentum: float | None = None):
     if isinstance(learning_rate, float) and learning_rate <= 0:
-        raise ValueError("the learning rate\nmust be positive")
+        raise ValueError(f"{'sgd: ' * (learning_rate == 0)}the learning rate\nmust be positive")
     return "sgd", learning_rate, momentum
 
 
@@ -205,6 +205,11 @@ def test_builds(text, built):
             "--client: cosine: missing a required argument: 'rounds' (it is cosine(init, rounds, more=())).",
         ),
         ("sgd(-1.0)", "--client: sgd: the learning rate must be positive"),
+        ("sgd(0.0)", "--client: sgd: the learning rate must be positive"),
+        (
+            "cosine(1.0, 2)",
+            '--client: "cosine" goes inside of one of these: broken, clip_by_global_norm, sgd, variadic.',
+        ),
     ],
 )
 def test_what_cannot_be_built_names_the_flag_and_the_culprit(text, message):

@@ -22,6 +22,11 @@ class Parts(NamedTuple):
     uplink: Uplink
     reducer: Reducer
 
+    @property
+    def population(self) -> int:
+        """Fewest clients that there must be, since one is named by number."""
+        return max(self.uplink.population, self.reducer.population)
+
 
 def parts(
     client_tx: ClientTx,

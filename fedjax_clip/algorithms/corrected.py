@@ -67,7 +67,7 @@ def fednova(
         update = jax.tree.map(lambda d: steps * d, mean)
         return step_server(server, built, update, state), client_states, metrics | {"update_norm": tree.norm(update)}
 
-    return Algorithm(init, init_client, round)
+    return Algorithm(init, init_client, round, population=built.population)
 
 
 def feddyn(
@@ -135,7 +135,7 @@ def feddyn(
         update = jax.tree.map(lambda m, h: jnp.where(came, m - h / alpha, 0), mean, h)
         return step_server(server, built, update, state, h), client_states, metrics | {"update_norm": tree.norm(update)}
 
-    return Algorithm(init, init_client, round)
+    return Algorithm(init, init_client, round, population=built.population)
 
 
 def mime(
@@ -215,4 +215,4 @@ def mime(
         metrics |= {"update_norm": tree.norm(update)} | traffic(first, metrics)
         return step_server(server, built, update, state, m), client_states, metrics
 
-    return Algorithm(init, init_client, round)
+    return Algorithm(init, init_client, round, population=built.population)

@@ -90,7 +90,7 @@ def episode(
         metrics |= _decision(mean, threshold) | traffic(first, metrics)
         return step_server(server, built, update, state), client_states._replace(own=()), metrics
 
-    return Algorithm(init, init_client, round)
+    return Algorithm(init, init_client, round, population=built.population)
 
 
 def episode_plus(
@@ -151,7 +151,7 @@ def episode_plus(
         mean = jax.tree.map(lambda g, d: g + metrics["clients"] / num_clients * d, server.own, change)
         return step_server(server, built, update, state, mean), client_states, metrics
 
-    return Algorithm(init, init_client, round)
+    return Algorithm(init, init_client, round, population=built.population)
 
 
 def _episodic(own: PyTree, mean: PyTree, threshold: float | Array):

@@ -117,4 +117,4 @@ def _averaged(
         )
         return step_server(server, parts, update, uplink_state), client_states, metrics
 
-    return Algorithm(init, init_client, round)
+    return Algorithm(init, init_client, round, population=parts.population)

@@ -60,7 +60,7 @@ def fedbuff(
     built = parts(client_tx, server_tx, uplink, reducer, only_update=True)
     if built.uplink.grid is not None:
         raise InvalidInput(
-            "FedBuff weighs messages by their staleness, and integers on a grid cannot be weighed: take fc.fedavg, or "
+            "FedBuff weighs messages by their staleness, and integers on a grid cannot be weighed: take fedavg, or "
             "the grid out of the uplink."
         )
     link, length = _discounted(built.uplink, exponent, max_staleness), max_staleness + 1
@@ -88,7 +88,7 @@ def fedbuff(
         one_of_them = {"bytes_down": metrics["bytes_down"] / length}  # a client is sent no ring
         return after._replace(own=ring), client_states, metrics | one_of_them
 
-    return Algorithm(init, init_client, round, broadcasts=False)
+    return Algorithm(init, init_client, round, broadcasts=False, population=built.population)
 
 
 def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Uplink:

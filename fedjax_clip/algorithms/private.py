@@ -92,4 +92,4 @@ def partially_private(
     def personal(params, state):
         return tree.join(state.own, split(params)[1])
 
-    return Algorithm(init, init_client, round, personal, broadcasts=False)
+    return Algorithm(init, init_client, round, personal, broadcasts=False, population=built.population)

@@ -74,4 +74,4 @@ def scaffold(
         metrics |= {"update_norm": tree.norm(update), "variate_norm": tree.norm(c)}
         return step_server(server, built, update, state, c), client_states, metrics
 
-    return Algorithm(init, init_client, round)
+    return Algorithm(init, init_client, round, population=built.population)

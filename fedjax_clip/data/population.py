@@ -78,10 +78,12 @@ class FederatedData:
             leaves, first_leaves = jax.tree.leaves(tree), jax.tree.leaves(first)
             if not leaves or any(x.ndim == 0 for x in leaves):
                 raise InvalidInput(f"The examples of client {name!r} must be arrays [examples, ...].")
-            for x, y in zip(leaves, first_leaves, strict=True):
+            for (path, x), y in zip(jax.tree.leaves_with_path(tree), first_leaves, strict=True):
                 if x.shape[1:] != y.shape[1:]:
+                    field = jax.tree_util.keystr(path, simple=True, separator="/")
                     raise InvalidInput(
-                        f"Client {name!r} has examples of shape {x.shape[1:]}, client {first_name!r} of {y.shape[1:]}."
+                        f"Client {name!r} has examples of shape {x.shape[1:]}, client {first_name!r} of {y.shape[1:]}"
+                        f"{f', in field {field!r}' if field else ''}."
                     )
             if len({len(x) for x in leaves}) > 1:
                 raise InvalidInput(f"The fields of client {name!r} differ in length: {[len(x) for x in leaves]}.")

@@ -130,18 +130,25 @@ def noise_multiplier(
       curve: of noise on a grid, ``noise multiplier -> distributed(...)``.
 
     Raises:
-      InvalidInput: a target that no noise up to 10,000 reaches; as ``epsilon``.
+      InvalidInput: a target that no noise up to 10,000 reaches, or none that a grid has room for; as ``epsilon``.
     """
     check_threshold("target_epsilon", target_epsilon)
     scale, sampler = _alone(sampler, num_clients, rounds, mechanism)
     count = rounds if mechanism is None else 1
 
     def fits(z: float) -> bool:
-        if curve is not None:
+        if curve is None:
+            return _epsilon(z / scale, sampler, num_clients, count, delta, accountant) <= target_epsilon
+        try:
             return epsilon(curve(z), sampler, num_clients, rounds, delta, accountant) <= target_epsilon
-        return _epsilon(z / scale, sampler, num_clients, count, delta, accountant) <= target_epsilon
+        except renyi.TooNarrow:
+            return False
+        except InvalidInput:  # more noise than there is room for: look lower, and say so if it ends here
+            return True
 
-    if not fits(MAX_NOISE):
+    if curve is not None:
+        _check_accountant(accountant)
+    elif not fits(MAX_NOISE):
         raise InvalidInput(f"No noise multiplier up to {MAX_NOISE:g} reaches epsilon {target_epsilon:g}: raise delta.")
     low, high = 0.0, 1.0
     while not fits(high):
@@ -149,6 +156,8 @@ def noise_multiplier(
     while high - low > 1e-4:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
+    if curve is not None:
+        curve(high)
     return high
 
 

@@ -45,7 +45,7 @@ def distributed(uplink: Uplink, params: Params, reducer: Reducer) -> renyi.Curve
     if stddev == 0 or z == 0:
         return lambda orders, sensitivity: np.full(len(orders), math.inf)
     if grid.noise == "gaussian" and stddev < 0.5:
-        raise InvalidInput(f"discrete_gaussian is {stddev:.2g} steps wide here, under 1/2: give the grid more bits.")
+        raise renyi.TooNarrow(f"discrete_gaussian is {stddev:.2g} steps wide here, under 1/2: give the grid more bits.")
     if grid.noise == "gaussian":
         curve = renyi.discrete_gaussian(l2, l1, stddev, grid.clients, grid.dim)
     else:

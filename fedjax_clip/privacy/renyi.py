@@ -9,9 +9,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fedjax_clip.typing import InvalidInput
+
 Curve = Callable[[np.ndarray, float], np.ndarray]
 
 ORDERS = np.array([*range(2, 129), 160, 192, 256, 512, 1024])
+
+
+class TooNarrow(InvalidInput):
+    """Noise of less than half a step, of which nothing is known."""
 
 
 def discrete_gaussian(l2: float, l1: float, stddev: float, clients: int, dim: int) -> Curve:

@@ -39,6 +39,7 @@ class Reducer(NamedTuple):
       fewest: clients in a round below which its guarantee says nothing.
       threshold: of a modular sum, which adds integers: with fewer clients it gives nothing but zeros. ``None``: a
         reducer of real numbers.
+      population: fewest clients that there must be, since it names one by number.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.uniform_mean())
@@ -51,6 +52,7 @@ class Reducer(NamedTuple):
     denominator: float | Array | None = None
     fewest: int = 1
     threshold: int | None = None
+    population: int = 0
 
 
 def weighted_mean() -> Reducer:

@@ -9,7 +9,7 @@ from fedjax_clip import tree
 from fedjax_clip.clipping import check_threshold
 from fedjax_clip.reduce.base import Reducer, uniform_mean
 from fedjax_clip.reduce.stack import Stack, stacking
-from fedjax_clip.typing import Array, InvalidInput, PyTree, check_count, check_type
+from fedjax_clip.typing import Array, InvalidInput, PyTree, check_count, check_number, check_type
 
 
 def median() -> Reducer:
@@ -209,8 +209,7 @@ def fltrust(root: int) -> Reducer:
 
     Source: Cao et al. (2021), "FLTrust: Byzantine-robust Federated Learning via Trust Bootstrapping", Algorithm 2.
     """
-    if isinstance(root, bool) or not isinstance(root, int) or root < 0:
-        raise InvalidInput(f"fltrust: root must be a client's number, not {root!r}.")
+    check_number("fltrust: root", root)
 
     def aggregate(stack):
         is_root = (stack.present & (stack.ids == root)).astype(jnp.float32)
@@ -222,7 +221,7 @@ def fltrust(root: int) -> Reducer:
         shares = trust / jnp.maximum(jnp.sum(trust), jnp.finfo(jnp.float32).tiny)
         return _combine(length * shares, units)
 
-    return stacking(aggregate, fewest=2)
+    return stacking(aggregate, fewest=2)._replace(population=root + 1)
 
 
 def _by_coordinate(stack: Stack, rule: Callable[[list[Array], Array], Array]) -> PyTree:

@@ -93,9 +93,14 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
       reducer: for the changed messages.
       fewest: as for ``stacking``; by default that of ``reducer``.
 
+    Raises:
+      InvalidInput: no reducer, such as a function that makes one.
+
     Example:
       >>> halves = restacked(lambda stack: stack._replace(messages=optax.tree.scale(0.5, stack.messages)), median())
     """
+
+    check_type("reducer", reducer, Reducer, "an fc.Reducer, such as fc.reduce.median()")
 
     def aggregate(stack):
         stack = change(stack)
@@ -104,7 +109,7 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
         return reducer.finish(reducer.add(acc, stack.messages, stack.weights), None)
 
     fewest = reducer.fewest if fewest is None else fewest
-    return stacking(aggregate, fewest)._replace(denominator=reducer.denominator)
+    return stacking(aggregate, fewest)._replace(denominator=reducer.denominator, population=reducer.population)
 
 
 def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
@@ -123,12 +128,12 @@ def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
       InvalidInput: a size that is no whole number of at least 1.
 
     Example:
-      >>> algorithm = fc.fedavg(loss, client_tx, reducer=fc.reduce.bucketing(fc.robust.median(), 2))
+      >>> algorithm = fc.fedavg(loss, client_tx, reducer=fc.reduce.bucketing(fc.reduce.median(), 2))
 
     Source: Karimireddy, He and Jaggi (2022), "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing",
     Algorithm 1.
     """
-    check_type("reducer", reducer, Reducer, "an fc.Reducer, such as fc.robust.median()")
+    check_type("reducer", reducer, Reducer, "an fc.Reducer, such as fc.reduce.median()")
     check_count("size", size)
     if size == 1:
         return reducer

@@ -1,7 +1,7 @@
 """What crosses the wire from a client to the server: the one type that optax does not have."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,9 +67,23 @@ class Uplink(NamedTuple):
         the server), or ``"packs"`` it: nothing may touch it any more, and its report has the ``bytes`` that travel and
         their ``entropy_bytes``; or it ``"sums"``: the message means something in a sum only; reducers must be linear.
       grid: ``(dim, cohort_size, threshold) -> Grid`` if messages are integers, which only a modular sum can add.
+      population: fewest clients that there must be, since it names one by number.
 
     Example:
-      >>> halved = fc.uplink.at_client(optax.scale(0.5))  # the shortest way to make one
+      >>> def encode(update, state, client_state, ctx):  # sends what is larger than a threshold of the server
+      ...     message = jax.tree.map(lambda x: jnp.where(jnp.abs(x) > state, x, 0), update)
+      ...     return message, client_state + 1, {"times": fc.metrics.Mean.of(client_state, jnp.ones(()))}
+      >>> def decode(aggregate, state, report, ctx):  # the server, once; what it returns last is in the metrics
+      ...     return aggregate, 0.9 * state, report
+      >>> link = fc.Uplink(
+      ...     init=lambda params: jnp.float32(0.1),
+      ...     init_client=lambda params: jnp.zeros(()),
+      ...     encode=encode,
+      ...     decode=decode,
+      ...     contracts=True,  # nothing gets larger, so a clip's bound in front of it still holds for noise behind it
+      ... )
+      >>> link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), link)
+      >>> halved = fc.uplink.at_client(optax.scale(0.5))  # the shortest way to make one that keeps nothing
     """
 
     init: Callable[[Params], PyTree]
@@ -86,6 +100,7 @@ class Uplink(NamedTuple):
     mechanism: Mechanism | None = None
     wire: str = "changes"
     grid: Callable[[int, Any, int], Any] | None = None
+    population: int = 0
 
 
 def chain(*links: Uplink) -> Uplink:
@@ -130,7 +145,7 @@ def chain(*links: Uplink) -> Uplink:
         states, reports = [], []
         sent: Metrics = {}
         for link, s, c, here in zip(links, state, client_state, contexts(state, ctx), strict=True):
-            update, c, report = link.encode(update, s, c, here)
+            update, c, report = encoded(link, update, s, c, here)
             report = dict(report)
             states.append(c)
             sent |= {name: report.pop(name) for name in SENT if name in report}
@@ -142,7 +157,7 @@ def chain(*links: Uplink) -> Uplink:
         states: list[PyTree] = []
         metrics: list[Metrics] = []
         for link, s, r, here in reversed([*zip(links, state, reports, contexts(state, ctx), strict=True)]):
-            aggregate, s, m = link.decode(aggregate, s, r, here)
+            aggregate, s, m = decoded(link, aggregate, s, r, here)
             states.insert(0, s)
             metrics.insert(0, m)
         return aggregate, tuple(states), _numbered(metrics)
@@ -156,12 +171,40 @@ def chain(*links: Uplink) -> Uplink:
     leaks, moves = (next((getattr(k, name) for k in links if getattr(k, name)), "") for name in ("leaks", "moves"))
     mechanism = next((link.mechanism for link in links if link.mechanism), None)
     joined = Uplink(init, init_client, encode, decode, bound, contracts, noise, multipliers, leaks=leaks)
-    return joined._replace(moves=moves, mechanism=mechanism, wire=_wire(links), grid=links[-1].grid if links else None)
+    population = max((link.population for link in links), default=0)
+    grid = links[-1].grid if links else None
+    return joined._replace(moves=moves, mechanism=mechanism, wire=_wire(links), grid=grid, population=population)
 
 
 def _wire(links: Sequence[Uplink]) -> str:
     """What a chain does to the message: what the last link does that does not keep it."""
     return next((link.wire for link in reversed(links) if link.wire != "keeps"), "keeps")
+
+
+def encoded(link: Uplink, update: PyTree, state: PyTree, client_state: PyTree, ctx: Context) -> Any:
+    """``link.encode(...)``, once it is what it must be."""
+    sent = link.encode(update, state, client_state, ctx)
+    _check_returned("encode", "(message, client_state, report)", sent, client_state, "client_state")
+    return sent
+
+
+def decoded(link: Uplink, aggregate: PyTree, state: PyTree, report: Metrics, ctx: Context) -> Any:
+    """``link.decode(...)``, once it is what it must be."""
+    got = link.decode(aggregate, state, report, ctx)
+    _check_returned("decode", "(update, state, metrics)", got, state, "state")
+    return got
+
+
+def _check_returned(name: str, wanted: str, got: Any, before: PyTree, kept: str) -> None:
+    if not isinstance(got, tuple) or len(got) != 3 or not isinstance(got[2], Mapping):
+        raise InvalidInput(f"A link's {name} must return {wanted}, the last a dict, and this one's does not.")
+    was, now = ({path: _form(x) for path, x in tree.named_leaves(x)} for x in (before, got[1]))
+    if was != now:
+        raise InvalidInput(f"A link's {name} must return the {kept} in the form it got it, {was}, not {now}.")
+
+
+def _form(x: Any) -> str:
+    return f"{jnp.result_type(x)}{list(jnp.shape(x))}"
 
 
 def identity() -> Uplink:

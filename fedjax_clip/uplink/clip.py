@@ -81,7 +81,7 @@ def quantile_clip(
         within = report["within"]
         if bits_noise is not None:
             if ctx.denominator is None:
-                raise InvalidInput("Noise on quantile_clip's bits needs reducer=fc.fixed_mean(cohort size).")
+                raise InvalidInput("Noise on quantile_clip's bits needs a fixed mean: make fixed_mean the reducer.")
             centred = jnp.where(ctx.weight > 0, (within - 0.5) * ctx.weight, 0)
             within = 0.5 + (centred + bits_noise * jax.random.normal(ctx.key)) / ctx.denominator
         moved = _towards_quantile(bound, within, target_unclipped_quantile, rate)

@@ -68,7 +68,7 @@ def memory(
             raise InvalidInput("memory takes a link that keeps nothing itself: a compressor, or a clip.")
         return zeros(params), zeros(params)
 
-    return Uplink(zeros, init_client, encode, decode, wire=link.wire)
+    return Uplink(zeros, init_client, encode, decode, wire=link.wire, population=link.population)
 
 
 def relative_to_last() -> Uplink:
@@ -120,4 +120,4 @@ def with_bias(link: Uplink) -> Uplink:
         cosine = optax.tree.vdot(update, plain) / (norms[0] * norms[1])
         return update, state, metrics | {"bias/cosine": cosine, "bias/norm": norms[0] / norms[1]}
 
-    return Uplink(link.init, link.init_client, encode, decode, wire=link.wire)
+    return Uplink(link.init, link.init_client, encode, decode, wire=link.wire, population=link.population)

@@ -52,7 +52,7 @@ def gaussian(
 
     def decode(aggregate, state, report, ctx):
         if ctx.denominator is None:
-            raise InvalidInput("gaussian needs a mean with a fixed denominator: reducer=fc.fixed_mean(cohort size).")
+            raise InvalidInput("gaussian needs a mean with a fixed denominator: make fixed_mean the reducer.")
         cohort = ctx.denominator if noise_cohort is None else noise_cohort
         std = noise_multiplier * _bound(ctx) / cohort
         rescaled = {} if noise_cohort is None else {"noise_cohort": jnp.float32(noise_cohort)}

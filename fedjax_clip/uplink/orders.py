@@ -12,7 +12,7 @@ NO_BOUND = (
 )
 NEEDS_MODULAR_SUM = (
     "The uplink ends on an integer grid, and only a modular sum adds such messages (no weighted mean, no median): "
-    "reducer=fc.reduce.modular_sum(cohort size), or take the grid out of the uplink."
+    "make modular_sum the reducer, or take the grid out of the uplink."
 )
 
 
@@ -71,25 +71,24 @@ def check_ends(uplink: Any, reducer: Any, only_update: bool) -> None:
         raise InvalidInput(NO_BOUND)
     if uplink.wire == "sums" and not reducer.linear:
         raise InvalidInput(
-            "The uplink sends sketches, which mean something in a sum only: the reducer must be fc.weighted_mean(), "
-            "fc.uniform_mean() or fc.fixed_mean(n)."
+            "The uplink sends sketches, which mean something in a sum only: make weighted_mean, uniform_mean "
+            "or fixed_mean the reducer."
         )
     if uplink.grid is None and reducer.threshold is not None:
         raise InvalidInput(
-            "A modular sum adds integers: put a clip and fc.uplink.integer_grid() last in the uplink, or take a mean."
+            "A modular sum adds integers: put a clip and integer_grid() last in the uplink, or take a mean."
         )
     if not only_update and (uplink.grid is not None or uplink.noise):
         covered, purpose = ("integer grid", "secure aggregation") if uplink.grid else ("uplink's noise", "privacy")
         raise InvalidInput(
             f"This algorithm's clients send a gradient or a variate beside the update, which the {covered} does not "
-            f"cover: for {purpose} use fc.fedavg or fc.fedsgd."
+            f"cover: for {purpose} take fedavg or fedsgd."
         )
     if uplink.grid is not None and reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)
     if uplink.noise == "central" and reducer.denominator is None:
         raise InvalidInput(
-            "The server's noise needs a mean with a fixed denominator and without weights: "
-            "reducer=fc.fixed_mean(cohort size)."
+            "The server's noise needs a mean with a fixed denominator and without weights: make fixed_mean the reducer."
         )
 
 
