@@ -8,7 +8,9 @@ import sys
 import jax
 import pytest
 from absl import flags
+from compiling import compile_quickly
 
+compile_quickly()
 DEVICES = int(os.environ.get("FEDJAX_CLIP_TEST_DEVICES", "1"))
 jax.config.update("jax_num_cpu_devices", DEVICES)
 collect_ignore = [] if DEVICES > 1 else ["devices"]
