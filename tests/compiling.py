@@ -6,8 +6,16 @@ Laws to the last bit between two programs do (``OPTIMIZED``): which products are
 import importlib.metadata
 import os
 
-OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+OPTIMIZED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones stop at a flag that they do not know
     OPTIMIZED |= {"xla_cpu_use_fusion_emitters": True}
     QUICK |= {"xla_cpu_use_fusion_emitters": False}
