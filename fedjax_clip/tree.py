@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 
 from fedjax_clip.typing import Array, PyTree
 
@@ -16,9 +17,18 @@ def where(condition: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
 
 
-def zeros(function: Callable, *args: Any) -> PyTree:
-    """Zeros of the shapes and types that ``function(*args)`` would return; it is not computed."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+def traced(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], PyTree]:
+    """``function`` for arguments like ``args``, and zeros like what it returns, to begin a loop over it with.
+
+    It is traced here, and once: a call of what is returned only repeats the operations that it consists of.
+    """
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    operations, structure = jaxpr_as_fun(jaxpr), jax.tree.structure(shapes)
+
+    def again(*args: Any) -> Any:
+        return jax.tree.unflatten(structure, operations(*jax.tree.leaves(args)))
+
+    return again, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def norm(tree: PyTree) -> Array:
