@@ -48,13 +48,16 @@ def memory(
     if link.wire == "sums" or link.noise:
         raise InvalidInput("memory keeps what was sent of each update: noise and sketches belong behind it.")
 
+    averages = isinstance(momentum, jax.Array) or momentum != 1
+
     def zeros(params):
         return jax.tree.map(jnp.zeros_like, params)
 
     def encode(update, g, client_state, ctx):
         average, sent = client_state
-        average = jax.tree.map(lambda u, x: (1 - momentum) * u + momentum * x, average, update)
-        difference = jax.tree.map(jnp.subtract, average, sent)
+        if averages:
+            update = average = jax.tree.map(lambda u, x: (1 - momentum) * u + momentum * x, average, update)
+        difference = jax.tree.map(jnp.subtract, update, sent)
         message, _, report = link.encode(difference, link.init(difference), (), ctx)
         sent = jax.tree.map(lambda v, c: v + step * c, sent, message)
         return message, (average, sent), report
@@ -66,7 +69,7 @@ def memory(
     def init_client(params):
         if jax.tree.leaves((link.init(params), link.init_client(params))):
             raise InvalidInput("memory takes a link that keeps nothing itself: a compressor, or a clip.")
-        return zeros(params), zeros(params)
+        return zeros(params) if averages else (), zeros(params)
 
     return Uplink(zeros, init_client, encode, decode, wire=link.wire, population=link.population)
 
