@@ -112,6 +112,7 @@ def test_compressors_are_what_their_formulas_say():
     x, keys = VECTORS[0].astype(np.float64), jax.random.split(jax.random.key(1), KEYS)
     u = np.asarray(jax.random.uniform(keys[0], (1, D)), np.float64)[0]
 
+    assert_identical(tried("floats, 16")[1][0, 0], VECTORS[0].astype(jnp.bfloat16).astype("f4"))
     level = np.floor((x - x.min()) / np.ptp(x) * 7 + u)
     assert_close(tried("uniform")[1][0, 0], (x.min() + level * np.ptp(x) / 7).astype("f4"), atol=1e-5)
     norm = np.linalg.norm(x)
@@ -136,9 +137,10 @@ def test_compressors_are_what_their_formulas_say():
 
     along = np.sum(tried("eden")[1].astype(np.float64) * VECTORS[:, None], 2)
     np.testing.assert_allclose(along, np.broadcast_to(np.sum(VECTORS**2, 1)[:, None], along.shape), rtol=1e-4)
-    many = np.count_nonzero(tried("random_k, biased")[1][1], axis=1)
-    assert set(many) == {10}
-    assert np.unique(np.nonzero(tried("random_k, biased")[1][1])[1]).size == D  # other places for another key
+    some = tried("random_k, biased")[1][1]
+    assert set(np.count_nonzero(some, axis=1)) == {10}
+    assert_identical(some, np.where(some != 0, VECTORS[1], 0))
+    assert np.unique(np.nonzero(some)[1]).size == D  # other places for another key
 
 
 def test_rotation_is_hadamards_matrix_with_random_signs():
