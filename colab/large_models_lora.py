@@ -119,21 +119,27 @@ fc.plots.curves(base.history, "A Transformer on the first texts, steps clipped a
 # %% [markdown]
 # ## Adapters
 #
-# `fc.lora` takes any loss and any parameters; `pattern` chooses the matrices by name. What it returns is an ordinary
-# federated problem whose parameters are the adapters, so every algorithm, clip and uplink serves it as it is.
+# `fc.lora` takes any loss and any parameters; `pattern` chooses the matrices by name. What it returns is a federated
+# problem whose parameters are the base model and its adapters. `fc.partially_frozen` makes any algorithm leave the base as
+# it is: it is not sent, and clips, uplinks and optimisers see the adapters alone.
+
 
 # %%
-tuned = fc.lora(loss, base.params, rank=4, pattern="query|value")
-adapters = tuned.init(jax.random.key(1))
+def adapted(rank):
+    tuned = fc.lora(loss, base.params, rank, pattern="query|value")
+    return tuned, tuned.init(jax.random.key(1))
 
 
 def megabytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree)) / 1e6
 
 
+tuned, begin = adapted(rank=4)
+of_adapters = fc.partially_frozen(lambda loss: clipped_adam(loss, 0.01), tuned.per_example_loss, tuned.frozen)
+
 ranks = [1, 2, 4, 8]
-sizes = [megabytes(fc.lora(loss, base.params, rank, "query|value").init(jax.random.key(0))) for rank in ranks]
-print(f"a message: {megabytes(base.params):.3f} MB of parameters, or {megabytes(adapters):.4f} MB of adapters")
+sizes = [megabytes(adapted(rank)[1]["adapters"]) for rank in ranks]
+print(f"a message: {megabytes(base.params):.3f} MB of parameters, or {megabytes(begin['adapters']):.4f} MB of adapters")
 
 figure, axis = plt.subplots(figsize=(6, 2.6), layout="constrained")
 axis.bar(["all", *(f"rank {rank}" for rank in ranks)], [megabytes(base.params), *sizes], color="#1f77b4")
@@ -148,8 +154,8 @@ plt.show()
 runs = {
     "all parameters": (fit(of_all_parameters, loss, after, after_held_out, base.params), megabytes(base.params)),
     "adapters of rank 4": (
-        fit(clipped_adam(tuned.per_example_loss, 0.01), tuned.per_example_loss, after, after_held_out, adapters),
-        megabytes(adapters),
+        fit(of_adapters, tuned.per_example_loss, after, after_held_out, begin),
+        megabytes(begin["adapters"]),
     ),
 }
 start = fc.evaluator(loss, {"examples": after_held_out})(base.params)["examples/loss"]

@@ -2,9 +2,11 @@
 
 import os
 import pathlib
+import re
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -30,7 +32,7 @@ def run(main: Callable[..., None], doc: str, notes: Callable[[], str] = lambda: 
         try:
             rest = flags.FLAGS(argv)
         except (flags.Error, OSError) as error:
-            _fail(" ".join(str(error).removeprefix("ERROR:: ").split()))
+            _fail(_reworded(" ".join(str(error).removeprefix("ERROR:: ").split())))
         if len(rest) > 1 and not operands:
             _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
         if not flags.FLAGS["verbosity"].present:
@@ -38,6 +40,7 @@ def run(main: Callable[..., None], doc: str, notes: Callable[[], str] = lambda: 
         return rest
 
     def guarded(argv: list[str]) -> None:
+        warnings.formatwarning = lambda message, *place, **line: f"warning: {message}\n"  # no line of code
         try:
             main(*argv[1:])
         except InvalidInput as error:
@@ -99,6 +102,12 @@ def _flags_help() -> str:
         textwrap.fill(f"{head:<22} {text}" if len(head) < 23 else f"{head}  {text}", 110, subsequent_indent=indent)
         for head, text in rows
     )
+
+
+def _reworded(complaint: str) -> str:
+    """What absl says of a flag, without Python's words for a number that is none."""
+    found = re.fullmatch(r"flag --(\w+)=(.*): (invalid literal for int|could not convert string to float).*", complaint)
+    return f"--{found[1]} must be a {'whole ' * ('int' in found[3])}number, not {found[2]}." if found else complaint
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -42,7 +42,9 @@ def build(runs: Sequence[Run]) -> str:
         f"<h1>{html.escape(title)}</h1>",
         *(_several(runs) if several else _one(runs[0])),
         _section(
-            "Curves", "Held-out examples are of clients that train; held-out clients never do.", panels.curves(runs)
+            "Curves",
+            f"Held-out examples are of clients that train; held-out clients never do.{panels.meanings(runs)}",
+            panels.curves(runs),
         ),
         _section(
             "Clients",

@@ -10,6 +10,14 @@ from experiments.svg import Line
 from fedjax_clip import plots
 
 SETS = {"examples": "held-out examples", "clients": "held-out clients"}
+MEANINGS = {
+    "auroc": "area under the ROC curve, how often a positive example scores above a negative one",
+    "ece": "expected calibration error, 0 at best",
+    "probability": "mean of the predicted probabilities of class 1",
+    "rmse_of_biases": "what the biases alone reach",
+    "rmse_of_closed_form": "what the closed-form solution reaches",
+    "rmse_of_mean": "what the training mean reaches",
+}
 LOGARITHMIC = ("loss", "thresholds", "norms before the clip")
 
 
@@ -27,6 +35,13 @@ def evaluated(runs: Sequence[Run]) -> dict[str, list[str]]:
         if not client:
             found.setdefault(metric, []).append(name)
     return dict(sorted(found.items(), key=lambda item: (item[0] != "accuracy", item[0] != "loss")))
+
+
+def meanings(runs: Sequence[Run]) -> str:
+    """What evaluations are called that does not speak for itself."""
+    found = evaluated(runs)
+    known = {k: v for k, v in MEANINGS.items() if any(name == k or name.startswith(f"{k}_") for name in found)}
+    return "".join(f" {name}: {meaning}." for name, meaning in known.items())
 
 
 def curves(runs: Sequence[Run]) -> Iterator[str]:

@@ -3,7 +3,8 @@
   python -m experiments.report runs/digits-fedavg-1a2b3c                          writes report.html into it
   python -m experiments.report runs/clipped runs/unclipped --out=compared.html    writes compared.html
 
-The directories are those that experiments.run writes; it makes the page of its own at the end.
+Without --out the page is report.html: in the directory of the one run, or here. The
+directories are those that experiments.run writes; it makes the page of its own at the end.
 """
 
 import pathlib

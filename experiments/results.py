@@ -57,7 +57,7 @@ def load(directories: Sequence[pathlib.Path]) -> list[Run]:
       InvalidInput: a directory that holds no run, a run without rounds, files that cannot be read.
     """
     runs = [_load(directory) for directory in directories]
-    choices = [[_named(key, run.config.get(key)) for run in runs] for key in differing(runs)]
+    choices = [[_named(key, run.config.get(key, "")) for run in runs] for key in differing(runs)]
     choices = choices if len(choices) == 1 else []
     choices += [[directory.resolve().name for directory in directories], [str(directory) for directory in directories]]
     names = next((names for names in choices if len(set(names)) == len(runs)), choices[-1])
@@ -67,12 +67,12 @@ def load(directories: Sequence[pathlib.Path]) -> list[Run]:
 def differing(runs: Sequence[Run]) -> list[str]:
     """The settings in which runs differ."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [key for key in keys if len({value(run.config.get(key)) for run in runs}) > 1]
+    return [key for key in keys if len({value(run.config.get(key, "")) for run in runs}) > 1]
 
 
 def value(setting: Any) -> str:
-    """A setting as a person reads it."""
-    return "–" if setting in (None, "") else str(setting)
+    """A setting as a person reads it; ``None`` is what nobody set."""
+    return "by default" if setting is None else str(setting) or "–"
 
 
 def higher_is_better(metric: str) -> bool:
@@ -112,6 +112,11 @@ def _load(directory: pathlib.Path) -> Run:
         raise InvalidInput(f"{path} cannot be read: it is not what a run writes.") from None
     if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
         raise InvalidInput(f"{directory / 'config.json'} is not a run's configuration.")
+    if (directory / "results.jsonl").exists():
+        raise InvalidInput(
+            f"{directory} is a sweep's, and a page is of runs: look at its table.md and sweep.png, or train its best "
+            f"point by python -m experiments.run --flagfile={directory / 'best.flags'}, which makes a page."
+        )
     if not rounds:
         raise InvalidInput(f"{directory} holds a run without a round: there is nothing to show.")
     return Run("", record, rows, clients)

@@ -20,7 +20,7 @@ from absl import flags
 import fedjax_clip as fc
 from experiments import binary, page, privacy, registry, rundir, spec
 from fedjax_clip import speeds, tasks, tree
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
 
 FLAGS = flags.FLAGS
@@ -114,7 +114,7 @@ def main() -> None:
 
     devices = jax.local_devices()[: FLAGS.devices]
     params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))
-    directory.about = describe(task, params, devices)
+    directory.about = describe(task, cohort_size(task), params, devices)
     print(directory.about, file=sys.stderr)
     for name in registry.behind_optimizer(FLAGS.client):
         print(
@@ -205,17 +205,27 @@ def build_algorithm(
     """
     make_algorithm, work = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm", registry.BUDGETS, values)
     reduced = FLAGS.compute_dtype != "float32"
-    algorithm = make_algorithm(
-        fc.mixed_precision(task.per_example_loss, FLAGS.compute_dtype) if reduced else task.per_example_loss,
-        registry.client_tx(FLAGS.client, values),
-        registry.server_tx(FLAGS.server, values),
-        uplink=uplink,
-        reducer=build_reducer(uplink, cohort_size),
-        num_clients=num_clients,
-    )
-    if FLAGS.downlink:
-        algorithm = spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS, values)(algorithm)
-    return algorithm, work
+    loss = fc.mixed_precision(task.per_example_loss, FLAGS.compute_dtype) if reduced else task.per_example_loss
+
+    def build(loss: PerExampleLoss) -> fc.Algorithm:
+        algorithm = make_algorithm(
+            loss,
+            registry.client_tx(FLAGS.client, values),
+            registry.server_tx(FLAGS.server, values),
+            uplink=uplink,
+            reducer=build_reducer(uplink, cohort_size),
+            num_clients=num_clients,
+        )
+        if not FLAGS.downlink:
+            return algorithm
+        return spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS, values)(algorithm)
+
+    return build(loss) if task.frozen is None else fc.partially_frozen(build, loss, task.frozen), work
+
+
+def trained(task: tasks.Task, params: Params) -> Params:
+    """The parameters that train, and travel."""
+    return params if task.frozen is None else tree.split(params, task.frozen)[1]
 
 
 def batch_size() -> int | speeds.BatchSizes | None:
@@ -248,10 +258,11 @@ def on_grid(uplink: fc.Uplink, task: tasks.Task) -> Callable[..., Any]:
         raise InvalidInput(NEEDS_MODULAR_SUM)
     algorithm, _ = build_algorithm(task, uplink, cohort_size(task), task.data.num_clients)
     params = jax.eval_shape(task.init, jax.random.key(0))
+    sent = trained(task, params)
     if algorithm.personal is not None:  # what clients keep is not sent
         kept = jax.eval_shape(algorithm.init_client, params).own
-        params = np.empty(tree.size(params) - tree.size(kept), np.float32)
-    return fc.privacy.distributed(uplink, params, reducer)
+        sent = np.empty(tree.size(params) - tree.size(kept), np.float32)
+    return fc.privacy.distributed(uplink, sent, reducer)
 
 
 def cohort_size(task: tasks.Task) -> int:
@@ -263,12 +274,15 @@ def cohort_size(task: tasks.Task) -> int:
     return FLAGS.cohort_size or min(8, task.data.num_clients)
 
 
-def describe(task: tasks.Task, params: Any, devices: list[jax.Device]) -> str:
+def describe(task: tasks.Task, cohort_size: int, params: Params, devices: list[jax.Device]) -> str:
     """One line on what is about to be trained."""
-    data, size = task.data, sum(x.size for x in jax.tree.leaves(params))
+    data, size, frozen = task.data, tree.size(trained(task, params)), ""
+    if task.frozen is not None:
+        frozen = f" beside {tree.size(params) - size:,} that stay as they are"
     return (
         f"{FLAGS.task}: {data.num_clients} clients with {data.sizes.min()} to {data.sizes.max()} examples, "
-        f"{size:,} parameters, {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+        f"{cohort_size} a round, "
+        f"{size:,} parameters{frozen}, {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
     )
 
 
@@ -319,6 +333,9 @@ def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirec
         lines.append(f"held-out {name:<10}" + "  ".join(f"{k} {v:.4f}" for k, v in sorted(scores.items())))
     if "epsilon" in last:
         lines.append(f"epsilon            {last['epsilon']:.3f} at delta {FLAGS.delta:g}, for {protects}")
+        if last["round"] < FLAGS.rounds:
+            why = f"one more round would pass --target_epsilon={FLAGS.target_epsilon:g}"
+            lines.append(f"ended early        after {last['round']:.0f} of {FLAGS.rounds} rounds: {why}")
     if lost := sum(row["dropped"] for row in rows):
         when = sum(row["dropped"] > 0 for row in rows)
         stale = ", or too stale" * ("staleness" in last)

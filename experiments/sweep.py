@@ -97,6 +97,11 @@ def main() -> None:
     folds = getattr(fc.folds, FLAGS.fold_over)(task.data, FLAGS.folds) if FLAGS.folds else []
     smallest = min((fold.split(task.data)[0] for fold in folds), key=lambda d: d.num_clients, default=task.data)
     cohort_size = run.cohort_size(dataclasses.replace(task, data=smallest))
+    if cohort_size != (whole := run.cohort_size(task)):
+        print(
+            f"The smallest fold trains {cohort_size} clients: cohorts are of {cohort_size}, not {whole}.",
+            file=sys.stderr,
+        )
     sampler = spec.one(FLAGS.sampler, registry.samplers(cohort_size), "--sampler", registry.SPEEDS)
     if not isinstance(sampler, fc.sampling.Sampler):
         raise InvalidInput(f"--sampler={FLAGS.sampler} is a clock, and a sweep has none: leave it to experiments.run.")
@@ -117,7 +122,8 @@ def main() -> None:
     stops, kept = sweeping.rungs(FLAGS.rounds, len(points[next(iter(points))]), FLAGS.halving)
     lanes = len(seeds) * max(1, len(folds))
     todo = sum(n * (b - a) for n, a, b in zip(kept, [0, *stops], stops)) * lanes
-    print(f"{run.describe(task, task.init(jax.random.key(0)), devices)}, {kept[0] * lanes} trainings", file=sys.stderr)
+    about = run.describe(task, cohort_size, task.init(jax.random.key(0)), devices)
+    print(f"{about}, {kept[0] * lanes} trainings", file=sys.stderr)
     stopping = binary.Stopping()
     with directory:
         done = directory.trials()

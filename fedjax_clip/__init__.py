@@ -26,6 +26,7 @@ from fedjax_clip.algorithms import (
     fednova,
     fedsgd,
     mime,
+    partially_frozen,
     partially_private,
     scaffold,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "mime",
     "mixed_precision",
     "models",
+    "partially_frozen",
     "partially_private",
     "partition",
     "per_client",

@@ -138,7 +138,7 @@ def _values_of(
         trained = np.array([number.get(data.name(c), -1) for c in range(data.num_clients)])
         client_of = np.repeat(trained, data.sizes)
         new = algorithm.init_client(params) if algorithm and personal else None
-        parts = []
+        params, parts = jax.device_put(params), []  # once, not with each batch
         for start in range(0, data.num_examples, size):
             index = np.minimum(np.arange(start, start + size), data.num_examples - 1)
             client = client_of[index]

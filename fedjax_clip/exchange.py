@@ -88,6 +88,8 @@ def exchange(
             message, weight, state, report = jax.vmap(one_client)(*clients)
         return message, weight, state, jax.tree.map(lambda x: jnp.sum(x, 0), report)
 
+    chunk, (messages, _, _, report) = tree.traced(chunk, 0)
+
     def body(index, carry):
         acc, states, report = carry
         message, weight, state, new_report = chunk(index)
@@ -96,7 +98,6 @@ def exchange(
         )
         return reducer.add(acc, message, weight), states, metrics.add(report, new_report)
 
-    messages, _, _, report = tree.zeros(chunk, 0)
     message = jax.tree.map(lambda m: m[0], messages)
     roster = Roster(jnp.asarray(cohort.ids), jax.random.fold_in(key, 3))  # the key beside the three it was split into
     acc = reducer.zero(message, roster)

@@ -74,10 +74,8 @@ def train_rounds(
         kept = jax.tree.map(lambda xs, x: xs.at[_places(cohort.ids, len(xs))].set(x, mode="drop"), kept, own)
         return (server, kept), report
 
-    def body(index: Array, carry: tuple[PyTree, Metrics]) -> tuple[PyTree, Metrics]:
-        return round(index, carry[0])
-
-    return jax.lax.fori_loop(0, count, body, (state, tree.zeros(round, 0, state)[1]))
+    round, (_, report) = tree.traced(round, 0, state)
+    return jax.lax.fori_loop(0, count, lambda index, carry: round(index, carry[0]), (state, report))
 
 
 def _places(ids: Array, size: int) -> Array:
@@ -110,7 +108,8 @@ def measure(per_example_loss: PerExampleLoss, params: Params, examples: PyTree, 
         return {name: value for name, value in out.items() if isinstance(value, metrics.Mean)}
 
     count = jnp.where(due, len(rows.number), 0)
-    total = jax.lax.fori_loop(0, count, lambda i, acc: metrics.add(acc, report(i)), tree.zeros(report, 0))
+    report, zeros = tree.traced(report, 0)
+    total = jax.lax.fori_loop(0, count, lambda i, acc: metrics.add(acc, report(i)), zeros)
     return metrics.finish(total)
 
 

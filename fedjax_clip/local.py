@@ -129,11 +129,12 @@ def local_steps(
         updates, opt_state = client_tx.update(direction, opt_state, y, anchor=params)
         return optax.apply_updates(y, updates), opt_state, raw if collect else (), report | _step_report(opt_state)
 
+    step, (_, _, *zeros) = tree.traced(step, 0, params, opt_state)
+
     def body(i, carry):
         y, opt_state, raw, report = step(i, *carry[:2])
         return y, opt_state, add(carry[2], raw), add(carry[3], report)
 
-    zeros = tree.zeros(step, 0, params, opt_state)[2:]
     y, opt_state, total, report = client.loop(body, (params, opt_state, *zeros))
     mean = jax.tree.map(lambda g: g / jnp.maximum(client.num_steps, 1), total)
     if "clipped_steps" in report:
@@ -192,7 +193,8 @@ def full_gradient(
 
         return jax.grad(total_loss, has_aux=True)(params)
 
-    total, report = client.loop(lambda i, acc: add(acc, gradient(i)), tree.zeros(gradient, 0))
+    gradient, zeros = tree.traced(gradient, 0)
+    total, report = client.loop(lambda i, acc: add(acc, gradient(i)), zeros)
     weight = jnp.maximum(report["loss"].weight, jnp.finfo(jnp.float32).tiny)
     return jax.tree.map(lambda g: g / weight, total), report
 

@@ -13,17 +13,20 @@ from fedjax_clip.typing import Array, InvalidInput, Params, PerExampleLoss, PyTr
 
 
 class Lora(NamedTuple):
-    """What ``lora`` makes of a loss: a problem whose parameters are the adapters.
+    """What ``lora`` makes of a loss: a problem whose parameters are the base model and its adapters.
 
     Attributes:
-      init: ``key -> adapters``, ``{name of the matrix: {"a": [m, rank], "b": [rank, n]}}``; they change nothing yet.
-      merge: ``adapters -> params``, of the base model's structure.
-      per_example_loss: ``(adapters, batch, key)``, the given loss at ``merge(adapters)``.
+      init: ``key -> {"base": the base model, "adapters": {matrix: {"a": [m, rank], "b": [rank, n]}}}``; the adapters
+        change nothing yet.
+      merge: of these parameters, ``-> params`` of the base model's structure.
+      per_example_loss: ``(these parameters, batch, key)``, the given loss at what ``merge`` makes of them.
+      frozen: which of them stay as they are, for ``fc.partially_frozen``.
     """
 
     init: Callable[[Array], PyTree]
     merge: Callable[[PyTree], Params]
     per_example_loss: PerExampleLoss
+    frozen: str = "^base/"
 
 
 def lora(
@@ -41,20 +44,24 @@ def lora(
 
     Args:
       per_example_loss: ``(params, batch, key)`` of the whole model.
-      base: pytree of parameters; they stay as they are, and never travel.
+      base: pytree of parameters, to stay as they are: their gradients are zero, and ``fc.partially_frozen`` keeps them
+        from travelling.
       rank: of the changes, at least 1.
       pattern: regular expression, searched in the names of parameters such as ``"params/block0/query/kernel"``.
       alpha: scale of the changes, ``rank`` by default.
 
     Returns:
-      A ``Lora``: initial adapters, how to merge them, and a loss for ``fc.fedavg`` or any other algorithm.
+      A ``Lora``: initial parameters, how to merge them, and a loss for ``fc.fedavg`` or any other algorithm under
+      ``fc.partially_frozen``.
 
     Raises:
       InvalidInput: a rank below 1, a pattern that finds no matrix.
 
     Example:
       >>> tuned = fc.lora(per_example_loss, base, rank=4, pattern="query|value")
-      >>> algorithm = fc.fedavg(tuned.per_example_loss, client_tx)
+      >>> algorithm = fc.partially_frozen(
+      ...     lambda loss: fc.fedavg(loss, client_tx), tuned.per_example_loss, tuned.frozen
+      ... )
       >>> result = fc.train(algorithm, data, tuned.init(jax.random.key(0)), rounds=100)
       >>> params = tuned.merge(result.params)
 
@@ -63,7 +70,7 @@ def lora(
     if rank < 1:
         raise InvalidInput(f"rank must be at least 1, not {rank}.")
     names = [name for name, _ in tree.named_leaves(base)]
-    leaves, structure = jax.tree.flatten(tree.as_arrays(base))
+    leaves, structure = jax.tree.flatten(base)
     matrices = {
         name: (math.prod(w.shape[:-1]), w.shape[-1])
         for name, w in zip(names, leaves)
@@ -75,20 +82,21 @@ def lora(
 
     def init(key):
         keys = jax.random.split(key, len(matrices))
-        return {
+        adapters = {
             name: {"a": jax.random.normal(k, (m, rank)) / math.sqrt(m), "b": jnp.zeros((rank, n))}
             for k, (name, (m, n)) in zip(keys, matrices.items())
         }
+        return {"base": base, "adapters": adapters}
 
-    def merge(adapters):
-        changes = {name: scale * (x["a"] @ x["b"]) for name, x in adapters.items()}
+    def merge(params):
+        changes = {name: scale * (x["a"] @ x["b"]) for name, x in params["adapters"].items()}
         merged = [
             w + changes[name].reshape(w.shape).astype(w.dtype) if name in changes else w
-            for name, w in zip(names, leaves)
+            for name, w in zip(names, jax.tree.leaves(params["base"]))
         ]
         return jax.tree.unflatten(structure, merged)
 
-    def adapted_loss(adapters, batch, key):
-        return per_example_loss(merge(adapters), batch, key)
+    def adapted_loss(params, batch, key):
+        return per_example_loss(merge({**params, "base": jax.lax.stop_gradient(params["base"])}), batch, key)
 
     return Lora(init, merge, adapted_loss)

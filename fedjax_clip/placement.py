@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_clip import tree
 from fedjax_clip.cohort import Cohort
 from fedjax_clip.typing import Algorithm, Array, Metrics, PyTree
 
@@ -51,14 +52,15 @@ def _pmap_rounds(algorithm: Algorithm, devices: tuple[jax.Device, ...]) -> Calla
             server, *out = algorithm.round(server, cohort, key)
             return server, out
 
+        length = cohorts.ids.shape[0]
+        round, (_, out) = tree.traced(round, server, 0)
+        outs = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), out)
+
         def body(index: Array, carry: tuple[PyTree, PyTree]):
             server, outs = carry
             server, out = round(server, index)
             return server, jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, index, 0), outs, out)
 
-        length = cohorts.ids.shape[0]
-        out = jax.eval_shape(round, server, 0)[1]
-        outs = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), out)
         server, outs = jax.lax.fori_loop(0, count, body, (server, outs))
         return server, *outs
 

@@ -58,8 +58,7 @@ def curves(rows: Sequence[Row], title: str = "") -> Figure:
     figure.suptitle(title, fontsize=9, family="monospace")
     for index, (name, lines, shown, unit) in enumerate(panels):
         axes = figure.add_subplot(-(-len(panels) // columns), columns, index + 1)
-        _panel(axes, shown, lines)
-        axes.set_title(name, fontsize=10, loc="left")
+        _panel(axes, name, shown, lines)
         axes.set_xlabel(unit)
         if name.startswith(_LOGARITHMIC) and any(np.any(_series(rows, key)[1] > 0) for key, _, _ in lines):
             axes.set_yscale("log")
@@ -97,8 +96,7 @@ def clipping(rows: Sequence[Row], title: str = "") -> Figure | None:
     figure.suptitle(title, fontsize=9, family="monospace")
     for index, (name, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(-(-len(panels) // 2), 2, index + 1)
-        _panel(axes, rows, [(key, key, f"C{i}") for i, key in enumerate(lines)])
-        axes.set_title(name, fontsize=10, loc="left")
+        _panel(axes, name, rows, [(key, key, f"C{i}") for i, key in enumerate(lines)])
         axes.set_xlabel("round")
         if name in ("thresholds", "norms before the clip"):
             axes.set_yscale("log")
@@ -127,7 +125,7 @@ def _unnumbered(key: str) -> str:
     return re.sub(r"(?<=/)\d+/", "", re.sub(r"_\d+/", "_", key))
 
 
-def _panel(axes: Any, rows: Sequence[Row], lines: Sequence[tuple[str, str, str]]) -> None:
+def _panel(axes: Any, title: str, rows: Sequence[Row], lines: Sequence[tuple[str, str, str]]) -> None:
     for key, label, colour in lines:
         x, y = _series(rows, key)
         if not x.size:
@@ -135,7 +133,9 @@ def _panel(axes: Any, rows: Sequence[Row], lines: Sequence[tuple[str, str, str]]
         sparse = key.startswith("eval/")
         end = f"{label} ({y[-1]:.3g})"
         axes.plot(x, y, color=colour, lw=1.8 if sparse else 1.1, marker="o" if sparse else None, ms=3, label=end)
-    axes.legend(fontsize=7.5, frameon=False)
+    # Above the curves, which it must not hide.
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=2, borderaxespad=0, fontsize=7.5, frameon=False)
+    axes.set_title(title, fontsize=10, loc="left", pad=8 + 12 * -(-len(axes.lines) // 2))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 

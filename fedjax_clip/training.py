@@ -308,7 +308,7 @@ def evaluator(
             yield jax.tree.map(lambda x, index=index: x[index], data.examples), weights
 
     def evaluate(params: Params) -> Row:
-        scores: Row = {}
+        params, scores = jax.device_put(params), Row()  # once, not with each batch
         for name, data in sets.items():
             reports = [batch_report(params, batch, weights) for batch, weights in batches(data)]
             total: Any = jax.tree.map(lambda *xs: jnp.sum(jnp.stack(xs)), *reports)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 
 from fedjax_clip.typing import Array, PyTree
 
@@ -16,9 +17,18 @@ def where(condition: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
 
 
-def zeros(function: Callable, *args: Any) -> PyTree:
-    """Zeros of the shapes and types that ``function(*args)`` would return; it is not computed."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *args))
+def traced(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], PyTree]:
+    """``function`` for arguments like ``args``, and zeros like what it returns, to begin a loop over it with.
+
+    It is traced here, and once: a call of what is returned only repeats the operations that it consists of.
+    """
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    operations, structure = jaxpr_as_fun(jaxpr), jax.tree.structure(shapes)
+
+    def again(*args: Any) -> Any:
+        return jax.tree.unflatten(structure, operations(*jax.tree.leaves(args)))
+
+    return again, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def norm(tree: PyTree) -> Array:
@@ -38,6 +48,30 @@ def by_columns(reduce: Callable[..., Array], x: Array) -> Array:
     XLA's loop over all elements at once has one accumulator on a CPU, and is not vectorised; over columns it is.
     """
     return x if x.ndim < 2 else jax.lax.optimization_barrier(reduce(x.reshape(-1, x.shape[-1]), axis=0))
+
+
+def sorted_rows(x: Array) -> list[Array]:
+    """``list(jnp.sort(x, axis=0))`` of finite or infinite values.
+
+    Up to 32 rows go through Batcher's network of minima and maxima (Knuth, algorithm 5.2.2M): elementwise, so that XLA
+    makes one vectorised loop of it and of what follows, where its own sort compares float by float.
+    """
+    rows = list(x)
+    if len(rows) > 32:
+        return list(jnp.sort(x, axis=0))
+    top = 1 << max(len(rows) - 1, 1).bit_length() - 1
+    p = top
+    while p:
+        q, r, d = top, 0, p
+        while True:
+            for i in range(len(rows) - d):
+                if i & p == r:
+                    rows[i], rows[i + d] = jnp.minimum(rows[i], rows[i + d]), jnp.maximum(rows[i], rows[i + d])
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2
+    return rows
 
 
 def nbytes(tree: PyTree) -> int:

@@ -1,5 +1,6 @@
 """The tests run on one host device, except those in tests/devices, which test_devices.py starts with eight."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -8,7 +9,10 @@ import sys
 import jax
 import pytest
 from absl import flags
+from compiling import compile_quickly
 
+compile_quickly()
+gc.set_threshold(100_000)  # tracing allocates so much that a sixth of its time went into looking for garbage
 DEVICES = int(os.environ.get("FEDJAX_CLIP_TEST_DEVICES", "1"))
 jax.config.update("jax_num_cpu_devices", DEVICES)
 collect_ignore = [] if DEVICES > 1 else ["devices"]

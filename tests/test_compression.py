@@ -145,7 +145,16 @@ def test_compressors_are_what_their_formulas_say():
 
 def test_rotation_is_hadamards_matrix_with_random_signs():
     x = RNG.normal(size=64).astype("f4")
-    assert_close(c.hadamard(x), (scipy.linalg.hadamard(64) @ x / 8).astype("f4"), atol=1e-5)
+    for n in (1, 2, 8, 64):
+        assert_close(c.hadamard(x[:n]), (scipy.linalg.hadamard(n) @ x[:n] / math.sqrt(n)).astype("f4"), atol=1e-5)
+    sent = np.array(
+        [c.rotated(c.floats(32)).encode(x[:46], key).symbols for key in jax.random.split(jax.random.key(0))]
+    )
+    rotated = sent.view(np.float32) * 8 @ scipy.linalg.hadamard(64)  # padded, then transformed: its own inverse
+    np.testing.assert_allclose(
+        np.abs(rotated) / 64, np.broadcast_to(np.abs(np.pad(x[:46], (0, 18))), (2, 64)), atol=1e-6
+    )
+    assert np.any(np.sign(rotated[0]) != np.sign(rotated[1]))
     with pytest.raises(InvalidInput, match="power of two, not 12"):
         c.hadamard(np.ones(12))
 
@@ -158,12 +167,29 @@ def test_gaussian_levels_are_those_of_max():
 
 
 def test_edens_error_is_its_papers():
-    """1 / (1 - D) - 1 of Max's distortions D, for a long vector, within 10%."""
-    x = RNG.standard_t(3, 4096).astype("f4")
+    """1 / (1 - D) - 1 of Max's distortions D, for a long vector, within 10%: three blocks with a scale of their own."""
+    x = RNG.standard_t(3, 3 * 4096).astype("f4")
     for bits, distortion in ((1, 0.3634), (2, 0.1175)):
-        arrived, _ = jax.jit(c.roundtrip, static_argnums=0)(c.eden(bits), x, jax.random.key(bits))
+        arrived, code = jax.jit(c.roundtrip, static_argnums=0)(c.eden(bits), x, jax.random.key(bits))
+        assert len(code.scales) == 3
         error = np.sum((arrived - x) ** 2) / np.sum(x**2)
         np.testing.assert_allclose(error, 1 / (1 - distortion) - 1, rtol=0.1)
+        np.testing.assert_allclose(arrived @ x, x @ x, rtol=1e-4)
+
+
+def test_long_vectors_are_rotated_in_blocks_and_learn_their_codebook_from_a_sample():
+    x = RNG.normal(size=20_000).astype("f4")
+    x[:100] *= 300
+    arrived, code = jax.jit(c.roundtrip, static_argnums=0)(c.rotated(c.floats()), x, jax.random.key(0))
+    np.testing.assert_allclose(arrived, x, atol=1e-3)
+    sent = np.asarray(code.symbols).view(np.float32)
+    assert len(sent) == 5 * 4096
+    np.testing.assert_allclose(np.linalg.norm(sent), np.linalg.norm(x), rtol=1e-5)
+    assert np.abs(sent).max() < 0.1 * np.abs(x).max()
+    arrived, code = jax.jit(c.roundtrip, static_argnums=0)(c.kmeans(4), x, jax.random.key(0))
+    for symbol, centroid in enumerate(code.scales):
+        np.testing.assert_allclose(centroid, x[np.asarray(code.symbols) == symbol].mean(), rtol=1e-4, atol=1e-4)
+    assert len(np.unique(arrived)) == 4
 
 
 @functools.cache
@@ -248,6 +274,22 @@ def test_power_sgd_is_a_projection_that_finds_the_subspace():
     zero = jax.tree.map(np.zeros_like, UPDATE)
     message, after, _ = encode(zero, kept)
     assert_identical((message, after), (zero, kept))
+
+
+def test_a_sketch_hashes_each_coordinate_into_one_bucket_of_each_row():
+    """Of 1000 pairs from different runs about 1/8 collide in a row: 5 standard deviations, once in 2e6 by chance."""
+    link = uplink.count_sketch(3, 8, k=1)
+    encode = jax.jit(jax.vmap(lambda x: link.encode({"x": x}, (), (), CONTEXT)[0]))
+    sketches = np.asarray(encode(jnp.eye(100)))
+    assert set(np.unique(sketches)) == {-1, 0, 1}
+    assert np.all(np.abs(sketches).sum(2) == 1)
+    place, sign = np.argmax(np.abs(sketches), 2), sketches.sum(2)
+    assert abs(sign.mean()) < 5 / math.sqrt(sign.size)
+    left, right = np.random.default_rng(0).integers(0, 100, (2, 1000))
+    apart = left // 8 != right // 8
+    collide = place[left] == place[right]
+    assert np.all(np.abs(collide[apart].mean(0) - 1 / 8) < 5 * math.sqrt(7 / 64 / apart.sum()))
+    assert not collide[~apart & (left != right)].any()
 
 
 def test_a_sketch_adds_up_and_finds_what_is_heavy():

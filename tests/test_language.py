@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from problems import assert_identical
 
 import fedjax_clip as fc
 from fedjax_clip import models, tasks, tree
@@ -195,35 +196,47 @@ def test_bad_sizes(tmp_path, monkeypatch, build, says):
 
 def test_lora_begins_at_the_base_and_merges_what_it_trains():
     model = models.Transformer(128, length=10, width=8, layers=1, heads=2)
-    base = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 10), np.int32))
+    base = jax.tree.map(np.asarray, jax.jit(model.init)(jax.random.key(0), np.zeros((1, 10), np.int32)))
     loss = tasks.next_character(model)
     whole = fc.lora(loss, base, rank=8, pattern="kernel")  # full rank
     jax.tree.map(np.testing.assert_array_equal, whole.merge(whole.init(jax.random.key(1))), base)
 
     tuned = fc.lora(loss, base, rank=2, pattern="query|value", alpha=6.0)
-    adapters = tuned.init(jax.random.key(1))
-    assert sorted(adapters) == ["params/block0/query/kernel", "params/block0/value/kernel"]
+    params = tuned.init(jax.random.key(1))
+    assert sorted(params["adapters"]) == ["params/block0/query/kernel", "params/block0/value/kernel"]
     rng = np.random.default_rng(0)
-    adapters = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), adapters)
-    merged = tuned.merge(adapters)
+    adapters = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params["adapters"])
+    params = {"base": base, "adapters": adapters}
+    merged = tuned.merge(params)
     for name, w in tree.flatten_with_names(base).items():
         change = 3 * adapters[name]["a"] @ adapters[name]["b"] if name in adapters else 0
         np.testing.assert_allclose(tree.flatten_with_names(merged)[name], w + change, rtol=1e-5, atol=1e-6)
     batch = {"text": np.arange(22).reshape(2, 11)}
-    one, two = jax.jit(lambda a, m: (tuned.per_example_loss(a, batch, None)[0], loss(m, batch, None)[0]))(
-        adapters, merged
-    )
+
+    @jax.jit
+    def losses_and_gradient(params, merged):
+        def mean(params):
+            losses = tuned.per_example_loss(params, batch, None)[0]
+            return losses.mean(), losses
+
+        gradient, losses = jax.grad(mean, has_aux=True)(params)
+        return gradient, losses, loss(merged, batch, None)[0]
+
+    gradient, one, two = losses_and_gradient(params, merged)
     np.testing.assert_allclose(one, two, rtol=1e-5)
+    assert not any(np.any(g) for g in jax.tree.leaves(gradient["base"]))  # whichever algorithm trains it
+    assert all(np.any(g) for g in jax.tree.leaves(gradient["adapters"]))
 
 
 def test_lora_takes_a_convolution_as_a_matrix_and_says_what_it_cannot_do():
     base = {"conv": np.ones((3, 3, 2, 5), np.float32), "bias": np.ones(5, np.float32)}
     tuned = fc.lora(lambda *_: None, base, rank=1, pattern="conv|bias")
-    adapters = tuned.init(jax.random.key(0))
+    params = tuned.init(jax.random.key(0))
+    adapters = params["adapters"]
     assert adapters["conv"]["a"].shape == (18, 1)
     assert adapters["conv"]["b"].shape == (1, 5)
     adapters["conv"]["b"] += 1
-    change = tuned.merge(adapters)["conv"] - base["conv"]
+    change = tuned.merge(params)["conv"] - base["conv"]
     np.testing.assert_allclose(change[1, 2, 0], np.full(5, adapters["conv"]["a"][10, 0]), rtol=1e-5)
     with pytest.raises(InvalidInput, match="rank must be at least 1"):
         fc.lora(lambda *_: None, base, rank=0)
@@ -246,17 +259,24 @@ def test_only_adapters_travel(tmp_path, monkeypatch):
         encode=lambda update, state, client, ctx: (sent.append(jax.tree.map(np.shape, update)) or update, client, {}),
         decode=lambda update, state, report, ctx: (update, state, {}),
     )
-    algorithm = fc.fedavg(task.per_example_loss, optax.adam(0.05), uplink=spy)
-    adapters = task.init(jax.random.key(0))
+    algorithm = fc.partially_frozen(
+        lambda loss: fc.fedavg(loss, optax.adam(0.05), uplink=spy), task.per_example_loss, task.frozen
+    )
+    start = task.init(jax.random.key(0))
     evaluate = fc.evaluator(task.per_example_loss, {"examples": task.evaluation["examples"]})
-    before = evaluate(adapters)
-    result = fc.train(algorithm, task.data, adapters, rounds=3, local_steps=8, batch_size=8)
+    before = evaluate(start)
+    result = fc.train(algorithm, task.data, start, rounds=3, local_steps=8, batch_size=8)
     assert sent
-    assert all(message == jax.tree.map(np.shape, adapters) for message in sent)
+    for message in sent:
+        assert jax.tree.leaves(message["base"]) == []
+        assert message["adapters"] == jax.tree.map(np.shape, start["adapters"])
+    row = result.history[-1]
+    assert row["bytes_up"] == row["bytes_down"] == row["clients"] * tree.nbytes(start["adapters"])
+    assert_identical(result.params["base"], params)
     assert evaluate(result.params)["examples/loss"] < before["examples/loss"] - 0.2
 
     np.savez(tmp_path / "other.npz", w=np.ones(3))
     with pytest.raises(InvalidInput, match="other.npz does not fit the model: params/.* is None, not"):
         tasks.shakespeare_lora(str(tmp_path / "other.npz"), **small)
-    with pytest.raises(InvalidInput, match="There is no file"):
+    with pytest.raises(InvalidInput, match="There is no base model nowhere.npz: train one, by python -m"):
         tasks.shakespeare_lora("nowhere.npz", **small)

@@ -191,3 +191,47 @@ def test_calibration_error_is_the_sum_over_bins():
             expected += inside.mean() * abs(y[inside].mean() - p[inside].mean())
     np.testing.assert_allclose(evaluation.calibration_error(p, y), expected)
     assert expected > 0.1
+
+
+def test_what_is_frozen_is_an_argument_of_the_round_and_goes_nowhere():
+    def scaffold(loss):
+        link = fc.uplink.quantile_clip(0.3)
+        return fc.scaffold(loss, optax.adam(0.05), optax.adam(0.03, eps=1e-3), num_clients=6, uplink=link)
+
+    fixed = np.float32([0.5, -1.0, 2.0])
+    start = {**parameters(), "b": fixed}
+    algorithm = fc.partially_frozen(scaffold, softmax_loss, "^b$")
+    closed_over = scaffold(lambda params, batch, key: softmax_loss({**params, "b": fixed}, batch, key))
+    run, other = Run(algorithm, population()), Run(closed_over, population())
+    server, clients, history = run.rounds(start, COHORTS)
+    expected, expected_clients, expected_history = other.rounds({"w": start["w"]}, COHORTS)
+    assert_identical(server.params["b"], fixed)
+    assert_close(jax.tree.leaves(server._replace(params=server.params["w"])), jax.tree.leaves(expected))
+    assert_close(jax.tree.leaves(clients), jax.tree.leaves(expected_clients))
+    assert_close(history, expected_history)  # bytes among them
+
+    def constants(run, params):
+        server, clients = run.start(params)
+        cohort = jax.tree.map(lambda x: x[0], run.cohort(COHORTS[0], 0, clients))
+        return jax.make_jaxpr(run.algorithm.round)(server, cohort, jax.random.key(0)).consts
+
+    assert any(np.shape(x) == fixed.shape for x in constants(other, {"w": start["w"]}))
+    assert not any(np.shape(x) == fixed.shape for x in constants(run, start))
+
+
+def test_a_part_may_be_frozen_and_another_private():
+    start = {"own": np.float32(1), "slope": np.zeros(3, np.float32), "w": np.ones(2, np.float32)}
+    algorithm = fc.partially_frozen(
+        lambda loss: fc.partially_private(loss, optax.sgd(LR), private="own"), squared, "^slope"
+    )
+    kept = algorithm.init_client(start)
+    assert jax.tree.leaves(kept) == [1]
+    assert_identical(algorithm.personal({**start, "own": np.float32(3)}, kept), start)
+    assert fc.partially_frozen(lambda loss: fc.fedavg(loss, optax.sgd(LR)), squared, "^slope").personal is None
+    for frozen, says in (("nothing", "found in some of the parameters, not none or all: own, slope, w"), (".", "all")):
+        with pytest.raises(fc.InvalidInput, match=says):
+            fc.partially_frozen(lambda loss: fc.fedavg(loss, optax.sgd(LR)), squared, frozen).init(start)
+    with pytest.raises(fc.InvalidInput, match=r"frozen: '\(' is not a regular expression"):
+        fc.partially_frozen(lambda loss: fc.fedavg(loss, optax.sgd(LR)), squared, "(")
+    with pytest.raises(fc.InvalidInput, match="sends something else"):
+        fc.compressed_broadcast(algorithm, fc.compression.qsgd(8))

@@ -170,7 +170,11 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(cli, tmp_path):
     (make(tmp_path / "rows") / "metrics.jsonl").write_text("[1]\n")
     (make(tmp_path / "none") / "metrics.jsonl").write_text("")
     (make(tmp_path / "corrupt") / "clients.npz").write_bytes(b"PK\x03\x04 no archive")
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/config.json").write_text('{"config": {"points": "grid()"}}')
+    (tmp_path / "sweep/results.jsonl").write_text("{}\n")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert_refused(cli("sweep"), "sweep is a sweep's", "table.md and sweep.png", "--flagfile=sweep/best.flags")
     assert_refused(cli(), "Name one run directory")
     assert_refused(cli("nowhere"), "nowhere holds no run: there is no config.json")
     assert_refused(cli("empty"), "empty holds no run")

@@ -78,6 +78,8 @@ BAD_FLAGS = {
     "an unknown argument": ("--algorithm=fedavg(local_epoch=1)", 'did you mean "local_epochs"'),
     "an unknown flag": ("--cohort_sizes=3", "cohort_size"),
     "a value that is no number": ("--rounds=many", "rounds"),
+    "a fraction of a round": ("--rounds=2.5", "error: --rounds must be a whole number, not 2.5."),
+    "a delta that is no number": ("--delta=tiny", "error: --delta must be a number, not tiny."),
     "no rounds": ("--rounds=0", "--rounds must be at least 1"),
     "no evaluation": ("--eval_every=0", "--eval_every"),
     "a negative batch size": ("--batch_size=-1", "--batch_size"),
@@ -298,6 +300,12 @@ def test_a_target_epsilon_is_met_in_the_last_row(cli, tmp_path):
     spent = [row["epsilon"] for row in rows]
     assert spent == sorted(spent)
     assert 4.99 < spent[-1] <= 5
+    assert "ended early" not in out
+
+    noise = ("--uplink=clip_by_global_norm(0.5)|gaussian(4.0)", "--delta=0.01", "--sampler=poisson")
+    code, out, _ = cli(*QUICK, *noise, "--target_epsilon=0.4", "--workdir=short")
+    assert code == 0
+    assert "ended early        after 2 of 3 rounds: one more round would pass --target_epsilon=0.4" in out
 
 
 def test_only_what_is_sent_is_accounted_for_on_a_grid(cli, tmp_path):

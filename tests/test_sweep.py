@@ -86,8 +86,11 @@ def test_stopped_it_goes_on_and_its_best_flags_are_a_run(cli, binaries, monkeypa
 
 def test_folds_and_halving_of_a_random_set(cli, tmp_path):
     points = "--points=random(4, lr=log(0.01, 1), clip=linear(0.1, 2))"
-    code, out, err = cli(*QUICK[:-1], points, "--folds=2", "--fold_over=examples", "--halving=2")
+    default_cohort = (flag for flag in QUICK[:-1] if "cohort_size" not in flag)
+    code, out, err = cli(*default_cohort, points, "--folds=2", "--halving=2")
     assert code == 0, err
+    assert err.startswith("The smallest fold trains 3 clients: cohorts are of 3, not 6.\n")
+    assert "3 a round" in err
     entries = lines()
     assert {e["fold"] for e in entries} == {0, 1}
     assert {e["metrics"]["round"] for e in entries} == {2, 3}

@@ -89,15 +89,19 @@ def test_how_many_points_go_at_once_changes_rounding_only():
         close(one.metrics, other.metrics)
 
 
-def test_halving_goes_on_with_the_better_ones_and_ends_where_the_whole_sweep_does():
+def test_halving_stops_the_worse_early_and_the_others_end_as_without_it_to_the_bits():
     points = sweeping.grid(lr=[0.01, 0.03, 0.1, 0.3, 1.0], clip=[0.5])
     arguments = fedavg, points, population(), start, softmax_loss, {"held": HELD_OUT}
-    settings = {**SETTINGS, "rounds": 9, "seeds": (0, 1)}
+    one_program = {"points_per_chunk": 1, "devices": jax.local_devices()[:1]}  # a width is not for the sweep to choose
+    settings = {**SETTINGS, "rounds": 9, "seeds": (0, 1), **one_program}
     score = "eval/held/loss"
+    halving = {"halving": 2, "score": score}
+    rounds = []
     whole = {t[:3]: t for t in fc.sweep(*arguments, **settings)}
-    halved = fc.sweep(*arguments, **settings, halving=2, score=score)
+    halved = fc.sweep(*arguments, **settings, **halving, on_rounds=rounds.append)
     stops, kept = sweeping.rungs(9, 5, 2)
     assert (stops, kept) == ([3, 5, 9], [5, 3, 2])
+    assert sum(rounds) == 2 * (5 * 3 + 3 * (5 - 3) + 2 * (9 - 5))  # of 2 * 5 * 9
     alive = set(range(5))
     for k, stop in enumerate(stops):
         rung = [t for t in halved if t.metrics["round"] == stop]
@@ -105,16 +109,21 @@ def test_halving_goes_on_with_the_better_ones_and_ends_where_the_whole_sweep_doe
         assert len(rung) == 2 * kept[k]
         means = {p: np.mean([t.metrics[score] for t in rung if t.point == p]) for p in alive}
         alive = set(sorted(means, key=means.get)[: kept[min(k + 1, 2)]])
-    for trial in rung:
-        close(trial.metrics, whole[trial[:3]].metrics)
+    assert all(trial == whole[trial[:3]] for trial in rung)
     assert set(sweeping.rank(halved, score)[:2]) == {t.point for t in rung}
 
-    ran, few = [], halved[:5]
-    resumed = fc.sweep(*arguments, **settings, halving=2, score=score, done=few, on_trial=ran.append)
-    assert len(ran) == len(halved) - len(few)
-    for one, other in zip(resumed, halved, strict=True):
-        assert one[:3] == other[:3]
-        close(one.metrics, other.metrics)
+    for dispatches in (3, 13):  # within the first rung, and within the second
+        asked, ran = [], []
+
+        def stop_now(asked=asked, dispatches=dispatches):
+            asked.append(1)
+            return len(asked) == dispatches
+
+        part = fc.sweep(*arguments, **settings, **halving, should_stop=stop_now)
+        assert 0 < len(part) < len(halved)
+        assert len({t.metrics["round"] for t in part}) == (1 if dispatches == 3 else 2)
+        assert fc.sweep(*arguments, **settings, **halving, done=part, on_trial=ran.append) == halved
+        assert len(ran) == len(halved) - len(part)
 
 
 def test_stopped_it_gives_what_is_done_and_goes_on_from_there():

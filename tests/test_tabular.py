@@ -115,6 +115,13 @@ def test_shares_of_the_penalty_add_up():
     np.testing.assert_allclose(biases, recommendation.item_biases(data, 4, 0.5), rtol=1e-6)
 
 
+def test_rows_without_a_target_are_left_out_with_a_warning(tmp_path):
+    rows = [f"{i},2,f,{'ab'[i % 2]},{('yes', 'no', '')[i % 3]}" for i in range(30)]
+    with pytest.warns(UserWarning, match="gaps.csv: 10 of 30 rows are left out, for lack of their 'died'"):
+        task = tasks.csv(write(tmp_path / "gaps.csv", rows), "died", by="clinic")
+    assert task.data.num_examples + task.evaluation["examples"].num_examples == 20
+
+
 def bad_tables(tmp_path):
     good = clinic(tmp_path / "good.csv")
     (tmp_path / "latin.csv").write_bytes("age,died\n1,Zürich\n".encode("latin-1"))
@@ -150,7 +157,15 @@ def bad_tables(tmp_path):
         ),
         "clients of one example": (
             f"csv('{write(tmp_path / 's.csv', rows)}', 'died', by='clinic')",
-            "nothing to hold out",
+            "nothing to hold out: by must be a column that rows share",
+        ),
+        "as many clients as rows": (
+            f"csv('{write(tmp_path / 's.csv', rows)}', 'died')",
+            "nothing to hold out: num_clients must be smaller",
+        ),
+        "semicolons": (
+            f"csv('{write(tmp_path / 'semi.csv', ['1,5;2', '2,5;3'], 'age;died')}', 'died')",
+            "semi.csv: entries must be separated by commas, and its header 'age;died' separates by ';'",
         ),
         "a negative penalty": (f"csv('{good}', 'died', l2=-1.0)", "l2 must be"),
         "an unknown grouping": ("chem97('town')", "'school' or 'lea'"),

@@ -5,6 +5,7 @@ from fedjax_clip.algorithms.corrected import feddyn, fednova, mime
 from fedjax_clip.algorithms.episode import episode, episode_plus
 from fedjax_clip.algorithms.fedavg import fedavg, fedsgd
 from fedjax_clip.algorithms.fedbuff import fedbuff
+from fedjax_clip.algorithms.frozen import partially_frozen
 from fedjax_clip.algorithms.private import partially_private
 from fedjax_clip.algorithms.scaffold import scaffold
 
@@ -18,6 +19,7 @@ __all__ = [
     "fednova",
     "fedsgd",
     "mime",
+    "partially_frozen",
     "partially_private",
     "scaffold",
 ]

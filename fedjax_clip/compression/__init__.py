@@ -4,7 +4,7 @@ from fedjax_clip.compression.base import Code, Compressor, entropy, from_bytes, 
 from fedjax_clip.compression.coding import Coding
 from fedjax_clip.compression.prune import prune
 from fedjax_clip.compression.quantise import floats, kmeans, qsgd, sign, terngrad, uniform
-from fedjax_clip.compression.rotate import eden, hadamard, rotated
+from fedjax_clip.compression.rotate import eden, hadamard, random_signs, rotated
 from fedjax_clip.compression.sparse import random_k, threshold, top_k
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "prune",
     "qsgd",
     "random_k",
+    "random_signs",
     "rotated",
     "roundtrip",
     "sign",

@@ -180,13 +180,19 @@ def _entropy(code: Code) -> Array:
     if code.alphabet > 2**16:
         bits += 32.0 * n
     else:
-        counts = jnp.zeros(code.alphabet).at[code.symbols].add(live)
+        counts = _counts(code.symbols, live, code.alphabet)
         bits += jnp.sum(jnp.where(counts > 0, counts * jnp.log2(n / jnp.maximum(counts, 1)), 0))
     if code.index is not None:
         places = jnp.sum(_live(code.index, code))
         all, these, others = (jax.scipy.special.gammaln(1.0 + x) for x in (code.size, places, code.size - places))
         bits += (all - these - others) / math.log(2)
     return bits
+
+
+def _counts(symbols: Array, live: Array, alphabet: int) -> Array:
+    if alphabet > 4:
+        return jnp.zeros(alphabet).at[symbols].add(live)
+    return jnp.stack([jnp.sum(live & (symbols == a), dtype=jnp.float32) for a in range(alphabet)])  # quicker
 
 
 def _write(code: Any) -> list[np.ndarray]:

@@ -76,7 +76,9 @@ def random_k(k: float, values: Compressor | None = None, unbiased: bool = True) 
     values = _inner(values, "fixed")
 
     def places(d, key):
-        return jnp.sort(jax.random.permutation(jax.random.fold_in(key, 1), d)[: _number(k, d)])
+        bits = jax.random.bits(jax.random.fold_in(key, 1), (d,), jnp.uint32)
+        ranks = jax.lax.bitcast_convert_type((bits >> 3) + jnp.uint32(0x20000000), jnp.float32)  # positive and normal
+        return jnp.sort(jax.lax.top_k(ranks, _number(k, d))[1])
 
     def encode(x, key, count=None):
         return dataclasses.replace(values.encode(x[places(len(x), key)], key), size=len(x))
@@ -120,11 +122,13 @@ def threshold(at: float | Array, values: Compressor | None = None, positions: st
         raise InvalidInput("threshold keeps a number of values that varies: rotate in front of it, not inside.")
 
     def encode(x, key, count=None):
-        (index,) = jnp.nonzero(jnp.abs(x) > at, size=len(x), fill_value=len(x))
-        number = jnp.sum(index < len(x), dtype=jnp.uint32)
-        kept = jnp.where(index < len(x), x.at[index].get(mode="clip"), 0)
-        inner = values.encode(kept, key, number)
-        return dataclasses.replace(inner, index=index.astype(jnp.int32), count=number, size=len(x), positions=positions)
+        passed, d = jnp.abs(x) > at, len(x)
+        rank = jnp.cumsum(passed, dtype=jnp.uint32)
+        into = jnp.where(passed, rank - 1, d)
+        index = jnp.full(d, d, jnp.int32).at[into].set(jnp.arange(d, dtype=jnp.int32), mode="drop")
+        kept = jnp.zeros_like(x).at[into].set(x, mode="drop")
+        inner = values.encode(kept, key, rank[-1])
+        return dataclasses.replace(inner, index=index, count=rank[-1], size=d, positions=positions)
 
     def decode(code, d, key):
         return _placed(code.index, values.decode(code, d, key), d)

@@ -185,7 +185,10 @@ class FederatedData:
         _check_fraction(fraction)
         cuts = np.minimum(np.maximum(1, np.round(fraction * self.sizes)), self.sizes - 1).astype(np.int64)
         if not cuts.any():
-            raise InvalidInput("No client has two examples: there is nothing to hold out.")
+            raise InvalidInput(
+                "No client has two examples, so there is nothing to hold out: make fewer, larger clients, or hold out "
+                "whole ones."
+            )
         held_out = draws.shuffles(self.sizes, seed, np.arange(self.num_clients)) < np.repeat(cuts, self.sizes)
         return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out), np.flatnonzero(cuts))
 

@@ -28,7 +28,8 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
       path: the file.
 
     Raises:
-      InvalidInput: a file that is missing, not UTF-8, without rows, with rows of different length or a column twice.
+      InvalidInput: a file that is missing, not UTF-8, without rows, with rows of different length, other
+        marks than commas or a column twice.
 
     Example:
       >>> _ = Path("/tmp/table.csv").write_text("age,sex\\n63,male\\n,female\\n")
@@ -48,6 +49,11 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
     if len(rows) < 2:
         raise InvalidInput(f"{path} needs a header and at least one row.")
     header = rows[0]
+    if len(header) == 1 and (others := [mark for mark in ";\t|" if mark in header[0]]):
+        raise InvalidInput(
+            f"{path}: entries must be separated by commas, and its header {header[0]!r} separates by {others[0]!r}: "
+            "save it with commas, and with points in its numbers."
+        )
     if twice := {name for name in header if header.count(name) > 1}:
         raise InvalidInput(f"{path}: column {min(twice)!r} occurs more than once.")
     for number, row in enumerate(rows[1:], 2):

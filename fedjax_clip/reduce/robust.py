@@ -25,7 +25,10 @@ def median() -> Reducer:
     """
 
     def middle(rows, count):
-        low, high = rows[jnp.maximum(count - 1, 0) // 2], rows[count // 2]
+        def row(index):
+            return sum(jnp.where(index == i, x, 0) for i, x in enumerate(rows))
+
+        low, high = row(jnp.maximum(count - 1, 0) // 2), row(count // 2)
         return low + 0.5 * (high - low)
 
     return stacking(lambda stack: _by_coordinate(stack, middle))
@@ -54,8 +57,7 @@ def trimmed_mean(num_bad: int) -> Reducer:
 
     def inner(rows, count):
         trim = jnp.minimum(num_bad, jnp.maximum(count - 1, 0) // 2)
-        kept = (jnp.arange(len(rows)) >= trim) & (jnp.arange(len(rows)) < count - trim)
-        total = jnp.sum(jnp.where(_beside(kept, rows), rows, 0), axis=0)
+        total = sum(jnp.where((i >= trim) & (i < count - trim), x, 0) for i, x in enumerate(rows))
         return total / jnp.maximum(count - 2 * trim, 1)
 
     return stacking(lambda stack: _by_coordinate(stack, inner), fewest=2 * num_bad + 1)
@@ -222,11 +224,11 @@ def fltrust(root: int) -> Reducer:
     return stacking(aggregate, fewest=2)._replace(population=root + 1)
 
 
-def _by_coordinate(stack: Stack, rule: Callable[[Array, Array], Array]) -> PyTree:
+def _by_coordinate(stack: Stack, rule: Callable[[list[Array], Array], Array]) -> PyTree:
     """``rule(rows, count)`` of each leaf's values in rising order, ``count`` of them and then infinity."""
 
     def one(x):
-        rows = jnp.sort(jnp.where(_beside(stack.present, x), _wide(x), jnp.inf), axis=0)
+        rows = tree.sorted_rows(jnp.where(_beside(stack.present, x), _wide(x), jnp.inf))
         return jnp.where(stack.num_present > 0, rule(rows, stack.num_present), 0)
 
     return jax.tree.map(one, stack.messages)

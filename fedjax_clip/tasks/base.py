@@ -24,6 +24,7 @@ class Task:
       init: ``key -> params``.
       per_example_loss: ``(params, batch, key) -> (losses[B], {metric: values[B]})``.
       summarise: scores of a held-out population besides those means, see ``fc.client_evaluator``.
+      frozen: which parameters stay as they are, see ``fc.partially_frozen``; ``None``: all train.
 
     Example:
       >>> task = fc.tasks.digits()
@@ -36,6 +37,7 @@ class Task:
     init: Callable[[Array], Params]
     per_example_loss: PerExampleLoss
     summarise: Summary | None = None
+    frozen: str | None = None
 
 
 def classifier(model: nn.Module) -> PerExampleLoss:

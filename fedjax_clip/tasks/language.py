@@ -104,7 +104,7 @@ def shakespeare_lora(
     """
     whole = shakespeare_transformer(plays, width, layers, heads, length, held_out_roles, held_out_examples, seed)
     tuned = lora(whole.per_example_loss, _load(base, whole), rank, pattern, alpha)
-    return Task(whole.data, whole.evaluation, tuned.init, tuned.per_example_loss)
+    return Task(whole.data, whole.evaluation, tuned.init, tuned.per_example_loss, frozen=tuned.frozen)
 
 
 def text_files(
@@ -177,7 +177,12 @@ def _characters(
 
 def _load(path: str, task: Task) -> Params:
     """A run's ``params.npz`` in the structure of the task's own parameters."""
-    arrays = sources.read_npz(Path(path).expanduser())
+    if not (file := Path(path).expanduser()).exists():
+        preset = "experiments/presets/shakespeare_transformer.flags"
+        raise InvalidInput(
+            f"There is no base model {path}: train one, by python -m experiments.run --flagfile={preset}."
+        )
+    arrays = sources.read_npz(file)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     wanted = {name: x.shape for name, x in tree.named_leaves(shapes)}
     found = {name: x.shape for name, x in arrays.items()}

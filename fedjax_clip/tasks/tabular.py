@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -187,7 +188,7 @@ def csv(
 
     Args:
       path: the file, UTF-8 with a header.
-      target: the column to predict; rows where it is missing are left out.
+      target: the column to predict; rows where it is missing are left out, with a warning.
       by: the column that names each row's client; without it rows are dealt evenly to ``num_clients``.
       num_clients: clients to deal rows to.
       hidden, tail, l2, held_out, seed: as for ``heart``; ``held_out`` is of each client's rows.
@@ -201,6 +202,10 @@ def csv(
     known = ~np.isnan(wanted) if wanted.dtype.kind == "f" else wanted != ""
     if not known.any():
         raise InvalidInput(f"{path}: column {target!r} is missing in every row.")
+    if not known.all():
+        warnings.warn(
+            f"{path}: {np.sum(~known)} of {len(known)} rows are left out, for lack of their {target!r}.", stacklevel=2
+        )
     table = {name: values[known] for name, values in table.items()}
     values, y = np.unique(table[target], return_inverse=True)
     if len(values) < 2 or (len(values) > 2 and values.dtype.kind != "f"):
@@ -217,6 +222,9 @@ def csv(
     if empty := [name for name in numbers if np.isnan(table[name]).all()]:
         raise InvalidInput(f"{path}: column {empty[0]!r} is missing in every row: leave it out.")
     x, _ = tables.encode(table, numbers, [name for name in features if name not in numbers])
+    if len(np.unique(owner)) == len(y):
+        cure = "num_clients must be smaller" if by is None else "by must be a column that rows share, or be left out"
+        raise InvalidInput(f"{path}: no client has two rows, so there is nothing to hold out: {cure}.")
     binary = len(values) == 2
     y = y.astype(np.int32) if binary else table[target].astype(np.float32)
     data = partition.natural({"x": x, "y": y, "owner": owner}, "owner")

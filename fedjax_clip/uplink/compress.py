@@ -155,8 +155,10 @@ def count_sketch(
     """FetchSGD: clients send a count sketch, which adds up; the server finds the k heaviest coordinates of the sum.
 
     Each of d coordinates falls with a random sign into one of ``columns`` buckets in each row; its estimate is the
-    median over the rows. The server keeps momentum and error as sketches: ``S_u <- rho S_u + S; S_e <- S_e + S_u;
-    update = heaviest k of S_e``, which it takes out of ``S_e``, and zeroes in ``S_u``. Clients keep nothing.
+    median over the rows. Each run of ``columns`` neighbours is turned by a random number: they never collide, and two
+    of different runs once in ``columns`` times, which is all that the guarantee asks of a hash. The server keeps
+    momentum and error as sketches: ``S_u <- rho S_u + S; S_e <- S_e + S_u; update = heaviest k of S_e``, which it takes
+    out of ``S_e``, and zeroes in ``S_u``. Clients keep nothing.
 
     Args:
       rows: sketches in one, odd.
@@ -181,15 +183,22 @@ def count_sketch(
         raise InvalidInput(f"count_sketch: rows must be odd, for a median, and is {rows}.")
 
     def hashes(d):
-        place, sign = jax.random.split(jax.random.key(seed))
-        return (
-            jax.random.randint(place, (rows, d), 0, columns),
-            jax.random.rademacher(sign, (rows, d), jnp.float32),
-        )
+        """How far each run of coordinates is turned, ``[m, rows]``, and signs, ``[m, rows, columns]``."""
+        blocks = -(-d // columns)
+        turn, sign = jax.random.split(jax.random.key(seed))
+        turns = jax.random.randint(turn, (blocks, rows), 0, columns)
+        return turns, compression.random_signs(sign, (blocks, rows, columns))
 
     def sketch(x):
-        place, sign = hashes(len(x))
-        return jnp.zeros((rows, columns)).at[jnp.arange(rows)[:, None], place].add(sign * x)
+        def add(total, block):
+            x, turns, signs = block
+            twice = jnp.tile(signs * x, 2)
+            turned = [jax.lax.dynamic_slice(twice[r], (columns - turns[r],), (columns,)) for r in range(rows)]
+            return total + jnp.stack(turned), None
+
+        turns, signs = hashes(len(x))
+        x = jnp.pad(x, (0, -len(x) % columns)).reshape(-1, columns)
+        return jax.lax.scan(add, jnp.zeros((rows, columns)), (x, turns, signs))[0]
 
     def init(params):
         leaves, structure = jax.tree.flatten(params)
@@ -203,15 +212,17 @@ def count_sketch(
     def decode(aggregate, state, report, ctx):
         shape, speed, missed = state
         x, restore = jax.flatten_util.ravel_pytree(shape.zeros())
-        place, sign = hashes(len(x))
-        row = jnp.arange(rows)[:, None]
+        turns, signs = hashes(len(x))
+        row, place = jnp.arange(rows)[:, None], (turns[:, :, None] + jnp.arange(columns)) % columns
         speed = momentum * speed + aggregate
         total = missed + speed
-        estimate = jnp.median(sign * total[row, place], axis=0)
+        estimate = tree.sorted_rows(jnp.moveaxis(signs * total[row, place], 1, 0))[rows // 2].ravel()[: len(x)]
         heavy = jax.lax.top_k(jnp.abs(estimate), min(k, len(x)))[1]
-        step = jnp.zeros(len(x)).at[heavy].set(estimate[heavy])
-        touched = jnp.zeros((rows, columns), bool).at[row, place].max(step != 0)
-        state = shape, jnp.where(touched, 0, speed), total - sketch(step)
+        block, offset = heavy // columns, heavy % columns
+        found, at = estimate[heavy], (row, place[block, :, offset].T)
+        step = jnp.zeros(len(x)).at[heavy].set(found)
+        touched = jnp.zeros((rows, columns), bool).at[at].max(found != 0)
+        state = shape, jnp.where(touched, 0, speed), total.at[at].add(-signs[block, :, offset].T * found)
         return restore(step.astype(x.dtype)), state, {"missed_norm": tree.norm(state[2])}
 
     return Uplink(init, lambda params: (), encode, decode, wire="sums")

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedjax_clip import tree
 from fedjax_clip.clipping import check_range
-from fedjax_clip.compression import hadamard
+from fedjax_clip.compression import hadamard, random_signs
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 from fedjax_clip.uplink import discrete
 from fedjax_clip.uplink.base import Context, Uplink
@@ -256,7 +256,7 @@ def _rotated_back(x: Array, key: Array) -> Array:
 
 def _blocks(x: Array, key: Array) -> list[tuple[Array, slice]]:
     power = _power(x.size)
-    signs = jax.random.rademacher(key, (2, power), x.dtype)
+    signs = random_signs(key, (2, power))
     return [(signs[0], slice(0, power)), (signs[1], slice(x.size - power, x.size))]
 
 
