@@ -185,7 +185,7 @@ def test_long_vectors_are_rotated_in_blocks_and_learn_their_codebook_from_a_samp
     sent = np.asarray(code.symbols).view(np.float32)
     assert len(sent) == 5 * 4096
     np.testing.assert_allclose(np.linalg.norm(sent), np.linalg.norm(x), rtol=1e-5)
-    assert np.abs(sent).max() < 0.1 * np.abs(x).max()
+    assert np.abs(sent).max() < 0.3 * np.abs(x).max()
     arrived, code = jax.jit(c.roundtrip, static_argnums=0)(c.kmeans(4), x, jax.random.key(0))
     for symbol, centroid in enumerate(code.scales):
         np.testing.assert_allclose(centroid, x[np.asarray(code.symbols) == symbol].mean(), rtol=1e-4, atol=1e-4)
