@@ -207,8 +207,9 @@ def _construct(call: Call, registry: Registry, flag: str, nested: Registry, valu
     try:
         return component(*args, **kwargs)
     except (TypeError, ValueError, ArithmeticError, OSError) as error:
-        sentence = " ".join(str(error).split()).removeprefix(f"{name}: ")
-        raise InvalidInput(f"{flag}: {name}: {sentence}") from error
+        sentence = " ".join(str(error).split())
+        named = sentence if sentence.startswith((f"{name} ", f"{name}: ")) else f"{name}: {sentence}"
+        raise InvalidInput(f"{flag}: {named}") from error
 
 
 def _check_arguments(call: Call, signature: inspect.Signature, flag: str) -> None:

@@ -1,8 +1,9 @@
 """What bad clients do: to their data, to what they send, and together, knowing what the honest ones send.
 
-For experiments on defences, ``fc.reduce``. Which clients are bad is a list of their numbers, everywhere. Attacks on
-data are functions of a population; attacks on messages are links, to be put LAST in a chain, so that no clip tames
-them; bad clients that collude wrap the reducer, where the honest messages of the round are known.
+For experiments on defences, ``fc.reduce``. Which clients are bad is a list of their numbers, everywhere: places in the
+population, ``data.name(number)`` being a name. Attacks on data are functions of a population; attacks on messages
+are links, to be put LAST in a chain, so that no clip tames them; bad clients that collude wrap the reducer, where the
+honest messages of the round are known.
 """
 
 import dataclasses

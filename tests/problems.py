@@ -97,7 +97,11 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
             optax.sgd(0.2),
         ),
         optax.chain(fc.clipping.two_sided_clip(0.01, 0.1), optax.sgd(1.0)),
-        uplink=fc.uplink.chain(fc.uplink.zeroing(), fc.uplink.quantile_clip(0.3)),
+        uplink=fc.uplink.chain(
+            fc.uplink.zeroing(),
+            fc.uplink.at_client(fc.clipping.auto_clip(90, window=4), keep_state=True),
+            fc.uplink.quantile_clip(0.3),
+        ),
     ),
     "fedavg, private": lambda: fc.fedavg(
         softmax_loss,
@@ -123,7 +127,9 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
     "fedavg, centered": lambda: fc.fedavg(
         softmax_loss,
         clipped_sgd,
-        uplink=fc.uplink.chain(fc.uplink.relative_to_last(), fc.uplink.clip_by_global_norm(0.2)),
+        uplink=fc.uplink.chain(
+            fc.uplink.relative_to_last(), fc.uplink.clip_by_global_norm(0.2), fc.uplink.local_gaussian(0.1)
+        ),
     ),
     "fedavg, centered thrice": lambda: fc.fedavg(
         softmax_loss, clipped_sgd, uplink=fc.uplink.relative_to_last(), reducer=fc.reduce.centered_mean(0.2, 3)
@@ -160,7 +166,9 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
     "scaffold": lambda: fc.scaffold(softmax_loss, clipped_sgd, num_clients=len(SIZES)),
     "episode": lambda: fc.episode(softmax_loss, 0.5, optax.sgd(0.2)),
     "episode_plus": lambda: fc.episode_plus(softmax_loss, 0.3, optax.sgd(0.2), num_clients=len(SIZES)),
-    "fednova": lambda: fc.fednova(softmax_loss, clipped_sgd),
+    "fednova, few by leaf": lambda: fc.fednova(
+        softmax_loss, clipped_sgd, uplink=fc.uplink.compress(fc.compression.random_k(0.4), by_leaf=True)
+    ),
     "feddyn": lambda: fc.feddyn(softmax_loss, clipped_sgd, alpha=0.3, num_clients=len(SIZES)),
     "fedbuff": lambda: fc.fedbuff(softmax_loss, clipped_sgd, max_staleness=2),
     "fedbuff, stateful link": lambda: fc.fedbuff(

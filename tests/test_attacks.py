@@ -20,6 +20,9 @@ HONEST = ~np.isin(IDS, BAD)
 ROWS = np.argsort(IDS)  # the order in which a stack has them
 
 
+CONTEXT = fc.uplink.Context(jax.random.key(0), jax.random.key(9), jnp.int32(0), jnp.float32(1))
+
+
 def messages(seed=0):
     rng = np.random.default_rng(seed)
     return {"a": rng.normal(size=(N, 3, 2)).astype(np.float32), "b": rng.normal(size=(N, 4)).astype(np.float32)}
@@ -90,6 +93,8 @@ def test_links_change_what_bad_clients_send_and_nothing_else():
     one, other = (encoded(attacks.noise([1, 4], 0.1), client) for client in (1, 4))
     assert 0 < norm(one) < 1
     assert np.any(one["w"] != other["w"])  # each client's own
+    draws = attacks.noise([0], 0.1).encode(jnp.zeros(4000), (), (), CONTEXT)[0] / 0.1
+    assert scipy.stats.kstest(draws, "norm").pvalue > 1e-6  # which is how often it fails by chance
     assert np.isnan(encoded(attacks.constant([1], np.nan), 1)["b"]).all()
     assert_identical(encoded(attacks.sign_flip([]), 0), update)
 

@@ -112,6 +112,7 @@ def test_compressors_are_what_their_formulas_say():
     x, keys = VECTORS[0].astype(np.float64), jax.random.split(jax.random.key(1), KEYS)
     u = np.asarray(jax.random.uniform(keys[0], (1, D)), np.float64)[0]
 
+    assert_identical(tried("floats, 16")[1][0, 0], VECTORS[0].astype(jnp.bfloat16).astype("f4"))
     level = np.floor((x - x.min()) / np.ptp(x) * 7 + u)
     assert_close(tried("uniform")[1][0, 0], (x.min() + level * np.ptp(x) / 7).astype("f4"), atol=1e-5)
     norm = np.linalg.norm(x)
@@ -136,9 +137,10 @@ def test_compressors_are_what_their_formulas_say():
 
     along = np.sum(tried("eden")[1].astype(np.float64) * VECTORS[:, None], 2)
     np.testing.assert_allclose(along, np.broadcast_to(np.sum(VECTORS**2, 1)[:, None], along.shape), rtol=1e-4)
-    many = np.count_nonzero(tried("random_k, biased")[1][1], axis=1)
-    assert set(many) == {10}
-    assert np.unique(np.nonzero(tried("random_k, biased")[1][1])[1]).size == D  # other places for another key
+    some = tried("random_k, biased")[1][1]
+    assert set(np.count_nonzero(some, axis=1)) == {10}
+    assert_identical(some, np.where(some != 0, VECTORS[1], 0))
+    assert np.unique(np.nonzero(some)[1]).size == D  # other places for another key
 
 
 def test_rotation_is_hadamards_matrix_with_random_signs():
@@ -183,7 +185,7 @@ def test_long_vectors_are_rotated_in_blocks_and_learn_their_codebook_from_a_samp
     sent = np.asarray(code.symbols).view(np.float32)
     assert len(sent) == 5 * 4096
     np.testing.assert_allclose(np.linalg.norm(sent), np.linalg.norm(x), rtol=1e-5)
-    assert np.abs(sent).max() < 0.1 * np.abs(x).max()
+    assert np.abs(sent).max() < 0.3 * np.abs(x).max()
     arrived, code = jax.jit(c.roundtrip, static_argnums=0)(c.kmeans(4), x, jax.random.key(0))
     for symbol, centroid in enumerate(code.scales):
         np.testing.assert_allclose(centroid, x[np.asarray(code.symbols) == symbol].mean(), rtol=1e-4, atol=1e-4)

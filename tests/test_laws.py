@@ -101,7 +101,7 @@ TRAFFIC = {  # (down, up): floats that a client is sent in a round, and sends, w
         6 / 8 + 6 / 8 + 1,
         4 + 3 + 3,
     ),  # places and levels of four bits, a norm; two vectors for w, b
-    "fednova": (P, P + 1),  # the number of steps, too
+    "fednova, few by leaf": (P, 5 + 1 + 1),  # the number of steps, too
     "mime": (P + 3 * P, P + P),  # x, then x, m and G; g, then y - x
     "mime, lite": (2 * P, 2 * P),
     "partially_private": (parameters()["w"].size, parameters()["w"].size),
@@ -123,7 +123,8 @@ def test_clients_that_diverge_are_dropped_and_counted(run, name):
     for sent, floats in zip(("bytes_down", "bytes_up"), TRAFFIC.get(name, (P, P)), strict=True):
         assert history[0].pop(sent) == 3 * 4 * floats  # who is dropped was sent the parameters, and answered
         assert expected[0].pop(sent) == 2 * 4 * floats
-        assert (f"{sent}_entropy" in history[0]) == (name == "fedavg, compressed")
+        packed = name == "fedavg, compressed" or (name == "fednova, few by leaf" and sent == "bytes_up")
+        assert (f"{sent}_entropy" in history[0]) == packed
         assert history[0].pop(f"{sent}_entropy", 0) == expected[0].pop(f"{sent}_entropy", 0) * 3 / 2
     assert_close((server, history), (without, expected))
     untouched = jax.tree.map(lambda xs: xs[1], run.start(parameters())[1])

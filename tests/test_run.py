@@ -13,6 +13,7 @@ import generated
 import numpy as np
 import pytest
 
+import fedjax_clip as fc
 from experiments import rundir
 from fedjax_clip.checkpoint import Checkpoints
 
@@ -305,6 +306,24 @@ def test_a_target_epsilon_is_met_in_the_last_row(cli, tmp_path):
     code, out, _ = cli(*QUICK, *noise, "--target_epsilon=0.4", "--workdir=short")
     assert code == 0
     assert "ended early        after 2 of 3 rounds: one more round would pass --target_epsilon=0.4" in out
+
+
+def test_only_what_is_sent_is_accounted_for_on_a_grid(cli, tmp_path):
+    """On a coarse grid epsilon depends on how many parameters there are; the slope stays with its client."""
+    private = ("--algorithm=partially_private('kernel')", "--uplink=clip_by_global_norm(1.0)|skellam(0.4, 8)")
+    code, out, err = cli(
+        *QUICK, *private, "--client=sgd(0.1)|clip_by_global_norm(1.0)", "--delta=0.01", "--workdir=run"
+    )
+    assert code == 0
+    assert "one client's data, from who sees sums only" in out
+    assert "--client: clip_by_global_norm stands behind the optimiser and bounds its steps" in err
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.skellam(0.4, 8))
+    reducer = fc.reduce.modular_sum(3)
+    one, two = (fc.privacy.distributed(link, np.zeros(size), reducer) for size in (1, 2))
+    sampler = fc.sampling.uniform(3)
+    assert rows[0]["epsilon"] == pytest.approx(fc.privacy.epsilon(one, sampler, 6, 1, 0.01))
+    assert rows[0]["epsilon"] != pytest.approx(fc.privacy.epsilon(two, sampler, 6, 1, 0.01), rel=1e-4)
 
 
 def test_linear_regression_ends_near_two_and_one(cli):
