@@ -81,9 +81,15 @@ def configure_jax(cpu_devices: int | None) -> None:
     """On a CPU, so many XLA devices, or one a core; and compiled programs are kept for the next start.
 
     They are kept in ``$FEDJAX_CLIP_CACHE``, or ``~/.cache/fedjax_clip``. To be called before JAX computes anything.
+    XLA aborts where one CPU device waits for another for 40 seconds, as it may with clients of unequal size; here it
+    waits a day, unless ``$XLA_FLAGS`` says otherwise.
     """
     import jax
 
+    waits = "terminate_timeout", "warn_stuck_timeout"
+    patience = [f"--xla_cpu_collective_call_{name}_seconds={24 * 3600}" for name in waits]
+    if jax.__version_info__ < (0, 13):  # an unknown flag would end the process
+        os.environ["XLA_FLAGS"] = " ".join([*patience, os.environ.get("XLA_FLAGS", "")])  # the last one counts
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jax.config.update("jax_num_cpu_devices", cpu_devices or cores)
     cache = pathlib.Path(os.environ.get("FEDJAX_CLIP_CACHE") or "~/.cache/fedjax_clip").expanduser()

@@ -68,7 +68,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def test_a_page_says_what_the_run_did_and_needs_nothing_else(cli, tmp_path):
-    directory = make(tmp_path / "run")
+    directory = make(tmp_path / "run", cohort_size=None, uplink="")
     assert cli(directory) == (0, f"wrote {directory / 'report.html'}\n", "")
     text = (directory / "report.html").read_text()
     reader = Reader(text)
@@ -92,6 +92,7 @@ def test_a_page_says_what_the_run_did_and_needs_nothing_else(cli, tmp_path):
         "fraction clipped",
         "accuracy against simulated time",
         "--client|sgd(0.1)",
+        "--cohort_size|by default|--uplink|–",
     ):
         assert expected in words, expected
 
@@ -113,6 +114,13 @@ def test_what_a_run_was_told_is_text(tmp_path):
     text = page.build(results.load([make(tmp_path / "run", task="<script>alert(1)</script>", client="a & b")]))
     assert "script" not in Reader(text).tags
     assert "a & b" in Reader(text).words
+
+
+def test_a_page_explains_the_scores_that_it_has(tmp_path):
+    rows = [{"round": 1.0, "loss": 1.0, "clients": 1.0, "seconds": 1.0, "eval/examples/ece_mean": 0.1}]
+    text = page.build(results.load([make(tmp_path / "run", rows)]))
+    assert "ece: expected calibration error, 0 at best." in text
+    assert "auroc" not in text
 
 
 def test_the_worst_tenth_is_of_the_clients_served_worst():

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import random
 import signal
@@ -10,11 +11,12 @@ import subprocess
 import sys
 
 import generated
+import jax
 import numpy as np
 import pytest
 
 import fedjax_clip as fc
-from experiments import rundir
+from experiments import binary, rundir
 from fedjax_clip.checkpoint import Checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -262,6 +264,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     for other in ({"w": np.zeros(4, np.float32)}, {"v": np.zeros(3, np.float32)}, {"w": np.zeros(3, np.int32)}):
         with pytest.raises(fc.InvalidInput, match="another model"):
             Checkpoints(tmp_path).restore(fc.State(other, (), {}))
+
+
+def test_devices_wait_for_each_other_longer_than_xla_would_have_them(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one_of_mine=1")
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    binary.configure_jax(1)
+    patient, _, mine = os.environ["XLA_FLAGS"].rpartition(" ")
+    assert "--xla_cpu_collective_call_terminate_timeout_seconds=86400" in patient
+    assert mine == "--xla_one_of_mine=1"
 
 
 def test_help_fits_a_person(cli):
