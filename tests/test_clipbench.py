@@ -27,6 +27,11 @@ from fedjax_clip.clipping import parts
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def compiled_as_all_tests_are(monkeypatch):
+    monkeypatch.setattr(lanes, "FAST", {})
+
+
 @functools.cache
 def quartic_ends(rule):
     """``(heterogeneities, starts) -> (last x, late drops)`` without noise, threshold 5."""

@@ -59,8 +59,7 @@ def tried(name):
 
     keys = jax.random.split(jax.random.key(1), KEYS)
     each = jax.vmap(jax.vmap(one, (None, 0)), (0, None))
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.tree.map(np.asarray, jax.jit(each, compiler_options=options)(VECTORS, keys))
+    return jax.tree.map(np.asarray, jax.jit(each)(VECTORS, keys))
 
 
 @pytest.mark.parametrize("name", COMPRESSORS)

@@ -142,10 +142,17 @@ def test_a_model_of_slow_convolutions_is_warned_of():
         train_images(fc.models.Conv)
 
 
-@pytest.mark.parametrize(("name", "width"), [*((name, 1) for name in ENTRIES), ("fedavg", 2), ("scaffold", 2)])
+@pytest.mark.parametrize(
+    ("name", "width"),  # where the laws run, too, which have compiled the round
+    [
+        pytest.param(name, width, marks=pytest.mark.xdist_group(name))
+        for name, width in [*((name, 1) for name in ENTRIES), ("fedavg", 2), ("scaffold", 2)]
+    ],
+)
 def test_a_differentiable_round_is_the_round(name, width):
     run = entry(name, width=width)
-    edited = run.rounds(parameters(), [[4, 1, 3]], edit=fc.Cohort.differentiable)
+    quick = dataclasses.replace(run, compiler_options=None)
+    edited = quick.rounds(parameters(), [[4, 1, 3]], edit=fc.Cohort.differentiable)
     assert_close(edited, run.rounds(parameters(), [[4, 1, 3]]))
 
 
