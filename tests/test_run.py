@@ -256,7 +256,6 @@ def test_a_corrupt_checkpoint_is_named_and_nothing_is_lost(cli, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    import fedjax_clip as fc
 
     state = fc.State({"w": np.zeros(3, np.float32)}, (), {})
     Checkpoints(tmp_path).save(1, state)
