@@ -244,8 +244,10 @@ def gaussian_levels(bits: int) -> np.ndarray:
 
 
 def _rounded(level: Array, key: Array) -> Array:
-    """Up or down at random, right on average."""
-    return jnp.floor(level + jax.random.uniform(key, level.shape))
+    """Up or down at random, right on average to 2^-17: two halves of each random word are used, for words cost."""
+    words = jax.random.bits(key, (-(-level.size // 2), 1), jnp.uint32)
+    halves = (words >> jnp.array([0, 16], jnp.uint32)).ravel()[: level.size].reshape(level.shape) & 0xFFFF
+    return jnp.floor(level + (halves.astype(jnp.float32) + 0.5) * 2.0**-16)
 
 
 def _only(symbols: Array, count: Array | None) -> Array:

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_clip.clipping import check_range
 from fedjax_clip.compression.base import Compressor
@@ -76,9 +77,7 @@ def random_k(k: float, values: Compressor | None = None, unbiased: bool = True) 
     values = _inner(values, "fixed")
 
     def places(d, key):
-        bits = jax.random.bits(jax.random.fold_in(key, 1), (d,), jnp.uint32)
-        ranks = jax.lax.bitcast_convert_type((bits >> 3) + jnp.uint32(0x20000000), jnp.float32)  # positive and normal
-        return jnp.sort(jax.lax.top_k(ranks, _number(k, d))[1])
+        return _subset(_number(k, d), d, jax.random.fold_in(key, 1))
 
     def encode(x, key, count=None):
         return dataclasses.replace(values.encode(x[places(len(x), key)], key), size=len(x))
@@ -123,10 +122,10 @@ def threshold(at: float | Array, values: Compressor | None = None, positions: st
 
     def encode(x, key, count=None):
         passed, d = jnp.abs(x) > at, len(x)
-        rank = jnp.cumsum(passed, dtype=jnp.uint32)
+        rank = _count_up(passed)
         into = jnp.where(passed, rank - 1, d)
         index = jnp.full(d, d, jnp.int32).at[into].set(jnp.arange(d, dtype=jnp.int32), mode="drop")
-        kept = jnp.zeros_like(x).at[into].set(x, mode="drop")
+        kept = jnp.where(index < d, x.at[index].get(mode="clip"), 0)
         inner = values.encode(kept, key, rank[-1])
         return dataclasses.replace(inner, index=index, count=rank[-1], size=d, positions=positions)
 
@@ -137,6 +136,31 @@ def threshold(at: float | Array, values: Compressor | None = None, positions: st
         return max(1.0, values.error(d))
 
     return Compressor(encode, decode, False, values.contracts, error, sparse=True)
+
+
+def _subset(k: int, d: int, key: Array) -> Array:
+    """k of d places, ascending: the first k different ones of many draws, or the k of highest rank if they are many.
+
+    Of 1.5 k + 64 draws fewer than k differ once in far more than 1e12 times; ``d`` stands for those that lack then.
+    """
+    if 4 * k > d:
+        bits = jax.random.bits(key, (d,), jnp.uint32)
+        ranks = jax.lax.bitcast_convert_type((bits >> 3) + jnp.uint32(0x20000000), jnp.float32)  # positive and normal
+        return jnp.sort(jax.lax.top_k(ranks, k)[1])
+    draws = jax.random.randint(key, (k + k // 2 + 64,), 0, d)
+    order = jnp.argsort(draws, stable=True)
+    ranked = draws[order]
+    first = jnp.zeros(len(draws), bool).at[order].set(jnp.diff(ranked, prepend=-1) > 0)
+    return jnp.sort(jnp.where(first & (jnp.cumsum(first) <= k), draws, d))[:k]
+
+
+def _count_up(passed: Array) -> Array:
+    """``jnp.cumsum(passed)``, uint32 ``[d]``: in rows of 128 by a product with ones, quicker than XLA's own scan."""
+    rows = jnp.pad(passed, (0, -len(passed) % 128)).reshape(-1, 128).astype(jnp.float32)
+    within = rows @ np.triu(np.ones((128, 128), np.float32))  # exact: whole numbers up to 128
+    total = within[:, -1].astype(jnp.uint32)
+    before = jnp.cumsum(total) - total
+    return (before[:, None] + within.astype(jnp.uint32)).ravel()[: len(passed)]
 
 
 def _placed(index: Array, values: Array, d: int) -> Array:
