@@ -23,8 +23,10 @@ from absl import flags
 import fedjax_clip as fc
 from experiments import binary, privacy, registry, spec
 from experiments.clipbench import Results, check_names, write
+from experiments.clipbench_lanes import fingerprint, probe
 from experiments.clipbench_report import file_name, interval
 from experiments.clipbench_tracks import TRACKS, Track
+from experiments.rules import Rule
 
 # Each entry as --uplink has it, or as --downlink behind ">".
 FAMILIES: Mapping[str, Sequence[str]] = {
@@ -125,7 +127,12 @@ def bench(
         except fc.InvalidInput as error:
             print(f"Without the track {name}: {error}", file=sys.stderr)
     entries = [text for family in dict.fromkeys(families) for text in FAMILIES[family]]
-    pairs = [(track, text, config(track, seeds, quick)) for track in chosen for text in entries]
+    programs, problems = {text: program(probe(), text) for text in entries}, {t.name: program(t, "") for t in chosen}
+    pairs = [
+        (t, text, config(t, seeds, quick) | {"program": programs[text], "problem": problems[t.name]})
+        for t in chosen
+        for text in entries
+    ]
     todo = [pair for pair in pairs if results.find(*pair) is None]
     done = 0
     for track, text, entry in tqdm.tqdm(todo, unit="entry", dynamic_ncols=True):
@@ -156,6 +163,11 @@ def config(track: Track, seeds: int, quick: bool) -> dict[str, Any]:
         "client_lr": track.client_lr,
         "seeds": 1 if quick else seeds,
     }
+
+
+def program(track: Track, text: str) -> str:
+    """A hash of all that is computed: an entry of another is run again."""
+    return fingerprint(track, Rule(lambda loss, threshold, client_lr, num_clients: build(track, text)))
 
 
 def build(track: Track, text: str) -> fc.Algorithm:
