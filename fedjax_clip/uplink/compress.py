@@ -190,15 +190,15 @@ def count_sketch(
         return turns, compression.random_signs(sign, (blocks, rows, columns))
 
     def sketch(x):
-        def add(total, block):
-            x, turns, signs = block
-            twice = jnp.tile(signs * x, 2)
-            turned = [jax.lax.dynamic_slice(twice[r], (columns - turns[r],), (columns,)) for r in range(rows)]
-            return total + jnp.stack(turned), None
-
         turns, signs = hashes(len(x))
         x = jnp.pad(x, (0, -len(x) % columns)).reshape(-1, columns)
-        return jax.lax.scan(add, jnp.zeros((rows, columns)), (x, turns, signs))[0]
+
+        def add(b, total):
+            twice = jnp.tile(signs[b] * x[b], 2)
+            turned = [jax.lax.dynamic_slice(twice[r], (columns - turns[b, r],), (columns,)) for r in range(rows)]
+            return total + jnp.stack(turned)
+
+        return jax.lax.fori_loop(0, len(x), add, jnp.zeros((rows, columns)))
 
     def init(params):
         leaves, structure = jax.tree.flatten(params)

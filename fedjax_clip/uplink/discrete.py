@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_clip.typing import Array
 
 LEAST_STDDEV = 0.2  # below, acceptance gets rare: noise is then a little larger than asked for
 LARGE = 100  # variance from which a Skellam variable is drawn as a corrected discrete Gaussian
-WIDE_GAUSSIAN, WIDE_SKELLAM = 400, 1000  # variances from which nothing is rejected
+WIDE_GAUSSIAN, WIDE_SKELLAM = 20, 1000  # the standard deviation, and the variance, from which nothing is rejected
 
 
 def discrete_gaussian(key: Array, shape: tuple[int, ...], stddev: float | Array) -> Array:
@@ -32,17 +33,17 @@ def discrete_gaussian(key: Array, shape: tuple[int, ...], stddev: float | Array)
 
     Source: Canonne, Kamath and Steinke (2020), "The Discrete Gaussian for Differential Privacy", Definition 1.
     """
-    stddev = jnp.float32(stddev)
+    known, stddev = stddev, jnp.float32(stddev)
     scale = jnp.where(stddev > 0, jnp.maximum(stddev, LEAST_STDDEV), 1)  # whatever is quick where there is no noise
 
     def narrow(key):
         return _rejection(key, shape, lambda key: _near_gaussian(key, shape, scale))
 
     def wide(key):
-        return jnp.round(jnp.sqrt(jnp.square(scale) - 1 / 12) * _normal(key, shape)).astype(jnp.int32)
+        less = jnp.sqrt(jnp.square(jnp.maximum(scale, WIDE_GAUSSIAN)) - 1 / 12)
+        return jnp.round(less * _normal(key, shape)).astype(jnp.int32)
 
-    noise = jax.lax.cond(jnp.square(scale) < WIDE_GAUSSIAN, narrow, wide, key)
-    return jnp.where(stddev > 0, noise, 0)
+    return jnp.where(stddev > 0, _choose(known, (WIDE_GAUSSIAN,), (narrow, wide), key), 0)
 
 
 def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Array:
@@ -60,7 +61,7 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
     Definition 3.1; Debye's expansion of the Bessel function, DLMF 10.41.3; Cornish and Fisher (1938), "Moments and
     Cumulants in the Specification of Distributions".
     """
-    variance = jnp.float32(variance)
+    known, variance = variance, jnp.float32(variance)
 
     def small(key):
         plus, minus = jax.random.split(key)
@@ -87,8 +88,16 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
         bend -= jnp.square(fourth) * ((3 * zz - 24) * zz + 29) / 384
         return jnp.round(jnp.sqrt(square) * (z + z * bend)).astype(jnp.int32)
 
-    branch = jnp.searchsorted(jnp.array([LARGE, WIDE_SKELLAM], jnp.float32), variance, side="right")
-    return jax.lax.switch(branch, (small, large, wide), key)
+    return _choose(known, (LARGE, WIDE_SKELLAM), (small, large, wide), key)
+
+
+def _choose(
+    size: float | Array, ends: tuple[float, ...], branches: tuple[Callable[[Array], Array], ...], key: Array
+) -> Array:
+    """The branch for a size between two ends; it alone is compiled where the size is known."""
+    if not isinstance(size, jax.core.Tracer):
+        return branches[int(np.searchsorted(ends, size, side="right"))](key)
+    return jax.lax.switch(jnp.searchsorted(jnp.array(ends, jnp.float32), size, side="right"), branches, key)
 
 
 def _near_gaussian(key: Array, shape: tuple[int, ...], scale: Array) -> tuple[Array, Array]:

@@ -137,7 +137,7 @@ def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
         if noise == "gaussian":
             steps += discrete.discrete_gaussian(noising, x.shape, grid.stddev)
         elif noise == "skellam":
-            steps += discrete.skellam(noising, x.shape, jnp.square(jnp.float32(grid.stddev)))
+            steps += discrete.skellam(noising, x.shape, grid.stddev**2)
         return restore(steps.astype(unsigned)), client_state, {}
 
     def decode(aggregate, state, report, ctx):
