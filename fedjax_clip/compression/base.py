@@ -245,5 +245,6 @@ def roundtrip(compressor: Compressor, tree: PyTree, key: Array, by_leaf: bool = 
         pairs = [roundtrip(compressor, x, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
         return jax.tree.unflatten(structure, [x for x, _ in pairs]), [code for _, code in pairs]
     x, restore = jax.flatten_util.ravel_pytree(tree)
-    code = compressor.encode(x.astype(jnp.float32), key)
+    # Without a barrier XLA would put the leaves together anew, element by element, wherever x is read.
+    code = compressor.encode(jax.lax.optimization_barrier(x.astype(jnp.float32)), key)
     return restore(compressor.decode(code, len(x), key).astype(x.dtype)), code

@@ -62,11 +62,13 @@ def uniform(bits: int = 8, bucket: int | None = None, coding: str = "fixed") -> 
     Source: Suresh et al. (2017), "Distributed Mean Estimation with Limited Communication", section 2.2.
     """
     _check(bits, 1, bucket, coding)
-    top = 2**bits - 1
+    top, row = 2**bits - 1, bucket or 512  # one range for all is found row by row, too, as vectors
 
     def encode(x, key, count=None):
-        blocks = _blocks(x, bucket, edge=True)
+        blocks = _blocks(x, row, edge=True)
         low, high = jnp.min(blocks, 1, keepdims=True), jnp.max(blocks, 1, keepdims=True)
+        if bucket is None:
+            low, high = jnp.min(low, keepdims=True), jnp.max(high, keepdims=True)
         level = (blocks - low) / _nonzero(high - low) * top
         symbols = jnp.clip(_rounded(level, key), 0, top).ravel()[: len(x)].astype(jnp.uint32)
         scales = jnp.concatenate([low, high], 1).ravel()
@@ -74,7 +76,7 @@ def uniform(bits: int = 8, bucket: int | None = None, coding: str = "fixed") -> 
 
     def decode(code, d, key):
         low, high = jnp.moveaxis(code.scales.reshape(-1, 2, 1), 1, 0)
-        share = _blocks(code.symbols.astype(jnp.float32), bucket) / top
+        share = _blocks(code.symbols.astype(jnp.float32), row) / top
         return (low * (1 - share) + high * share).ravel()[:d]
 
     def error(d):
@@ -106,12 +108,14 @@ def qsgd(bits: int = 8, norm: str = "l2", bucket: int | None = None, coding: str
     _check(bits, 2, bucket, coding)
     if norm not in ("l2", "linf"):
         raise InvalidInput(f"norm must be 'l2' or 'linf', not {norm!r}.")
-    top = 2 ** (bits - 1) - 1
+    top, row = 2 ** (bits - 1) - 1, bucket or 512
 
     def encode(x, key, count=None):
-        blocks = _blocks(x, bucket)
+        blocks = _blocks(x, row)
         size = jnp.abs(blocks)
-        unit = jnp.sqrt(jnp.sum(size**2, 1, keepdims=True)) if norm == "l2" else jnp.max(size, 1, keepdims=True)
+        add, power = (jnp.sum, 2) if norm == "l2" else (jnp.max, 1)
+        unit = add(size**power, 1, keepdims=True)
+        unit = (add(unit, keepdims=True) if bucket is None else unit) ** (1 / power)
         level = jnp.clip(_rounded(size / _nonzero(unit) * top, key), 0, top).astype(jnp.uint32)
         symbols = jnp.where(level > 0, 2 * level - (blocks < 0), 0).astype(jnp.uint32)  # 0, -1, 1, -2, 2 ...
         symbols = _only(symbols.ravel()[: len(x)], count)
@@ -120,7 +124,7 @@ def qsgd(bits: int = 8, norm: str = "l2", bucket: int | None = None, coding: str
     def decode(code, d, key):
         level = ((code.symbols + 1) // 2).astype(jnp.float32)
         signed = jnp.where(code.symbols % 2 == 1, -level, level)
-        return (_blocks(signed, bucket) * code.scales[:, None] / top).ravel()[:d]
+        return (_blocks(signed, row) * code.scales[:, None] / top).ravel()[:d]
 
     def error(d):
         size = _bucket(d, bucket)

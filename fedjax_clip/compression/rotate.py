@@ -149,9 +149,12 @@ def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
       >>> signs = random_signs(jax.random.key(0), (1000,))
     """
     size = math.prod(shape)
-    words = jax.random.bits(key, (-(-size // 32), 1), jnp.uint32)
-    bits = (words >> jnp.arange(32, dtype=jnp.uint32)).ravel()[:size].reshape(shape) & 1
-    return jnp.where(bits == 1, 1.0, -1.0)
+    return unpacked_signs(jax.random.bits(key, (-(-size // 32),), jnp.uint32)).ravel()[:size].reshape(shape)
+
+
+def unpacked_signs(words: Array) -> Array:
+    """``[..., 32]`` signs, float32, of the bits of uint32 ``[...]``."""
+    return jnp.where((words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1, 1.0, -1.0)
 
 
 def _signed(r: Array, key: Array) -> Array:

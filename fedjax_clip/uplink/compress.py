@@ -13,6 +13,7 @@ from fedjax_clip import compression, tree
 from fedjax_clip.clipping import check_range
 from fedjax_clip.compression import Code, Compressor
 from fedjax_clip.compression.base import check_memory
+from fedjax_clip.compression.rotate import unpacked_signs
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree, check_count, check_type
 from fedjax_clip.uplink.base import Uplink, chain
@@ -183,18 +184,21 @@ def count_sketch(
         raise InvalidInput(f"count_sketch: rows must be odd, for a median, and is {rows}.")
 
     def hashes(d):
-        """How far each run of coordinates is turned, ``[m, rows]``, and signs, ``[m, rows, columns]``."""
+        """How far each run of coordinates is turned, ``[m, rows]``, and bits for signs, ``[m, rows, columns / 32]``."""
         blocks = -(-d // columns)
         turn, sign = jax.random.split(jax.random.key(seed))
         turns = jax.random.randint(turn, (blocks, rows), 0, columns)
-        return turns, compression.random_signs(sign, (blocks, rows, columns))
+        return turns, jax.random.bits(sign, (blocks, rows, -(-columns // 32)), jnp.uint32)
+
+    def signs(words):
+        return unpacked_signs(words).reshape(*words.shape[:-1], -1)[..., :columns]
 
     def sketch(x):
-        turns, signs = hashes(len(x))
+        turns, words = hashes(len(x))
         x = jnp.pad(x, (0, -len(x) % columns)).reshape(-1, columns)
 
         def add(b, total):
-            twice = jnp.tile(signs[b] * x[b], 2)
+            twice = jnp.tile(signs(words[b]) * x[b], 2)
             turned = [jax.lax.dynamic_slice(twice[r], (columns - turns[b, r],), (columns,)) for r in range(rows)]
             return total + jnp.stack(turned)
 
@@ -212,17 +216,18 @@ def count_sketch(
     def decode(aggregate, state, report, ctx):
         shape, speed, missed = state
         x, restore = jax.flatten_util.ravel_pytree(shape.zeros())
-        turns, signs = hashes(len(x))
+        turns, words = hashes(len(x))
+        sign = signs(words)
         row, place = jnp.arange(rows)[:, None], (turns[:, :, None] + jnp.arange(columns)) % columns
         speed = momentum * speed + aggregate
         total = missed + speed
-        estimate = tree.sorted_rows(jnp.moveaxis(signs * total[row, place], 1, 0))[rows // 2].ravel()[: len(x)]
+        estimate = tree.sorted_rows(jnp.moveaxis(sign * total[row, place], 1, 0))[rows // 2].ravel()[: len(x)]
         heavy = jax.lax.top_k(jnp.abs(estimate), min(k, len(x)))[1]
         block, offset = heavy // columns, heavy % columns
         found, at = estimate[heavy], (row, place[block, :, offset].T)
         step = jnp.zeros(len(x)).at[heavy].set(found)
         touched = jnp.zeros((rows, columns), bool).at[at].max(found != 0)
-        state = shape, jnp.where(touched, 0, speed), total.at[at].add(-signs[block, :, offset].T * found)
+        state = shape, jnp.where(touched, 0, speed), total.at[at].add(-sign[block, :, offset].T * found)
         return restore(step.astype(x.dtype)), state, {"missed_norm": tree.norm(state[2])}
 
     return Uplink(init, lambda params: (), encode, decode, wire="sums")
