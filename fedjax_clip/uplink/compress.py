@@ -184,7 +184,7 @@ def count_sketch(
         raise InvalidInput(f"count_sketch: rows must be odd, for a median, and is {rows}.")
 
     def hashes(d):
-        """How far each run of coordinates is turned, ``[m, rows]``, and bits for signs, ``[m, rows, columns / 32]``."""
+        """How far each run is turned, ``[m, rows]``, and bits for its buckets' signs, ``[m, rows, columns / 32]``."""
         blocks = -(-d // columns)
         turn, sign = jax.random.split(jax.random.key(seed))
         turns = jax.random.randint(turn, (blocks, rows), 0, columns)
@@ -196,11 +196,11 @@ def count_sketch(
     def sketch(x):
         turns, words = hashes(len(x))
         x = jnp.pad(x, (0, -len(x) % columns)).reshape(-1, columns)
+        twice = jnp.concatenate([x, x], 1)
 
         def add(b, total):
-            twice = jnp.tile(signs(words[b]) * x[b], 2)
-            turned = [jax.lax.dynamic_slice(twice[r], (columns - turns[b, r],), (columns,)) for r in range(rows)]
-            return total + jnp.stack(turned)
+            turned = [jax.lax.dynamic_slice(twice, (b, columns - turns[b, r]), (1, columns))[0] for r in range(rows)]
+            return total + signs(words[b]) * jnp.stack(turned)
 
         return jax.lax.fori_loop(0, len(x), add, jnp.zeros((rows, columns)))
 
@@ -217,17 +217,22 @@ def count_sketch(
         shape, speed, missed = state
         x, restore = jax.flatten_util.ravel_pytree(shape.zeros())
         turns, words = hashes(len(x))
-        sign = signs(words)
-        row, place = jnp.arange(rows)[:, None], (turns[:, :, None] + jnp.arange(columns)) % columns
         speed = momentum * speed + aggregate
         total = missed + speed
-        estimate = tree.sorted_rows(jnp.moveaxis(sign * total[row, place], 1, 0))[rows // 2].ravel()[: len(x)]
+
+        def turn_back(b, estimate):
+            twice = jnp.tile(signs(words[b]) * total, 2)
+            seen = [jax.lax.dynamic_slice(twice[r], (turns[b, r],), (columns,)) for r in range(rows)]
+            return estimate.at[b].set(tree.sorted_rows(jnp.stack(seen))[rows // 2])
+
+        estimate = jax.lax.fori_loop(0, len(turns), turn_back, jnp.zeros((len(turns), columns))).ravel()[: len(x)]
         heavy = jax.lax.top_k(jnp.abs(estimate), min(k, len(x)))[1]
-        block, offset = heavy // columns, heavy % columns
-        found, at = estimate[heavy], (row, place[block, :, offset].T)
+        found, run, row = estimate[heavy], heavy // columns, jnp.arange(rows)[:, None]
+        bucket = (heavy + turns[run].T) % columns
+        sign = jnp.take_along_axis(unpacked_signs(words[run, row, bucket // 32]), bucket[..., None] % 32, 2)[..., 0]
         step = jnp.zeros(len(x)).at[heavy].set(found)
-        touched = jnp.zeros((rows, columns), bool).at[at].max(found != 0)
-        state = shape, jnp.where(touched, 0, speed), total.at[at].add(-sign[block, :, offset].T * found)
+        touched = jnp.zeros((rows, columns), bool).at[row, bucket].max(found != 0)
+        state = shape, jnp.where(touched, 0, speed), total.at[row, bucket].add(-sign * found)
         return restore(step.astype(x.dtype)), state, {"missed_norm": tree.norm(state[2])}
 
     return Uplink(init, lambda params: (), encode, decode, wire="sums")
