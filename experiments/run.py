@@ -261,7 +261,7 @@ def on_grid(uplink: fc.Uplink, task: tasks.Task) -> Callable[..., Any]:
     sent = trained(task, params)
     if algorithm.personal is not None:  # what clients keep is not sent
         kept = jax.eval_shape(algorithm.init_client, params).own
-        sent = np.empty(tree.size(params) - tree.size(kept), np.float32)
+        sent = np.empty(tree.size(sent) - tree.size(kept), np.float32)
     return fc.privacy.distributed(uplink, sent, reducer)
 
 

@@ -190,6 +190,9 @@ def test_attacks_that_cannot_be_are_refused(make):
 def test_clients_that_there_are_not_are_refused_when_training_begins():
     median, clip, six = reduce.median(), uplink.clip_by_global_norm(1.0), population()
 
+    def of_the_weights(loss, client_tx, **parts):
+        return fc.partially_frozen(lambda loss: fc.fedavg(loss, client_tx, **parts), loss, "^b$")
+
     def begin(link=None, reducer=None, make=fc.fedavg):
         algorithm = make(softmax_loss, clipped_sgd, uplink=link, reducer=reducer)
         return fc.train(algorithm, six, parameters(), rounds=1, cohort_size=2)
@@ -202,6 +205,7 @@ def test_clients_that_there_are_not_are_refused_when_training_begins():
         ({"reducer": reduce.norm_bounded(1.0, attacks.mimic(median, [0], target=77))}, 77),
         ({"reducer": reduce.bucketing(attacks.ipm(reduce.fltrust(8), [0]))}, 8),
         ({"link": attacks.sign_flip([9]), "make": functools.partial(fc.scaffold, num_clients=6)}, 9),
+        ({"link": attacks.sign_flip([8]), "make": of_the_weights}, 8),
     ):
         with pytest.raises(fc.InvalidInput, match=f"names client {number}, .* there are 6, numbered from 0"):
             begin(**parts)

@@ -178,14 +178,16 @@ def test_edens_error_is_its_papers():
 
 
 def test_long_vectors_are_rotated_in_blocks_and_learn_their_codebook_from_a_sample():
-    x = RNG.normal(size=20_000).astype("f4")
+    """No value is above Hoeffding's bound for 4,096 random signs, where it fails once in 1e9."""
+    x = np.random.default_rng(0).normal(size=20_000).astype("f4")
     x[:100] *= 300
     arrived, code = jax.jit(c.roundtrip, static_argnums=0)(c.rotated(c.floats()), x, jax.random.key(0))
     np.testing.assert_allclose(arrived, x, atol=1e-3)
     sent = np.asarray(code.symbols).view(np.float32)
     assert len(sent) == 5 * 4096
     np.testing.assert_allclose(np.linalg.norm(sent), np.linalg.norm(x), rtol=1e-5)
-    assert np.abs(sent).max() < 0.3 * np.abs(x).max()
+    bound = np.linalg.norm(x) / 64 * math.sqrt(2 * math.log(2 * len(sent) / 1e-9))
+    assert np.abs(sent).max() < bound < 0.6 * np.abs(x).max()
     arrived, code = jax.jit(c.roundtrip, static_argnums=0)(c.kmeans(4), x, jax.random.key(0))
     for symbol, centroid in enumerate(code.scales):
         np.testing.assert_allclose(centroid, x[np.asarray(code.symbols) == symbol].mean(), rtol=1e-4, atol=1e-4)

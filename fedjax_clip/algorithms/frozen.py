@@ -66,4 +66,5 @@ def partially_frozen(
         f, u, algorithm = split(params)
         return tree.join(f, algorithm.personal(u, state))
 
-    return Algorithm(init, init_client, round, personal if whole.personal else None, broadcasts=False)
+    own = personal if whole.personal else None
+    return Algorithm(init, init_client, round, own, broadcasts=False, population=whole.population)
