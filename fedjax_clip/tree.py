@@ -1,5 +1,6 @@
 """The few operations on pytrees that optax.tree lacks."""
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,25 @@ def sorted_rows(x: Array) -> list[Array]:
             d, q, r = q - p, q // 2, p
         p //= 2
     return rows
+
+
+def ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
+    """All elements as one float32 vector, and the function that makes such a tree of one, types included.
+
+    Leaves are written one by one into zeros: a concatenation, fused with what makes its parts, XLA does element by
+    element on a CPU, a hundred times as long. The barrier keeps it from being done again by each reader.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    starts = [0, *itertools.accumulate(x.size for x in leaves)]
+    vector = jnp.zeros(starts[-1], jnp.float32)
+    for x, start in zip(leaves, starts):
+        vector = jax.lax.dynamic_update_slice(vector, x.ravel().astype(jnp.float32), (start,))
+
+    def restore(vector: Array) -> PyTree:
+        parts = [vector[start : start + x.size].reshape(x.shape).astype(x.dtype) for x, start in zip(leaves, starts)]
+        return jax.tree.unflatten(structure, parts)
+
+    return jax.lax.optimization_barrier(vector), restore
 
 
 def nbytes(tree: PyTree) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from problems import Run, assert_close, assert_identical, clipped_sgd, parameter
 import fedjax_clip as fc
 from experiments import commbench
 from fedjax_clip import compression as c
-from fedjax_clip import uplink
+from fedjax_clip import tree, uplink
 from fedjax_clip.compression import coding as codings
 from fedjax_clip.compression.quantise import gaussian_levels
 from fedjax_clip.typing import InvalidInput
@@ -197,6 +198,32 @@ def test_long_vectors_are_rotated_in_blocks_and_learn_their_codebook_from_a_samp
 @functools.cache
 def counted(name):
     return jax.jit(lambda symbols, live: codings.CODINGS[name].bits(symbols, live, 200))
+
+
+@pytest.mark.parametrize("case", ["random", "ties", "the sample misleads", "nothing"])
+def test_the_largest_of_many_values_are_those_that_a_sort_finds(case):
+    d, k = 2**17, 1000
+    x = np.random.default_rng(3).standard_t(2, d).astype("f4")
+    if case == "ties":
+        x = np.round(x)
+    if case == "the sample misleads":
+        x[:: d // 2**14 | 1] *= 1e6
+        k = 10_000
+    if case == "nothing":
+        x[:] = 0
+    code = c.top_k(k).encode(jnp.asarray(x), jax.random.key(0))
+    largest = np.argsort(-np.abs(x), stable=True)[:k]
+    assert_identical(code.index, np.sort(largest).astype(np.int32))
+    assert_identical(code.symbols, x[np.sort(largest)].view(np.uint32))
+
+
+def test_a_tree_is_one_vector_and_a_tree_again():
+    whole = {"b": jnp.arange(3, dtype=jnp.bfloat16), "a": jnp.ones((2, 0)), "c": [jnp.full((2, 2), 7, jnp.int32)]}
+    vector, restore = tree.ravel(whole)
+    assert_identical(vector, np.array([0, 1, 2, 7, 7, 7, 7], np.float32))
+    chex.assert_trees_all_equal_dtypes(restore(vector), whole)
+    assert_identical(restore(vector), whole)
+    assert tree.ravel({})[1](tree.ravel({})[0]) == {}
 
 
 @pytest.mark.parametrize("name", codings.CODINGS)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.compression import coding
+from fedjax_clip.tree import ravel
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 FLOAT = 2**32  # the alphabet of float32, bit by bit
@@ -244,7 +244,6 @@ def roundtrip(compressor: Compressor, tree: PyTree, key: Array, by_leaf: bool = 
         leaves, structure = jax.tree.flatten(tree)
         pairs = [roundtrip(compressor, x, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
         return jax.tree.unflatten(structure, [x for x, _ in pairs]), [code for _, code in pairs]
-    x, restore = jax.flatten_util.ravel_pytree(tree)
-    # Without a barrier XLA would put the leaves together anew, element by element, wherever x is read.
-    code = compressor.encode(jax.lax.optimization_barrier(x.astype(jnp.float32)), key)
-    return restore(compressor.decode(code, len(x), key).astype(x.dtype)), code
+    x, restore = ravel(tree)
+    code = compressor.encode(x, key)
+    return restore(compressor.decode(code, len(x), key)), code

@@ -11,7 +11,7 @@ from fedjax_clip.compression.base import Code, Compressor
 from fedjax_clip.compression.coding import find
 from fedjax_clip.typing import Array, InvalidInput, check_count
 
-SAMPLE = 2**14  # values from which k-means learns its codebook
+SAMPLE = 2**14  # values that tell how a longer vector is distributed
 
 
 def floats(bits: int = 32) -> Compressor:
