@@ -215,6 +215,8 @@ def gather(states: PyTree, ids: np.ndarray) -> PyTree:
 
 def scatter(states: PyTree, ids: np.ndarray, new_states: PyTree) -> None:
     """Writes what the clients keep from now on into ``states``, ``[M, ...]``."""
-    present = ids >= 0
     for old, new in zip(jax.tree.leaves(states), jax.tree.leaves(new_states), strict=True):
-        old[ids[present]] = np.asarray(new)[present]
+        new = np.asarray(new)
+        for place in np.ndindex(ids.shape[:-1]):
+            here = ids[place][ids[place] >= 0]  # absent clients come last: no copy in between
+            old[here] = new[place][: len(here)]

@@ -1,5 +1,7 @@
 """One round trip between the server and a cohort: the only place where clients are mapped and reduced."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -79,8 +81,8 @@ def exchange(
             | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), sent)},  # who is dropped has answered
         )
 
-    def chunk(index):
-        clients = cohort.clients(index * cohort.width)
+    def chunk(index, states):
+        clients = dataclasses.replace(cohort, state=states).clients(index * cohort.width)
         if cohort.width == 1:  # not a vmap of one: convolutions would become grouped ones
             out = one_client(*jax.tree.map(lambda x: x[0], clients))
             message, weight, state, report = jax.tree.map(lambda x: x[None], out)
@@ -88,11 +90,11 @@ def exchange(
             message, weight, state, report = jax.vmap(one_client)(*clients)
         return message, weight, state, jax.tree.map(lambda x: jnp.sum(x, 0), report)
 
-    chunk, (messages, _, _, report) = tree.traced(chunk, 0)
+    chunk, (messages, _, _, report) = tree.traced(chunk, 0, cohort.state)
 
     def body(index, carry):
         acc, states, report = carry
-        message, weight, state, new_report = chunk(index)
+        message, weight, state, new_report = chunk(index, states)  # read where they are written: one copy of them
         states = jax.tree.map(
             lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, x, index * cohort.width, 0), states, state
         )

@@ -33,8 +33,8 @@ def pmap_rounds(
       ``(server, cohorts, key, count) -> (server, client_states, metrics)``. Server and metrics have a leading axis D
       (all replicas are equal, see ``replicate``); ``cohorts`` are R rounds' cohorts, ``[D, R, ...]``
       (``fc.plan_rounds``), of which the first ``count`` are run; client states and metrics are ``[D, R, ...]``. One
-      round and many are the same program, so they give the same bits. The server passed in is donated: do not use it
-      again.
+      round and many are the same program, so they give the same bits. The server passed in and the cohorts' client
+      states are donated: do not use them again.
 
     Example:
       >>> step = fc.placement.pmap_rounds(algorithm, jax.local_devices())
@@ -45,29 +45,34 @@ def pmap_rounds(
 
 @functools.lru_cache(maxsize=16)  # so that training the same algorithm again does not compile again
 def _pmap_rounds(algorithm: Algorithm, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
-    def one_device(server: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
-        def round(server: PyTree, index: Array):
-            cohort = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), cohorts)
-            cohort = dataclasses.replace(cohort, population=population, axis_name=AXIS)
-            server, *out = algorithm.round(server, cohort, key)
-            return server, out
+    def one_device(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
+        def at(index: Array, xs: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), xs)
 
-        length = cohorts.ids.shape[0]
-        round, (_, out) = tree.traced(round, server, 0)
-        outs = jax.tree.map(lambda x: jnp.zeros((length, *x.shape), x.dtype), out)
+        def put(index: Array, xs: PyTree, x: PyTree) -> PyTree:
+            return jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, index, 0), xs, x)
 
-        def body(index: Array, carry: tuple[PyTree, PyTree]):
-            server, outs = carry
-            server, out = round(server, index)
-            return server, jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, index, 0), outs, out)
+        def round(server: PyTree, states: PyTree, index: Array):
+            cohort = dataclasses.replace(at(index, cohorts), population=population, axis_name=AXIS)
+            return algorithm.round(server, dataclasses.replace(cohort, state=at(index, states)), key)
 
-        server, outs = jax.lax.fori_loop(0, count, body, (server, outs))
-        return server, *outs
+        round, (_, _, metrics) = tree.traced(round, server, states, 0)
+        reports = jax.tree.map(lambda x: jnp.zeros((cohorts.ids.shape[0], *x.shape), x.dtype), metrics)
 
-    compiled = jax.pmap(one_device, axis_name=AXIS, in_axes=(0, 0, 0, None, None), donate_argnums=(0,), devices=devices)
+        def body(index: Array, carry: tuple[PyTree, PyTree, Metrics]):  # states stay where they lie: they are large
+            server, states, reports = carry
+            server, state, metrics = round(server, states, index)
+            return server, put(index, states, state), put(index, reports, metrics)
+
+        return jax.lax.fori_loop(0, count, body, (server, states, reports))
+
+    compiled = jax.pmap(
+        one_device, axis_name=AXIS, in_axes=(0, 0, 0, 0, None, None), donate_argnums=(0, 1), devices=devices
+    )
 
     def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
-        return compiled(server, dataclasses.replace(cohorts, population=None), cohorts.population, key, np.int32(count))
+        rest = dataclasses.replace(cohorts, state=(), population=None)
+        return compiled(server, cohorts.state, rest, cohorts.population, key, np.int32(count))
 
     return run
 

@@ -11,7 +11,7 @@ from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, on
 
 import fedjax_clip as fc
 from fedjax_clip.dispatch import scatter
-from fedjax_clip.placement import AXIS, pmap_rounds, replicate
+from fedjax_clip.placement import AXIS, pmap_rounds, replicate, split
 
 FEW = ["fedavg", "fedavg, stateful link", "fedadam"]
 
@@ -58,13 +58,14 @@ def test_replicas_stay_equal_and_the_second_round_does_not_compile(name):
         assert_identical(np.asarray(leaf), np.broadcast_to(np.asarray(leaf)[:1], leaf.shape))
 
 
-def test_the_server_is_donated():
-    run, devices = entry("fedadam"), jax.local_devices()
+def test_the_server_and_what_clients_keep_are_donated():
+    run, devices = entry("fedavg, stateful link"), jax.local_devices()
     server, clients = run.start(parameters())
     server = replicate(server, devices)
-    cohorts = one_round(run.cohort([4, 1, 3], 0, clients, len(devices)))
+    cohorts = split(one_round(run.cohort([4, 1, 3], 0, clients, len(devices))), devices)
     pmap_rounds(run.algorithm, devices)(server, cohorts, jax.random.key(0), 1)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(server))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((server, cohorts.state)))
+    assert not cohorts.batches.is_deleted()
 
 
 def test_train_agrees_over_any_number_of_devices():
