@@ -1,10 +1,11 @@
 """What each link and each reducer costs: a round of task C (the CNN) with it against the same round without, in turns.
 
-  python benchmarks/links.py [--task=C] [--devices=1] [--rounds=20] [--only='clip_by_global_norm(1.0);zeroing()']
+  python benchmarks/links.py [--task=C] [--devices=1] [--rounds=20] [--wall]
+                             [--only='clip_by_global_norm(1.0);zeroing()']
 
 A link is written as ``experiments.run --uplink`` takes it, a reducer as ``--reducer`` does, both as ``LINK & REDUCER``.
 Printed are processors' seconds of a round without, and how much more a round takes with it: the median of the ratios of
-pairs of rounds, and a 95% interval of it from their order.
+pairs of rounds, and a 95% interval of it from their order; last, the link's share of the round with it.
 """
 
 import argparse
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="XLA host devices")
     parser.add_argument("--rounds", type=int, default=20, help="of each side")
     parser.add_argument("--only", help="links and reducers, joined by semicolons")
+    parser.add_argument("--wall", action="store_true", help="time on the wall in place of the processors'")
     parser.add_argument("--task", default="C", help="of peers/tasks.py: M, MR, C")
     parser.add_argument("--tiny", action="store_true", help="a small population: to see that it runs")
     arguments = parser.parse_args()
@@ -79,8 +81,9 @@ def main() -> None:
         return fc.fedavg(loss(task), optax.sgd(task.lr), uplink=uplink, reducer=reduced)
 
     for text in arguments.only.split(";") if arguments.only else LINKS:
-        sides = [turns.Side(task, data, fedavg()), turns.Side(task, data, fedavg(text))]
-        print(f"{text:<60} {turns.more(turns.compare(sides, arguments.rounds))}", flush=True)
+        sides = [turns.Side(task, data, algorithm, arguments.wall) for algorithm in (fedavg(), fedavg(text))]
+        seconds = turns.compare(sides, arguments.rounds)
+        print(f"{text:<60} {turns.more(seconds)}   {turns.share(seconds):6.1%}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,18 @@ import fedjax_clip as fc
 
 
 class Side:
-    """One algorithm in training, held up after each round."""
+    """One algorithm in training, held up after each round; ``clock`` is processors' time, or that on the wall."""
 
-    def __init__(self, task: tasks.Task, data: fc.FederatedData, algorithm: fc.Algorithm):
+    def __init__(self, task: tasks.Task, data: fc.FederatedData, algorithm: fc.Algorithm, wall: bool = False):
         self.task, self.data, self.algorithm = task, data, algorithm
+        self.clock = time.perf_counter if wall else time.process_time
         self.params, self.paused = to_model(task), Paused(self._train)
 
     def seconds(self) -> float:
-        """Processors' seconds of one more round, all threads together, which a busy machine stretches less."""
-        began = time.process_time()
+        """Of one more round; processors' time is that of all threads together, which a busy machine stretches less."""
+        began = self.clock()
         self.paused.run(1)
-        return time.process_time() - began
+        return self.clock() - began
 
     def _train(self, first_round: int, after_round: Callable[[], bool]) -> None:
         def on_round(row):
@@ -57,6 +58,11 @@ def compare(sides: list[Side], rounds: int) -> np.ndarray:
     for side in sides:
         side.paused.stop()
     return seconds
+
+
+def share(seconds: np.ndarray) -> float:
+    """Of a round's time on the second side, what it takes longer than the first: median over the pairs."""
+    return float(np.median(1 - seconds[:, 0] / seconds[:, 1]))
 
 
 def more(seconds: np.ndarray) -> str:
