@@ -76,19 +76,19 @@ def sorted_rows(x: Array) -> list[Array]:
 
 
 def ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
-    """All elements as one float32 vector, and the function that makes such a tree of one, types included.
+    """All elements as one vector of the leaves' common type, and the way back to their shapes, of any type.
 
     Leaves are written one by one into zeros: a concatenation, fused with what makes its parts, XLA does element by
     element on a CPU, a hundred times as long. The barrier keeps it from being done again by each reader.
     """
     leaves, structure = jax.tree.flatten(tree)
     starts = [0, *itertools.accumulate(x.size for x in leaves)]
-    vector = jnp.zeros(starts[-1], jnp.float32)
+    vector = jnp.zeros(starts[-1], jnp.result_type(*leaves or [jnp.float32]))
     for x, start in zip(leaves, starts):
-        vector = jax.lax.dynamic_update_slice(vector, x.ravel().astype(jnp.float32), (start,))
+        vector = jax.lax.dynamic_update_slice(vector, x.ravel().astype(vector.dtype), (start,))
 
     def restore(vector: Array) -> PyTree:
-        parts = [vector[start : start + x.size].reshape(x.shape).astype(x.dtype) for x, start in zip(leaves, starts)]
+        parts = [vector[start : start + x.size].reshape(x.shape) for x, start in zip(leaves, starts)]
         return jax.tree.unflatten(structure, parts)
 
     return jax.lax.optimization_barrier(vector), restore

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedjax_clip.compression import coding
 from fedjax_clip.tree import ravel
@@ -245,5 +246,7 @@ def roundtrip(compressor: Compressor, tree: PyTree, key: Array, by_leaf: bool = 
         pairs = [roundtrip(compressor, x, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
         return jax.tree.unflatten(structure, [x for x, _ in pairs]), [code for _, code in pairs]
     x, restore = ravel(tree)
-    code = compressor.encode(x, key)
-    return restore(compressor.decode(code, len(x), key)), code
+    # Barriers, for XLA would encode again where the code is decoded, and decode again wherever what arrived is read.
+    code = jax.lax.optimization_barrier(compressor.encode(x.astype(jnp.float32), key))
+    arrived = jax.lax.optimization_barrier(compressor.decode(code, len(x), key))
+    return optax.tree.cast_like(restore(arrived), tree), code

@@ -141,7 +141,7 @@ def power_sgd(rank: int = 4) -> Uplink:
             q = matrix.T @ p
             leaves[i], sent[i] = (p @ q.T).reshape(x.shape), (p, q)
             kept.append(jnp.where(jnp.any(q != 0), q, last))
-        values, _ = tree.ravel(sent)
+        values = tree.ravel(sent)[0].astype(jnp.float32)
         code = Code(jnp.zeros(0, jnp.uint32), values, alphabet=1, size=len(values))
         message = jax.tree.unflatten(structure, leaves)
         return _or_nan(finite, message), kept, _sent(code) | _error(whole, message)
@@ -209,11 +209,11 @@ def count_sketch(
         return shape, jnp.zeros((rows, columns)), jnp.zeros((rows, columns))
 
     def encode(update, state, client_state, ctx):
-        return sketch(tree.ravel(update)[0]), client_state, {}
+        return sketch(tree.ravel(update)[0].astype(jnp.float32)), client_state, {}
 
     def decode(aggregate, state, report, ctx):
         shape, speed, missed = state
-        x, restore = tree.ravel(shape.zeros())
+        x, restore = tree.ravel(zeros := shape.zeros())
         turns, words = hashes(len(x))
         speed = momentum * speed + aggregate
         total = missed + speed
@@ -231,7 +231,7 @@ def count_sketch(
         step = jnp.zeros(len(x)).at[heavy].set(found)
         touched = jnp.zeros((rows, columns), bool).at[row, bucket].max(found != 0)
         state = shape, jnp.where(touched, 0, speed), total.at[row, bucket].add(-sign * found)
-        return restore(step), state, {"missed_norm": tree.norm(state[2])}
+        return optax.tree.cast_like(restore(step), zeros), state, {"missed_norm": tree.norm(state[2])}
 
     return Uplink(init, lambda params: (), encode, decode, wire="sums")
 

@@ -129,7 +129,7 @@ def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
     layout = functools.partial(_layout, bits=bits, rotate=rotate, noise=noise, z=z)
 
     def encode(update, state, client_state, ctx):
-        x, restore = _flat(update)
+        x, restore = tree.ravel(update)
         grid, step = _of(layout, x.size, ctx)
         x = _rotated(x, ctx.round_key) if rotate else x
         rounding, noising = jax.random.split(ctx.key)
@@ -141,7 +141,7 @@ def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
         return restore(steps.astype(unsigned)), client_state, {}
 
     def decode(aggregate, state, report, ctx):
-        total, restore = _flat(aggregate)
+        total, restore = tree.ravel(aggregate)
         if not jnp.issubdtype(total.dtype, jnp.unsignedinteger):
             raise InvalidInput(NEEDS_MODULAR_SUM)
         grid, step = _of(layout, total.size, ctx)
@@ -224,18 +224,6 @@ def _rounded(x: Array, key: Array, most: float | Array | None) -> Array:
 
     _, steps, _ = jax.lax.while_loop(too_long, again, again((key, x, 0)))
     return jnp.where(tree.norm(steps) > most, jnp.trunc(x), steps).astype(jnp.int32)
-
-
-def _flat(updates: PyTree):
-    """All leaves in one vector, and the way back to their shapes."""
-    leaves, structure = jax.tree.flatten(updates)
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-
-    def restore(vector):
-        parts = jnp.split(vector, ends)
-        return jax.tree.unflatten(structure, [p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)])
-
-    return jnp.concatenate([leaf.ravel() for leaf in leaves]), restore
 
 
 def _rotated(x: Array, key: Array) -> Array:
