@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,11 +194,6 @@ def test_long_vectors_are_rotated_in_blocks_and_learn_their_codebook_from_a_samp
     assert len(np.unique(arrived)) == 4
 
 
-@functools.cache
-def counted(name):
-    return jax.jit(lambda symbols, live: codings.CODINGS[name].bits(symbols, live, 200))
-
-
 @pytest.mark.parametrize("case", ["random", "ties", "the sample misleads", "nothing"])
 def test_the_largest_of_many_values_are_those_that_a_sort_finds(case):
     d, k = 2**17, 1000
@@ -218,44 +212,20 @@ def test_the_largest_of_many_values_are_those_that_a_sort_finds(case):
 
 
 def test_a_tree_is_one_vector_and_a_tree_again():
-    whole = {"b": jnp.arange(3, dtype=jnp.uint32) + 2**31, "a": jnp.ones((2, 0), jnp.uint32), "c": [jnp.zeros((2, 2), bool)]}
+    whole = {"b": jnp.array([2**31, 2**31 + 1], jnp.uint32), "a": jnp.ones((2, 0), bool), "c": [jnp.zeros((2, 1), bool)]}
     vector, restore = tree.ravel(whole)
-    assert_identical(vector, np.array([2**31, 2**31 + 1, 2**31 + 2, 0, 0, 0, 0], np.uint32))
-    assert_identical(restore(vector), jax.tree.map(lambda x: x.astype(jnp.uint32), whole))
-    assert tree.ravel({})[1](tree.ravel({})[0]) == {}
-    halves = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.float32(1 / 3)}
-    assert_identical(c.roundtrip(c.floats(), halves, jax.random.key(0))[0], halves)
-
-
-@functools.cache
-def counted(name):
-    return jax.jit(lambda symbols, live: codings.CODINGS[name].bits(symbols, live, 200))
-
-
-@pytest.mark.parametrize("case", ["random", "ties", "the sample misleads", "nothing"])
-def test_the_largest_of_many_values_are_those_that_a_sort_finds(case):
-    d, k = 2**17, 1000
-    x = np.random.default_rng(3).standard_t(2, d).astype("f4")
-    if case == "ties":
-        x = np.round(x)
-    if case == "the sample misleads":
-        x[:: d // 2**14 | 1] *= 1e6
-        k = 10_000
-    if case == "nothing":
-        x[:] = 0
-    code = c.top_k(k).encode(jnp.asarray(x), jax.random.key(0))
-    largest = np.argsort(-np.abs(x), stable=True)[:k]
-    assert_identical(code.index, np.sort(largest).astype(np.int32))
-    assert_identical(code.symbols, x[np.sort(largest)].view(np.uint32))
-
-
-def test_a_tree_is_one_vector_and_a_tree_again():
-    whole = {"b": jnp.arange(3, dtype=jnp.bfloat16), "a": jnp.ones((2, 0)), "c": [jnp.full((2, 2), 7, jnp.int32)]}
-    vector, restore = tree.ravel(whole)
-    assert_identical(vector, np.array([0, 1, 2, 7, 7, 7, 7], np.float32))
-    chex.assert_trees_all_equal_dtypes(restore(vector), whole)
+    assert_identical(vector, np.array([2**31, 2**31 + 1, 0, 0], np.uint32))
     assert_identical(restore(vector), whole)
     assert tree.ravel({})[1](tree.ravel({})[0]) == {}
+    halves = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.float32(1 / 3)}
+    arrived, _ = c.roundtrip(c.floats(), halves, jax.random.key(0))
+    assert arrived["w"].dtype == jnp.bfloat16
+    assert_identical(arrived, halves)
+
+
+@functools.cache
+def counted(name):
+    return jax.jit(lambda symbols, live: codings.CODINGS[name].bits(symbols, live, 200))
 
 
 @pytest.mark.parametrize("name", codings.CODINGS)

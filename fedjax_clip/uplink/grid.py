@@ -11,7 +11,7 @@ import numpy as np
 from fedjax_clip import tree
 from fedjax_clip.clipping import check_range
 from fedjax_clip.compression import hadamard, random_signs
-from fedjax_clip.typing import Array, InvalidInput, PyTree
+from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink import discrete
 from fedjax_clip.uplink.base import Context, Uplink
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM, NO_BOUND
