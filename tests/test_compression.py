@@ -212,7 +212,11 @@ def test_the_largest_of_many_values_are_those_that_a_sort_finds(case):
 
 
 def test_a_tree_is_one_vector_and_a_tree_again():
-    whole = {"b": jnp.array([2**31, 2**31 + 1], jnp.uint32), "a": jnp.ones((2, 0), bool), "c": [jnp.zeros((2, 1), bool)]}
+    whole = {
+        "b": jnp.array([2**31, 2**31 + 1], jnp.uint32),
+        "a": jnp.ones((2, 0), bool),
+        "c": [jnp.zeros((2, 1), bool)],
+    }
     vector, restore = tree.ravel(whole)
     assert_identical(vector, np.array([2**31, 2**31 + 1, 0, 0], np.uint32))
     assert_identical(restore(vector), whole)
