@@ -101,7 +101,7 @@ def rows(data: FederatedData, index: np.ndarray, least: int = 0) -> Rows:
 
 def measure(per_example_loss: PerExampleLoss, params: Params, examples: PyTree, rows: Rows, due: Array) -> Metrics:
     """Means over the rows' examples, as ``fc.evaluator`` gives them; nothing is computed unless ``due``."""
-    batches = Cohort((), (), (), (), rows.number, rows.weight, population=examples)  # type: ignore[arg-type]
+    batches = Cohort((), (), (), (), rows.number, rows.weight, population=examples)  # type: ignore[arg-type] # no clients
 
     def report(i: Array) -> Metrics:
         out = batch_loss(per_example_loss, params, *batches.read(i), None)[1]

@@ -142,7 +142,8 @@ def _panel(axes: Any, title: str, rows: Sequence[Row], lines: Sequence[tuple[str
 
 def _series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(row["round"], row[key]) for row in rows if np.isfinite(row.get(key, np.nan))]
-    return tuple(np.array(points).reshape(-1, 2).T)  # type: ignore[return-value]
+    rounds, values = np.array(points).reshape(-1, 2).T
+    return rounds, values
 
 
 def sweep(

@@ -119,8 +119,8 @@ def quantiles(data: FederatedData, q: Sequence[float], field: str = "x") -> np.n
     for _ in range(32):
         middle = (low + high) // 2
         values = _number(middle)
-        # The lambda is called before the loop goes on.
-        enough = federated_sums(data, lambda e: np.stack([(e[field] <= v).sum(0) for v in values])) >= wanted  # noqa: B023
+        below = federated_sums(data, lambda e: np.stack([(e[field] <= v).sum(0) for v in values]))  # noqa: B023 (called here)
+        enough = below >= wanted
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return np.where(count > 0, _number(high), np.float32(np.nan))
 
