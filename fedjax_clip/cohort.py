@@ -24,8 +24,10 @@ from fedjax_clip.typing import Array, Batch, ClientState, PyTree
         "state",
         "population",
         "staleness",
+        "num_clients",
+        "total_weight",
     ],
-    meta_fields=["axis_name", "width", "most_steps"],
+    meta_fields=["axis_name", "width", "most_steps", "non_finite"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cohort:
@@ -44,9 +46,13 @@ class Cohort:
       state: pytree of ``[C, ...]``: what clients keep between rounds.
       population: pytree of ``[N, ...]`` examples that live on the device, or ``None``.
       staleness: int32 ``[C]`` rounds since each client was sent its parameters; ``None``: no client is stale.
+      num_clients: int32 scalar, N, the clients of the whole population, in the cohort or not.
+      total_weight: float32 scalar, the sum of all N clients' weights.
       axis_name: the mapped axis over which cohorts of several devices are reduced, or ``None``.
       width: how many clients a device trains at once; divides C.
       most_steps: if given, loops have this fixed length instead of ending with the last step; see ``differentiable``.
+      non_finite: what happens to updates with a NaN or an infinity: ``"drop"``, ``"keep"`` or ``"stop"``; see
+        ``fc.train``.
 
     Example:
       >>> cohort = jax.tree.map(lambda x: x[0], fc.plan(data, ids, fc.LocalWork(20), seed=0, round=0))
@@ -61,9 +67,12 @@ class Cohort:
     state: PyTree = ClientState((), ())  # noqa: RUF009 (it is immutable)
     population: PyTree | None = None
     staleness: Array | np.ndarray | None = None
+    num_clients: Array | np.ndarray | None = None
+    total_weight: Array | np.ndarray | None = None
     axis_name: str | None = None
     width: int = 1
     most_steps: int | None = None
+    non_finite: str = "drop"
 
     def differentiable(self) -> "Cohort":
         """The same clients in loops of a fixed length, so that ``jax.grad`` can go through a round.

@@ -45,6 +45,7 @@ class Dispatcher:
     Args:
       algorithm, data, sampler, work, devices, seed: of the run.
       length: the most rounds in a block; by default as many as take a tenth of a second, as far as seen.
+      non_finite: see ``Cohort``.
 
     Attributes:
       resident: whether the population lives on the devices; blocks are then example numbers only.
@@ -61,8 +62,9 @@ class Dispatcher:
         devices: Sequence[jax.Device],
         seed: int,
         length: int | None = None,
+        non_finite: str = "drop",
     ):
-        self.algorithm, self.data, self.work = algorithm, data, work
+        self.algorithm, self.data, self.work, self.non_finite = algorithm, data, work, non_finite
         self.turns = Timeline(sampler, World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed))
         self.devices, self.seed = devices, seed
         self.on_cpu = devices[0].platform == "cpu"
@@ -80,7 +82,7 @@ class Dispatcher:
         self.key = jax.random.key(seed)
 
     def _plan(self, turns: Sequence[Turn], first_round: int) -> Cohort:
-        return plan_rounds(
+        planned = plan_rounds(
             self.data,
             [turn.ids for turn in turns],
             self.work,
@@ -93,6 +95,7 @@ class Dispatcher:
             population=self.population,
             staleness=[turn.staleness for turn in turns if turn.staleness is not None] or None,
         )
+        return dataclasses.replace(planned, non_finite=self.non_finite)
 
     def _longest(self) -> int:
         cohort = self._plan([self.turns[0]], 0)
@@ -106,6 +109,9 @@ class Dispatcher:
     def plan(self, rounds: range) -> Block:
         """These rounds, on the devices or on their way."""
         turns = [self.turns[r] for r in rounds]
+        return self._sent(rounds, turns)
+
+    def _sent(self, rounds: range, turns: Sequence[Turn]) -> Block:
         cohorts = self._plan(turns, rounds.start)
         self.least = cohorts.ids.shape[-1], cohorts.example_weight.shape[2]
         ids = np.asarray(cohorts.ids)
@@ -114,6 +120,21 @@ class Dispatcher:
         if not (self.on_cpu and self.resident and len(self.devices) == 1):  # which takes numbers in with the call
             cohorts = placement.split(cohorts, self.devices)
         return Block(rounds, ids, columns, cohorts)
+
+    def before(self, server: PyTree, clients: PyTree) -> tuple[PyTree, list[dict[str, np.ndarray]]]:
+        """The algorithm's ``start``: all clients, a cohort as large as the first round's at a time.
+
+        Returns:
+          The server to begin with, and the metrics of each cohort, ``[1]`` each.
+        """
+        size, rounds, columns = max(1, len(self.turns[0].ids)), self.run_rounds, []
+        self.run_rounds = placement.pmap_rounds(self.algorithm._replace(round=self.algorithm.start), self.devices)
+        for first in range(0, self.data.num_clients, size):
+            ids = np.arange(first, min(first + size, self.data.num_clients))
+            server, finish = self.start(server, clients, self._sent(range(1), [Turn(ids, None, {})]))
+            columns.append(finish())
+        self.run_rounds, self.seconds = rounds, math.inf
+        return server, columns
 
     def start(self, server: PyTree, clients: PyTree, block: Block) -> tuple[PyTree, Callable[[], dict]]:
         """Sends a block; returns the server to be, and a function that waits for the end.

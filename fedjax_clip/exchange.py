@@ -11,7 +11,9 @@ from fedjax_clip.cohort import Client, Cohort
 from fedjax_clip.local import ClientFn
 from fedjax_clip.reduce import Reducer, Roster
 from fedjax_clip.typing import Array, ClientState, Metrics, PyTree
-from fedjax_clip.uplink.base import SENT, Context, Uplink, decoded, encoded
+from fedjax_clip.uplink.base import LATE, SENT, Context, Uplink, decoded, encoded
+
+NAMED = 8  # of the clients whose updates are not finite, so many are named
 
 
 def exchange(
@@ -29,7 +31,8 @@ def exchange(
     memory does not grow with the cohort. The loop ends with the last client, and each client's own loop with its
     last step: padding costs nothing. A client whose update or message has no finite norm (a NaN or an infinity
     somewhere, or beyond 1e19, which float32 cannot square) is dropped: it adds nothing, keeps its old state and is
-    counted.
+    counted. With ``cohort.non_finite == "keep"`` it is kept like any other. A round that a modular sum does not open,
+    since too few clients came, leaves all clients' states as they were.
 
     Args:
       client_fn: ``(shared, client, key) -> (update, client_state, report)``, written for ONE client.
@@ -44,7 +47,8 @@ def exchange(
       ``(update, uplink_state, client_states [C, ...], metrics)``, the same on every device but for client_states.
       Among the metrics: ``bytes_down``, what all clients are sent (``shared``, not a link's state), and ``bytes_up``,
       their messages as arrays, or the bytes of the codes that stand for them, with ``bytes_up_entropy`` beside them
-      (see ``fc.uplink.compress``); reports do not count.
+      (see ``fc.uplink.compress``); reports do not count. With ``cohort.non_finite == "stop"`` also ``dropped_ids``
+      ``int32 [8]``, the first of the clients whose updates were not finite, -1 behind them.
 
     Example:
       >>> update, link, client_states, metrics = exchange(
@@ -65,17 +69,20 @@ def exchange(
         )
         message, link, link_report = encoded(uplink, update, uplink_state, state.uplink, ctx)
         sent = {name: link_report[name] for name in SENT if name in link_report}
-        link_report = {name: x for name, x in link_report.items() if name not in SENT}
+        in_time = present & ~link_report.get(LATE, jnp.zeros((), bool))
+        link_report = {name: x for name, x in link_report.items() if name not in (*SENT, LATE)}
         norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
-        arrived = present & jnp.isfinite(norm) & jnp.isfinite(tree.norm(message))
+        finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message))
+        arrived = in_time if cohort.non_finite == "keep" else in_time & finite
         report = {
-            **{"client": report, "uplink": link_report, "clients": jnp.ones((), jnp.float32)},
+            **{"client": report, "uplink": link_report, "clients": jnp.ones((), jnp.float32), "weight": weight},
             "norms": metrics.Histogram.of(norm),
         }
         return (
             tree.where(arrived, message, optax.tree.zeros_like(message)),
             jnp.where(arrived, weight, 0),
             tree.where(arrived, ClientState(own, link), state),
+            jnp.where(in_time & ~finite, number, -1),
             tree.where(arrived, report, optax.tree.zeros_like(report))
             | {"dropped": (present & ~arrived).astype(jnp.float32)}
             | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), sent)},  # who is dropped has answered
@@ -85,34 +92,37 @@ def exchange(
         clients = dataclasses.replace(cohort, state=states).clients(index * cohort.width)
         if cohort.width == 1:  # not a vmap of one: convolutions would become grouped ones
             out = one_client(*jax.tree.map(lambda x: x[0], clients))
-            message, weight, state, report = jax.tree.map(lambda x: x[None], out)
+            message, weight, state, bad, report = jax.tree.map(lambda x: x[None], out)
         else:
-            message, weight, state, report = jax.vmap(one_client)(*clients)
-        return message, weight, state, jax.tree.map(lambda x: jnp.sum(x, 0), report)
+            message, weight, state, bad, report = jax.vmap(one_client)(*clients)
+        return message, weight, state, bad, jax.tree.map(lambda x: jnp.sum(x, 0), report)
 
-    chunk, (messages, _, _, report) = tree.traced(chunk, 0, cohort.state)
+    chunk, (messages, _, _, _, report) = tree.traced(chunk, 0, cohort.state)
 
     def body(index, carry):
-        acc, states, report = carry
-        message, weight, state, new_report = chunk(index, states)  # read where they are written: one copy of them
+        acc, states, bad, report = carry
+        message, weight, state, new_bad, new_report = chunk(index, states)  # read where they are written: one copy
         states = jax.tree.map(
             lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, x, index * cohort.width, 0), states, state
         )
-        return reducer.add(acc, message, weight), states, metrics.add(report, new_report)
+        return reducer.add(acc, message, weight), states, _first(bad, new_bad), metrics.add(report, new_report)
 
     message = jax.tree.map(lambda m: m[0], messages)
     roster = Roster(jnp.asarray(cohort.ids), jax.random.fold_in(key, 3))  # the key beside the three it was split into
     acc = reducer.zero(message, roster)
     num_chunks = -(-jnp.sum(cohort.ids >= 0) // cohort.width)
-    start = acc, cohort.state, report
-    acc, client_states, report = cohort.loop(body, start, num_chunks, len(cohort.ids) // cohort.width)
+    start = acc, cohort.state, jnp.full(NAMED, -1, jnp.int32), report
+    acc, client_states, bad, report = cohort.loop(body, start, num_chunks, len(cohort.ids) // cohort.width)
 
     aggregate = reducer.finish(acc, cohort.axis_name)
     if cohort.axis_name is not None:
         report = jax.lax.psum(report, cohort.axis_name)
+    if reducer.threshold is not None:
+        client_states = tree.where(report["clients"] >= reducer.threshold, client_states, cohort.state)
     ctx = Context(
         *(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"], reducer.denominator),
         threshold=reducer.threshold,
+        share=population_share(reducer, cohort, report),
     )
     update, uplink_state, link_metrics = decoded(uplink, aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
     asked = report["clients"] + report["dropped"]
@@ -125,13 +135,50 @@ def exchange(
             **metrics.prefixed("uplink", link_metrics),
             **{f"client_norm/p{q}": report["norms"].quantile(q / 100) for q in (10, 50, 90)},
             "clients": report["clients"],
+            "weight": report["weight"],
             "dropped": report["dropped"],
+            **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
             "bytes_down": asked * float(tree.nbytes(shared)),
             "bytes_up": report["sent"].get("bytes", asked * float(tree.nbytes(message))),
             **({"bytes_up_entropy": report["sent"]["entropy_bytes"]} if "entropy_bytes" in report["sent"] else {}),
             "update_norm": tree.norm(update),
         },
     )
+
+
+def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Array | None:
+    """What takes ``reducer``'s aggregate to the mean over ALL N clients, those who did not come counting as zeros.
+
+    ``|S| / N`` for a mean over the clients S that arrived, ``sum_S w_i / sum_N w_i`` for a weighted one, ``n / N`` for
+    a mean with the fixed denominator n.
+
+    Args:
+      reducer: what made the aggregate.
+      cohort: of the round.
+      metrics: of the exchange.
+
+    Returns:
+      float32 scalar, or ``None`` where the cohort does not tell N.
+
+    Example:
+      >>> c = optax.tree.add_scale(c, population_share(reducer, cohort, metrics), change)  # c stays mean_N c_i
+    """
+    if cohort.num_clients is None or cohort.total_weight is None:
+        return None
+    if reducer.denominator is not None:
+        return jnp.asarray(reducer.denominator, jnp.float32) / cohort.num_clients
+    if reducer.weighted:
+        return metrics["weight"] / cohort.total_weight
+    return metrics["clients"] / cohort.num_clients
+
+
+def _first(*ids: Array) -> Array:
+    """The largest ``NAMED`` of these client numbers, -1 for nobody."""
+    return jnp.sort(jnp.concatenate(ids), descending=True)[:NAMED]
+
+
+def _everywhere(ids: Array, axis_name: str | None) -> Array:
+    return ids if axis_name is None else _first(*jax.lax.all_gather(ids, axis_name))
 
 
 def traffic(*exchanges: Metrics) -> Metrics:

@@ -90,6 +90,7 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     clients_per_chunk: int | None = None,
     rounds_per_dispatch: int | None = None,
+    non_finite: str = "drop",
 ) -> Result:
     """Trains for a number of rounds, each one compiled program over all local devices.
 
@@ -130,13 +131,18 @@ def train(
         ``on_round`` and ``should_stop`` are called after each: give 1 to be asked after every round. It changes no
         bit. Clients that keep a state and populations that do not fit on the devices go one round at a time, the
         next one being planned and sent meanwhile.
+      non_finite: what happens to a client whose update has a NaN, an infinity or a norm beyond 1e19. ``"drop"`` leaves
+        it out, counts it in ``dropped`` and keeps its old state. This hides divergence: look at ``dropped``. ``"keep"``
+        adds it, and the model shows it. ``"stop"`` ends training with an error that names the round and the clients.
 
     Returns:
-      A ``Result``. A row has ``round`` (1 after the first), the algorithm's metrics, ``wasted_steps`` (the fraction
+      A ``Result``. A row has ``round`` (1 after the first; of an algorithm with a ``start``, the first row's bytes and
+      steps include it), the algorithm's metrics, ``wasted_steps`` (the fraction
       of the devices' steps that trained nobody), ``seconds``, ``eval/...``, and what a clock says of the round.
 
     Raises:
-      InvalidInput: rounds < 1, a cohort larger than the population, a loss of the wrong shape ...
+      InvalidInput: rounds < 1, a cohort larger than the population, a loss of the wrong shape, a client whose update
+        is not finite under ``non_finite="stop"`` ...
 
     Example:
       >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10)
@@ -149,6 +155,8 @@ def train(
     ):
         if value is not None and value < 1:
             raise InvalidInput(f"{name} must be at least 1, not {value}.")
+    if non_finite not in ("drop", "keep", "stop"):
+        raise InvalidInput(f"non_finite must be 'drop', 'keep' or 'stop', not {non_finite!r}.")
     check_type("data", data, FederatedData, "a FederatedData")
     check_type("sampler", sampler, sampling.Sampler | clock.Clock | None, "a sampler such as fc.sampling.uniform(10)")
     if sampler is not None and cohort_size is not None:
@@ -173,13 +181,18 @@ def train(
             raise InvalidInput(f"The checkpoint is of a run with {name}={state.run[name]}, not {expected}.")
 
     length = 1 if stateful else rounds_per_dispatch
-    dispatcher = Dispatcher(algorithm, data, sampler, work, devices, seed, length)
+    dispatcher = Dispatcher(algorithm, data, sampler, work, devices, seed, length, non_finite)
     if width := clients_per_chunk or int(state.run["width"]):  # a run keeps the width that it began with
         dispatcher.width = width
     else:
         dispatcher.choose_width(state.server, state.clients, params, start)
     run["width"] = np.asarray(dispatcher.width, np.int64)
     server = placement.replicate(state.server, devices)
+    before: list[dict[str, np.ndarray]] = []
+    if algorithm.start is not None and start == 0:
+        server, before = dispatcher.before(server, state.clients)
+        for columns in before:
+            _stop_at(columns, range(1), data)
 
     history: list[Row] = []
     judges: list[Callable[[Params], Mapping[str, float]]] = [evaluate] if evaluate else []
@@ -208,6 +221,11 @@ def train(
             server, finish = dispatcher.start(server, state.clients, block)
             next_block = upcoming()  # while the devices work
             columns = finish()
+            _stop_at(columns, block.rounds, data)
+            if block.rounds.start == 0:
+                for name in ("bytes_down", "bytes_up", "steps"):
+                    columns[name] = columns[name].copy()
+                    columns[name][0] += sum(x[name][0] for x in before)
             seconds = (time.perf_counter() - began) / len(block.rounds)
 
             done = block.rounds.stop
@@ -230,6 +248,17 @@ def train(
 
     state = State(placement.first_replica(server), state.clients, run)
     return Result(state.server.params, state, history)
+
+
+def _stop_at(columns: dict[str, np.ndarray], rounds: range, data: FederatedData) -> None:
+    """Raises if a client's update was not finite, where a run is to stop then (``dropped_ids`` are there then)."""
+    for round, ids in zip(rounds, columns.pop("dropped_ids", ())):
+        if named := [data.name(i) for i in ids if i >= 0]:
+            more = " and perhaps more" if len(named) == len(ids) else ""
+            raise InvalidInput(
+                f"Round {round + 1}: the updates of clients {', '.join(named)}{more} are not finite. Lower the client's "
+                "learning rate, put a clip in front of it, or let such updates be left out (non_finite='drop')."
+            )
 
 
 def _identity(data: FederatedData, seed: int) -> dict[str, np.ndarray]:

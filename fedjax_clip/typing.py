@@ -45,6 +45,10 @@ class Algorithm(NamedTuple):
       broadcasts: whether all that clients are sent of a model is ``server.params``, whole, so that
         ``fc.compressed_broadcast`` may replace it.
       population: fewest clients that there must be, since a link or reducer names one by number.
+      num_clients: N as the algorithm was told it, which must be the population's; ``None``: it was not told.
+      start: ``(server, cohort, key) -> (server, client_states, metrics)``, a round before the first one in which ALL
+        clients take part, in cohorts of any size, each client once; ``None`` where there is none. ``fc.train`` and
+        ``fc.sweep`` run it; who calls ``round`` directly calls it first.
 
     Example:
       >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, jax.random.key(0))
@@ -56,6 +60,8 @@ class Algorithm(NamedTuple):
     personal: Callable[[Params, PyTree], Params] | None = None
     broadcasts: bool = True
     population: int = 0
+    num_clients: int | None = None
+    start: Callable[[PyTree, Any, Array], tuple[PyTree, PyTree, Metrics]] | None = None
 
 
 class Server(NamedTuple):
@@ -96,7 +102,12 @@ class ClientState(NamedTuple):
 
 
 def check_named(algorithm: Algorithm, num_clients: int) -> None:
-    """Refuses an algorithm whose links or reducers name a client that there is not."""
+    """Refuses an algorithm that was told another population, or whose links or reducers name a client it lacks."""
+    if algorithm.num_clients not in (None, num_clients):
+        raise InvalidInput(
+            f"The algorithm was told num_clients={algorithm.num_clients}, and the population has {num_clients} clients: "
+            "leave num_clients out, and it is read from the data."
+        )
     if algorithm.population > num_clients:
         raise InvalidInput(
             f"The uplink or the reducer names client {algorithm.population - 1}, and there is none: there are "

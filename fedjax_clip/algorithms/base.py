@@ -9,7 +9,7 @@ import optax
 
 from fedjax_clip import tree
 from fedjax_clip.reduce import Reducer, weighted_mean
-from fedjax_clip.typing import ClientTx, InvalidInput, Params, PyTree, Server, check_type
+from fedjax_clip.typing import ClientTx, InvalidInput, Params, PyTree, Server, check_count, check_type
 from fedjax_clip.uplink.base import Uplink, identity
 from fedjax_clip.uplink.orders import check_ends
 
@@ -86,9 +86,13 @@ def zeros_like(params: Params) -> PyTree:
     return jax.tree.map(jnp.zeros_like, params)
 
 
-def check_population(num_clients: int) -> None:
-    """Refuses a population's size that is known now (not traced) and is none."""
-    if isinstance(num_clients, jax.core.Tracer):
-        return
-    if isinstance(num_clients, bool) or not isinstance(num_clients, int) or num_clients < 1:
-        raise InvalidInput(f"num_clients is the size of the whole population, at least 1, not {num_clients!r}.")
+def told(num_clients: int | None) -> int | None:
+    """``num_clients`` as far as it is known now (not traced): what the driver holds against the population's size.
+
+    Raises:
+      InvalidInput: what is no number of clients.
+    """
+    if num_clients is None or isinstance(num_clients, jax.core.Tracer):
+        return None
+    check_count("num_clients, the size of the whole population,", num_clients)
+    return int(num_clients)

@@ -70,4 +70,9 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
         params = optax.tree.add(after.params, missing)
         return after._replace(params=params, own=(w if relative else (), after.own)), client_states, metrics | down
 
-    return algorithm._replace(init=init, round=round)
+    def start(server: Server, cohort, key):
+        last, own = server.own
+        after, client_states, metrics = algorithm.start(server._replace(own=own), cohort, key)
+        return after._replace(own=(last, after.own)), client_states, metrics
+
+    return algorithm._replace(init=init, round=round, start=start if algorithm.start else None)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_clip import tree
-from fedjax_clip.algorithms.base import beside, check_population, init_server, parts, step_server, zeros_like
+from fedjax_clip.algorithms.base import init_server, parts, step_server, told, zeros_like
 from fedjax_clip.clipping import check_range, check_threshold
-from fedjax_clip.exchange import exchange, traffic
+from fedjax_clip.exchange import exchange, population_share, traffic
 from fedjax_clip.local import at_round, batch_gradient, full_gradient, local_steps
-from fedjax_clip.reduce import Reducer, together, uniform_mean, weighted_mean
+from fedjax_clip.reduce import Reducer, together, uniform_mean
 from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, PerExampleLoss
 from fedjax_clip.uplink.base import Uplink, identity, on_update
 
@@ -76,21 +76,21 @@ def feddyn(
     server_tx: optax.GradientTransformation | None = None,
     *,
     alpha: float | Array,
-    num_clients: int,
+    num_clients: int | None = None,
     uplink: Uplink | None = None,
     reducer: Reducer | None = None,
 ) -> Algorithm:
     """Local steps along ``g - h_i + alpha (y - x)``, so that clients' optima agree with the server's.
 
     After the steps ``h_i <- h_i - alpha (y_i - x)``; ``h <- h - alpha / N sum_i (y_i - x)``; ``x <- mean y_i - h /
-    alpha``, the mean uniform. A clip in ``client_tx`` sees the corrected direction: h_i then follows the clipped path,
+    alpha``. So h is the mean of the h_i of all N clients, and both means are the reducer's: uniform by default. A clip in ``client_tx`` sees the corrected direction: h_i then follows the clipped path,
     and no longer a gradient at y_i, so the fixed point moves while clips fire.
 
     Args:
       per_example_loss, client_tx, server_tx, uplink: as ``fc.fedavg``. h follows what the server receives.
       reducer: ``fc.uniform_mean()`` by default, as the derivation asks.
       alpha: strength of the regulariser, positive.
-      num_clients: N, the whole population.
+      num_clients: N, the whole population; read from the data unless it is given, and checked if it is.
 
     Returns:
       An ``Algorithm`` whose clients keep ``h_i`` and whose server keeps ``h``.
@@ -103,7 +103,6 @@ def feddyn(
 
     Source: Acar et al. (2021), "Federated Learning Based on Dynamic Regularization", Algorithm 1.
     """
-    check_population(num_clients)
     check_threshold("feddyn's alpha", alpha)
     built = parts(client_tx, server_tx, uplink, uniform_mean() if reducer is None else reducer)
 
@@ -129,13 +128,13 @@ def feddyn(
         mean, state, client_states, metrics = exchange(
             client_fn, built.uplink, built.reducer, server.params, server.uplink, cohort, key
         )
-        share = metrics["clients"] / num_clients
+        share = population_share(built.reducer, cohort, metrics)
         h = jax.tree.map(lambda h, m: h - alpha * share * m, server.own, mean)
         came = metrics["clients"] > 0
         update = jax.tree.map(lambda m, h: jnp.where(came, m - h / alpha, 0), mean, h)
         return step_server(server, built, update, state, h), client_states, metrics | {"update_norm": tree.norm(update)}
 
-    return Algorithm(init, init_client, round, population=built.population)
+    return Algorithm(init, init_client, round, population=built.population, num_clients=told(num_clients))
 
 
 def mime(
@@ -151,7 +150,7 @@ def mime(
     """Local steps with the SERVER's momentum, fixed in the round: ``(1 - beta) d + beta m``.
 
     d is the gradient at y, corrected to ``g(y) - g(x) + G`` unless ``lite``, with G the mean of full gradients at x
-    and g(x) on the same batch. After the round ``m <- (1 - beta) G + beta m``: of RAW gradients, whatever is clipped.
+    and g(x) on the same batch. G takes the reducer's mean, as the update does: ``uniform_mean`` is the paper's. After the round ``m <- (1 - beta) G + beta m``: of RAW gradients, whatever is clipped.
     A clip in ``client_tx`` sees the whole direction, momentum included.
 
     Args:
@@ -173,7 +172,7 @@ def mime(
     """
     check_range("beta", beta, 0, 1)
     built = parts(client_tx, server_tx, uplink, reducer)
-    link, variates = on_update(built.uplink), beside(built.reducer, weighted_mean())
+    link = on_update(built.uplink)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -205,10 +204,10 @@ def mime(
         mean, first = (), {"bytes_down": 0.0, "bytes_up": 0.0}
         if not lite:
             asked = dataclasses.replace(cohort, state=ClientState((), ()))  # the link's state is for the other message
-            mean, _, _, first = exchange(gradient_at_x, identity(), variates, server.params, (), asked, gradient_key)
+            mean, _, _, first = exchange(gradient_at_x, identity(), built.reducer, server.params, (), asked, gradient_key)
         shared = server.params, server.own, mean
         (update, at_x), state, client_states, metrics = exchange(
-            client_fn, link, together(built.reducer, variates), shared, server.uplink, cohort, work_key
+            client_fn, link, together(built.reducer, built.reducer), shared, server.uplink, cohort, work_key
         )
         came = metrics["clients"] > 0
         m = jax.tree.map(lambda m, g: jnp.where(came, (1 - beta) * g + beta * m, m), server.own, at_x if lite else mean)

@@ -1,18 +1,26 @@
 """EPISODE and EPISODE++: episodic clipping, decided for a whole round, with corrected local gradients."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fedjax_clip import clipping, tree
-from fedjax_clip.algorithms.base import beside, check_population, init_server, parts, step_server, zeros_like
-from fedjax_clip.exchange import exchange, traffic
+from fedjax_clip.algorithms.base import beside, init_server, parts, step_server, told, zeros_like
+from fedjax_clip.exchange import exchange, population_share, traffic
 from fedjax_clip.local import at_round, full_gradient, local_steps
 from fedjax_clip.reduce import Reducer, together, uniform_mean
 from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, PerExampleLoss, PyTree
 from fedjax_clip.uplink.base import Uplink, identity, on_update
+
+
+class Stored(NamedTuple):
+    """A gradient that a client keeps, and whether it has one."""
+
+    gradient: PyTree
+    known: Array
 
 
 def episode(
@@ -32,7 +40,7 @@ def episode(
     not clip one another's differences away, as they do in clipped FedAvg.
 
     Args:
-      per_example_loss, server_tx, uplink, reducer: as ``fc.fedavg``.
+      per_example_loss, server_tx, uplink, reducer: as ``fc.fedavg``; G takes the reducer's mean, as the update does.
       threshold: ``gamma / eta`` of the paper, on the norm of a gradient.
       client_tx: optimiser of the corrected and clipped direction, ``optax.sgd(eta)`` in the paper.
       fresh_batches: G_i is the gradient on so many of the client's first batches, and its local steps take the others
@@ -78,7 +86,8 @@ def episode(
             y, _, _, report = local_steps(per_example_loss, tx, x, client, key, adjust=adjust)
             return optax.tree.sub(y, x), client.state.own, report
 
-        nothing = jax.tree.map(lambda x: jnp.zeros((len(cohort.ids), *x.shape), x.dtype), server.params)
+        # Whose G_i is dropped keeps the NaN, and so is dropped from the local steps, too.
+        nothing = jax.tree.map(lambda x: jnp.full((len(cohort.ids), *x.shape), jnp.nan, x.dtype), server.params)
         asked = dataclasses.replace(cohort, state=ClientState(nothing, ()))
         mean, _, gradients, first = exchange(
             gradient_at_x, identity(), built.reducer, server.params, (), asked, first_key
@@ -99,21 +108,27 @@ def episode_plus(
     client_tx: ClientTx,
     server_tx: optax.GradientTransformation | None = None,
     *,
-    num_clients: int,
+    num_clients: int | None = None,
     uplink: Uplink | None = None,
     reducer: Reducer | None = None,
 ) -> Algorithm:
     """EPISODE++: EPISODE with gradients G_i that clients stored when they last took part, so clients may be sampled.
 
-    The decision is on ``||G||``, ``G = mean of the G_i of ALL clients``. After its steps a client stores the mean of
-    its RAW gradients of the round, and ``G <- G + sum of the changes / N``.
+    The decision is on ``||G||``, ``G = 1/N sum of the G_i of ALL clients``. Before round 1 every client sends
+    ``G_i``, the gradient at the initial parameters on the batches that its first round would take (``Algorithm.start``,
+    which ``fc.train`` and ``fc.sweep`` run; the first row counts its bytes and steps). After its local steps a client
+    stores the mean of its RAW gradients of the round, and ``G <- G + sum of the changes / N``.
+
+    A client that was not asked before round 1, since it joins later or its gradient was not finite, has no G_i. G then
+    stands for it: its first round is not corrected (``d = g``), and the G_i that it stores moves G by
+    ``(G_i - G) / N``, which is right for the mean of all N.
 
     Args:
       per_example_loss, threshold, client_tx, server_tx, uplink, reducer: as ``episode``.
-      num_clients: N, the whole population.
+      num_clients: N, the whole population; read from the data unless it is given, and checked if it is.
 
     Returns:
-      An ``Algorithm`` whose clients keep ``G_i`` and whose server keeps ``G``; one exchange a round.
+      An ``Algorithm`` with a ``start``, whose clients keep ``G_i`` and whose server keeps ``G``; one exchange a round.
 
     Raises:
       InvalidInput: an argument of the wrong kind or out of its range.
@@ -125,33 +140,49 @@ def episode_plus(
     Smoothness", Algorithm 1 (EPISODE++).
     """
     clipping.check_threshold("episode_plus", threshold)
-    check_population(num_clients)
     built = parts(client_tx, server_tx, uplink, reducer)
-    link, reduce = on_update(built.uplink), together(built.reducer, beside(built.reducer, uniform_mean()))
+    variates = beside(built.reducer, uniform_mean())
+    link, reduce = on_update(built.uplink), together(built.reducer, variates)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
 
     def init_client(params):
-        return ClientState(zeros_like(params), built.uplink.init_client(params))
+        return ClientState(Stored(zeros_like(params), jnp.zeros((), bool)), built.uplink.init_client(params))
+
+    def moved(mean, change, cohort, metrics):
+        share = population_share(variates, cohort, metrics)
+        return jax.tree.map(lambda g, d: g + share * d, mean, change)
+
+    def start(server, cohort, key):
+        def gradient_at_x(x, client, key):
+            g, _ = full_gradient(per_example_loss, x, client, key)
+            return g, Stored(g, jnp.ones((), bool)), {"steps": client.num_steps.astype(jnp.float32)}
+
+        key = jax.random.fold_in(jax.random.fold_in(key, server.round), 2**31 - 2)  # no round has this number
+        asked = dataclasses.replace(cohort, state=ClientState(cohort.state.own, ()))
+        mean, _, states, metrics = exchange(gradient_at_x, identity(), variates, server.params, (), asked, key)
+        states = ClientState(states.own, cohort.state.uplink)
+        return server._replace(own=moved(server.own, mean, cohort, metrics)), states, metrics
 
     def round(server, cohort, key):
         tx, key = at_round(client_tx, server.round), jax.random.fold_in(key, server.round)
 
         def client_fn(shared, client, key):
             x, mean = shared
-            adjust = _episodic(client.state.own, mean, threshold)
+            own = tree.where(client.state.own.known, client.state.own.gradient, mean)
+            adjust = _episodic(own, mean, threshold)
             y, _, raw, report = local_steps(per_example_loss, tx, x, client, key, adjust=adjust, collect=True)
-            return (optax.tree.sub(y, x), optax.tree.sub(raw, client.state.own)), raw, report
+            return (optax.tree.sub(y, x), optax.tree.sub(raw, own)), Stored(raw, jnp.ones((), bool)), report
 
         (update, change), state, client_states, metrics = exchange(
             client_fn, link, reduce, (server.params, server.own), server.uplink, cohort, key
         )
         metrics |= _decision(server.own, threshold) | {"update_norm": tree.norm(update)}
-        mean = jax.tree.map(lambda g, d: g + metrics["clients"] / num_clients * d, server.own, change)
+        mean = moved(server.own, change, cohort, metrics)
         return step_server(server, built, update, state, mean), client_states, metrics
 
-    return Algorithm(init, init_client, round, population=built.population)
+    return Algorithm(init, init_client, round, population=built.population, num_clients=told(num_clients), start=start)
 
 
 def _episodic(own: PyTree, mean: PyTree, threshold: float | Array):

@@ -11,7 +11,7 @@ from fedjax_clip.local import Gradient, at_round, batch_gradient, local_update
 from fedjax_clip.metrics import Mean
 from fedjax_clip.reduce import Reducer, uniform_mean
 from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, InvalidInput, PerExampleLoss
-from fedjax_clip.uplink.base import Uplink
+from fedjax_clip.uplink.base import LATE, Uplink
 
 
 def fedbuff(
@@ -58,6 +58,11 @@ def fedbuff(
         raise InvalidInput(f"max_staleness must be a whole number of at least 0, not {max_staleness!r}.")
     reducer = uniform_mean() if reducer is None else reducer
     built = parts(client_tx, server_tx, uplink, reducer, only_update=True)
+    if built.uplink.mirrors:
+        raise InvalidInput(
+            f"FedBuff weighs messages by their staleness, and {built.uplink.mirrors} adds them up as they were sent: "
+            f"take fedavg or fedsgd, or {built.uplink.mirrors} out of the uplink."
+        )
     if built.uplink.grid is not None:
         raise InvalidInput(
             "FedBuff weighs messages by their staleness, and integers on a grid cannot be weighed: take fedavg, or "
@@ -92,12 +97,12 @@ def fedbuff(
 
 
 def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Uplink:
-    """What a link delivers, times ``(1 + staleness)^-exponent``; NaN, so dropped, beyond ``max_staleness``."""
+    """What a link delivers, times ``(1 + staleness)^-exponent``; too late, so dropped, beyond ``max_staleness``."""
 
     def encode(update, state, client_state, ctx):
         message, client_state, report = link.encode(update, state, client_state, ctx)
         weight = (1.0 + ctx.staleness) ** -exponent
-        weight = jnp.where(ctx.staleness <= max_staleness, weight, jnp.nan)
+        report = {**report, LATE: ctx.staleness > max_staleness}
         return jax.tree.map(lambda m: weight.astype(m.dtype) * m, message), client_state, report
 
     return link._replace(encode=encode)

@@ -66,5 +66,10 @@ def partially_frozen(
         f, u, algorithm = split(params)
         return tree.join(f, algorithm.personal(u, state))
 
-    own = personal if whole.personal else None
-    return Algorithm(init, init_client, round, own, broadcasts=False, population=whole.population)
+    def start(server, cohort, key):
+        f, u, algorithm = split(server.params)
+        server, client_states, metrics = algorithm.start(server._replace(params=u), cohort, key)
+        return server._replace(params=tree.join(f, server.params)), client_states, metrics
+
+    own = {"personal": personal if whole.personal else None, "start": start if whole.start else None}
+    return whole._replace(init=init, init_client=init_client, round=round, broadcasts=False, **own)

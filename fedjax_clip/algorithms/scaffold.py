@@ -4,8 +4,8 @@ import jax
 import optax
 
 from fedjax_clip import tree
-from fedjax_clip.algorithms.base import beside, check_population, init_server, parts, step_server, zeros_like
-from fedjax_clip.exchange import exchange
+from fedjax_clip.algorithms.base import beside, init_server, parts, step_server, told, zeros_like
+from fedjax_clip.exchange import exchange, population_share
 from fedjax_clip.local import at_round, local_steps
 from fedjax_clip.reduce import Reducer, together, uniform_mean
 from fedjax_clip.typing import Algorithm, ClientState, ClientTx, PerExampleLoss
@@ -17,7 +17,7 @@ def scaffold(
     client_tx: ClientTx,
     server_tx: optax.GradientTransformation | None = None,
     *,
-    num_clients: int,
+    num_clients: int | None = None,
     uplink: Uplink | None = None,
     reducer: Reducer | None = None,
 ) -> Algorithm:
@@ -29,7 +29,7 @@ def scaffold(
 
     Args:
       per_example_loss, client_tx, server_tx, uplink, reducer: as ``fc.fedavg``; the uplink acts on the update only.
-      num_clients: N, the whole population.
+      num_clients: N, the whole population; read from the data unless it is given, and checked if it is.
 
     Returns:
       An ``Algorithm`` whose clients keep ``c_i`` and whose server keeps ``c``; messages are twice as long.
@@ -43,9 +43,9 @@ def scaffold(
 
     Source: Karimireddy et al. (2020), Algorithm 1; Crawshaw, Bao and Liu (2023) for the clip.
     """
-    check_population(num_clients)
     built = parts(client_tx, server_tx, uplink, reducer)
-    link, reduce = on_update(built.uplink), together(built.reducer, beside(built.reducer, uniform_mean()))
+    variates = beside(built.reducer, uniform_mean())
+    link, reduce = on_update(built.uplink), together(built.reducer, variates)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -70,8 +70,9 @@ def scaffold(
         (update, change), state, client_states, metrics = exchange(
             client_fn, link, reduce, (server.params, server.own), server.uplink, cohort, key
         )
-        c = jax.tree.map(lambda c, d: c + metrics["clients"] / num_clients * d, server.own, change)
+        share = population_share(variates, cohort, metrics)
+        c = jax.tree.map(lambda c, d: c + share * d, server.own, change)
         metrics |= {"update_norm": tree.norm(update), "variate_norm": tree.norm(c)}
         return step_server(server, built, update, state, c), client_states, metrics
 
-    return Algorithm(init, init_client, round, population=built.population)
+    return Algorithm(init, init_client, round, population=built.population, num_clients=told(num_clients))

@@ -225,6 +225,8 @@ def plan_rounds(
         population=population,
         width=width,
         staleness=None if staleness is None else slots(np.concatenate(staleness)[order], 0, np.int32),
+        num_clients=np.full((num_devices, length), data.num_clients, np.int32),
+        total_weight=np.full((num_devices, length), data.client_weights.sum(dtype=np.float64), np.float32),
     )
 
 

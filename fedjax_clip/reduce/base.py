@@ -40,6 +40,7 @@ class Reducer(NamedTuple):
       threshold: of a modular sum, which adds integers: with fewer clients it gives nothing but zeros. ``None``: a
         reducer of real numbers.
       population: fewest clients that there must be, since it names one by number.
+      weighted: whether a client counts by its weight; otherwise all clients count alike.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.uniform_mean())
@@ -53,6 +54,7 @@ class Reducer(NamedTuple):
     fewest: int = 1
     threshold: int | None = None
     population: int = 0
+    weighted: bool = False
 
 
 def weighted_mean() -> Reducer:
@@ -65,7 +67,7 @@ def weighted_mean() -> Reducer:
 
     Source: McMahan et al. (2017), Algorithm 1.
     """
-    return _mean(lambda weights: weights)
+    return _mean(lambda weights: weights)._replace(weighted=True)
 
 
 def uniform_mean() -> Reducer:
@@ -136,4 +138,12 @@ def together(*reducers: Reducer) -> Reducer:
     def finish(acc, axis_name):
         return tuple(r.finish(a, axis_name) for r, a in zip(reducers, acc, strict=True))
 
-    return Reducer(zero, add, finish, linear=all(r.linear for r in reducers), fewest=max(r.fewest for r in reducers))
+    first = reducers[0]  # the first part is the update, and what the uplink asks of the reducer it asks of this one
+    return first._replace(
+        zero=zero,
+        add=add,
+        finish=finish,
+        linear=all(r.linear for r in reducers),
+        fewest=max(r.fewest for r in reducers),
+        population=max(r.population for r in reducers),
+    )

@@ -109,7 +109,8 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
         return reducer.finish(reducer.add(acc, stack.messages, stack.weights), None)
 
     fewest = reducer.fewest if fewest is None else fewest
-    return stacking(aggregate, fewest)._replace(denominator=reducer.denominator, population=reducer.population)
+    kept = {name: getattr(reducer, name) for name in ("denominator", "population", "weighted")}
+    return stacking(aggregate, fewest)._replace(**kept)
 
 
 def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
@@ -153,4 +154,4 @@ def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
         weights = (held > 0).astype(stack.weights.dtype)
         return Stack(jax.tree.map(mean, stack.messages), weights, jnp.arange(buckets), stack.key)
 
-    return restacked(deal, reducer, size * (reducer.fewest - 1) + 1)
+    return restacked(deal, reducer, size * (reducer.fewest - 1) + 1)._replace(weighted=False)

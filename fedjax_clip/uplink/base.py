@@ -16,6 +16,7 @@ from fedjax_clip.typing import Array, InvalidInput, Metrics, Params, PyTree, che
 from fedjax_clip.uplink.orders import check_chain, last_bound
 
 SENT = ("bytes", "entropy_bytes")  # what a link that packs reports of its message
+LATE = "late"  # what a link reports, true, of a message that comes too late to count
 
 
 class Context(NamedTuple):
@@ -30,6 +31,8 @@ class Context(NamedTuple):
       bound: L2 norm that no client's message exceeds where it enters this link, if a link before it guarantees one.
       staleness: int32, rounds since the client was sent its parameters; 0 at the server.
       threshold: fewest clients whose messages a modular sum adds up, ``None`` under other reducers.
+      share: at the server, what takes an aggregate to the mean over ALL clients in which those who did not come count
+        as zeros: ``|S| / N``, or the share of the population's weight; ``None`` where the cohort does not tell N.
 
     Example:
       >>> noise = jax.random.normal(ctx.key, update.shape)  # in an encode: of this client, link and round
@@ -43,6 +46,7 @@ class Context(NamedTuple):
     bound: Array | None = None
     staleness: Array | int = 0
     threshold: int | None = None
+    share: Array | None = None
 
 
 class Uplink(NamedTuple):
@@ -62,6 +66,8 @@ class Uplink(NamedTuple):
       needs_bound: whether what enters must have a bound.
       leaks: what it tells the server of the clients besides the message and without noise; nothing by default.
       moves: its name, if its bound changes from round to round.
+      mirrors: its name, if what a client keeps is a copy of what the server has added up of its messages: then they
+        must be added up as they were sent.
       mechanism: how its noise depends on that of the rounds before, if it does.
       wire: what it does to the message on its way: it ``"changes"`` it, or ``"keeps"`` it (what it does, it does at
         the server), or ``"packs"`` it: nothing may touch it any more, and its report has the ``bytes`` that travel and
@@ -97,6 +103,7 @@ class Uplink(NamedTuple):
     needs_bound: bool = False
     leaks: str = ""
     moves: str = ""
+    mirrors: str = ""
     mechanism: Mechanism | None = None
     wire: str = "changes"
     grid: Callable[[int, Any, int], Any] | None = None
@@ -168,12 +175,12 @@ def chain(*links: Uplink) -> Uplink:
     bound = None if last is None else functools.partial(guarantee, last)
     noise = "central" if any(link.noise == "central" for link in links) else max((k.noise for k in links), default="")
     multipliers = sum((link.noise_multipliers for link in links), ())
-    leaks, moves = (next((getattr(k, name) for k in links if getattr(k, name)), "") for name in ("leaks", "moves"))
+    said = {n: next((getattr(k, n) for k in links if getattr(k, n)), "") for n in ("leaks", "moves", "mirrors")}
     mechanism = next((link.mechanism for link in links if link.mechanism), None)
-    joined = Uplink(init, init_client, encode, decode, bound, contracts, noise, multipliers, leaks=leaks)
+    joined = Uplink(init, init_client, encode, decode, bound, contracts, noise, multipliers, **said)
     population = max((link.population for link in links), default=0)
     grid = links[-1].grid if links else None
-    return joined._replace(moves=moves, mechanism=mechanism, wire=_wire(links), grid=grid, population=population)
+    return joined._replace(mechanism=mechanism, wire=_wire(links), grid=grid, population=population)
 
 
 def _wire(links: Sequence[Uplink]) -> str:

@@ -15,7 +15,7 @@ def memory(
     """Sends the clipped difference between an update and the client's memory v of what it has sent.
 
     ``u_i <- (1 - momentum) u_i + momentum x_i;  c_i = clip(u_i - v_i);  v_i <- v_i + step c_i`` at client i, and
-    ``g <- g + step mean c_i`` at the server, which uses g. Under ``fc.fedsgd`` it is
+    ``g <- g + step (1/N) sum_i c_i`` at the server, which uses g. The sum is over the clients that came, N counts all. Under ``fc.fedsgd`` it is
 
       ``memory(clip_by_global_norm(tau))``                           Clip21
       ``memory(clip_by_global_norm(tau), momentum, step)``           Clip21-SGD2M
@@ -23,8 +23,10 @@ def memory(
       ``memory(fc.uplink.compress(top_k(0.01)))``                    EF21, its memory at the server, too
 
     Guarantee: each message is as small as the clip makes it (its sensitivity), while g converges to the mean of
-    updates that stand still: no bias is left. ``mean_i v_i = g`` as long as ALL clients take part with fixed weights;
-    the theory asks for that. With sampling it runs, and g then follows a mean over the clients that came.
+    updates that stand still: no bias is left. g is the mean of the v_i of ALL N clients, whoever came, up to rounding:
+    a mean over those who came counts ``|S| / N`` times. ``weighted_mean`` weighs clients by their examples in g, too;
+    ``uniform_mean`` is the papers'. Behind a robust reducer g is what that rule makes of the messages, and noise or
+    rounding behind the memory stays in g.
 
     Args:
       tx: a clip, or a link such as a compressor, without a state of its own.
@@ -32,14 +34,16 @@ def memory(
       step: beta-hat, how far memory and server follow.
 
     Raises:
-      InvalidInput: a momentum or step outside [0, 1], a link that keeps a state, adds noise or sends sketches.
+      InvalidInput: a momentum or step outside [0, 1], a link that keeps a state, adds noise or sends sketches; (when
+        a round is traced) a cohort that was not made by ``fc.plan`` and does not tell N.
 
     Example:
       >>> link = fc.uplink.memory(fc.clipping.clip_by_global_norm(1.0))
       >>> algorithm = fc.fedsgd(per_example_loss, optax.sgd(1.0), optax.sgd(0.1), uplink=link)  # Clip21
 
     Source: Khirirat et al. (2023), "Clip21", Algorithms 1 and 2; Islamov et al. (2025), Clip21-SGD2M; Shulgin et al.
-    (2025), α-NormEC; Richtárik, Sokolov and Fatkhullin (2021), "EF21", Algorithm 1.
+    (2025), α-NormEC; Richtárik, Sokolov and Fatkhullin (2021), "EF21", Algorithm 1; Fatkhullin et al. (2021), "EF21
+    with Bells & Whistles", Algorithm 4 (EF21-PP), for clients that are sampled.
     """
 
     check_range("momentum", momentum, 0, 1)
@@ -63,7 +67,9 @@ def memory(
         return message, (average, sent), report
 
     def decode(aggregate, g, report, ctx):
-        g = jax.tree.map(lambda g, c: g + step * c, g, aggregate)
+        if ctx.share is None:
+            raise InvalidInput("memory needs to know how many clients there are: make the cohort by fc.plan.")
+        g = jax.tree.map(lambda g, c: g + (step * ctx.share * c).astype(g.dtype), g, aggregate)
         return g, g, report
 
     def init_client(params):
@@ -71,7 +77,9 @@ def memory(
             raise InvalidInput("memory takes a link that keeps nothing itself: a compressor, or a clip.")
         return zeros(params) if averages else (), zeros(params)
 
-    return Uplink(zeros, init_client, encode, decode, wire=link.wire, population=link.population)
+    return Uplink(
+        zeros, init_client, encode, decode, wire=link.wire, population=link.population, mirrors="memory"
+    )
 
 
 def relative_to_last() -> Uplink:
