@@ -311,7 +311,7 @@ SCHEDULES: Mapping[str, Callable[..., optax.Schedule]] = {
 }
 
 
-_FRACTIONS = ("b1", "b2", "decay", "momentum")
+_FRACTIONS = ("b1", "b2", "beta1", "beta2", "decay", "momentum")
 
 
 def _checked(optimizer: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
@@ -345,6 +345,9 @@ OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "clip_by_layer_norm": lambda max_norm: clipping.clip(max_norm, scope=clipping.layer()),
     "clip_by_value": clipping.clip_by_value,
     "delta_clip": clipping.delta_clip,
+    "fedadagrad": _checked(fc.fedopt.fedadagrad),
+    "fedadam": _checked(fc.fedopt.fedadam),
+    "fedyogi": _checked(fc.fedopt.fedyogi),
     "normalised": clipping.normalised,
     "proximal": fc.proximal,
     "prune": compression.prune,

@@ -39,7 +39,7 @@ class WholeOrText(flags.ArgumentParser):
 flags.DEFINE_string("task", "digits", f"What to learn: one of {', '.join(registry.TASKS)}; as in npz('my.npz').")
 flags.DEFINE_string("algorithm", "fedavg(local_epochs=1)", f"One of {', '.join(registry.ALGORITHMS)}.")
 flags.DEFINE_string("client", "clip_by_global_norm(1.0)|sgd(0.1)", "The clients' optimiser, an optax chain.")
-flags.DEFINE_string("server", "sgd(1.0)", "The server's optimiser: sgd, adam, yogi, adagrad ...")
+flags.DEFINE_string("server", "sgd(1.0)", "The server's optimiser: sgd, fedadam, fedyogi, adam ...")
 flags.DEFINE_string("uplink", "", "What an update passes on its way to the server: quantile_clip(0.1), for example.")
 flags.DEFINE_string("downlink", "", "How the model is sent to the clients: difference(qsgd(8)) or model(...); whole.")
 flags.DEFINE_string(

@@ -43,6 +43,7 @@ class Stream(NamedTuple):
       num_clients: int32, N.
       held_out: the fold's held-out examples, if there are folds.
       cohorts: some rounds' cohorts ``[R, ...]``; their batches are example numbers of the whole population.
+      everyone: one cohort of all clients, for an algorithm with a ``start``; ``None`` for others.
     """
 
     params: Params
@@ -50,6 +51,7 @@ class Stream(NamedTuple):
     num_clients: Any
     held_out: Rows | None
     cohorts: Cohort
+    everyone: Cohort | None = None
 
 
 def train_rounds(
@@ -65,17 +67,22 @@ def train_rounds(
     """
 
     def round(index: Array, state: PyTree) -> tuple[PyTree, Metrics]:
-        server, kept = state
         cohort = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), cohorts)
-        own = jax.tree.map(lambda x: x[jnp.maximum(cohort.ids, 0)], kept)
-        server, own, report = algorithm.round(
-            server, dataclasses.replace(cohort, state=own, population=population), key
-        )
-        kept = jax.tree.map(lambda xs, x: xs.at[_places(cohort.ids, len(xs))].set(x, mode="drop"), kept, own)
-        return (server, kept), report
+        return one_round(algorithm.round, state, cohort, population, key)
 
     round, (_, report) = tree.traced(round, 0, state)
     return jax.lax.fori_loop(0, count, lambda index, carry: round(index, carry[0]), (state, report))
+
+
+def one_round(
+    round: Callable[..., Any], state: PyTree, cohort: Cohort, population: PyTree, key: Array
+) -> tuple[PyTree, Metrics]:
+    """``(state, metrics)`` after ``algorithm.round``, or its ``start``, of one cohort; see ``train_rounds``."""
+    server, kept = state
+    own = jax.tree.map(lambda x: x[jnp.maximum(cohort.ids, 0)], kept)
+    server, own, report = round(server, dataclasses.replace(cohort, state=own, population=population), key)
+    kept = jax.tree.map(lambda xs, x: xs.at[_places(cohort.ids, len(xs))].set(x, mode="drop"), kept, own)
+    return (server, kept), report
 
 
 def _places(ids: Array, size: int) -> Array:
@@ -128,7 +135,15 @@ def program(
     def one(hyper, state, stream, population, sets, start, count, due):
         algorithm = build({**hyper, "num_clients": stream.num_clients})
         key = jax.random.key(stream.seed)
-        state = tree.where(start == 0, init_state(algorithm, stream.params, num_kept), state)
+        begun = init_state(algorithm, stream.params, num_kept)
+        if algorithm.start is not None:
+            begun = jax.lax.cond(
+                start == 0,
+                lambda begun: one_round(algorithm.start, begun, stream.everyone, population, key)[0],
+                lambda begun: begun,
+                begun,
+            )
+        state = tree.where(start == 0, begun, state)
         state, report = train_rounds(algorithm, state, stream.cohorts, population, key, count)
         if stream.held_out is not None:
             sets = sets | {"fold": (population, stream.held_out)}
@@ -170,13 +185,17 @@ def plan(
     sampler: Sampler,
     work: LocalWork,
     stops: Sequence[int],
+    begins: bool = False,
 ) -> dict[tuple[int, int], Plan]:
-    """The plan of every ``(seed, fold)``, all of the same shapes; no block goes beyond one of the ``stops``."""
+    """The plan of every ``(seed, fold)``, all of the same shapes; no block goes beyond one of the ``stops``.
+
+    With ``begins`` it has a cohort of all clients besides, for an algorithm with a ``start``.
+    """
     spans = [range(a, b) for a, b in itertools.pairwise([0, *stops])]
     trained = [fold.split(data)[0] for fold in folds] or [data]
 
-    def cohorts(k: int, seed: int, rounds: range, length: int, least: tuple[int, int]) -> Cohort:
-        ids = [sampler.sample(trained[k].sizes, seed, r) for r in rounds]
+    def cohorts(k: int, seed: int, rounds: range, length: int, least: tuple[int, int], all: bool = False) -> Cohort:
+        ids = [np.arange(trained[k].num_clients) if all else sampler.sample(trained[k].sizes, seed, r) for r in rounds]
         options: dict[str, Any] = {"seed": seed, "first_round": rounds.start, "population": (), "least": least}
         planned = jax.tree.map(lambda x: x[0], plan_rounds(trained[k], ids, work, length=length, **options))
         return dataclasses.replace(planned, batches=folds[k].train[planned.batches]) if folds else planned
@@ -193,13 +212,21 @@ def plan(
     shapes = {(c.ids.shape[1], c.example_weight.shape[1]) for cs in planned.values() for c in cs}
     if len(shapes) > 1:
         planned = every(tuple(map(max, zip(*shapes))))
+    everyone: dict[tuple[int, int], Cohort] = {}
+    if begins:
+        room = (0, 0)
+        for _ in range(2):  # the second time all of them have room for the largest
+            everyone = {(s, k): cohorts(k, s, range(1), 1, room, all=True) for s in seeds for k in range(len(trained))}
+            room = tuple(max(x) for x in zip(*((c.ids.shape[1], c.example_weight.shape[1]) for c in everyone.values())))
+        everyone = {lane: jax.tree.map(lambda x: x[0], cohort) for lane, cohort in everyone.items()}
     least = max((len(f.held_out) for f in folds), default=0)
     streams = {}
     for seed in seeds:
         initial = params(seed) if callable(params) else params
         for k, population in enumerate(trained):
             held_out = rows(data, folds[k].held_out, least) if folds else None
-            common = Stream(initial, np.uint32(seed), np.int32(population.num_clients), held_out, planned[seed, k][0])
+            size, first = np.int32(population.num_clients), planned[seed, k][0]
+            common = Stream(initial, np.uint32(seed), size, held_out, first, everyone.get((seed, k)))
             streams[seed, k] = Plan(common, list(zip(blocks, planned[seed, k])))
     return streams
 

@@ -164,7 +164,7 @@ def sweep(
     check_fields(data)
     check_type("sampler", sampler, sampling.Sampler | None, "one of fc.sampling (a sweep has no clock)")
     columns = {name: np.asarray(values, np.float32) for name, values in points.items()}
-    num_points = _check_points(columns, build, data.num_clients)
+    num_points, begins = _check_points(columns, build, data.num_clients)
     if rounds < 1 or not seeds:
         raise InvalidInput(f"A sweep needs at least one round and one seed, not {rounds} and {list(seeds)}.")
     if sampler is None:
@@ -174,7 +174,7 @@ def sweep(
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
     devices = jax.local_devices() if devices is None else devices
     stops, kept = rungs(rounds, num_points, halving)
-    plans = plan(data, folds, seeds, params, sampler, work, stops)
+    plans = plan(data, folds, seeds, params, sampler, work, stops, begins)
     widest = points_per_chunk or _widest(next(iter(plans.values())).stream.params, devices)
     width = _width(widest, len(plans), kept, len(devices))
     running = Lanes(build, columns, plans, data, per_example_loss, evaluation or {}, devices, width)
@@ -263,8 +263,8 @@ def _order(trial: Trial) -> tuple[Any, ...]:
     return *trial[:3], trial.metrics["round"]
 
 
-def _check_points(columns: Mapping[str, np.ndarray], build: Build, num_clients: int) -> int:
-    """How many points there are; refuses those that ``build`` does, before anything is compiled."""
+def _check_points(columns: Mapping[str, np.ndarray], build: Build, num_clients: int) -> tuple[int, bool]:
+    """How many points there are, and whether they have a ``start``; refuses what ``build`` does, before compiling."""
     shapes = {name: x.shape for name, x in columns.items()}
     if not shapes or len(set(shapes.values())) > 1 or any(len(s) != 1 or s[0] < 1 for s in shapes.values()):
         raise InvalidInput(f"points must be one or more values of each hyper-parameter, as many of each: not {shapes}.")
@@ -274,10 +274,10 @@ def _check_points(columns: Mapping[str, np.ndarray], build: Build, num_clients: 
     for i in range(count):
         point = {name: float(x[i]) for name, x in columns.items()}
         try:
-            build({**point, "num_clients": num_clients})
+            algorithm = build({**point, "num_clients": num_clients})
         except InvalidInput as error:
             raise InvalidInput(f"{', '.join(f'{k}={v:g}' for k, v in point.items())}: {error}") from None
-    return count
+    return count, algorithm.start is not None
 
 
 def _widest(params: Params, devices: Sequence[jax.Device]) -> int:

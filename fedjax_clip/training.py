@@ -256,8 +256,8 @@ def _stop_at(columns: dict[str, np.ndarray], rounds: range, data: FederatedData)
         if named := [data.name(i) for i in ids if i >= 0]:
             more = " and perhaps more" if len(named) == len(ids) else ""
             raise InvalidInput(
-                f"Round {round + 1}: the updates of clients {', '.join(named)}{more} are not finite. Lower the client's "
-                "learning rate, put a clip in front of it, or let such updates be left out (non_finite='drop')."
+                f"Round {round + 1}: the updates of clients {', '.join(named)}{more} are not finite. Lower the "
+                "client's learning rate, put a clip in front of it, or leave such updates out (non_finite='drop')."
             )
 
 

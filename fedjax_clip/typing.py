@@ -105,8 +105,8 @@ def check_named(algorithm: Algorithm, num_clients: int) -> None:
     """Refuses an algorithm that was told another population, or whose links or reducers name a client it lacks."""
     if algorithm.num_clients not in (None, num_clients):
         raise InvalidInput(
-            f"The algorithm was told num_clients={algorithm.num_clients}, and the population has {num_clients} clients: "
-            "leave num_clients out, and it is read from the data."
+            f"The algorithm was told num_clients={algorithm.num_clients}, and the population has {num_clients} "
+            "clients: leave num_clients out, and it is read from the data."
         )
     if algorithm.population > num_clients:
         raise InvalidInput(

@@ -85,27 +85,6 @@ def episode(x, grad, rounds, weights, *, lr, tau):
     return xs
 
 
-def episode_plus(x, grad, rounds, weights, *, lr, tau, num_clients):
-    """EPISODE++: stored corrections, refreshed by the round's mean raw gradient (Crawshaw and Liu 2023)."""
-    x, xs = np.array(x, dtype=np.float64), []
-    stored, mean = {i: np.zeros_like(x) for i in weights}, np.zeros_like(x)
-    for sampled in rounds:
-        clipped = norm(mean) > tau
-        updates, fresh = {}, {}
-        for i, batches in sampled.items():
-            y, raw = x.copy(), np.zeros_like(x)
-            for batch in batches:
-                g = grad(i, y, batch)
-                raw = raw + g
-                y = episodic_step(y, g - stored[i] + mean, lr, tau, clipped)
-            updates[i], fresh[i] = y - x, raw / len(batches)
-        mean = mean + sum(fresh[i] - stored[i] for i in sampled) / num_clients
-        stored.update(fresh)
-        x = x + weighted_mean(updates, weights)
-        xs.append(x)
-    return xs
-
-
 def scaffold(x, grad, rounds, weights, *, lr, tau=np.inf, num_clients):
     """SCAFFOLD option II with server rate 1 (Karimireddy et al. 2020); a finite tau clips each corrected step."""
     x, xs = np.array(x, dtype=np.float64), []
@@ -188,55 +167,6 @@ def zero_then_clip(
         zs.append(z)
         cs.append(c)
     return xs, zs, cs
-
-
-def clip21(x, grad, rounds, weights, *, lr, tau):
-    """Clip21-GD: clipped differences accumulated as error feedback (Khirirat et al. 2023)."""
-    x, xs = np.array(x, dtype=np.float64), []
-    v, g = {i: np.zeros_like(x) for i in weights}, np.zeros_like(x)
-    for sampled in rounds:
-        increments = {}
-        for i, batches in sampled.items():
-            increments[i] = clip(mean_gradient(grad, i, x, batches) - v[i], tau)
-            v[i] = v[i] + increments[i]
-        g = g + weighted_mean(increments, weights)
-        x = x - lr * g
-        xs.append(x)
-    return xs
-
-
-def clip21_sgd2m(x, grad, rounds, weights, *, lr, tau, beta, beta_hat):
-    """Clip21-SGD2M without noise: client momentum u_i, buffer v_i, damped increments (Islamov et al. 2025)."""
-    x, xs = np.array(x, dtype=np.float64), []
-    u, v = {i: np.zeros_like(x) for i in weights}, {i: np.zeros_like(x) for i in weights}
-    g = np.zeros_like(x)
-    for sampled in rounds:
-        clipped = {}
-        for i, batches in sampled.items():
-            g_i = mean_gradient(grad, i, x, batches)
-            u[i] = (1.0 - beta) * u[i] + beta * g_i
-            clipped[i] = clip(u[i] - v[i], tau)
-            v[i] = v[i] + beta_hat * clipped[i]
-        g = g + beta_hat * weighted_mean(clipped, weights)
-        x = x - lr * g
-        xs.append(x)
-    return xs
-
-
-def norm_ec(x, grad, rounds, weights, *, lr, alpha, beta):
-    """alpha-NormEC without noise or server normalisation: smoothed normalised differences (Shulgin et al. 2025)."""
-    x, xs = np.array(x, dtype=np.float64), []
-    v, g = {i: np.zeros_like(x) for i in weights}, np.zeros_like(x)
-    for sampled in rounds:
-        increments = {}
-        for i, batches in sampled.items():
-            u = mean_gradient(grad, i, x, batches) - v[i]
-            increments[i] = beta * u / (alpha + norm(u))
-            v[i] = v[i] + increments[i]
-        g = g + weighted_mean(increments, weights)
-        x = x - lr * g
-        xs.append(x)
-    return xs
 
 
 def biclip(g, d, u):

@@ -21,7 +21,7 @@ LAYERS = [
     {"typing", "tree", "metrics"},
     {"clipping", "cohort", "compression", "reduce", "convolution", "mechanism"},
     {"data", "uplink"},
-    {"attacks", "local", "lora", "per_example", "secure", "homomorphic"},
+    {"attacks", "fedopt", "local", "lora", "per_example", "secure", "homomorphic"},
     {"exchange"},
     {"algorithms", "placement", "models", "dispatch", "lanes"},
     {"evaluation"},

@@ -59,14 +59,6 @@ def parts(
     return filled
 
 
-def beside(reducer: Reducer, otherwise: Reducer) -> Reducer:
-    """What reduces the parts of a message beside the update: a reducer that defends the update has to defend them, too.
-
-    ``otherwise`` is the algorithm's own mean, where the update's is a plain mean.
-    """
-    return otherwise if reducer.linear else reducer
-
-
 def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] = lambda params: ()) -> Server:
     """The server before round 0, with copies of the parameters (a round donates its server's buffers)."""
     params = tree.as_arrays(params)

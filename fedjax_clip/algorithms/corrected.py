@@ -83,8 +83,9 @@ def feddyn(
     """Local steps along ``g - h_i + alpha (y - x)``, so that clients' optima agree with the server's.
 
     After the steps ``h_i <- h_i - alpha (y_i - x)``; ``h <- h - alpha / N sum_i (y_i - x)``; ``x <- mean y_i - h /
-    alpha``. So h is the mean of the h_i of all N clients, and both means are the reducer's: uniform by default. A clip in ``client_tx`` sees the corrected direction: h_i then follows the clipped path,
-    and no longer a gradient at y_i, so the fixed point moves while clips fire.
+    alpha``. So h is the mean of the h_i of all N clients, and both means are the reducer's: uniform by default. A clip
+    in ``client_tx`` sees the corrected direction: h_i then follows the clipped path, and is no gradient at y_i any
+    more, so the fixed point moves while clips fire.
 
     Args:
       per_example_loss, client_tx, server_tx, uplink: as ``fc.fedavg``. h follows what the server receives.
@@ -150,7 +151,8 @@ def mime(
     """Local steps with the SERVER's momentum, fixed in the round: ``(1 - beta) d + beta m``.
 
     d is the gradient at y, corrected to ``g(y) - g(x) + G`` unless ``lite``, with G the mean of full gradients at x
-    and g(x) on the same batch. G takes the reducer's mean, as the update does: ``uniform_mean`` is the paper's. After the round ``m <- (1 - beta) G + beta m``: of RAW gradients, whatever is clipped.
+    and g(x) on the same batch. G takes the reducer's mean, as the update does: ``uniform_mean`` is the paper's. After
+    the round ``m <- (1 - beta) G + beta m``: of RAW gradients, whatever is clipped.
     A clip in ``client_tx`` sees the whole direction, momentum included.
 
     Args:
@@ -204,7 +206,9 @@ def mime(
         mean, first = (), {"bytes_down": 0.0, "bytes_up": 0.0}
         if not lite:
             asked = dataclasses.replace(cohort, state=ClientState((), ()))  # the link's state is for the other message
-            mean, _, _, first = exchange(gradient_at_x, identity(), built.reducer, server.params, (), asked, gradient_key)
+            mean, _, _, first = exchange(
+                gradient_at_x, identity(), built.reducer, server.params, (), asked, gradient_key
+            )
         shared = server.params, server.own, mean
         (update, at_x), state, client_states, metrics = exchange(
             client_fn, link, together(built.reducer, built.reducer), shared, server.uplink, cohort, work_key

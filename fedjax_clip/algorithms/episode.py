@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_clip import clipping, tree
-from fedjax_clip.algorithms.base import beside, init_server, parts, step_server, told, zeros_like
+from fedjax_clip.algorithms.base import init_server, parts, step_server, told, zeros_like
 from fedjax_clip.exchange import exchange, population_share, traffic
 from fedjax_clip.local import at_round, full_gradient, local_steps
-from fedjax_clip.reduce import Reducer, together, uniform_mean
+from fedjax_clip.reduce import Reducer, together
 from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, PerExampleLoss, PyTree
 from fedjax_clip.uplink.base import Uplink, identity, on_update
 
@@ -124,7 +124,8 @@ def episode_plus(
     ``(G_i - G) / N``, which is right for the mean of all N.
 
     Args:
-      per_example_loss, threshold, client_tx, server_tx, uplink, reducer: as ``episode``.
+      per_example_loss, threshold, client_tx, server_tx, uplink, reducer: as ``episode``. G, too, takes the reducer's
+        mean: with ``uniform_mean``, the paper's, it is ``1/N sum G_i``.
       num_clients: N, the whole population; read from the data unless it is given, and checked if it is.
 
     Returns:
@@ -141,8 +142,7 @@ def episode_plus(
     """
     clipping.check_threshold("episode_plus", threshold)
     built = parts(client_tx, server_tx, uplink, reducer)
-    variates = beside(built.reducer, uniform_mean())
-    link, reduce = on_update(built.uplink), together(built.reducer, variates)
+    link, reduce = on_update(built.uplink), together(built.reducer, built.reducer)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -151,7 +151,7 @@ def episode_plus(
         return ClientState(Stored(zeros_like(params), jnp.zeros((), bool)), built.uplink.init_client(params))
 
     def moved(mean, change, cohort, metrics):
-        share = population_share(variates, cohort, metrics)
+        share = population_share(built.reducer, cohort, metrics)
         return jax.tree.map(lambda g, d: g + share * d, mean, change)
 
     def start(server, cohort, key):
@@ -161,7 +161,7 @@ def episode_plus(
 
         key = jax.random.fold_in(jax.random.fold_in(key, server.round), 2**31 - 2)  # no round has this number
         asked = dataclasses.replace(cohort, state=ClientState(cohort.state.own, ()))
-        mean, _, states, metrics = exchange(gradient_at_x, identity(), variates, server.params, (), asked, key)
+        mean, _, states, metrics = exchange(gradient_at_x, identity(), built.reducer, server.params, (), asked, key)
         states = ClientState(states.own, cohort.state.uplink)
         return server._replace(own=moved(server.own, mean, cohort, metrics)), states, metrics
 

@@ -4,10 +4,10 @@ import jax
 import optax
 
 from fedjax_clip import tree
-from fedjax_clip.algorithms.base import beside, init_server, parts, step_server, told, zeros_like
+from fedjax_clip.algorithms.base import init_server, parts, step_server, told, zeros_like
 from fedjax_clip.exchange import exchange, population_share
 from fedjax_clip.local import at_round, local_steps
-from fedjax_clip.reduce import Reducer, together, uniform_mean
+from fedjax_clip.reduce import Reducer, together
 from fedjax_clip.typing import Algorithm, ClientState, ClientTx, PerExampleLoss
 from fedjax_clip.uplink.base import Uplink, on_update
 
@@ -25,7 +25,9 @@ def scaffold(
 
     After a client's steps ``c_i`` becomes the mean of its RAW gradients of the round, which for unclipped SGD is
     option II of the paper, ``c_i - c + (x - y) / (I eta)``; once a step is clipped that formula would be wrong.
-    Updates are averaged by ``reducer``, changes of variates uniformly: ``c <- c + |S| / N * mean (c_i' - c_i)``.
+    Changes of variates take the reducer's mean, as updates do: ``c <- c + |S| / N * mean (c_i' - c_i)``, so that c is
+    the mean of all c_i. ``uniform_mean`` is the paper's. With the default, by examples, both follow the weighted
+    objective. A weighted mean of updates with a uniform one of variates would end at the uniform objective's optimum.
 
     Args:
       per_example_loss, client_tx, server_tx, uplink, reducer: as ``fc.fedavg``; the uplink acts on the update only.
@@ -44,8 +46,7 @@ def scaffold(
     Source: Karimireddy et al. (2020), Algorithm 1; Crawshaw, Bao and Liu (2023) for the clip.
     """
     built = parts(client_tx, server_tx, uplink, reducer)
-    variates = beside(built.reducer, uniform_mean())
-    link, reduce = on_update(built.uplink), together(built.reducer, variates)
+    link, reduce = on_update(built.uplink), together(built.reducer, built.reducer)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -70,7 +71,7 @@ def scaffold(
         (update, change), state, client_states, metrics = exchange(
             client_fn, link, reduce, (server.params, server.own), server.uplink, cohort, key
         )
-        share = population_share(variates, cohort, metrics)
+        share = population_share(built.reducer, cohort, metrics)
         c = jax.tree.map(lambda c, d: c + share * d, server.own, change)
         metrics |= {"update_norm": tree.norm(update), "variate_norm": tree.norm(c)}
         return step_server(server, built, update, state, c), client_states, metrics

@@ -15,7 +15,8 @@ def memory(
     """Sends the clipped difference between an update and the client's memory v of what it has sent.
 
     ``u_i <- (1 - momentum) u_i + momentum x_i;  c_i = clip(u_i - v_i);  v_i <- v_i + step c_i`` at client i, and
-    ``g <- g + step (1/N) sum_i c_i`` at the server, which uses g. The sum is over the clients that came, N counts all. Under ``fc.fedsgd`` it is
+    ``g <- g + step (1/N) sum_i c_i`` at the server, which uses g. The sum is over the clients that came, N counts all.
+    Under ``fc.fedsgd`` it is
 
       ``memory(clip_by_global_norm(tau))``                           Clip21
       ``memory(clip_by_global_norm(tau), momentum, step)``           Clip21-SGD2M
@@ -77,9 +78,7 @@ def memory(
             raise InvalidInput("memory takes a link that keeps nothing itself: a compressor, or a clip.")
         return zeros(params) if averages else (), zeros(params)
 
-    return Uplink(
-        zeros, init_client, encode, decode, wire=link.wire, population=link.population, mirrors="memory"
-    )
+    return Uplink(zeros, init_client, encode, decode, wire=link.wire, population=link.population, mirrors="memory")
 
 
 def relative_to_last() -> Uplink:
