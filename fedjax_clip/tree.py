@@ -38,6 +38,14 @@ def norm(tree: PyTree) -> Array:
     return safe_sqrt(sum((jnp.sum(by_columns(jnp.sum, x)) for x in squares), jnp.zeros((), jnp.float32)))
 
 
+def or_one(total: Array) -> Array:
+    """What to divide by: the total, or 1 where it is 0.
+
+    Not the smallest number in place of 0: XLA may multiply it by another divisor, which gives 0, and NaN.
+    """
+    return jnp.where(total > 0, total, 1)
+
+
 def stays_finite(new: PyTree, old: PyTree) -> Array:
     """Whether every number of ``new`` is finite that was finite in ``old``; what is no floating number always is."""
     ok = jnp.ones((), bool)
