@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import metrics, tree
+from fedjax_clip import clipping, metrics, tree
 from fedjax_clip.cohort import Client, Cohort
 from fedjax_clip.local import ClientFn
 from fedjax_clip.reduce import Reducer, Roster
@@ -31,8 +31,9 @@ def exchange(
     memory does not grow with the cohort. The loop ends with the last client, and each client's own loop with its
     last step: padding costs nothing. A client whose update or message has no finite norm (a NaN or an infinity
     somewhere, or beyond 1e19, which float32 cannot square) is dropped: it adds nothing, keeps its old state and is
-    counted. With ``cohort.non_finite == "keep"`` it is kept like any other. A round that a modular sum does not open,
-    since too few clients came, leaves all clients' states as they were.
+    counted. So is a client that would keep a NaN or an infinity from now on. With ``cohort.non_finite == "keep"`` such
+    clients are kept like any other. A round that a modular sum does not open, since too few clients came, leaves all
+    clients' states as they were.
 
     Args:
       client_fn: ``(shared, client, key) -> (update, client_state, report)``, written for ONE client.
@@ -72,7 +73,9 @@ def exchange(
         in_time = present & ~link_report.get(LATE, jnp.zeros((), bool))
         link_report = {name: x for name, x in link_report.items() if name not in (*SENT, LATE)}
         norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
-        finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message))
+        kept = clipping.bare_state(ClientState(own, link))  # what clips keep for the metrics may be infinite
+        sound = tree.stays_finite(kept, clipping.bare_state(state))
+        finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message)) & sound
         arrived = in_time if cohort.non_finite == "keep" else in_time & finite
         report = {
             **{"client": report, "uplink": link_report, "clients": jnp.ones((), jnp.float32), "weight": weight},

@@ -90,7 +90,7 @@ def batch_gradient(
 
     def mean_loss(params):
         total, report = batch_loss(per_example_loss, params, batch, weights, key)
-        return total / jnp.maximum(report["loss"].weight, jnp.finfo(jnp.float32).tiny), report
+        return total / tree.or_one(report["loss"].weight), report
 
     return jax.grad(mean_loss, has_aux=True)(params)
 
@@ -195,7 +195,7 @@ def full_gradient(
 
     gradient, zeros = tree.traced(gradient, 0)
     total, report = client.loop(lambda i, acc: add(acc, gradient(i)), zeros)
-    weight = jnp.maximum(report["loss"].weight, jnp.finfo(jnp.float32).tiny)
+    weight = tree.or_one(report["loss"].weight)
     return jax.tree.map(lambda g: g / weight, total), report
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import clipping
+from fedjax_clip import clipping, tree
 from fedjax_clip.local import Gradient, batch_gradient
 from fedjax_clip.typing import Array
 
@@ -39,9 +39,8 @@ def per_example_gradient(example_tx: optax.GradientTransformation) -> Gradient:
             return jax.tree.map(lambda g: weight * g, clipped), report | seen
 
         total, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(one)(batch, weights))
-        return jax.tree.map(
-            lambda g: g / jnp.maximum(report["loss"].weight, jnp.finfo(jnp.float32).tiny), total
-        ), report
+        weight = tree.or_one(report["loss"].weight)
+        return jax.tree.map(lambda g: g / weight, total), report
 
     return gradient
 

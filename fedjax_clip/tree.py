@@ -38,6 +38,24 @@ def norm(tree: PyTree) -> Array:
     return safe_sqrt(sum((jnp.sum(by_columns(jnp.sum, x)) for x in squares), jnp.zeros((), jnp.float32)))
 
 
+def or_one(total: Array) -> Array:
+    """What to divide by: the total, or 1 where it is 0.
+
+    Not the smallest number in place of 0: XLA may multiply it by another divisor, which gives 0, and NaN.
+    """
+    return jnp.where(total > 0, total, 1)
+
+
+def stays_finite(new: PyTree, old: PyTree) -> Array:
+    """Whether every number of ``new`` is finite that was finite in ``old``; what is no floating number always is."""
+    ok = jnp.ones((), bool)
+    for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            zeros = jnp.where(jnp.isfinite(y), x * 0, 0)  # NaN where a number is lost: sums see it, and are vectorised
+            ok &= jnp.sum(by_columns(jnp.sum, zeros)) == 0
+    return ok
+
+
 def safe_sqrt(x: Array) -> Array:
     """The square root, with gradient zero at zero."""
     return jnp.where(x == 0, x, jnp.sqrt(jnp.where(x == 0, 1, x)))

@@ -268,3 +268,18 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path):
     train(population(), checkpoints=checkpoints)
     with pytest.raises(fc.InvalidInput, match="seed=0, not 1"):
         train(population(), checkpoints=checkpoints, seed=1)
+
+
+def test_a_client_that_would_keep_an_infinity_is_dropped_and_keeps_the_old_state():
+    def loss(params, batch, key):
+        return 0.5 * (batch["x"] * params["w"] - batch["y"]) ** 2
+
+    y = np.float32([1, 2, 1, 1e20])  # a gradient whose square Adam cannot hold, and a step that looks like any other
+    data = fc.FederatedData({"x": np.ones(4, np.float32), "y": y}, [0, 2, 4])
+    algorithm = fc.fedavg(loss, optax.adam(0.1), keep_opt_state=True)
+    result = fc.train(algorithm, data, {"w": np.float32(0)}, rounds=2, devices=jax.local_devices()[:1])
+    assert [(row["clients"], row["dropped"]) for row in result.history] == [(1, 1), (1, 1)]
+    counts, moments = result.state.clients.own[0].count, result.state.clients.own[0].nu["w"]
+    assert counts.tolist() == [2, 0]
+    assert moments[0] > 0
+    assert moments[1] == 0

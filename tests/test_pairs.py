@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import OPTIMIZED
 from problems import SIZES, Run, assert_close, parameters, population
 
 import fedjax_clip as fc
 from experiments import privacy, registry, spec
+from fedjax_clip.reduce import Roster
 
 COHORT = (4, 1, 3, 0)
 CLIP = "clip_by_global_norm(1.0)"
@@ -132,6 +134,25 @@ def trace(algorithm):
 
 def form(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize("name", registry.REDUCERS)
+def test_a_round_of_nobody_moves_nothing_in_the_smallest_cohort(name):
+    """With the optimiser that users have, which may rewrite a division by a very small number."""
+    reducers = registry.reducers(1)
+    reducer = spec.one(written(name), reducers, "--reducer", reducers)
+    ids, dtype = jnp.arange(reducer.fewest), jnp.uint32 if reducer.threshold else jnp.float32
+
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
+    def reduced(messages, weights):
+        zero = reducer.zero({"w": messages[0]}, Roster(ids, jax.random.key(0)))
+        return reducer.finish(reducer.add(zero, {"w": messages}, weights), None)["w"]
+
+    messages = jnp.zeros((reducer.fewest, 3), dtype)
+    assert not np.asarray(reduced(messages, jnp.zeros(reducer.fewest))).any()
+    for value in (0.0, 1.0, 1e18) if dtype == jnp.float32 and name not in registry.SECURE else ():
+        one = reduced(messages.at[0].set(value), jnp.zeros(reducer.fewest).at[0].set(1))
+        assert np.isfinite(one).all(), value
 
 
 @pytest.mark.parametrize("name", [name for name in registry.ALGORITHMS if name != "fedavg"])

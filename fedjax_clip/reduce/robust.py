@@ -123,7 +123,7 @@ def geometric_median(iterations: int = 8, smoothing: float | Array = 1e-6) -> Re
 
     def step(messages, present, v):
         shares = present / jnp.maximum(_norms(_minus(messages, v)), smoothing)
-        return _combine(shares / jnp.maximum(jnp.sum(shares), jnp.finfo(jnp.float32).tiny), messages)
+        return _combine(_of_their_sum(shares), messages)
 
     return stacking(lambda stack: _iterated(stack, iterations, step))
 
@@ -214,12 +214,11 @@ def fltrust(root: int) -> Reducer:
     def aggregate(stack):
         is_root = (stack.present & (stack.ids == root)).astype(jnp.float32)
         norms = _norms(stack.messages)
-        units = jax.tree.map(lambda x: x / _beside(jnp.where(norms > 0, norms, 1), x), stack.messages)
+        units = jax.tree.map(lambda x: x / _beside(tree.or_one(norms), x), stack.messages)
         direction, length = _combine(is_root, units), jnp.sum(is_root * norms)
         cosines = sum(map(_row_sums, jax.tree.leaves(jax.tree.map(jnp.multiply, units, direction))))
         trust = jnp.maximum(cosines, 0) * (1 - is_root)
-        shares = trust / jnp.maximum(jnp.sum(trust), jnp.finfo(jnp.float32).tiny)
-        return _combine(length * shares, units)
+        return _combine(length * _of_their_sum(trust), units)
 
     return stacking(aggregate, fewest=2)._replace(population=root + 1)
 
@@ -259,7 +258,12 @@ def _norms(messages: PyTree) -> Array:
 def _within(max_norm: float | Array, messages: PyTree) -> Array:
     """``[N]`` factors that bring the rows' norms under ``max_norm``."""
     norms = _norms(messages)
-    return jnp.where(norms <= max_norm, 1, max_norm / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny))
+    return jnp.where(norms <= max_norm, 1, max_norm / tree.or_one(norms))
+
+
+def _of_their_sum(shares: Array) -> Array:
+    """``[N]`` shares that add up to 1, or zeros."""
+    return shares / tree.or_one(jnp.sum(shares))
 
 
 def _combine(shares: Array, messages: PyTree) -> PyTree:
