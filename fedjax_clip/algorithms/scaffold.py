@@ -3,8 +3,8 @@
 import jax
 import optax
 
-from fedjax_clip import tree
-from fedjax_clip.algorithms.base import beside, check_population, init_server, parts, step_server, zeros_like
+from fedjax_clip import checks, tree
+from fedjax_clip.algorithms.base import beside, init_server, parts, step_server, zeros_like
 from fedjax_clip.exchange import exchange
 from fedjax_clip.local import at_round, local_steps
 from fedjax_clip.reduce import Reducer, together, uniform_mean
@@ -43,7 +43,7 @@ def scaffold(
 
     Source: Karimireddy et al. (2020), Algorithm 1; Crawshaw, Bao and Liu (2023) for the clip.
     """
-    check_population(num_clients)
+    num_clients = checks.count("num_clients", num_clients)
     built = parts(client_tx, server_tx, uplink, reducer)
     link, reduce = on_update(built.uplink), together(built.reducer, beside(built.reducer, uniform_mean()))
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.clipping import check_range
+from fedjax_clip import checks
 from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink.base import Uplink, at_client
 
@@ -42,8 +42,8 @@ def memory(
     (2025), α-NormEC; Richtárik, Sokolov and Fatkhullin (2021), "EF21", Algorithm 1.
     """
 
-    check_range("momentum", momentum, 0, 1)
-    check_range("step", step, 0, 1)
+    checks.within("momentum", momentum, 0, 1)
+    checks.within("step", step, 0, 1)
     link = tx if isinstance(tx, Uplink) else at_client(tx)
     if link.wire == "sums" or link.noise:
         raise InvalidInput("memory keeps what was sent of each update: noise and sketches belong behind it.")
