@@ -23,7 +23,8 @@ from absl import flags
 
 import fedjax_clip as fc
 from experiments import binary, privacy
-from fedjax_clip.typing import InvalidInput, check_count
+from fedjax_clip import checks
+from fedjax_clip.typing import InvalidInput
 
 SIZE = 8  # of the model
 CANARY = 8  # examples of the canary; the others have one, so that weights would show
@@ -79,7 +80,7 @@ def audit(
     from jax_privacy.auditing import CanaryScoreAuditor, Split
 
     for name, value in (("rounds", rounds), ("replays", replays), ("clients", num_clients)):
-        check_count(name, value)
+        checks.count(name, value)
     if uplink.noise != "central":
         raise InvalidInput("Only the server's noise is audited: --uplink needs gaussian(...) behind a clip.")
     if not 0.5 < confidence < 1:

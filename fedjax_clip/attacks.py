@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip import tree
-from fedjax_clip.clipping import check_range, check_threshold
+from fedjax_clip import checks, tree
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import check_labels
 from fedjax_clip.reduce import Reducer, Stack, restacked
-from fedjax_clip.typing import Array, InvalidInput, PyTree, check_number
+from fedjax_clip.typing import Array, InvalidInput, PyTree
 from fedjax_clip.uplink.base import Uplink
 
 Clients = Sequence[int] | np.ndarray
@@ -88,7 +87,7 @@ def backdoor(
     Source: Gu, Dolan-Gavitt and Garg (2017), "BadNets"; Bagdasaryan et al. (2020), "How To Backdoor Federated
     Learning".
     """
-    check_range("backdoor: fraction", fraction, 0, 1)
+    checks.within("backdoor: fraction", fraction, 0, 1)
     hit = _owned(data, clients) & (draws.uniform(seed, 6, np.arange(data.num_examples)) < fraction)
     return _with_pattern(data, hit, features, value, target, field, label)
 
@@ -171,7 +170,7 @@ def noise(clients: Clients, std: float | Array = 1.0) -> Uplink:
 
     Source: Blanchard et al. (2017), section 6, the Gaussian attack (with a standard deviation of 200 for gradients).
     """
-    check_threshold("noise: std", std)
+    checks.positive("noise: std", std)
 
     def change(update, key):
         return optax.tree.scale(std, optax.tree.random_like(key, update, sampler=jax.random.normal))
@@ -280,7 +279,7 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
 
     Source: Karimireddy, He and Jaggi (2022), section 4.2, with the target given (their search for one is a warm-up).
     """
-    check_number("mimic: target", target)
+    target = checks.client_number("mimic: target", target)
     if target in _numbers(clients):
         raise InvalidInput(f"mimic: the target {target} is one of the bad clients.")
 

@@ -6,10 +6,11 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.local import example_values
 from fedjax_clip.metrics import prefixed
-from fedjax_clip.typing import Algorithm, Params, PerExampleLoss, PyTree, check_type
+from fedjax_clip.typing import Algorithm, Params, PerExampleLoss, PyTree
 
 Values: TypeAlias = dict[str, np.ndarray]  # of each example [N]: its loss and what the loss says besides
 Summary: TypeAlias = Callable[[Values, FederatedData], Mapping[str, float]]
@@ -90,9 +91,9 @@ def per_client(
       >>> scores = fc.per_client(per_example_loss, {"clients": held_out_clients})(result.params)
       >>> held_out_clients.name(scores["clients/accuracy"].argmin())  # the client that is served worst
     """
-    check_type("sets", sets, Mapping, "FederatedData in a dict by name")
+    checks.kind("sets", sets, Mapping, "FederatedData in a dict by name")
     for name, data in sets.items():
-        check_type(f"sets[{name!r}]", data, FederatedData, "a FederatedData")
+        checks.kind(f"sets[{name!r}]", data, FederatedData, "a FederatedData")
     values_of = _values_of(per_example_loss, sets, batch_size, algorithm, population)
 
     def evaluate(params: Params, clients: PyTree = ()) -> Values:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.clipping import check_range, check_threshold
+from fedjax_clip import checks
 from fedjax_clip.typing import Array, PyTree
 
 
@@ -130,10 +130,10 @@ def _fedopt(
     tau: float | Array,
     second: Callable[[Array, Array, float | Array | None], Array],
 ) -> optax.GradientTransformation:
-    check_range("beta1", beta1, 0, 1)
+    checks.within("beta1", beta1, 0, 1)
     if beta2 is not None:
-        check_range("beta2", beta2, 0, 1)
-    check_threshold("tau", tau)
+        checks.within("beta2", beta2, 0, 1)
+    checks.positive("tau", tau)
 
     def init(params):
         return FedOptState(

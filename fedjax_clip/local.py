@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import clipping, tree
+from fedjax_clip import checks, clipping, tree
 from fedjax_clip.cohort import Client
 from fedjax_clip.metrics import Mean, add
 from fedjax_clip.typing import Array, Batch, ClientTx, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
@@ -241,7 +241,7 @@ def proximal(mu: float | Array) -> optax.GradientTransformationExtraArgs:
     Source: Li et al. (2020), "Federated Optimization in Heterogeneous Networks", equation 2.
     """
 
-    clipping.check_range("mu", mu, 0)
+    checks.within("mu", mu, 0)
 
     def update(updates, state, params=None, *, anchor=None, **extra_args):
         if anchor is None or params is None:

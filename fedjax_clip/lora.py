@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import tree
+from fedjax_clip import checks, tree
 from fedjax_clip.typing import Array, InvalidInput, Params, PerExampleLoss, PyTree
 
 
@@ -67,8 +67,7 @@ def lora(
 
     Source: Hu et al. (2022), "LoRA"; federated: Zhang et al. (2024), "Towards Building the Federated GPT" (FedIT).
     """
-    if rank < 1:
-        raise InvalidInput(f"rank must be at least 1, not {rank}.")
+    rank = checks.count("rank", rank)
     names = [name for name, _ in tree.named_leaves(base)]
     leaves, structure = jax.tree.flatten(base)
     matrices = {

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip.typing import InvalidInput, Params, PyTree, check_count
+from fedjax_clip import checks
+from fedjax_clip.typing import InvalidInput, Params, PyTree
 
 
 class Mechanism(NamedTuple):
@@ -53,7 +54,7 @@ def tree(rounds: int) -> Mechanism:
     Source: Kairouz et al. (2021), "Practical and Private (Deep) Learning without Sampling or Shuffling", Algorithm 1
     and appendix D, without Honaker's estimator; Fenwick (1994) for the nodes.
     """
-    check_count("tree: rounds", rounds)
+    checks.count("tree: rounds", rounds)
     depth = int(rounds).bit_length()
 
     def init(params):
@@ -133,8 +134,8 @@ def banded(rounds: int, bands: int) -> Mechanism:
     Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization"; McKenna (2024), "Scaling up the
     Banded Matrix Factorization Mechanism", by jax-privacy.
     """
-    check_count("banded: rounds", rounds)
-    check_count("banded: bands", bands)
+    checks.count("banded: rounds", rounds)
+    checks.count("banded: bands", bands)
     if bands > rounds:
         raise InvalidInput(f"banded: {bands} bands are more than the {rounds} rounds.")
     return toeplitz(_best_coefficients(rounds, bands))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import clipping, tree
+from fedjax_clip import checks, clipping, tree
 from fedjax_clip.local import Gradient, batch_gradient
 from fedjax_clip.typing import Array
 
@@ -67,7 +67,7 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
 
     Source: Abadi et al. (2016), "Deep Learning with Differential Privacy", Algorithm 1.
     """
-    clipping.check_range("private_gradient: noise_multiplier", noise_multiplier, 0)
+    checks.within("private_gradient: noise_multiplier", noise_multiplier, 0)
     clipped = per_example_gradient(clipping.clip_by_global_norm(max_norm))
 
     def gradient(per_example_loss, params, batch, weights, key):

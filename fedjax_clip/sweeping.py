@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data import sampling, speeds
 from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.lanes import Build, Lane, Lanes, plan
 from fedjax_clip.training import Row, check_fields
-from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss, PyTree, check_type
+from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss, PyTree
 
 Points = Mapping[str, Sequence[float] | np.ndarray]
 
@@ -160,9 +161,9 @@ def sweep(
     Source of the halving: Jamieson and Talwalkar (2016), "Non-stochastic Best Arm Identification and Hyperparameter
     Optimization", Algorithm 1.
     """
-    check_type("data", data, FederatedData, "a FederatedData")
+    checks.kind("data", data, FederatedData, "a FederatedData")
     check_fields(data)
-    check_type("sampler", sampler, sampling.Sampler | None, "one of fc.sampling (a sweep has no clock)")
+    checks.kind("sampler", sampler, sampling.Sampler | None, "one of fc.sampling (a sweep has no clock)")
     columns = {name: np.asarray(values, np.float32) for name, values in points.items()}
     num_points, begins = _check_points(columns, build, data.num_clients)
     if rounds < 1 or not seeds:

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import metrics, placement, tree
+from fedjax_clip import checks, metrics, placement, tree
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.dispatch import Block, Dispatcher
 from fedjax_clip.local import batch_loss
-from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree, check_named, check_type
+from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree, check_named
 
 Row = dict[str, float]
 
@@ -153,12 +153,12 @@ def train(
         ("checkpoint_every", checkpoint_every),
         ("rounds_per_dispatch", rounds_per_dispatch),
     ):
-        if value is not None and value < 1:
-            raise InvalidInput(f"{name} must be at least 1, not {value}.")
+        if value is not None:
+            checks.count(name, value)
     if non_finite not in ("drop", "keep", "stop"):
         raise InvalidInput(f"non_finite must be 'drop', 'keep' or 'stop', not {non_finite!r}.")
-    check_type("data", data, FederatedData, "a FederatedData")
-    check_type("sampler", sampler, sampling.Sampler | clock.Clock | None, "a sampler such as fc.sampling.uniform(10)")
+    checks.kind("data", data, FederatedData, "a FederatedData")
+    checks.kind("sampler", sampler, sampling.Sampler | clock.Clock | None, "a sampler such as fc.sampling.uniform(10)")
     if sampler is not None and cohort_size is not None:
         raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
     check_fields(data)
@@ -318,9 +318,9 @@ def evaluator(
       >>> fc.train(algorithm, train, params, rounds=100, evaluate=evaluate)
     """
 
-    check_type("sets", sets, Mapping, "FederatedData in a dict by name")
+    checks.kind("sets", sets, Mapping, "FederatedData in a dict by name")
     for name, data in sets.items():
-        check_type(f"sets[{name!r}]", data, FederatedData, "a FederatedData")
+        checks.kind(f"sets[{name!r}]", data, FederatedData, "a FederatedData")
 
     @jax.jit
     def batch_report(params, batch, weights):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import numpy as np
 import optax
 
 Array = jax.Array
@@ -113,21 +112,3 @@ def check_named(algorithm: Algorithm, num_clients: int) -> None:
             f"The uplink or the reducer names client {algorithm.population - 1}, and there is none: there are "
             f"{num_clients}, numbered from 0 in the order of the population."
         )
-
-
-def check_type(name: str, value: Any, kind: Any, wanted: str) -> None:
-    """Refuses an argument of the wrong kind while its name is still known."""
-    if not isinstance(value, kind):
-        raise InvalidInput(f"{name} must be {wanted}, not {type(value).__name__}.")
-
-
-def check_number(name: str, client: int) -> None:
-    """Refuses what is no client's number."""
-    if isinstance(client, bool) or not isinstance(client, (int, np.integer)) or client < 0:
-        raise InvalidInput(f"{name} must be a client's number, not {client!r}.")
-
-
-def check_count(name: str, value: int) -> None:
-    """Refuses what is no number of things."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise InvalidInput(f"{name} must be a whole number of at least 1, not {value!r}.")

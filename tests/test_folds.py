@@ -69,5 +69,7 @@ def test_folds_depend_on_the_seed_and_on_nothing_else():
     ("make", "k"), [(folds.clients, 4), (folds.clients, 1), (folds.examples, 7), (folds.examples, 2.0)]
 )
 def test_a_number_of_folds_that_cannot_be(make, k):
-    with pytest.raises(fc.InvalidInput, match="The number of folds must lie between 2 and the [36]"):
+    with pytest.raises(
+        fc.InvalidInput, match="num_folds, of (clients|examples), must be a whole number between 2 and [36]"
+    ):
         make(population([1, 2, 3]), k)

@@ -183,7 +183,7 @@ def test_a_directory_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (lambda: tasks.shakespeare_lstm(hidden=0), "hidden must be at least 1"),
+        (lambda: tasks.shakespeare_lstm(hidden=0), "hidden must be a whole number of at least 1"),
         (lambda: tasks.shakespeare_transformer(width=10), "width must be a multiple of the 4 heads"),
         (lambda: tasks.tweets(vocabulary=1), "vocabulary must be at least 2"),
     ],
@@ -238,7 +238,7 @@ def test_lora_takes_a_convolution_as_a_matrix_and_says_what_it_cannot_do():
     adapters["conv"]["b"] += 1
     change = tuned.merge(params)["conv"] - base["conv"]
     np.testing.assert_allclose(change[1, 2, 0], np.full(5, adapters["conv"]["a"][10, 0]), rtol=1e-5)
-    with pytest.raises(InvalidInput, match="rank must be at least 1"):
+    with pytest.raises(InvalidInput, match="rank must be a whole number of at least 1"):
         fc.lora(lambda *_: None, base, rank=0)
     with pytest.raises(InvalidInput, match="'kernel.' finds no matrix among the parameters bias, conv"):
         fc.lora(lambda *_: None, base, rank=1)

@@ -154,8 +154,8 @@ X3 = {"x": np.ones((3, 2))}
         (lambda: population([2, 3]).take([3, 0]), "client by client"),
         (lambda: population([2, 3]).take([0, 3], np.array([1])), "client by client"),
         (lambda: population([2, 3]).take([True, False]), "index must be integers"),
-        (lambda: population([2, 3]).split_examples(1.0), "between 0 and 1, not 1.0"),
-        (lambda: population([2, 3]).split_clients(float("nan")), "between 0 and 1, not nan"),
+        (lambda: population([2, 3]).split_examples(1.0), "between 0 and 1, both excluded, not 1.0"),
+        (lambda: population([2, 3]).split_clients(float("nan")), "between 0 and 1, both excluded, not nan"),
     ],
 )
 def test_bad_populations_are_refused_in_one_sentence(build, sentence):

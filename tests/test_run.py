@@ -136,7 +136,10 @@ BAD_FLAGS = {
         "--sampler=synchronous(lognormal, deadline=0)",
         "deadline must be a positive number",
     ),
-    "all drop out": ("--sampler=synchronous(lognormal, dropout=1.0)", "dropout is a probability below 1, not 1.0"),
+    "all drop out": (
+        "--sampler=synchronous(lognormal, dropout=1.0)",
+        "dropout, a probability, must be a number of at least 0 and below 1, not 1.0",
+    ),
     "no time for a batch": ("--batch_size=budget(lognormal, 0, 3)", "Seconds must be positive"),
     "a batch of words": ("--batch_size=many", 'unknown component "many"'),
     "no time for a step": ("--algorithm=fedavg(local_steps=budget(lognormal, 0, 3))", "Seconds must be positive"),

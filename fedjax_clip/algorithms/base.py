@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import tree
+from fedjax_clip import checks, tree
 from fedjax_clip.reduce import Reducer, weighted_mean
-from fedjax_clip.typing import ClientTx, InvalidInput, Params, PyTree, Server, check_count, check_type
+from fedjax_clip.typing import ClientTx, InvalidInput, Params, PyTree, Server
 from fedjax_clip.uplink.base import Uplink, identity
 from fedjax_clip.uplink.orders import check_ends
 
@@ -47,14 +47,14 @@ def parts(
     )
     if isinstance(client_tx, Uplink):
         raise InvalidInput("client_tx is an uplink; clips of a local step are in fc.clipping.")
-    check_type(
+    checks.kind(
         "client_tx", client_tx, optax.GradientTransformation | Callable, "an optax optimiser, or what builds one"
     )
-    check_type("server_tx", filled.server_tx, optax.GradientTransformation, "an optax optimiser")
-    check_type(
+    checks.kind("server_tx", filled.server_tx, optax.GradientTransformation, "an optax optimiser")
+    checks.kind(
         "uplink", filled.uplink, Uplink, "an fc.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"
     )
-    check_type("reducer", filled.reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
+    checks.kind("reducer", filled.reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
     check_ends(filled.uplink, filled.reducer, only_update)
     return filled
 
@@ -86,5 +86,4 @@ def told(num_clients: int | None) -> int | None:
     """
     if num_clients is None or isinstance(num_clients, jax.core.Tracer):
         return None
-    check_count("num_clients, the size of the whole population,", num_clients)
-    return int(num_clients)
+    return checks.count("num_clients", num_clients)

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import compression, tree
+from fedjax_clip import checks, compression, tree
 from fedjax_clip.compression import Compressor
 from fedjax_clip.compression.base import check_memory
-from fedjax_clip.typing import Algorithm, InvalidInput, Server, check_type
+from fedjax_clip.typing import Algorithm, InvalidInput, Server
 
 
 def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative: bool = True) -> Algorithm:
@@ -39,7 +39,7 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
     Source: Tang et al. (2019), "DoubleSqueeze", Algorithm 1, the server's side; Caldas et al. (2018), "Expanding the
     Reach of Federated Learning by Reducing Client Resource Requirements", for ``relative=False``.
     """
-    check_type("compressor", compressor, Compressor, "of fc.compression, such as fc.compression.qsgd(8)")
+    checks.kind("compressor", compressor, Compressor, "of fc.compression, such as fc.compression.qsgd(8)")
     if not algorithm.broadcasts:
         raise InvalidInput(
             "compressed_broadcast replaces the server's parameters on their way to the clients, and this algorithm "

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import tree
+from fedjax_clip import checks, tree
 from fedjax_clip.algorithms.base import init_server, parts, step_server, told, zeros_like
-from fedjax_clip.clipping import check_range, check_threshold
 from fedjax_clip.exchange import exchange, population_share, traffic
 from fedjax_clip.local import at_round, batch_gradient, full_gradient, local_steps
 from fedjax_clip.reduce import Reducer, together, uniform_mean
@@ -104,7 +103,7 @@ def feddyn(
 
     Source: Acar et al. (2021), "Federated Learning Based on Dynamic Regularization", Algorithm 1.
     """
-    check_threshold("feddyn's alpha", alpha)
+    checks.positive("feddyn's alpha", alpha)
     built = parts(client_tx, server_tx, uplink, uniform_mean() if reducer is None else reducer)
 
     def init(params):
@@ -172,7 +171,7 @@ def mime(
     Source: Karimireddy et al. (2021), "Breaking the centralized barrier for cross-device federated learning",
     Algorithms 1 and 3, with SGD and momentum for the base optimiser.
     """
-    check_range("beta", beta, 0, 1)
+    checks.within("beta", beta, 0, 1)
     built = parts(client_tx, server_tx, uplink, reducer)
     link = on_update(built.uplink)
 

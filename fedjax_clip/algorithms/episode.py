@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import clipping, tree
+from fedjax_clip import checks, clipping, tree
 from fedjax_clip.algorithms.base import init_server, parts, step_server, told, zeros_like
 from fedjax_clip.exchange import exchange, population_share, traffic
 from fedjax_clip.local import at_round, full_gradient, local_steps
@@ -59,9 +59,9 @@ def episode(
 
     Source: Crawshaw, Bao and Liu (2023), "EPISODE", Algorithm 1.
     """
-    clipping.check_threshold("episode", threshold)
+    checks.positive("episode: threshold", threshold)
     if fresh_batches is not None:
-        clipping.check_range("fresh_batches", fresh_batches, 1)
+        checks.count("fresh_batches", fresh_batches)
     built = parts(client_tx, server_tx, uplink, reducer)
 
     def init(params):
@@ -140,7 +140,7 @@ def episode_plus(
     Source: Crawshaw, Bao and Liu (2023), "Federated Learning with Client Subsampling, Data Heterogeneity, and Unbounded
     Smoothness", Algorithm 1 (EPISODE++).
     """
-    clipping.check_threshold("episode_plus", threshold)
+    checks.positive("episode_plus: threshold", threshold)
     built = parts(client_tx, server_tx, uplink, reducer)
     link, reduce = on_update(built.uplink), together(built.reducer, built.reducer)
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_clip import checks
 from fedjax_clip.algorithms.base import init_server, parts, step_server
-from fedjax_clip.clipping import check_range
 from fedjax_clip.exchange import exchange
 from fedjax_clip.local import Gradient, at_round, batch_gradient, local_update
 from fedjax_clip.metrics import Mean
@@ -53,9 +53,8 @@ def fedbuff(
 
     Source: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation", Algorithm 1.
     """
-    check_range("exponent", exponent, 0)
-    if isinstance(max_staleness, bool) or not isinstance(max_staleness, int) or max_staleness < 0:
-        raise InvalidInput(f"max_staleness must be a whole number of at least 0, not {max_staleness!r}.")
+    checks.within("exponent", exponent, 0)
+    max_staleness = checks.count("max_staleness", max_staleness, 0)
     reducer = uniform_mean() if reducer is None else reducer
     built = parts(client_tx, server_tx, uplink, reducer, only_update=True)
     if built.uplink.mirrors:

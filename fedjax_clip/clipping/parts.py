@@ -6,9 +6,8 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fedjax_clip import tree
+from fedjax_clip import checks, tree
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 Norms = dict[str, Array]  # of each group of a scope; a scalar, or an array that broadcasts against the group's leaf
@@ -196,7 +195,7 @@ def fixed(threshold: float | Array | Mapping[str, float]) -> Rule:
         return threshold[label]
 
     for value in threshold.values() if isinstance(threshold, Mapping) else [threshold]:
-        check_threshold("A clip", value)
+        checks.positive("A clip's threshold", value)
     return Rule(lambda norms: (), lambda norms, state, _: ({k: jnp.asarray(of(k)) for k in norms}, state))
 
 
@@ -229,8 +228,8 @@ def weight_ratio(ratio: float | Array, floor: float = 1e-3) -> Rule:
     Example:
       >>> fc.clipping.clip(fc.clipping.weight_ratio(0.01), scope=fc.clipping.unit())
     """
-    check_threshold("weight_ratio", ratio)
-    check_range("floor", floor, 0)
+    checks.positive("weight_ratio", ratio)
+    checks.within("floor", floor, 0)
 
     def apply(norms, state, weights):
         assert weights is not None
@@ -257,8 +256,8 @@ def percentile(percent: float | Array, window: int = 1000) -> Rule:
     Source: Seetharaman et al. (2020), "AutoClip", with all norms for a window; Merad and Gaïffas (2023) for a
     rolling one.
     """
-    check_range("percent", percent, 0, 100)
-    check_range("window", window, 1)
+    checks.within("percent", percent, 0, 100)
+    window = checks.count("window", window)
 
     def init(norms):
         return {k: (jnp.zeros((window, *n.shape), n.dtype), jnp.zeros(n.shape, jnp.int32)) for k, n in norms.items()}
@@ -302,9 +301,9 @@ def z_score(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> Ru
 
     Source: Kumar et al. (2025), "ZClip".
     """
-    check_threshold("z_score", z)
-    check_range("decay", decay, 0, 1)
-    check_range("warmup", warmup, 0)
+    checks.positive("z_score", z)
+    checks.within("decay", decay, 0, 1)
+    checks.within("warmup", warmup, 0)
 
     def init(norms):
         return {k: (n * 0, n * 0, jnp.zeros(n.shape, jnp.int32)) for k, n in norms.items()}
@@ -361,7 +360,7 @@ def smooth(alpha: float | Array = 1.0) -> Shape:
     Example:
       >>> fc.clipping.clip(1.0, shape=fc.clipping.smooth(0.5))
     """
-    check_threshold("smooth", alpha)
+    checks.positive("smooth", alpha)
     return lambda norm, threshold: threshold / (alpha + norm)
 
 
@@ -388,7 +387,7 @@ def delta_floor(delta: float | Array) -> Shape:
 
     Source: "δ-GClip", Tucat et al. (2024): with delta > 0 gradient descent converges for deep networks of some width.
     """
-    check_range("delta", delta, 0, 1)
+    checks.within("delta", delta, 0, 1)
     clip = hard()
     return lambda norm, threshold: jnp.maximum(delta, clip(norm, threshold))
 
@@ -410,54 +409,10 @@ def two_sided(lower: float | Array = 0.0) -> Shape:
     Source: Lee et al. (2025), "Efficient Distributed Optimization under Heavy-Tailed Noise" (TailOPT), Bi²Clip.
     """
 
-    check_range("lower", lower, 0)
+    checks.within("lower", lower, 0)
 
     def factor(norm, threshold):
         safe = jnp.where(norm == 0, 1.0, norm)
         return jnp.where(norm == 0, 0.0, jnp.clip(norm, lower, threshold) / safe)
 
     return factor
-
-
-def check_range(name: str, value: float | Array, low: float, high: float = np.inf) -> None:
-    """Refuses a number that is known now (not traced) and does not lie in ``[low, high]``.
-
-    Args:
-      name: of the argument, for the sentence.
-      value: a number or an array.
-      low, high: ends of the range, included.
-
-    Raises:
-      InvalidInput: a number out of its range.
-
-    Example:
-      >>> check_range("beta", 0.9, 0, 1)
-    """
-    if isinstance(value, jax.core.Tracer):
-        return
-    if (
-        isinstance(value, (str, bytes, bool))
-        or value is None
-        or not np.all((np.asarray(value) >= low) & (value <= high))
-    ):
-        wanted = f"between {low:g} and {high:g}" if np.isfinite(high) else f"of at least {low:g}"
-        raise InvalidInput(f"{name} must be a number {wanted}, not {value!r}.")
-
-
-def check_threshold(name: str, value: float | Array) -> None:
-    """Refuses a threshold that is known now (not traced) and is not a positive number; infinity never clips.
-
-    Args:
-      name: of what needs it, for the sentence.
-      value: a number or an array.
-
-    Raises:
-      InvalidInput: a threshold that is not a positive number.
-
-    Example:
-      >>> check_threshold("my_clip", 1.0)
-    """
-    if isinstance(value, jax.core.Tracer):
-        return
-    if isinstance(value, (str, bytes)) or not np.all(np.asarray(value) > 0):
-        raise InvalidInput(f"{name} needs a positive number, not {value!r}.")

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_clip import checks
 from fedjax_clip.clipping import parts
-from fedjax_clip.clipping.parts import Norm, Norms, Rule, Scope, Shape, check_threshold
+from fedjax_clip.clipping.parts import Norm, Norms, Rule, Scope, Shape
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree
 
@@ -178,7 +179,7 @@ def clip_by_global_norm(max_norm: float | Array) -> optax.GradientTransformation
 
     Source: Pascanu, Mikolov and Bengio (2013), Algorithm 1; ``optax.clip_by_global_norm``.
     """
-    check_threshold("clip_by_global_norm", max_norm)
+    checks.positive("clip_by_global_norm: max_norm", max_norm)
     return clip(max_norm)
 
 
@@ -199,7 +200,7 @@ def clip_by_value(max_value: float | Array) -> optax.GradientTransformationExtra
 
     Source: ``optax.clip``.
     """
-    check_threshold("clip_by_value", max_value)
+    checks.positive("clip_by_value: max_value", max_value)
     return watch(optax.clip(max_value), lambda updates: ~(optax.tree.norm(updates, ord=jnp.inf) <= max_value))
 
 

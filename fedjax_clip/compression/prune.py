@@ -7,7 +7,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.clipping import check_range
+from fedjax_clip import checks
 from fedjax_clip.typing import Array, InvalidInput
 
 
@@ -37,7 +37,7 @@ def prune(sparsity: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     Connections for Efficient Neural Networks".
     """
     if not callable(sparsity):
-        check_range("prune: sparsity", sparsity, 0, 1)
+        checks.within("prune: sparsity", sparsity, 0, 1)
 
     def update(updates: Any, state: PruneState, params: Any = None) -> tuple[Any, PruneState]:
         if params is None:

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.compression.base import Code, Compressor
 from fedjax_clip.compression.coding import find
-from fedjax_clip.typing import Array, InvalidInput, check_count
+from fedjax_clip.typing import Array, InvalidInput
 
 SAMPLE = 2**14  # values that tell how a longer vector is distributed
 
@@ -61,7 +62,7 @@ def uniform(bits: int = 8, bucket: int | None = None, coding: str = "fixed") -> 
 
     Source: Suresh et al. (2017), "Distributed Mean Estimation with Limited Communication", section 2.2.
     """
-    _check(bits, 1, bucket, coding)
+    bits, bucket = _checked(bits, 1, bucket, coding)
     top, row = 2**bits - 1, bucket or 512  # one range for all is found row by row, too, as vectors
 
     def encode(x, key, count=None):
@@ -105,7 +106,7 @@ def qsgd(bits: int = 8, norm: str = "l2", bucket: int | None = None, coding: str
 
     Source: Alistarh et al. (2017), "QSGD", section 3.1 and lemma 3.1.
     """
-    _check(bits, 2, bucket, coding)
+    bits, bucket = _checked(bits, 2, bucket, coding)
     if norm not in ("l2", "linf"):
         raise InvalidInput(f"norm must be 'l2' or 'linf', not {norm!r}.")
     top, row = 2 ** (bits - 1) - 1, bucket or 512
@@ -195,8 +196,8 @@ def kmeans(levels: int = 16, iterations: int = 10, coding: str = "fixed") -> Com
 
     Source: Lloyd (1982), "Least Squares Quantization in PCM"; Han, Mao and Dally (2016), "Deep Compression", section 3.
     """
-    check_count("kmeans: levels", levels)
-    check_count("kmeans: iterations", iterations)
+    checks.count("kmeans: levels", levels)
+    checks.count("kmeans: iterations", iterations)
     if not 2 <= levels <= 256:
         raise InvalidInput(f"kmeans: levels must lie between 2 and 256, and is {levels}.")
     find(coding)
@@ -273,10 +274,6 @@ def _blocks(x: Array, bucket: int | None, edge: bool = False) -> Array:
     return jnp.pad(x, (0, -len(x) % size), **fill).reshape(-1, size)
 
 
-def _check(bits: int, least: int, bucket: int | None, coding: str) -> None:
-    check_count("bits", bits)
-    if not least <= bits <= 16:
-        raise InvalidInput(f"bits must lie between {least} and 16, and is {bits}.")
-    if bucket is not None:
-        check_count("bucket", bucket)
+def _checked(bits: int, least: int, bucket: int | None, coding: str) -> tuple[int, int | None]:
     find(coding)
+    return checks.count("bits", bits, least, 16), bucket if bucket is None else checks.count("bucket", bucket)

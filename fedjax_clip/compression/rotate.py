@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from fedjax_clip import checks
 from fedjax_clip.compression.base import Code, Compressor
 from fedjax_clip.compression.coding import find
 from fedjax_clip.compression.quantise import gaussian_levels
-from fedjax_clip.typing import Array, InvalidInput, check_type
+from fedjax_clip.typing import Array, InvalidInput
 
 
 def hadamard(x: Array) -> Array:
@@ -55,7 +56,7 @@ def rotated(compressor: Compressor) -> Compressor:
 
     Source: Suresh et al. (2017), "Distributed Mean Estimation with Limited Communication", section 3.
     """
-    check_type("compressor", compressor, Compressor, "a compressor such as uniform(4)")
+    checks.kind("compressor", compressor, Compressor, "a compressor such as uniform(4)")
 
     def encode(x, key, count=None):
         return dataclasses.replace(compressor.encode(_forward(x, key).ravel(), key), size=_padded(len(x)))
@@ -90,8 +91,7 @@ def eden(bits: int = 1, unbiased: bool = True, coding: str = "fixed") -> Compres
 
     Source: Vargaftik et al. (2021), "DRIVE", section 3; Vargaftik et al. (2022), "EDEN", Algorithm 1.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise InvalidInput(f"eden: bits must lie between 1 and 8, and is {bits!r}.")
+    bits = checks.count("eden: bits", bits, 1, 8)
     find(coding)
     levels = gaussian_levels(bits).astype("float32")
     ends = (levels[1:] + levels[:-1]) / 2

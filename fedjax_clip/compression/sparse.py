@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip.clipping import check_range
+from fedjax_clip import checks
 from fedjax_clip.compression.base import Compressor
 from fedjax_clip.compression.coding import find
 from fedjax_clip.compression.quantise import SAMPLE, floats
@@ -35,7 +35,7 @@ def top_k(k: float, values: Compressor | None = None, positions: str = "elias_de
     Jaggi (2018), "Sparsified SGD with Memory", definition 2.1; Sattler et al. (2019), "Robust and
     Communication-Efficient Federated Learning from Non-IID Data".
     """
-    _check_k("top_k", k)
+    k = _checked("top_k", k)
     values = _inner(values, positions)
 
     def encode(x, key, count=None):
@@ -73,7 +73,7 @@ def random_k(k: float, values: Compressor | None = None, unbiased: bool = True) 
     Source: Konečný et al. (2016), "Federated Learning: Strategies for Improving Communication Efficiency", random mask;
     Stich, Cordonnier and Jaggi (2018), definition 2.1.
     """
-    _check_k("random_k", k)
+    k = _checked("random_k", k)
     values = _inner(values, "fixed")
 
     def places(d, key):
@@ -115,7 +115,7 @@ def threshold(at: float | Array, values: Compressor | None = None, positions: st
     Source: Strom (2015), "Scalable Distributed DNN Training Using Commodity GPU Cloud Computing"; Dutta et al. (2020),
     "On the Discrepancy between the Theoretical Analysis and Practical Implementations of Compressed Communication".
     """
-    check_range("threshold", at, 0)
+    checks.within("threshold", at, 0)
     values = _inner(values, positions)
     if not values.pointwise:
         raise InvalidInput("threshold keeps a number of values that varies: rotate in front of it, not inside.")
@@ -185,10 +185,12 @@ def _number(k: float, d: int) -> int:
     return max(1, min(d, round(k * d))) if isinstance(k, float) and k < 1 else min(int(k), d)
 
 
-def _check_k(name: str, k: float) -> None:
-    whole = isinstance(k, int) and not isinstance(k, bool) and k >= 1
-    if not whole and not (isinstance(k, float) and (0 < k < 1 or (k >= 1 and k.is_integer()))):
-        raise InvalidInput(f"{name}: k must be a whole number of values or a fraction between 0 and 1, not {k!r}.")
+def _checked(name: str, k: float) -> float:
+    try:
+        return float(k) if 0 < k < 1 else checks.count(name, int(k) if isinstance(k, float) and k == int(k) else k)
+    except (TypeError, ValueError, OverflowError):
+        wanted = "a whole number of values or a fraction between 0 and 1"
+        raise InvalidInput(f"{name}: k must be {wanted}, not {checks.shown(k)}.") from None
 
 
 def _inner(values: Compressor | None, positions: str) -> Compressor:

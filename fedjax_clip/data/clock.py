@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data import draws
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.data.speeds import Speeds
-from fedjax_clip.typing import InvalidInput, check_count, check_type
+from fedjax_clip.typing import InvalidInput
 
 _LOST = 2**31 + 3  # separates the stream from those of samplers and speeds
 _TRIES = 1000  # draws of a sampler in a row that name busy clients only, before it is given up
@@ -90,10 +91,9 @@ def synchronous(
     Source: Bonawitz et al. (2019), "Towards Federated Learning at Scale", section 2.2.
     """
     if keep is not None:
-        check_count("keep", keep)
+        keep = checks.count("keep", keep)
     _check(speeds, dropout)
-    if not deadline > 0:
-        raise InvalidInput(f"The deadline must be a positive number of seconds, not {deadline}.")
+    checks.positive("deadline, in seconds,", deadline)
 
     def turn(world: World, now: float, round: int) -> tuple[Turn, float]:
         ids = sampler.sample(world.sizes, world.seed, round)
@@ -157,8 +157,8 @@ def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency:
 
     Source: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation", Algorithm 1.
     """
-    check_count("buffer_size", buffer_size)
-    check_count("concurrency", concurrency)
+    buffer_size = checks.count("buffer_size", buffer_size)
+    concurrency = checks.count("concurrency", concurrency)
     _check(speeds, dropout)
     if concurrency < buffer_size:
         raise InvalidInput(f"{concurrency} clients at work cannot fill a buffer of {buffer_size}.")
@@ -241,6 +241,5 @@ def _answers(world: World, speeds: Speeds, ids: np.ndarray, dropout: float, *wor
 
 
 def _check(speeds: Speeds, dropout: float) -> None:
-    check_type("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
-    if not 0 <= dropout < 1:
-        raise InvalidInput(f"dropout is a probability below 1, not {dropout}.")
+    checks.kind("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
+    checks.fraction("dropout, a probability,", dropout, zero=True)

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.typing import InvalidInput
 
 
 class Fold(NamedTuple):
@@ -42,7 +42,7 @@ def clients(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
       >>> [f.held_out.tolist() for f in clients(data, 3)]
       [[4, 5], [0, 1, 2], [3]]
     """
-    _check(num_folds, data.num_clients, "clients")
+    num_folds = checks.count("num_folds, of clients,", num_folds, 2, data.num_clients)
     fold_of = np.empty(data.num_clients, np.int64)
     fold_of[np.random.default_rng(seed).permutation(data.num_clients)] = np.arange(data.num_clients) % num_folds
     return _folds(np.repeat(fold_of, data.sizes), num_folds)
@@ -63,15 +63,10 @@ def examples(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
     Raises:
       InvalidInput: more folds than examples, or fewer than 2.
     """
-    _check(num_folds, data.num_examples, "examples")
+    num_folds = checks.count("num_folds, of examples,", num_folds, 2, data.num_examples)
     place = draws.shuffles(data.sizes, seed, np.arange(data.num_clients)) + np.repeat(data.offsets[:-1], data.sizes)
     return _folds(place % num_folds, num_folds)
 
 
 def _folds(fold_of: np.ndarray, num_folds: int) -> list[Fold]:
     return [Fold(np.flatnonzero(fold_of != k), np.flatnonzero(fold_of == k)) for k in range(num_folds)]
-
-
-def _check(num_folds: int, most: int, what: str) -> None:
-    if isinstance(num_folds, bool) or not isinstance(num_folds, int) or not 2 <= num_folds <= most:
-        raise InvalidInput(f"The number of folds must lie between 2 and the {most} {what}, and is {num_folds!r}.")

@@ -6,7 +6,6 @@ and is a deterministic function of ``seed``.
 
 import difflib
 import heapq
-import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data.population import FederatedData, count_examples
 from fedjax_clip.typing import InvalidInput, PyTree
 
@@ -76,7 +76,8 @@ def dirichlet(examples: Examples, num_clients: int, alpha: float, label: str = "
     """
     num_examples, num_clients, rng = _check(examples, num_clients, seed)
     labels = _labels(examples, label)
-    alpha = np.clip(_real("alpha", alpha, positive=True), *_ALPHA_RANGE)
+    checks.positive("alpha", alpha, finite=True)
+    alpha = np.clip(float(alpha), *_ALPHA_RANGE)
     client_of = np.empty(num_examples, np.int64)
     for value in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == value))
@@ -104,7 +105,8 @@ def quantity_skew(examples: Examples, num_clients: int, sigma: float = 1.0, seed
     """
     num_examples, num_clients, rng = _check(examples, num_clients, seed)
     # Beyond 1e300 the largest client takes all in any case.
-    logs = min(_real("sigma", sigma, positive=False), 1e300) * rng.standard_normal(num_clients)
+    checks.within("sigma", sigma, 0, finite=True)
+    logs = min(float(sigma), 1e300) * rng.standard_normal(num_clients)
     shares = np.cumsum(np.exp(logs - logs.max()))
     places = (np.arange(num_examples) + 0.5) / num_examples * shares[-1]
     client_of = np.minimum(np.searchsorted(shares, places, side="right"), num_clients - 1)
@@ -136,7 +138,7 @@ def shards(
     """
     num_examples, num_clients, rng = _check(examples, num_clients, seed)
     labels = _labels(examples, label)
-    per_client = _whole("classes_per_client", classes_per_client, 1)
+    per_client = checks.count("classes_per_client", classes_per_client)
     if per_client > (num_classes := len(np.unique(labels))):
         raise InvalidInput(f"A client cannot have {per_client} classes: field {label!r} has {num_classes}.")
     num_shards = num_clients * per_client
@@ -235,7 +237,7 @@ def plot(
     if num_classes is None:
         classes, labels = np.unique(labels, return_inverse=True)
     else:
-        classes = np.arange(_whole("num_classes", num_classes, 1))
+        classes = np.arange(checks.count("num_classes", num_classes))
         if labels.min() < 0 or labels.max() >= num_classes:
             raise InvalidInput(f"Labels run from {labels.min()} to {labels.max()}, outside 0 to {num_classes - 1}.")
     owner = np.repeat(np.arange(data.num_clients), data.sizes)
@@ -316,10 +318,10 @@ def _check(examples: Examples, num_clients: int, seed: int) -> tuple[int, int, n
     if not isinstance(examples, Mapping) or not examples:
         raise InvalidInput('The examples must be a dict of arrays, such as {"x": ..., "y": ...}.')
     num_examples = count_examples(examples)
-    num_clients = _whole("num_clients", num_clients, 1)
+    num_clients = checks.count("num_clients", num_clients)
     if num_clients > num_examples:
         raise InvalidInput(f"{num_examples} examples cannot serve {num_clients} clients: nobody may be empty.")
-    return num_examples, num_clients, np.random.default_rng(_whole("seed", seed, 0))
+    return num_examples, num_clients, np.random.default_rng(checks.seed("seed", seed))
 
 
 def _assign(examples: Examples, client_of: np.ndarray, names: list[str] | None = None) -> FederatedData:
@@ -356,26 +358,6 @@ def _labels(examples: Examples, label: str) -> np.ndarray:
             f"not {labels.dtype} of shape {labels.shape[1:]}."
         )
     return labels.astype(np.int64)
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    try:
-        whole = operator.index(value)
-    except TypeError as e:
-        raise InvalidInput(f"{name} must be a whole number, not {value!r}.") from e
-    if whole < least:
-        raise InvalidInput(f"{name} must be at least {least}, not {whole}.")
-    return whole
-
-
-def _real(name: str, value: float, positive: bool) -> float:
-    try:
-        real = float(value)
-    except (TypeError, ValueError, OverflowError) as e:
-        raise InvalidInput(f"{name} must be a finite number, not {value!r}.") from e
-    if not np.isfinite(real) or real < 0 or (positive and real == 0):
-        raise InvalidInput(f"{name} must be {'positive' if positive else 'zero or more'} and finite, not {real}.")
-    return real
 
 
 def _text(key: Any) -> str:

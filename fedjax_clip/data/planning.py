@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.cohort import Cohort
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.speeds import BatchSizes
-from fedjax_clip.typing import ClientState, InvalidInput, PyTree
+from fedjax_clip.typing import ClientState, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +45,10 @@ class LocalWork:
             ("local_epochs", self.epochs),
             ("local_steps", self.steps),
         ):
-            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 1
             own = (value is None and name != "local_epochs") or (callable(value) and name == "local_steps")
             own |= isinstance(value, BatchSizes) and name == "batch_size"
-            if not whole and not own:
-                raise InvalidInput(f"{name} must be a whole number of at least 1, not {value!r}.")
+            if not own:
+                checks.count(name, value)
 
     def num_steps(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
         """Local steps ``[K]`` of these clients; ``sizes`` ``[M]`` are everybody's numbers of examples."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data import draws
 from fedjax_clip.typing import InvalidInput, PyTree
 
@@ -182,7 +183,7 @@ class FederatedData:
         Every client keeps at least one example to train on; a client with a single
         example is missing from the held-out population.
         """
-        _check_fraction(fraction)
+        checks.fraction("The fraction to hold out", fraction)
         cuts = np.minimum(np.maximum(1, np.round(fraction * self.sizes)), self.sizes - 1).astype(np.int64)
         if not cuts.any():
             raise InvalidInput(
@@ -194,7 +195,7 @@ class FederatedData:
 
     def split_clients(self, fraction: float, seed: int = 0) -> tuple["FederatedData", "FederatedData"]:
         """Holds out ``fraction`` of the clients, whole: ``(train, held_out)``, at least one in each."""
-        _check_fraction(fraction)
+        checks.fraction("The fraction to hold out", fraction)
         if self.num_clients < 2:
             raise InvalidInput("A population of one client cannot be split by clients.")
         order = np.random.default_rng(seed).permutation(self.num_clients)
@@ -233,11 +234,6 @@ def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
     if array.size and array.dtype.kind not in "iu":
         raise InvalidInput(f"{name} must be integers, not {array.dtype}.")
     return array.astype(np.int64)
-
-
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction < 1:
-        raise InvalidInput(f"The fraction to hold out must lie between 0 and 1, not {fraction}.")
 
 
 def _pairs(mapping: Mapping[str, object]) -> str:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data import draws
 from fedjax_clip.typing import InvalidInput
 
@@ -45,7 +46,7 @@ def uniform(cohort_size: int) -> Sampler:
       >>> uniform(3).sample(np.ones(100), seed=0, round=7).shape
       (3,)
     """
-    _check_size(cohort_size)
+    cohort_size = checks.count("cohort_size", cohort_size)
 
     def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
@@ -70,8 +71,7 @@ def poisson(cohort_size: float) -> Sampler:
       >>> poisson(3.5).sample(np.ones(100), seed=0, round=7).ndim
       1
     """
-    if not 0 < cohort_size < np.inf:
-        raise InvalidInput(f"The expected cohort size must be positive and finite, not {cohort_size}.")
+    checks.positive("cohort_size, of which as many are expected,", cohort_size, finite=True)
 
     def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
@@ -98,7 +98,7 @@ def by_size(cohort_size: int, replacement: bool = False) -> Sampler:
       >>> by_size(2).sample(np.array([1, 1000, 1000]), seed=0, round=0).shape
       (2,)
     """
-    _check_size(cohort_size)
+    cohort_size = checks.count("cohort_size", cohort_size)
 
     def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
         if replacement:
@@ -125,7 +125,7 @@ def round_robin(cohort_size: int) -> Sampler:
       >>> round_robin(2).sample(np.ones(3), seed=0, round=1).tolist()
       [2, 0]
     """
-    _check_size(cohort_size)
+    cohort_size = checks.count("cohort_size", cohort_size)
 
     def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
@@ -151,9 +151,10 @@ def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np
       >>> available(3, windows=windows).sample(np.ones(3), seed=0, round=1).tolist()
       [1]
     """
-    _check_size(cohort_size)
-    if windows is None and (period < 1 or not 0 < duty <= 1):
-        raise InvalidInput(f"Availability needs period >= 1 and 0 < duty <= 1, not period={period}, duty={duty}.")
+    cohort_size = checks.count("cohort_size", cohort_size)
+    period = checks.count("period", period)
+    checks.positive("duty", duty)
+    checks.within("duty", duty, 0, 1)
 
     def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
         num_clients = len(sizes)
@@ -170,11 +171,6 @@ def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np
         return ids[draws.choose(min(cohort_size, len(ids)), len(ids), seed, round, _AVAILABLE)]
 
     return Sampler(sample)
-
-
-def _check_size(cohort_size: int) -> None:
-    if not isinstance(cohort_size, (int, np.integer)) or cohort_size < 1:
-        raise InvalidInput(f"The cohort size must be a whole number of at least 1, not {cohort_size}.")
 
 
 def _check_fits(cohort_size: float, num_clients: int) -> None:

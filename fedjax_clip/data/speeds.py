@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data import draws
-from fedjax_clip.typing import InvalidInput, check_count, check_type
+from fedjax_clip.typing import InvalidInput
 
 _STEP, _MESSAGE, _TIER = range(2**31, 2**31 + 3)  # separates the streams; no round has these numbers
 
@@ -138,9 +139,9 @@ def budget(speeds: Speeds, seconds: float, most: int) -> Callable[[np.ndarray, i
 
     Source: the variable numbers of local steps of Wang et al. (2020), "Tackling the Objective Inconsistency Problem".
     """
-    check_type("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
+    checks.kind("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
     _check_seconds(step=seconds)
-    check_count("most", most)
+    checks.count("most", most)
 
     def steps(ids: np.ndarray, seed: int) -> np.ndarray:
         step, message = speeds.seconds(ids, seed)
@@ -167,9 +168,9 @@ def batch_budget(speeds: Speeds, seconds: float, most: int) -> BatchSizes:
       >>> batch_budget(measured(np.array([0.5, 3.0, 80.0])), seconds=1, most=20).of(np.arange(3), 0).tolist()
       [20, 6, 1]
     """
-    check_type("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
+    checks.kind("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
     _check_seconds(step=seconds)
-    check_count("most", most)
+    checks.count("most", most)
 
     def sizes(ids: np.ndarray, seed: int) -> np.ndarray:
         return np.clip(np.floor(most * seconds / speeds.seconds(ids, seed)[0]), 1, most).astype(np.int64)
@@ -178,5 +179,5 @@ def batch_budget(speeds: Speeds, seconds: float, most: int) -> BatchSizes:
 
 
 def _check_seconds(*, step: float, message: float = 0.0) -> None:
-    if not (0 < step < math.inf and 0 <= message < math.inf):
-        raise InvalidInput(f"Seconds must be positive and finite (of a message: or zero), not {step} and {message}.")
+    checks.positive("Seconds a step", step, finite=True)
+    checks.within("Seconds a message", message, 0, finite=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_clip.clipping import check_threshold
+from fedjax_clip import checks
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.privacy import renyi
 from fedjax_clip.privacy.participation import Separated, sensitivities, sensitivity
-from fedjax_clip.typing import InvalidInput, check_type
+from fedjax_clip.typing import InvalidInput
 
 try:
     import dp_accounting
@@ -77,7 +77,7 @@ def epsilon(
         return float(epsilons(noise_multiplier, sampler, num_clients, rounds, delta)[-1]) if rounds else 0.0
     if noise_multiplier == 0 and rounds:
         return math.inf
-    check_threshold("noise_multiplier", noise_multiplier)
+    checks.positive("noise_multiplier", noise_multiplier)
     scale, sampler = _alone(sampler, num_clients, rounds, mechanism)
     return _epsilon(
         noise_multiplier / scale, sampler, num_clients, rounds if mechanism is None else 1, delta, accountant
@@ -132,7 +132,7 @@ def noise_multiplier(
     Raises:
       InvalidInput: a target that no noise up to 10,000 reaches, or none that a grid has room for; as ``epsilon``.
     """
-    check_threshold("target_epsilon", target_epsilon)
+    checks.positive("target_epsilon", target_epsilon)
     scale, sampler = _alone(sampler, num_clients, rounds, mechanism)
     count = rounds if mechanism is None else 1
 
@@ -218,8 +218,8 @@ def split(noise_multiplier: float, bits_noise: float) -> float:
 
     Source: Andrew et al. (2021), Theorem 1.
     """
-    check_threshold("noise_multiplier", noise_multiplier)
-    check_threshold("bits_noise", bits_noise)
+    checks.positive("noise_multiplier", noise_multiplier)
+    checks.positive("bits_noise", bits_noise)
     if 2 * bits_noise <= noise_multiplier:
         raise InvalidInput(
             f"bits_noise={bits_noise:g} leaves nothing for the updates of a noise multiplier of {noise_multiplier:g}: "
@@ -258,7 +258,7 @@ def _round(z: float, sampler: Sampler | Separated, num_clients: int, rounds: int
     gaussian, add_or_remove = dp_accounting.GaussianDpEvent, dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     if isinstance(sampler, Separated):
         return gaussian(z), sampler.count(rounds), add_or_remove
-    check_type("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
+    checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
     cohort = sampler.cohort_size
     if cohort > num_clients:
         raise InvalidInput(f"A cohort of {cohort} clients is larger than the population of {num_clients}.")
@@ -295,6 +295,5 @@ def _accountant(name: str, neighbours: Any) -> Any:
 
 
 def _checked(delta: float) -> float:
-    if not 0 < delta < 1:
-        raise InvalidInput(f"delta must lie between 0 and 1, not {delta}.")
+    checks.fraction("delta", delta)
     return delta

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import InvalidInput, check_count
+from fedjax_clip.typing import InvalidInput
 
 
 class Separated(NamedTuple):
@@ -29,9 +30,9 @@ class Separated(NamedTuple):
 
     def count(self, total: int) -> int:
         """How often a client can take part in so many rounds."""
-        check_count("Separated: rounds", self.rounds)
+        checks.count("Separated: rounds", self.rounds)
         if self.most is not None:
-            check_count("Separated: most", self.most)
+            checks.count("Separated: most", self.most)
         possible = math.ceil(total / self.rounds)
         return possible if self.most is None else min(possible, self.most)
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.privacy.accounting import epsilon
 from fedjax_clip.privacy.participation import Separated
-from fedjax_clip.typing import check_type
 
 
 def record_epsilons(
@@ -46,7 +46,7 @@ def record_epsilons(
 
     Source: Abadi et al. (2016), Algorithm 1, at each client; Mironov (2017) for the composition.
     """
-    check_type("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
+    checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
     clients = np.arange(data.num_clients)
     drawn = [sampler.sample(data.sizes, seed, round) for round in range(rounds)]
     took_part = np.bincount(np.concatenate([*drawn, clients[:0]]), minlength=data.num_clients)

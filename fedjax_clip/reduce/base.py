@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip.clipping import check_threshold
+from fedjax_clip import checks
 from fedjax_clip.typing import Array, PyTree
 
 
@@ -92,7 +92,7 @@ def fixed_mean(denominator: float | Array) -> Reducer:
 
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", the estimator f~_f.
     """
-    check_threshold("fixed_mean", denominator)
+    checks.positive("fixed_mean: denominator", denominator)
     return _mean(lambda weights: (weights > 0).astype(weights.dtype), denominator)
 
 

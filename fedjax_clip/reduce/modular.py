@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
+from fedjax_clip import checks
 from fedjax_clip.reduce.base import Reducer
-from fedjax_clip.typing import Array, InvalidInput, check_count
+from fedjax_clip.typing import Array, InvalidInput
 
 
 def modular_sum(cohort_size: int, threshold: int | None = None) -> Reducer:
@@ -147,9 +148,9 @@ def secure_threshold(cohort_size: int, threshold: int | None) -> int:
       cohort_size: n, clients.
       threshold: fewest of them whose sum is opened; two thirds by default.
     """
-    check_count("cohort_size", cohort_size)
+    cohort_size = checks.count("cohort_size", cohort_size)
     threshold = -(-2 * cohort_size // 3) if threshold is None else threshold
-    check_count("threshold", threshold)
+    threshold = checks.count("threshold", threshold)
     if threshold > cohort_size:
         raise InvalidInput(f"A threshold of {threshold} clients is more than the cohort of {cohort_size}.")
     return threshold

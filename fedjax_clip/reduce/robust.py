@@ -5,11 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import tree
-from fedjax_clip.clipping import check_threshold
+from fedjax_clip import checks, tree
 from fedjax_clip.reduce.base import Reducer, uniform_mean
 from fedjax_clip.reduce.stack import Stack, stacking
-from fedjax_clip.typing import Array, InvalidInput, PyTree, check_count, check_number, check_type
+from fedjax_clip.typing import Array, PyTree
 
 
 def median() -> Reducer:
@@ -51,7 +50,7 @@ def trimmed_mean(num_bad: int) -> Reducer:
 
     Source: Yin et al. (2018), Definition 2, with f for beta n.
     """
-    _check_bad("trimmed_mean", num_bad)
+    num_bad = checks.count("trimmed_mean: num_bad", num_bad, 0)
     if num_bad == 0:
         return uniform_mean()
 
@@ -82,8 +81,8 @@ def krum(num_bad: int, num_chosen: int = 1) -> Reducer:
 
     Source: Blanchard et al. (2017), "Machine Learning with Adversaries", section 4.
     """
-    _check_bad("krum", num_bad)
-    check_count("krum: num_chosen", num_chosen)
+    num_bad = checks.count("krum: num_bad", num_bad, 0)
+    num_chosen = checks.count("krum: num_chosen", num_chosen)
 
     def aggregate(stack):
         both = stack.present[:, None] & stack.present & ~jnp.eye(len(stack.ids), dtype=bool)
@@ -118,8 +117,8 @@ def geometric_median(iterations: int = 8, smoothing: float | Array = 1e-6) -> Re
     Source: Pillutla, Kakade and Harchaoui (2022), "Robust Aggregation for Federated Learning", Algorithm 2, unweighted;
     Karimireddy, He and Jaggi (2022), for the start at zero.
     """
-    check_count("geometric_median: iterations", iterations)
-    check_threshold("geometric_median: smoothing", smoothing)
+    iterations = checks.count("geometric_median: iterations", iterations)
+    checks.positive("geometric_median: smoothing", smoothing)
 
     def step(messages, present, v):
         shares = present / jnp.maximum(_norms(_minus(messages, v)), smoothing)
@@ -148,8 +147,8 @@ def centered_mean(threshold: float | Array, iterations: int = 3) -> Reducer:
 
     Source: Karimireddy, He and Jaggi (2021), "Learning from History for Byzantine Robust Optimization", Algorithm 1.
     """
-    check_threshold("centered_mean", threshold)
-    check_count("centered_mean: iterations", iterations)
+    checks.positive("centered_mean: threshold", threshold)
+    iterations = checks.count("centered_mean: iterations", iterations)
 
     def step(messages, present, v):
         apart = _minus(messages, v)
@@ -177,9 +176,9 @@ def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Red
 
     Source: Sun et al. (2019), "Can You Really Backdoor Federated Learning?", norm thresholding.
     """
-    check_threshold("norm_bounded", max_norm)
+    checks.positive("norm_bounded: max_norm", max_norm)
     reducer = uniform_mean() if reducer is None else reducer
-    check_type("reducer", reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
+    checks.kind("reducer", reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
 
     def add(acc, messages, weights):
         factors = _within(max_norm, messages)
@@ -209,7 +208,7 @@ def fltrust(root: int) -> Reducer:
 
     Source: Cao et al. (2021), "FLTrust: Byzantine-robust Federated Learning via Trust Bootstrapping", Algorithm 2.
     """
-    check_number("fltrust: root", root)
+    root = checks.client_number("fltrust: root", root)
 
     def aggregate(stack):
         is_root = (stack.present & (stack.ids == root)).astype(jnp.float32)
@@ -289,8 +288,3 @@ def _beside(values: Array, x: Array) -> Array:
 
 def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _check_bad(name: str, num_bad: int) -> None:
-    if isinstance(num_bad, bool) or not isinstance(num_bad, int) or num_bad < 0:
-        raise InvalidInput(f"{name}: num_bad must be a whole number of at least 0, not {num_bad!r}.")

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_clip import checks
 from fedjax_clip.reduce.base import Reducer, Roster
-from fedjax_clip.typing import Array, InvalidInput, PyTree, check_count, check_type
+from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 
 class Stack(NamedTuple):
@@ -100,7 +101,7 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
       >>> halves = restacked(lambda stack: stack._replace(messages=optax.tree.scale(0.5, stack.messages)), median())
     """
 
-    check_type("reducer", reducer, Reducer, "an fc.Reducer, such as fc.reduce.median()")
+    checks.kind("reducer", reducer, Reducer, "an fc.Reducer, such as fc.reduce.median()")
 
     def aggregate(stack):
         stack = change(stack)
@@ -134,8 +135,8 @@ def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
     Source: Karimireddy, He and Jaggi (2022), "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing",
     Algorithm 1.
     """
-    check_type("reducer", reducer, Reducer, "an fc.Reducer, such as fc.reduce.median()")
-    check_count("size", size)
+    checks.kind("reducer", reducer, Reducer, "an fc.Reducer, such as fc.reduce.median()")
+    size = checks.count("bucketing: size", size)
     if size == 1:
         return reducer
 

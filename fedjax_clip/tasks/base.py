@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_clip import checks
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.evaluation import Summary
 from fedjax_clip.typing import Array, InvalidInput, Params, PerExampleLoss
@@ -136,5 +137,4 @@ def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
 def check_positive(**values: int) -> None:
     """Refuses a number below 1 by its name."""
     for name, value in values.items():
-        if value < 1:
-            raise InvalidInput(f"{name} must be at least 1, not {value}.")
+        checks.count(name, value)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import tree
+from fedjax_clip import checks, tree
 from fedjax_clip.clipping import bare_state, clip_report
 from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.metrics import prefixed
-from fedjax_clip.typing import Array, InvalidInput, Metrics, Params, PyTree, check_type
+from fedjax_clip.typing import Array, InvalidInput, Metrics, Params, PyTree
 from fedjax_clip.uplink.orders import check_chain, last_bound
 
 SENT = ("bytes", "entropy_bytes")  # what a link that packs reports of its message
@@ -125,7 +125,7 @@ def chain(*links: Uplink) -> Uplink:
       >>> link = chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.compress(fc.compression.qsgd(4)))
     """
     for link in links:
-        check_type(
+        checks.kind(
             "chain's links",
             link,
             Uplink,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import clipping, tree
+from fedjax_clip import checks, clipping, tree
 from fedjax_clip.clipping.parts import Norm, hard, measure, whole
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput
@@ -36,7 +36,7 @@ def clip_by_global_norm(max_norm: float | Array) -> Uplink:
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", Algorithm 1 (flat
     clipping); Zhang et al. (2022); Yang, Qiu and Liu (2022), FAT-Clipping-PR.
     """
-    clipping.check_threshold("clip_by_global_norm", max_norm)
+    checks.positive("clip_by_global_norm: max_norm", max_norm)
     return at_client(clipping.clip_by_global_norm(max_norm), bound=max_norm)
 
 
@@ -68,7 +68,7 @@ def quantile_clip(
 
     Source: Andrew et al. (2021), "Differentially Private Learning with Adaptive Clipping", Algorithm 1.
     """
-    clipping.check_threshold("quantile_clip", initial)
+    checks.positive("quantile_clip: initial", initial)
     _check_quantile("quantile_clip", target_unclipped_quantile, rate)
 
     def encode(update, bound, client_state, ctx):
@@ -125,7 +125,7 @@ def zeroing(
 
     Source: TensorFlow Federated, ``robust_aggregator`` (zeroing_factory), whose other defaults these are.
     """
-    clipping.check_threshold("zeroing", initial)
+    checks.positive("zeroing: initial", initial)
     _check_quantile("zeroing", target_unclipped_quantile, rate)
 
     def encode(update, quantile, client_state, ctx):
@@ -199,5 +199,5 @@ def _number(flag: Array | bool) -> Array:
 
 
 def _check_quantile(name: str, target: float | Array, rate: float | Array) -> None:
-    clipping.check_range(f"{name}: target_unclipped_quantile", target, 0, 1)
-    clipping.check_threshold(f"{name}: rate", rate)
+    checks.within(f"{name}: target_unclipped_quantile", target, 0, 1)
+    checks.positive(f"{name}: rate", rate)

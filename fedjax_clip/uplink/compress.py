@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip import compression, tree
-from fedjax_clip.clipping import check_range
+from fedjax_clip import checks, compression, tree
 from fedjax_clip.compression import Code, Compressor
 from fedjax_clip.compression.base import check_memory
 from fedjax_clip.compression.rotate import unpacked_signs
 from fedjax_clip.metrics import Mean
-from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree, check_count, check_type
+from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree
 from fedjax_clip.uplink.base import Uplink, chain
 
 
@@ -38,7 +37,7 @@ def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
       >>> uplink = fc.uplink.compress(fc.compression.qsgd(4, bucket=512))
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), uplink=uplink)
     """
-    check_type("compressor", compressor, Compressor, "of fc.compression, such as fc.compression.qsgd(4)")
+    checks.kind("compressor", compressor, Compressor, "of fc.compression, such as fc.compression.qsgd(4)")
 
     def encode(update, state, client_state, ctx):
         finite, whole = _finite(update)
@@ -74,7 +73,7 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
     if not links:
         raise InvalidInput("error_feedback needs what loses something, such as error_feedback(top_k(0.01)).")
     for link in links:
-        check_type("error_feedback's links", link, Uplink | Compressor, "compressors or links, such as top_k(0.01)")
+        checks.kind("error_feedback's links", link, Uplink | Compressor, "compressors or links, such as top_k(0.01)")
     inner = chain(*(compress(link) if isinstance(link, Compressor) else link for link in links))
     if inner.wire == "sums" or inner.noise:
         raise InvalidInput("error_feedback remembers what a message lacks: noise and sketches belong behind it.")
@@ -118,7 +117,7 @@ def power_sgd(rank: int = 4) -> Uplink:
 
     Source: Vogels, Karimireddy and Jaggi (2019), "PowerSGD", Algorithm 1.
     """
-    check_count("power_sgd: rank", rank)
+    checks.count("power_sgd: rank", rank)
 
     def saves(x):
         columns = x.shape[-1] if x.ndim else 1
@@ -177,8 +176,8 @@ def count_sketch(
     "FetchSGD", Algorithm 1.
     """
     for name, value in (("rows", rows), ("columns", columns), ("k", k)):
-        check_count(f"count_sketch: {name}", value)
-    check_range("count_sketch: momentum", momentum, 0, 1)
+        checks.count(f"count_sketch: {name}", value)
+    checks.within("count_sketch: momentum", momentum, 0, 1)
     if rows % 2 == 0:
         raise InvalidInput(f"count_sketch: rows must be odd, for a median, and is {rows}.")
 

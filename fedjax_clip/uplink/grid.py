@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import tree
-from fedjax_clip.clipping import check_range
+from fedjax_clip import checks, tree
 from fedjax_clip.compression import hadamard, random_signs
 from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink import discrete
@@ -124,7 +123,7 @@ def skellam(noise_multiplier: float | Array, bits: int = 32, rotate: bool = Fals
 def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
     if bits not in TYPES:
         raise InvalidInput(f"An integer grid has 8, 16 or 32 bits, not {bits!r}.")
-    check_range("noise_multiplier", z, 0)
+    checks.within("noise_multiplier", z, 0)
     unsigned, signed = TYPES[bits]
     layout = functools.partial(_layout, bits=bits, rotate=rotate, noise=noise, z=z)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.clipping import check_range
+from fedjax_clip import checks
 from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink.base import Uplink, at_client
 
@@ -47,8 +47,8 @@ def memory(
     with Bells & Whistles", Algorithm 4 (EF21-PP), for clients that are sampled.
     """
 
-    check_range("momentum", momentum, 0, 1)
-    check_range("step", step, 0, 1)
+    checks.within("momentum", momentum, 0, 1)
+    checks.within("step", step, 0, 1)
     link = tx if isinstance(tx, Uplink) else at_client(tx)
     if link.wire == "sums" or link.noise:
         raise InvalidInput("memory keeps what was sent of each update: noise and sketches belong behind it.")

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.clipping import check_range, check_threshold
+from fedjax_clip import checks
 from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import Array, InvalidInput, PyTree, check_type
+from fedjax_clip.typing import Array, InvalidInput, PyTree
 from fedjax_clip.uplink.base import Context, Uplink
 from fedjax_clip.uplink.orders import NO_BOUND
 
@@ -45,10 +45,10 @@ def gaussian(
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", Algorithm 1; Kairouz et
     al. (2021), DP-FTRL.
     """
-    check_range("gaussian: noise_multiplier", noise_multiplier, 0)
+    checks.within("gaussian: noise_multiplier", noise_multiplier, 0)
     if noise_cohort is not None:
-        check_threshold("gaussian: noise_cohort", noise_cohort)
-    check_type("gaussian: mechanism", mechanism, Mechanism | None, "one of fc.mechanism, such as fc.mechanism.tree(64)")
+        checks.positive("gaussian: noise_cohort", noise_cohort)
+    checks.kind("gaussian: mechanism", mechanism, Mechanism | None, "one such as fc.mechanism.tree(64)")
 
     def decode(aggregate, state, report, ctx):
         if ctx.denominator is None:
@@ -87,7 +87,7 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
 
     Source: Dwork and Roth (2014), section 12.1 (the local model) and appendix A (the Gaussian mechanism).
     """
-    check_range("local_gaussian: noise_multiplier", noise_multiplier, 0)
+    checks.within("local_gaussian: noise_multiplier", noise_multiplier, 0)
 
     def encode(update, state, client_state, ctx):
         noise = optax.tree.random_like(ctx.key, update, sampler=jax.random.normal)

@@ -1,0 +1,91 @@
+"""Refusals of bad arguments: one sentence that names the argument, what is wanted and what came.
+
+Numbers of NumPy and JAX are numbers. A bool, a string and NaN are not. Traced values pass, since nothing is known of
+them yet.
+"""
+
+import math
+import operator
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_clip.typing import InvalidInput
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def count(name: str, value: Any, least: int = 1, most: int | None = None) -> Any:
+    """``value`` as an ``int``, if it is a whole number from ``least`` to ``most``."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        wanted = f"of at least {least}" if most is None else f"between {least} and {most}"
+        raise InvalidInput(f"{name} must be a whole number {wanted}, not {shown(value)}.")
+    return number
+
+
+def client_number(name: str, value: Any) -> int:
+    """``value`` as an ``int``, if it may be the number of a client."""
+    try:
+        return count(name, value, 0)
+    except InvalidInput:
+        raise InvalidInput(f"{name} must be a client's number, 0 or more, not {shown(value)}.") from None
+
+
+def seed(name: str, value: Any) -> int:
+    """``value`` as an ``int``, if it is a seed: randomness is hashed from 32-bit words."""
+    return count(name, value, 0, 2**32 - 1)
+
+
+def within(name: str, value: Any, low: float, high: float = np.inf, finite: bool = False) -> None:
+    """Refuses what is not a number from ``low`` to ``high``, both included; infinity too if ``finite``."""
+    wanted = f"number between {low:g} and {high:g}" if np.isfinite(high) else f"number of at least {low:g}"
+    _real(name, value, f"a {'finite ' * finite}{wanted}", lambda x: low <= x <= high and (x < np.inf or not finite))
+
+
+def positive(name: str, value: Any, finite: bool = False) -> None:
+    """Refuses what is not a positive number; infinity passes unless ``finite``."""
+    wanted = "a positive, finite number" if finite else "a positive number"
+    _real(name, value, wanted, lambda x: x > 0 and (x < np.inf or not finite))
+
+
+def fraction(name: str, value: Any, zero: bool = False) -> None:
+    """Refuses what is not a number between 0 and 1; 1 is refused, and 0 too unless ``zero``."""
+    wanted = "a number of at least 0 and below 1" if zero else "a number between 0 and 1, both excluded"
+    _real(name, value, wanted, lambda x: 0 < x < 1 or (zero and x == 0))
+
+
+def kind(name: str, value: Any, kind: Any, wanted: str) -> None:
+    """Refuses an argument of the wrong kind while its name is still known."""
+    if not isinstance(value, kind):
+        got = f"the function {value.__name__}" if hasattr(value, "__name__") else type(value).__name__
+        raise InvalidInput(f"{name} must be {wanted}, not {got}.")
+
+
+def shown(value: Any) -> str:
+    """What came, short enough for a sentence."""
+    value = value.item() if isinstance(value, np.generic) else value
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        return f"a number of {value.bit_length()} bits"
+
+
+def _real(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        number = math.nan if isinstance(value, (bool, np.bool_, str, bytes)) or np.ndim(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not holds(number):
+        raise InvalidInput(f"{name} must be {wanted}, not {shown(value)}.")
