@@ -67,6 +67,12 @@ flags.DEFINE_enum(
     "compute_dtype", "float32", ["float32", "bfloat16"], "Type of the clients' forward and backward passes."
 )
 flags.DEFINE_integer("rounds", 150, "Rounds in all.")
+flags.DEFINE_enum(
+    "non_finite",
+    "drop",
+    ["drop", "keep", "stop"],
+    "What happens to an update with a NaN or an infinity; stop ends the run.",
+)
 flags.DEFINE_integer("seed", 0, "Seed of the initial parameters, the cohorts and the batches.")
 flags.DEFINE_string("workdir", None, "Run directory; by default one under runs/ named after the configuration.")
 flags.DEFINE_integer("eval_every", 10, "Rounds from one evaluation to the next.")
@@ -105,6 +111,8 @@ def main() -> None:
     rounds = FLAGS.rounds if epsilons is None else len(epsilons)
     algorithm, work = build_algorithm(task, uplink, cohort_size(task), task.data.num_clients)
     config = {name: FLAGS[name].value for name in IDENTITY}
+    if FLAGS.non_finite != "drop":
+        config["non_finite"] = FLAGS.non_finite
     if FLAGS.delta is not None:
         config["delta"] = FLAGS.delta
     if FLAGS.target_epsilon is not None:
@@ -150,6 +158,7 @@ def main() -> None:
             devices=devices,
             clients_per_chunk=FLAGS.clients_per_chunk,
             rounds_per_dispatch=FLAGS.rounds_per_dispatch,
+            non_finite=FLAGS.non_finite,
             **work,
         )
         progress.close()

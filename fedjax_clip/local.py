@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, clipping, tree
+from fedjax_clip import checks, clipping, optimiser, tree
 from fedjax_clip.cohort import Client
 from fedjax_clip.metrics import Mean, add
 from fedjax_clip.typing import Array, Batch, ClientTx, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
@@ -120,13 +120,14 @@ def local_steps(
       ``(y, opt_state, mean raw gradient or (), report)``.
     """
     client_tx = optax.with_extra_args_support(client_tx)
-    opt_state = client_tx.init(params) if opt_state is None else opt_state
+    opt_state = optimiser.init(client_tx, params) if opt_state is None else opt_state
+    opt_state = optimiser.reseeded(opt_state, jax.random.fold_in(key, 2**31 - 1))  # no step has this number
 
     def step(i, y, opt_state):
         batch, weights = client.batch(i)
         raw, report = gradient(per_example_loss, y, batch, weights, jax.random.fold_in(key, i))
         direction = raw if adjust is None else adjust(raw, y, i)
-        updates, opt_state = client_tx.update(direction, opt_state, y, anchor=params)
+        updates, opt_state = optimiser.update(client_tx, direction, opt_state, y, anchor=params)
         return optax.apply_updates(y, updates), opt_state, raw if collect else (), report | _step_report(opt_state)
 
     step, (_, _, *zeros) = tree.traced(step, 0, params, opt_state)
@@ -217,7 +218,8 @@ def local_gradient(per_example_loss: PerExampleLoss, client_tx: optax.GradientTr
 
     def client_fn(params, client, key):
         grads, report = full_gradient(per_example_loss, params, client, key)
-        update, opt_state = client_tx.update(grads, client_tx.init(params), params, anchor=params)
+        opt_state = optimiser.reseeded(optimiser.init(client_tx, params), jax.random.fold_in(key, 2**31 - 1))
+        update, opt_state = optimiser.update(client_tx, grads, opt_state, params, anchor=params)
         return update, client.state.own, report | _step_report(opt_state)
 
     return client_fn

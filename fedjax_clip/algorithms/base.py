@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, tree
+from fedjax_clip import checks, optimiser, tree
 from fedjax_clip.reduce import Reducer, weighted_mean
 from fedjax_clip.typing import ClientTx, InvalidInput, Params, PyTree, Server
 from fedjax_clip.uplink.base import Uplink, identity
@@ -62,14 +62,15 @@ def parts(
 def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] = lambda params: ()) -> Server:
     """The server before round 0, with copies of the parameters (a round donates its server's buffers)."""
     params = tree.as_arrays(params)
-    opt_state, link, own_state = tree.as_arrays((parts.server_tx.init(params), parts.uplink.init(params), own(params)))
+    opt_state = optimiser.init(parts.server_tx, params)
+    opt_state, link, own_state = tree.as_arrays((opt_state, parts.uplink.init(params), own(params)))
     return Server(params, opt_state, link, jnp.zeros((), jnp.int32), own_state)
 
 
 def step_server(server: Server, parts: Parts, update: PyTree, uplink_state: PyTree, own: PyTree = ()) -> Server:
     """One step of the server's optimiser along ``-update``, the pseudo-gradient (Reddi et al. 2021, Algorithm 1)."""
     gradient = jax.tree.map(jnp.negative, update)
-    updates, opt_state = parts.server_tx.update(gradient, server.opt_state, server.params)
+    updates, opt_state = optimiser.update(parts.server_tx, gradient, server.opt_state, server.params)
     return Server(optax.apply_updates(server.params, updates), opt_state, uplink_state, server.round + 1, own)
 
 

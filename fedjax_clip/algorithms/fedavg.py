@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_clip import optimiser
 from fedjax_clip.algorithms.base import Parts, init_server, parts, step_server
 from fedjax_clip.exchange import exchange
 from fedjax_clip.local import ClientFn, Gradient, at_round, batch_gradient, local_gradient, local_update
@@ -63,7 +64,7 @@ def fedavg(
         return local_update(per_example_loss, tx, gradient, keep_opt_state)
 
     def own(params):
-        return at_round(client_tx, jnp.zeros((), jnp.int32)).init(params) if keep_opt_state else ()
+        return optimiser.init(at_round(client_tx, jnp.zeros((), jnp.int32)), params) if keep_opt_state else ()
 
     return _averaged(work, filled, own)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, tree
+from fedjax_clip import checks, optimiser, tree
 from fedjax_clip.clipping import bare_state, clip_report
 from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.metrics import prefixed
@@ -248,10 +248,11 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
         return ()
 
     def init_client(params):
-        return tx.init(params) if keep_state else ()
+        return optimiser.init(tx, params) if keep_state else ()
 
     def encode(update, state, client_state, ctx):
-        message, after = tx.update(update, client_state if keep_state else tx.init(update))
+        before = optimiser.reseeded(client_state if keep_state else optimiser.init(tx, update), ctx.key)
+        message, after = optimiser.update(tx, update, before)
         return message, after if keep_state else client_state, clip_report(after)
 
     promise = None if bound is None else lambda state: jnp.float32(bound)
