@@ -29,10 +29,13 @@ class Mean(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """How many values fell into each of 128 bins, a quarter of an octave wide, from 2^-20 to 2^12; counts add up.
+    """How many values fell into each of 512 bins, a quarter of an octave wide, from 2^-64 to 2^64; counts add up.
+
+    That is the range of a Euclidean norm in float32: squares of less are 0, and those of more are infinite. Zero has
+    the first bin.
 
     Attributes:
-      counts: float32 ``[128]``.
+      counts: float32 ``[512]``.
 
     Example:
       >>> Histogram.of(norm).quantile(0.5)
@@ -42,16 +45,17 @@ class Histogram(NamedTuple):
 
     @classmethod
     def of(cls, value: Array) -> "Histogram":
-        """One value; zero and less fall into the first bin, what is not finite into none."""
-        bin = jnp.floor(4 * jnp.log2(jnp.where(value > 0, value, 2.0**-30))) + 80
-        here = jnp.arange(128) == jnp.clip(bin, 0, 127)
+        """One value; what is not finite falls into no bin."""
+        bin = jnp.floor(4 * jnp.log2(jnp.where(value > 0, value, 2.0**-64))) + 256
+        here = jnp.arange(512) == jnp.clip(bin, 0, 511)
         return cls(jnp.where(jnp.isfinite(value), here, False).astype(jnp.float32))
 
     def quantile(self, q: float) -> Array:
-        """Within 9% of the quantile, the middle of its bin; NaN of nothing."""
+        """Within 9% of the quantile, the middle of its bin; 0 for the first bin, NaN of nothing."""
         below = jnp.cumsum(self.counts)
         bin = jnp.sum(below < q * below[-1])
-        return jnp.where(below[-1] > 0, 2.0 ** ((bin - 79.5) / 4), jnp.nan)
+        middle = jnp.where(bin > 0, 2.0 ** ((bin - 255.5) / 4), 0)
+        return jnp.where(below[-1] > 0, middle, jnp.nan)
 
 
 def add(x: PyTree, y: PyTree) -> PyTree:
