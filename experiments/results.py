@@ -12,7 +12,7 @@ import fedjax_clip as fc
 from experiments import rundir
 from fedjax_clip.typing import InvalidInput
 
-HIGHER_IS_BETTER = ("accuracy", "auroc")
+PRIMARY = ("accuracy", "auroc", "loss")
 
 
 class Run(NamedTuple):
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
     def primary(self, name: str) -> str:
         """The metric by which clients of a set are compared: the first of accuracy, AUROC, loss that there is."""
-        return next((m for m in (*HIGHER_IS_BETTER, "loss") if f"{name}/{m}" in self.clients), "")
+        return next((m for m in PRIMARY if f"{name}/{m}" in self.clients), "")
 
 
 def load(directories: Sequence[pathlib.Path]) -> list[Run]:
@@ -75,14 +75,9 @@ def value(setting: Any) -> str:
     return "by default" if setting is None else str(setting) or "–"
 
 
-def higher_is_better(metric: str) -> bool:
-    """Whether a metric, such as ``eval/clients/accuracy``, is the better the higher it is."""
-    return metric.split("/")[-1] in HIGHER_IS_BETTER
-
-
 def worst_first(values: np.ndarray, metric: str) -> np.ndarray:
     """``[M]`` which clients are served worst, in order; one without a finite value is the worst."""
-    finite = np.where(np.isfinite(values), -values if not higher_is_better(metric) else values, -np.inf)
+    finite = np.where(np.isfinite(values), values if fc.metrics.higher_is_better(metric) else -values, -np.inf)
     return np.argsort(finite, kind="stable")
 
 

@@ -1,11 +1,33 @@
 """Reports that add up: what a client says of its work, summed over clients and devices."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_clip.typing import Array, Metrics, PyTree
+
+COSTS = re.compile(
+    r"\w*(loss|losses|error|errors|mse|mae|mape|entropy|perplexity|distance|divergence)"
+    r"|ece|brier|nll|kl|ppl|bpc|wer|cer|fpr|fnr|regret|gap|epsilon|bytes|bits|seconds|hours|dropped|wasted"
+)
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric is better: unless its name says that it is a loss, an error or a cost.
+
+    The last two parts of the name are read, since a client's name may follow the score's.
+
+    Args:
+      metric: its name, such as ``"eval/examples/loss"``, ``"auroc_worst"``, ``"ece/Cleveland"``.
+
+    Example:
+      >>> higher_is_better("eval/clients/accuracy"), higher_is_better("eval/examples/rmse_of_mean")
+      (True, False)
+    """
+    parts = [set(re.findall("[a-z0-9]+", part.lower())) for part in metric.split("/")]
+    return not any(COSTS.fullmatch(word) for part in parts[-2:] for word in part)
 
 
 class Mean(NamedTuple):

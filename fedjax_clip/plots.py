@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fedjax_clip.sweeping import ascends
+from fedjax_clip.metrics import higher_is_better
 from fedjax_clip.training import Row
 
 TRAIN, EXAMPLES, CLIENTS = "#7f7f7f", "#1f77b4", "#d95f02"
@@ -198,7 +198,7 @@ def _scale(x: Sequence[float] | np.ndarray) -> str:
 
 def _heat_map(figure: Figure, axis: Any, points: Any, ticks: Any, values: Any, metric: str) -> None:
     (x_name, x), (y_name, y) = list(points.items())[:2]
-    better = max if ascends(metric) else min
+    better = max if higher_is_better(metric) else min
     mean = np.full((len(ticks[1]), len(ticks[0])), np.nan)
     for p, seen in values.items():
         cell = int(np.searchsorted(ticks[1], y[p])), int(np.searchsorted(ticks[0], x[p]))

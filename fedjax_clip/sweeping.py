@@ -14,6 +14,7 @@ from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.lanes import Build, Lane, Lanes, plan
+from fedjax_clip.metrics import higher_is_better
 from fedjax_clip.training import Row, check_fields
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss, PyTree
 
@@ -135,7 +136,7 @@ def sweep(
         under ``eval/fold/...``.
       halving: if given, eta of successive halving: after a few rounds the best 1/eta of the points go on for eta times
         as many in all, and so on up to ``rounds``; see ``rungs``.
-      score: the metric whose mean over seeds and folds decides about that; see ``ascends``.
+      score: the metric whose mean over seeds and folds decides about that; see ``fc.metrics.higher_is_better``.
       cohort_size, sampler, batch_size, local_epochs, local_steps, shuffle, devices: as ``fc.train``.
       done: trials of an earlier call that was stopped; they are not run again.
       on_trial: called with each trial once it is done.
@@ -222,15 +223,6 @@ def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int],
     return [-(-rounds // b) for b in back], [-(-num_points // halving**k) for k in range(steps + 1)]
 
 
-def ascends(metric: str) -> bool:
-    """Whether more of it is better: of all metrics but those that end in loss, error, mse, rmse or mae.
-
-    Args:
-      metric: its name, such as ``"eval/examples/loss"``.
-    """
-    return not metric.endswith(("loss", "error", "mse", "mae"))
-
-
 def values(trials: Iterable[Trial], metric: str) -> dict[int, list[float]]:
     """Each point's values of a metric, over seeds and folds, at the last round that the point got to.
 
@@ -251,13 +243,12 @@ def rank(trials: Sequence[Trial], metric: str) -> list[int]:
 
     Args:
       trials: what ``sweep`` returned.
-      metric: what to compare by; see ``ascends``.
+      metric: what to compare by; see ``fc.metrics.higher_is_better``.
     """
     means = {point: float(np.mean(x)) for point, x in values(trials, metric).items()}
     last = {trial.point: trial.metrics["round"] for trial in sorted(trials, key=_order)}
-    worst = -math.inf if ascends(metric) else math.inf
-    sign = -1 if ascends(metric) else 1
-    return sorted(means, key=lambda p: (-last[p], sign * (worst if math.isnan(means[p]) else means[p]), p))
+    sign = -1 if higher_is_better(metric) else 1
+    return sorted(means, key=lambda p: (-last[p], math.inf if math.isnan(means[p]) else sign * means[p], p))
 
 
 def _order(trial: Trial) -> tuple[Any, ...]:

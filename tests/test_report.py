@@ -130,6 +130,8 @@ def test_the_worst_tenth_is_of_the_clients_served_worst():
     assert results.worst_tenth(np.array([0.4, 0.2]), "accuracy") == 0.2
     assert results.worst_first(ACCURACIES, "accuracy")[:3].tolist() == [1, 2, 10]
     assert np.isnan(results.worst_tenth(ACCURACIES, "accuracy"))
+    assert results.worst_tenth(many, "f1") == results.worst_tenth(many, "auroc") == many[:4].mean()
+    assert results.worst_tenth(many, "ece") == many[-4:].mean()
 
 
 def test_points_lie_where_their_values_are():

@@ -162,6 +162,41 @@ def trial(point, value, seed=0, round=10.0, name="eval/x/accuracy"):
     return Trial(point, seed, 0, {"round": round, name: value})
 
 
+UP = (
+    "accuracy",
+    "auroc",
+    "auroc_worst",
+    "auroc/Greece",
+    "f1",
+    "f1_macro",
+    "precision",
+    "recall",
+    "cosine",
+    "r2",
+    "bleu",
+)
+DOWN = (
+    "loss",
+    "log_loss",
+    "logloss",
+    "error",
+    "rmse",
+    "rmse_of_mean",
+    "mae",
+    "ece",
+    "ece_mean",
+    "ece/Cleveland",
+    "brier",
+)
+MORE_DOWN = ("perplexity", "cross_entropy", "nll", "bytes_up", "seconds", "cosine_distance", "word_error_rate")
+
+
+@pytest.mark.parametrize("prefix", ["", "eval/examples/"])
+def test_there_is_one_opinion_of_what_is_better(prefix):
+    assert [name for name in UP if not fc.metrics.higher_is_better(prefix + name)] == []
+    assert [name for name in DOWN + MORE_DOWN if fc.metrics.higher_is_better(prefix + name)] == []
+
+
 def test_ranks():
     trials = [trial(0, 0.5), trial(1, 0.9), trial(2, np.nan), trial(3, 0.9), trial(4, 1.0, round=5.0)]
     assert sweeping.rank(trials, "eval/x/accuracy") == [1, 3, 0, 2, 4]
