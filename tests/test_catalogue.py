@@ -376,6 +376,38 @@ def test_agc_is_the_formula_and_optax_and_scale_free():
     assert_close(apply(tx, 8 * w, 8 * g), 8 * apply(tx, w, g), rtol=1e-5)
 
 
+SHAPES = [
+    (),
+    (5,),
+    (1, 5),
+    (5, 1),
+    (4, 3),
+    (4, 2, 3),
+    (1, 2, 3),
+    (2, 3, 1),
+    (3, 3, 2, 4),
+    (1, 1, 2, 4),
+    (2, 2, 2, 2, 3),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agc_has_the_units_of_optax_whatever_the_rank(shape):
+    rng = np.random.default_rng(0)
+    w, g = ({"w": rng.normal(size=shape).astype(np.float32)} for _ in range(2))
+    ours, theirs = (
+        tx.update(g, tx.init(w), w)[0] for tx in (clipping.adaptive_gradient_clip(0.1), optax.adaptive_grad_clip(0.1))
+    )
+    assert_close(ours, theirs, rtol=1e-5)
+
+
+def test_a_unit_of_an_attention_is_one_output_of_one_head():
+    g = {"w": np.ones((9, 2, 4), np.float32) * np.arange(8, dtype=np.float32).reshape(2, 4)}
+    clipped = clipping.clip(3.0, scope=clipping.unit())
+    out = np.asarray(clipped.update(g, clipped.init(g))[0]["w"])
+    np.testing.assert_allclose(np.linalg.norm(out, axis=0), np.minimum(3.0 * np.arange(8), 3).reshape(2, 4), rtol=1e-6)
+
+
 def test_each_example_is_clipped_before_the_mean():
     data, loss, start, grad = problem(5.0)
     algorithm = fc.fedavg(loss, optax.sgd(0.1), gradient=fc.per_example_gradient(clipping.clip_by_global_norm(1.0)))

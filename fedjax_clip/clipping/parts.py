@@ -64,14 +64,14 @@ class Scope(NamedTuple):
 
     Attributes:
       label: ``name of a leaf -> name of its group``.
-      keep: ``"nothing"``: a group has one norm; ``"last axis"``: each output unit has; ``"everything"``: each number.
+      keep: ``"nothing"``: a group has one norm; ``"units"``: each output unit has; ``"everything"``: each number.
 
     Example:
       >>> fc.clipping.Scope(lambda name: name.split("/")[0])  # a norm for each top-level module
     """
 
     label: Callable[[str], str]
-    keep: Literal["nothing", "last axis", "everything"] = "nothing"
+    keep: Literal["nothing", "units", "everything"] = "nothing"
 
 
 def whole() -> Scope:
@@ -114,12 +114,29 @@ def groups(patterns: Mapping[str, str]) -> Scope:
 
 
 def unit() -> Scope:
-    """Each output unit of a kernel (its last axis); a vector is one unit, as in AGC (Brock et al. 2021).
+    """Each output unit of a kernel, as in AGC (Brock et al. 2021) and with the shapes that optax takes for kernels.
+
+    One unit is, with ``:`` for the axes that share a norm:
+
+    - a scalar, a vector, or what is one but for axes of length 1: the whole leaf;
+    - ``[in, out]`` of a dense layer: ``[:, o]``;
+    - ``[in, heads, size]`` of an attention: ``[:, h, s]``. A convolution over one axis has this rank too, and optax and
+      ``unit`` do not tell it apart;
+    - ``[height, width, in, out]`` of a convolution, and higher ranks: ``[:, :, :, o]``.
 
     Example:
       >>> fc.clipping.clip(0.1, scope=fc.clipping.unit())
+
+    Source: ``optax.adaptive_grad_clip``, whose ``unitwise_norm`` has the same units.
     """
-    return Scope(lambda name: name, "last axis")
+    return Scope(lambda name: name, "units")
+
+
+def _unit_axes(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes over which a unit reaches; ``None``: over the whole leaf."""
+    if sum(n != 1 for n in shape) <= 1:
+        return None
+    return (0,) if len(shape) <= 3 else tuple(range(len(shape) - 1))
 
 
 def element() -> Scope:
@@ -138,8 +155,8 @@ def measure(scope: Scope, norm: Norm, updates: PyTree) -> Norms:
         mapped = norm.map(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
         if scope.keep == "everything":
             total = mapped
-        elif scope.keep == "last axis" and x.ndim > 1:
-            total = norm.reduce(mapped, axis=tuple(range(x.ndim - 1)))
+        elif scope.keep == "units" and (axes := _unit_axes(x.shape)):
+            total = norm.reduce(mapped, axis=axes)
         else:
             total = norm.reduce(tree.by_columns(norm.reduce, mapped)) if x.size else jnp.zeros((), mapped.dtype)
         label = scope.label(name)
