@@ -131,6 +131,15 @@ def test_clients_that_diverge_are_dropped_and_counted(run, name):
     assert_identical(jax.tree.map(lambda xs: xs[1], clients), untouched)
 
 
+def test_the_scale_of_example_weights_does_not_matter(run):
+    def rounds(scale):
+        data = dataclasses.replace(run.data, weights=np.full(run.data.num_examples, scale))
+        return dataclasses.replace(run, data=data).rounds(parameters(), COHORTS[:1], run.jitted)[:2]
+
+    for scale in (1e12, 1e-12):
+        assert_close(rounds(scale), rounds(1.0), rtol=1e-4, atol=1e-5)
+
+
 def test_a_round_without_clients_leaves_the_parameters(name, run):
     server, _, history = run.rounds(parameters(), [[]])
     if name.startswith("fedavg, private"):  # must not tell that nobody came: the round is noise

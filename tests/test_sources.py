@@ -196,7 +196,7 @@ def saved(**arrays):
         (saved(x=np.ones(3), offsets=np.array([0.0, 3.0])), "offsets must be integers"),
         (saved(x=np.ones(3), offsets=np.array([0, 3]), names=np.array([1])), "names must be strings"),
         (saved(x=np.ones(3), offsets=np.array([0, 1, 3]), names=np.array(["a", "a"])), "more than once"),
-        (saved(x=np.ones(3), offsets=np.array([0, 3]), weights=-np.ones(3)), "3 positive finite numbers"),
+        (saved(x=np.ones(3), offsets=np.array([0, 3]), weights=-np.ones(3)), "3 numbers between 1e-12 and 1e"),
         (saved(offsets=np.array([0, 3])), "The data set is empty"),
         (saved(offsets=np.array([0, 1]), a=np.ones(1), **{"a/b": np.ones(1)}), "within another field"),
         (saved(offsets=np.array([0, 1]), **{"a/b": np.ones(1), "a": np.ones(1)}), "within field 'a'"),

@@ -153,7 +153,15 @@ def bad_tables(tmp_path):
         ),
         "an infinite number": (
             f"csv('{write(tmp_path / 'i.csv', [*rows, 'inf,6,f,a,no'])}', 'died')",
-            "infinite number",
+            "'age' holds inf in row 4: a number must be finite in float32",
+        ),
+        "an infinite target": (
+            f"csv('{write(tmp_path / 'j.csv', ['1,2,f,a,3', '2,3,f,a,inf', '3,2,f,a,5'])}', 'died')",
+            "'died' holds inf in row 3: a number must be finite in float32",
+        ),
+        "a number beyond float32": (
+            f"csv('{write(tmp_path / 'k.csv', [*rows, '1e308,6,f,a,no'])}', 'died')",
+            "'age' holds 1e+308 in row 4",
         ),
         "clients of one example": (
             f"csv('{write(tmp_path / 's.csv', rows)}', 'died', by='clinic')",

@@ -12,6 +12,8 @@ from fedjax_clip import checks
 from fedjax_clip.data import draws
 from fedjax_clip.typing import InvalidInput, PyTree
 
+LEAST_WEIGHT, MOST_WEIGHT = 1e-12, 1e12  # so that float32 holds ten million of them times a norm of 1e19
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FederatedData:
@@ -24,8 +26,8 @@ class FederatedData:
       examples: pytree of arrays ``[N, ...]``, usually ``{"x": ..., "y": ...}``.
       offsets: int64 ``[M + 1]``, rising from 0 to N; no client is empty.
       names: ``[M]`` unique client names; ``None`` names them ``"0", "1", ...``.
-      weights: optional ``[N]`` positive example weights (class weights, say);
-        ``None`` weighs every example 1.
+      weights: optional ``[N]`` example weights (class weights, say), between 1e-12 and 1e12, so that float32 holds
+        their sums and products; ``None`` weighs every example 1.
 
     Raises:
       InvalidInput: leading dimensions that differ, empty clients, duplicate names ...
@@ -61,8 +63,11 @@ class FederatedData:
             raise InvalidInput(f"Client {self.name(int(empty[0]))!r} has no examples.")
         if self.weights is not None:
             weights = np.asarray(self.weights)
-            if weights.shape != (num_examples,) or not np.all(np.isfinite(weights) & (weights > 0)):
-                raise InvalidInput(f"Example weights must be {num_examples} positive finite numbers.")
+            if weights.shape != (num_examples,) or not np.all((weights >= LEAST_WEIGHT) & (weights <= MOST_WEIGHT)):
+                raise InvalidInput(
+                    f"Example weights must be {num_examples} numbers between {LEAST_WEIGHT:g} and {MOST_WEIGHT:g}. "
+                    "Only their ratios matter to a mean: scale them, and leave out examples that shall not count."
+                )
 
     @classmethod
     def from_clients(cls, clients: Mapping[str, PyTree]) -> "FederatedData":

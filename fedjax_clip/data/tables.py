@@ -115,7 +115,7 @@ def encode(
         is the level ``"missing"`` where it occurs.
 
     Raises:
-      InvalidInput: a column that does not exist, or of words among the numeric ones.
+      InvalidInput: a column that does not exist, or of words among the numeric ones; see ``column``.
 
     Example:
       >>> encode({"age": np.array([63.0, 50.0]), "sex": np.array(["m", ""])}, ["age"], {"sex": ["f", "m"]})[1]
@@ -127,10 +127,6 @@ def encode(
         if values.dtype.kind != "f":
             word = next(v for v in values.tolist() if v not in _MISSING)
             raise InvalidInput(f"Column {name!r} holds words, such as {word!r}, and no numbers.")
-        if np.isinf(values).any():
-            raise InvalidInput(
-                f"Column {name!r} holds an infinite number in row {np.flatnonzero(np.isinf(values))[0]}."
-            )
         columns.append(values)
         names.append(name)
     for name in categorical:
@@ -153,12 +149,18 @@ def column(table: Table, name: str) -> np.ndarray:
       name: of one of them.
 
     Raises:
-      InvalidInput: no such column; the sentence names the nearest.
+      InvalidInput: no such column, and the sentence names the nearest; an infinite number, or beyond float32.
     """
     if name not in table:
         near = difflib.get_close_matches(name, table, 3, 0.5) or list(table)[:8]
         raise InvalidInput(f"There is no column {name!r}; there is {' or '.join(map(repr, near))}.")
-    return table[name]
+    values = table[name]
+    if values.dtype.kind == "f" and (beyond := np.flatnonzero(np.abs(values) > np.finfo(np.float32).max)).size:
+        number = values[beyond[0]]
+        raise InvalidInput(
+            f"Column {name!r} holds {number:g} in row {beyond[0] + 2}: a number must be finite in float32."
+        )
+    return values
 
 
 def _column(values: Sequence[str]) -> np.ndarray:

@@ -199,6 +199,8 @@ def csv(
     """
     table = tables.read_csv(path)
     wanted = tables.column(table, target)
+    for name in table.keys() - {by}:
+        tables.column(table, name)  # refuses infinite numbers, while rows have the file's numbers
     known = ~np.isnan(wanted) if wanted.dtype.kind == "f" else wanted != ""
     if not known.any():
         raise InvalidInput(f"{path}: column {target!r} is missing in every row.")
