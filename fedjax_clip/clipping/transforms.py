@@ -248,8 +248,8 @@ def z_clip(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> opt
 def adaptive_gradient_clip(ratio: float | Array = 0.01, floor: float = 1e-3) -> optax.GradientTransformationExtraArgs:
     """AGC: clips each output unit's gradient at ``ratio`` times the norm of its weights.
 
-    ``optax.adaptive_grad_clip`` with telemetry: the same values, of leaves up to rank 5, which are all that optax takes.
-    See ``unit`` for what a unit is. Guarantee: ``||g_unit|| <= ratio * max(||w_unit||, floor)``; unchanged under
+    ``optax.adaptive_grad_clip`` with telemetry: the same values, of leaves up to rank 5 (optax takes no others). See
+    ``unit`` for what a unit is. Guarantee: ``||g_unit|| <= ratio * max(||w_unit||, floor)``; unchanged under
     (w, g) -> (c w, c g) above the floor.
 
     Args:
