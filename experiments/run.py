@@ -19,7 +19,7 @@ from absl import flags
 
 import fedjax_clip as fc
 from experiments import binary, page, privacy, registry, rundir, spec
-from fedjax_clip import speeds, tasks, tree
+from fedjax_clip import identity, speeds, tasks, tree
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
 
@@ -119,7 +119,8 @@ def main() -> None:
         config |= {"target_epsilon": FLAGS.target_epsilon, "rounds": FLAGS.rounds}
         config["noise_multipliers"] = list(uplink.noise_multipliers)
     workdir = FLAGS.workdir or rundir.default_path(config)
-    directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0)
+    held_out = {name: identity.fingerprint(data) for name, data in task.evaluation.items()}
+    directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out)
 
     devices = jax.local_devices()[: FLAGS.devices]
     params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))

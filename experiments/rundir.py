@@ -29,6 +29,7 @@ class RunDirectory:
       config: what the results depend on, all of it.
       rounds: how many the run is to have, if its rows are rounds.
       explicit: whether a person has said so many; a run of another number is continued only then.
+      held_out: a hash of each held-out set, by name; those that are trained on, a checkpoint knows.
 
     Attributes:
       about: a line on what is trained, for ``config.json``; to be set before the first row.
@@ -45,10 +46,11 @@ class RunDirectory:
         config: Mapping[str, Any],
         rounds: int | None = None,
         explicit: bool = True,
+        held_out: Mapping[str, str] | None = None,
     ):
         self.path = files.expanded(path)
         self.config = dict(config)
-        self.rounds, self.explicit = rounds, explicit
+        self.rounds, self.explicit, self.held_out = rounds, explicit, dict(held_out or {})
         self.checkpoints = fc.checkpoint.Checkpoints(self.path / "checkpoints")
         self.about = self.extends = ""
         self._events: Any = None
@@ -84,6 +86,11 @@ class RunDirectory:
                 raise InvalidInput(
                     f"--workdir: {self.path} holds a run with {has}, not {wants}; choose another, or remove it."
                 )
+        if self.held_out and record.get("held_out", self.held_out) != self.held_out:
+            raise InvalidInput(
+                f"--workdir: {self.path} holds a run that was evaluated on other held-out data: go on with those, "
+                "choose another directory, or remove it."
+            )
         if self.rounds is not None:
             self._check_rounds(record.get("rounds"))
 
@@ -191,6 +198,7 @@ class RunDirectory:
             versions = {"python": platform.python_version(), "jax": jax.__version__, "fedjax_clip": fc.__version__}
             devices = [str(d) for d in jax.local_devices()]
             record = {"config": self.config, "about": self.about, "versions": versions, "devices": devices}
+            record |= {"held_out": self.held_out} if self.held_out else {}
         elif (record := read_config(self.path)).get("rounds") == self.rounds:
             return
         files.write(path, json.dumps(record | ({"rounds": self.rounds} if self.rounds else {}), indent=2) + "\n")

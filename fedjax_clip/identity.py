@@ -41,16 +41,24 @@ def identify(
         "num_clients": described(data.num_clients),
         "num_examples": described(data.num_examples),
     }
-    fields = {name: np.asanyarray(x) for name, x in data.fields().items()}
-    shapes = {f"field {name!r}": f"{x.dtype}{list(x.shape[1:])}" for name, x in fields.items()}
-    hashes = {f"the values of field {name!r}": digest(x) for name, x in fields.items()}
+    shapes = {f"field {name!r}": f"{x.dtype}{list(x.shape[1:])}" for name, x in data.fields().items()}
+    return settings | shapes | {name: _HASH + value for name, value in hashes(data).items()}
+
+
+def hashes(data: FederatedData) -> dict[str, str]:
+    """A hash of each part of a population, by the name under which a person knows it."""
     names = "\0".join(data.name(c) for c in range(data.num_clients)).encode("utf-8", "surrogatepass")
-    hashes |= {
+    fields = {f"the values of field {name!r}": digest(np.asanyarray(x)) for name, x in data.fields().items()}
+    return fields | {
         "the numbers of the clients' examples": digest(data.offsets),
         "the clients' names": digest(np.frombuffer(names, np.uint8)),
         "the example weights": digest(np.ones(0) if data.weights is None else np.asanyarray(data.weights)),
     }
-    return settings | shapes | {name: _HASH + value for name, value in hashes.items()}
+
+
+def fingerprint(data: FederatedData) -> str:
+    """One hash of all of a population."""
+    return hashlib.blake2b(repr(hashes(data)).encode(), digest_size=16).hexdigest()
 
 
 def check(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
