@@ -1,5 +1,6 @@
 """What every binary shares: flags that fail with one sentence, and a Ctrl-C that saves."""
 
+import io
 import os
 import pathlib
 import re
@@ -7,15 +8,25 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from absl import app, flags, logging
 
+from fedjax_clip import files
 from fedjax_clip.typing import InvalidInput
 
+MOST_FLAGS = 2**20  # bytes of a flag file
+MOST_DEVICES = 128  # of a CPU: with 300, XLA's devices wait for each other for ever
 
-def run(main: Callable[..., None], doc: str, notes: Callable[[], str] = lambda: "", operands: bool = False) -> NoReturn:
+
+def run(
+    main: Callable[..., None],
+    doc: str,
+    notes: Callable[[], str] = lambda: "",
+    operands: bool = False,
+    without: Collection[str] = (),
+) -> NoReturn:
     """Runs ``main()`` under absl; bad input ends in one sentence on stderr and exit code 2.
 
     Args:
@@ -23,35 +34,66 @@ def run(main: Callable[..., None], doc: str, notes: Callable[[], str] = lambda: 
       doc: what ``--help`` opens with.
       notes: what ``--help`` closes with.
       operands: whether ``main`` takes what is written besides flags; else that is refused.
+      without: flags that come with an import and that ``main`` refuses; they are not in ``--help``.
     """
 
     def parse(argv: list[str]) -> list[str]:
         if {"--help", "-help", "-h", "--h"} & set(argv):  # absl's own --help exits with 1
-            print(f"{doc.strip()}\n\nFlags:\n{_flags_help()}\n\n{notes()}".rstrip())
+            print(f"{doc.strip()}\n\nFlags:\n{_flags_help(without)}\n\n{notes()}".rstrip())
             sys.exit(0)
         try:
+            for here, after in zip(argv, [*argv[1:], ""]):
+                if found := re.fullmatch(r"--?flagfile(=(.*))?", here, re.DOTALL):
+                    _check_flagfile(found[2] if found[1] else after)
             rest = flags.FLAGS(argv)
-        except (flags.Error, OSError) as error:
+        except (flags.Error, OSError, ValueError) as error:
             _fail(_reworded(" ".join(str(error).removeprefix("ERROR:: ").split())))
+        for name in flags.FLAGS:  # absl's own would run profilers, and write files wherever a flag file says
+            module = str(flags.FLAGS.find_module_defining_flag(name))
+            if (
+                flags.FLAGS[name].present
+                and name != "flagfile"
+                and not module.startswith(("experiments.", sys.argv[0]))
+            ):
+                _fail(f"--{name} is no flag of this program: see --help.")
         if len(rest) > 1 and not operands:
             _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
-        if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.FATAL)  # what libraries log of an error, the error says again
+        logging.set_verbosity(logging.FATAL)  # what libraries log of an error, the error says again
         return rest
 
     def guarded(argv: list[str]) -> None:
         warnings.formatwarning = lambda message, *place, **line: f"warning: {message}\n"  # no line of code
         try:
             main(*argv[1:])
+            sys.stdout.flush()
         except InvalidInput as error:
             _fail(str(error))
         except KeyboardInterrupt:
             print("\nInterrupted before the first round was done; nothing was lost.", file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            what = f"{error.filename}: " if error.filename else ""
+            _fail(f"{what}{error.strerror or error}. What was saved before is whole, and the same command goes on.")
+        except (MemoryError, OverflowError) as error:
+            _fail(_too_much(error))
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            _fail(_too_much(error))
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see experiments/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    app.run(guarded, flags_parser=parse)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files that are not UTF-8 are shown, not fatal
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app.run(guarded, flags_parser=parse)
+    except BrokenPipeError:  # nobody reads on: as after head
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python complains when it flushes
+        sys.exit(128 + signal.SIGPIPE)
     raise AssertionError("app.run exits")
 
 
@@ -91,23 +133,42 @@ def configure_jax(cpu_devices: int | None) -> None:
     if jax.__version_info__ < (0, 13):  # an unknown flag would end the process
         os.environ["XLA_FLAGS"] = " ".join([*patience, os.environ.get("XLA_FLAGS", "")])  # the last one counts
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cpu_devices or cores)
+    jax.config.update("jax_num_cpu_devices", cpu_devices or min(cores or 1, MOST_DEVICES))
     cache = pathlib.Path(os.environ.get("FEDJAX_CLIP_CACHE") or "~/.cache/fedjax_clip").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _flags_help() -> str:
+def _flags_help(without: Collection[str]) -> str:
     """The project's flags in the order of their definition, each with its default."""
     modules = flags.FLAGS.flags_by_module_dict()
     project = str(flags.FLAGS.find_module_defining_flag("workdir")), sys.argv[0]
-    own = [flag for name in dict.fromkeys(project) for flag in modules.get(name, [])]
+    own = [f for name in dict.fromkeys(project) for f in modules.get(name, []) if f.name not in without]
     rows = [(f"  --{f.name}" + ("" if f.default is None else f"={f.default}"), f.help or "") for f in own]
     indent = " " * 23
     return "\n".join(
         textwrap.fill(f"{head:<22} {text}" if len(head) < 23 else f"{head}  {text}", 110, subsequent_indent=indent)
         for head, text in rows
     )
+
+
+def _check_flagfile(name: str) -> None:
+    """Refuses what is no short text."""
+    path = files.expanded(name)
+    if path.exists() and not path.is_file():
+        _fail(f"--flagfile={name} is no file.")
+    if path.is_file() and path.stat().st_size > MOST_FLAGS:
+        _fail(f"--flagfile={name} has {path.stat().st_size:,} bytes: that is no list of flags.")
+    try:
+        if path.is_file() and "\0" in path.read_text(encoding="utf-8", errors="surrogateescape"):
+            raise ValueError
+    except ValueError:
+        _fail(f"--flagfile={name} is not text.")
+
+
+def _too_much(error: BaseException) -> str:
+    detail = " ".join(str(error).split())[:200].rstrip(".")
+    return f"this needs more memory than there is, or a number is too large{detail and f': {detail}'}."
 
 
 def _reworded(complaint: str) -> str:

@@ -1,7 +1,6 @@
 """One page of one run, or of several beside each other: HTML that needs no other file, no network and no script."""
 
 import html
-import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -10,6 +9,7 @@ import numpy as np
 import fedjax_clip as fc
 from experiments import panels, results, svg
 from experiments.results import Run
+from fedjax_clip import files
 from fedjax_clip.typing import InvalidInput
 
 MARK = "<!doctype html><!-- a page of fedjax_clip -->"
@@ -26,9 +26,7 @@ def write(path: pathlib.Path, directories: Sequence[pathlib.Path]) -> None:
     try:
         if path.exists() and not path.read_bytes().startswith(MARK.encode()):
             raise InvalidInput(f"--out: {path} is no page of a run, so it is not overwritten; name another file.")
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        files.write(path, text)
     except OSError as error:
         raise InvalidInput(f"--out: {path} cannot be written: {error.strerror}.") from None
 

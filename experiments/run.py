@@ -19,7 +19,7 @@ from absl import flags
 
 import fedjax_clip as fc
 from experiments import binary, page, privacy, registry, rundir, spec
-from fedjax_clip import speeds, tasks, tree
+from fedjax_clip import identity, speeds, tasks, tree
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
 
@@ -116,14 +116,19 @@ def main() -> None:
     if FLAGS.delta is not None:
         config["delta"] = FLAGS.delta
     if FLAGS.target_epsilon is not None:
-        config["target_epsilon"] = FLAGS.target_epsilon
+        config |= {"target_epsilon": FLAGS.target_epsilon, "rounds": FLAGS.rounds}
         config["noise_multipliers"] = list(uplink.noise_multipliers)
-    directory = rundir.RunDirectory(FLAGS.workdir or rundir.default_path(config), config)
+    workdir = FLAGS.workdir or rundir.default_path(config)
+    held_out = {name: identity.fingerprint(data) for name, data in task.evaluation.items()}
+    directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out)
 
     devices = jax.local_devices()[: FLAGS.devices]
     params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))
+    tree.flatten_with_names(params)  # says at once if params.npz could not hold them
     directory.about = describe(task, cohort_size(task), params, devices)
-    print(directory.about, file=sys.stderr)
+    for line in (directory.about, directory.extends):
+        if line:
+            print(line, file=sys.stderr)
     for name in registry.behind_optimizer(FLAGS.client):
         print(
             f"--client: {name} stands behind the optimiser and bounds its steps; to clip gradients put it in front.",
@@ -177,20 +182,25 @@ def main() -> None:
         print(summary(rows, result.params, directory, protects))
 
 
+MOST: Mapping[str, int] = {  # of more, rows and plans fit into no memory
+    "rounds": 10_000_000,
+    "eval_every": 2**31 - 1,
+    "checkpoint_every": 2**31 - 1,
+    "rounds_per_dispatch": 10_000,
+    "devices": binary.MOST_DEVICES,
+    "cohort_size": 2**31 - 1,
+    "clients_per_chunk": 2**20,
+}
+
+
 def check_numbers() -> None:
     """Refuses numbers that no run can have."""
-    for name in (
-        "rounds",
-        "eval_every",
-        "checkpoint_every",
-        "rounds_per_dispatch",
-        "devices",
-        "cohort_size",
-        "clients_per_chunk",
-    ):
+    for name, most in MOST.items():
         value: Any = FLAGS[name].value
         if value is not None and value < 1:
             raise InvalidInput(f"--{name} must be at least 1, not {value}.")
+        if value is not None and value > most:
+            raise InvalidInput(f"--{name} must lie between 1 and {most}, and is {value}.")
     batch_size()
     if not 0 <= FLAGS.seed < 2**32:
         raise InvalidInput(f"--seed must lie between 0 and 2**32 - 1, and is {FLAGS.seed}.")

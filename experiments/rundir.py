@@ -1,5 +1,6 @@
 """A run's directory: what ran, a row of metrics for each round, TensorBoard events, pictures, checkpoints."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -7,58 +8,77 @@ import os
 import pathlib
 import platform
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 
 import fedjax_clip as fc
-from fedjax_clip import tree
+from fedjax_clip import files, tree
 from fedjax_clip.typing import InvalidInput, Params
 
 
 class RunDirectory:
     """Writes a run, and continues one of the same configuration; refuses one of another.
 
-    Use it as a context: it keeps other processes out. A run that cannot start leaves nothing behind.
+    Use it as a context: it keeps other processes out. A run that cannot start leaves nothing behind, and no link in the
+    directory is followed: it holds files of its own.
 
     Args:
       path: the directory; made when needed.
       config: what the results depend on, all of it.
+      rounds: how many the run is to have, if its rows are rounds.
+      explicit: whether a person has said so many; a run of another number is continued only then.
+      held_out: a hash of each held-out set, by name; those that are trained on, a checkpoint knows.
 
     Attributes:
       about: a line on what is trained, for ``config.json``; to be set before the first row.
+      extends: a line on how many rounds there were to be before, if there were to be others.
 
     Raises:
-      InvalidInput: a path that cannot be written, or that holds a run of another configuration or something else.
+      InvalidInput: a path that cannot be written, or that holds a run of another configuration, with more rounds,
+        damaged, or something else.
     """
 
-    def __init__(self, path: str | pathlib.Path, config: Mapping[str, Any]):
-        self.path = pathlib.Path(path)
+    def __init__(
+        self,
+        path: str | pathlib.Path,
+        config: Mapping[str, Any],
+        rounds: int | None = None,
+        explicit: bool = True,
+        held_out: Mapping[str, str] | None = None,
+    ):
+        self.path = files.expanded(path)
         self.config = dict(config)
+        self.rounds, self.explicit, self.held_out = rounds, explicit, dict(held_out or {})
         self.checkpoints = fc.checkpoint.Checkpoints(self.path / "checkpoints")
-        self.about = ""
+        self.about = self.extends = ""
         self._events: Any = None
         self._rows: Any = None
         self._check()
 
     def _check(self) -> None:
-        existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        try:
+            existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(p))
+            writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+            if any(len(os.fsencode(part)) > 255 for part in self.path.parts):  # the limit of nearly all file systems
+                raise InvalidInput(f"--workdir: {str(self.path)[:60]}... has a name of more than 255 bytes.")
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"--workdir: {str(self.path)[:60]!r} is no path: {error}.") from None
+        if not writable:
             raise InvalidInput(f"--workdir: {self.path} cannot be written, since {existing} is no writable directory.")
         if existing != self.path.absolute() or {p.name for p in self.path.iterdir()} <= {".lock"}:
             return
-        try:
-            found = json.loads((self.path / "config.json").read_text())["config"]
-        except FileNotFoundError:
-            raise InvalidInput(
-                f"--workdir: {self.path} holds files but no run (no config.json); choose another."
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            raise InvalidInput(
-                f"--workdir: {self.path / 'config.json'} is not a run's configuration; choose another."
-            ) from None
-        for name in sorted(self.config.keys() | found.keys()):
+        for folder, folders, names in os.walk(self.path):
+            if links := [name for name in (*folders, *names) if os.path.islink(os.path.join(folder, name))]:
+                link = os.path.join(folder, links[0])
+                raise InvalidInput(
+                    f"--workdir: {link} is a link, and a run directory holds files of its own: remove it, or choose "
+                    "another directory."
+                )
+        record = read_config(self.path)
+        found = record["config"]
+        for name in dict.fromkeys([*self.config, *found]):
             if found.get(name) != self.config.get(name):
                 held, asked = found.get(name), self.config.get(name)
                 has = f"no --{name}" if held is None else f"--{name}={held!r}"
@@ -66,33 +86,86 @@ class RunDirectory:
                 raise InvalidInput(
                     f"--workdir: {self.path} holds a run with {has}, not {wants}; choose another, or remove it."
                 )
+        if self.held_out and record.get("held_out", self.held_out) != self.held_out:
+            raise InvalidInput(
+                f"--workdir: {self.path} holds a run that was evaluated on other held-out data: go on with those, "
+                "choose another directory, or remove it."
+            )
+        if self.rounds is not None:
+            self._check_rounds(record.get("rounds"))
+
+    def _check_rounds(self, planned: Any) -> None:
+        """Refuses to lose rounds that are done, and to add some that nobody asked for."""
+        kept, saved = len(self.rows()), self.checkpoints.newest() or 0
+        if kept < saved:
+            raise InvalidInput(
+                f"--workdir: {self.path / 'metrics.jsonl'} lacks the rows of rounds {kept + 1} to {saved}, which are "
+                f"done: put the file back, or remove {self.path} to train anew."
+            )
+        assert self.rounds is not None
+        if self.rounds < kept:
+            raise InvalidInput(
+                f"--rounds={self.rounds} is less than the {kept} rounds that {self.path} has: name another --workdir, "
+                "or remove this one, to train fewer."
+            )
+        if planned in (None, self.rounds):
+            return
+        if not self.explicit:
+            raise InvalidInput(
+                f"--workdir: {self.path} holds a run of {planned} rounds: write --rounds={planned} for that one, or "
+                f"--rounds={self.rounds} to train it on."
+            )
+        self.extends = (
+            f"{self.path} was to have {planned} rounds, and has {kept}: its pictures, its page and its params.npz will "
+            f"be those of round {self.rounds}."
+        )
 
     def __enter__(self) -> "RunDirectory":
         made = [p for p in (self.path.absolute(), *self.path.absolute().parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = self._locked()
+        except BlockingIOError:
+            raise InvalidInput(f"--workdir: {self.path} is in use by another run.") from None
         except OSError as error:
             raise InvalidInput(f"--workdir: {self.path} cannot be written: {error.strerror}.") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._check()  # another run may have begun since
-        except BlockingIOError:
-            self._lock.close()
-            raise InvalidInput(f"--workdir: {self.path} is in use by another run.") from None
         except InvalidInput:
-            self._lock.close()
+            os.close(self._lock)
             raise
         self._made = made
         return self
 
+    def _locked(self) -> int:
+        """The open lock file, once no other process has it.
+
+        One that ends removes the file while it still holds it. So who waited for that file must look for the new one.
+        """
+        path = self.path / ".lock"
+        while True:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(os.fstat(lock), os.lstat(path)):
+                    return lock
+            except FileNotFoundError:  # removed in between
+                pass
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
+
     def __exit__(self, *exception: object) -> None:
-        self.close()
-        (self.path / ".lock").unlink()
-        if not any(self.path.iterdir()):
-            for path in self._made:
-                path.rmdir()
-        self._lock.close()
+        try:
+            self.close()
+        finally:
+            with contextlib.suppress(OSError):
+                (self.path / ".lock").unlink()
+                if not any(self.path.iterdir()):
+                    for path in self._made:
+                        path.rmdir()
+            os.close(self._lock)
 
     def rows(self) -> list[fc.training.Row]:
         """All whole rows on disk, in order."""
@@ -114,24 +187,26 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         earlier = [row for row in self.rows() if row["round"] < round]  # a kill may have left rows past the checkpoint
         self.record()
-        write(self.path / "metrics.jsonl", "".join(_line(row) for row in earlier))
+        files.write(self.path / "metrics.jsonl", "".join(_line(row) for row in earlier))
         self._events = tensorboardX.SummaryWriter(str(self.path / "tensorboard"), purge_step=round, flush_secs=10)
-        self._rows = (self.path / "metrics.jsonl").open("a")
+        self._rows = appending(self.path / "metrics.jsonl")
 
     def record(self) -> None:
-        """Writes ``config.json``, unless it is there."""
-        if not (self.path / "config.json").exists():
+        """Writes ``config.json``, unless it is there already with as many rounds."""
+        path = self.path / "config.json"
+        if not path.exists():
             versions = {"python": platform.python_version(), "jax": jax.__version__, "fedjax_clip": fc.__version__}
             devices = [str(d) for d in jax.local_devices()]
             record = {"config": self.config, "about": self.about, "versions": versions, "devices": devices}
-            write(self.path / "config.json", json.dumps(record, indent=2) + "\n")
+            record |= {"held_out": self.held_out} if self.held_out else {}
+        elif (record := read_config(self.path)).get("rounds") == self.rounds:
+            return
+        files.write(path, json.dumps(record | ({"rounds": self.rounds} if self.rounds else {}), indent=2) + "\n")
 
     def finish(self, params: Params, clients: Mapping[str, np.ndarray]) -> None:
         """Writes ``params.npz``, ``clients.npz`` (scores of each client, as ``fc.per_client``'s) and the pictures."""
-        for name, arrays in (("params", tree.flatten_with_names(params)), ("clients", clients)):
-            temporary = self.path / f"{name}.tmp.npz"
-            np.savez(temporary, allow_pickle=False, **arrays)
-            os.replace(temporary, self.path / f"{name}.npz")
+        files.write_npz(self.path / "params.npz", tree.flatten_with_names(params))
+        files.write_npz(self.path / "clients.npz", clients)
         self.draw()
         self.close()
 
@@ -139,9 +214,9 @@ class RunDirectory:
         """Draws ``curves.png``, and ``clipping.png`` if anything was clipped, from the rows so far."""
         title = f"{self.config.get('task')}    {self.config.get('algorithm')}    {self.config.get('client')}"
         rows = self.rows()
-        fc.plots.curves(rows, title).savefig(self.path / "curves.png", dpi=120)
+        save_picture(self.path / "curves.png", fc.plots.curves(rows, title))
         if (clipping := fc.plots.clipping(rows, title)) is not None:
-            clipping.savefig(self.path / "clipping.png", dpi=120)
+            save_picture(self.path / "clipping.png", clipping)
 
     def close(self) -> None:
         if self._rows is not None:
@@ -149,18 +224,50 @@ class RunDirectory:
             self._events.close()
 
 
-def read_rows(path: pathlib.Path) -> list[fc.training.Row]:
-    """All whole rows of a run directory, in order; a row that a kill cut short is left out."""
-    rows: list[fc.training.Row] = []
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """What a run's ``config.json`` says, ``{"config": {...}, ...}``.
+
+    Raises:
+      InvalidInput: there is none, or it is not what a run writes.
+    """
     try:
-        lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        record = json.loads((path / "config.json").read_bytes())
     except FileNotFoundError:
-        return rows
-    for line in lines:
-        if not line.endswith("\n"):
-            break
-        rows.append({k: float("nan") if v is None else v for k, v in json.loads(line).items()})
-    return rows
+        raise InvalidInput(f"--workdir: {path} holds files but no run (no config.json); choose another.") from None
+    except (OSError, ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise InvalidInput(f"--workdir: {path / 'config.json'} is not a run's configuration; choose another.")
+    return record
+
+
+def read_rows(path: pathlib.Path) -> list[fc.training.Row]:
+    """All whole rows of a run directory, in order; a last row that a kill cut short is left out.
+
+    Raises:
+      InvalidInput: a file whose rows are not those of rounds 1, 2, 3 ...
+    """
+    file = path / "metrics.jsonl"
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    rows: list[fc.training.Row] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({k: float("nan") if v is None else float(v) for k, v in row.items()})
+            whole = row["round"] == number
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            whole = False
+        if not whole and not line.endswith(b"\n"):
+            return rows[: number - 1]
+        if not whole:
+            raise InvalidInput(
+                f"{file}: line {number} is not the row of round {number}, so the file is damaged: put it back, or "
+                f"remove {path} to train anew."
+            )
+    return rows if not lines or lines[-1].endswith(b"\n") else rows[:-1]
 
 
 def default_path(config: Mapping[str, Any]) -> pathlib.Path:
@@ -174,8 +281,12 @@ def _line(row: fc.training.Row) -> str:
     return json.dumps({k: v if np.isfinite(v) else None for k, v in row.items()}) + "\n"
 
 
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole, or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def appending(path: pathlib.Path) -> TextIO:
+    """A file of one's own, to write at its end: links are refused."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a")
+
+
+def save_picture(path: pathlib.Path, figure: Any) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    with files.replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

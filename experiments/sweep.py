@@ -26,7 +26,7 @@ from absl import flags
 
 import fedjax_clip as fc
 from experiments import binary, privacy, registry, run, rundir, spec
-from fedjax_clip import sweeping, tasks
+from fedjax_clip import files, sweeping, tasks
 from fedjax_clip.sweeping import Range, Trial
 from fedjax_clip.typing import InvalidInput
 
@@ -223,28 +223,35 @@ class SweepDirectory(rundir.RunDirectory):
     def trials(self) -> list[Trial]:
         """All whole lines on disk."""
         file = self.path / "results.jsonl"
-        text = file.read_text() if file.exists() else ""
+        text = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a kill may have come in the middle of the last line
+        try:
+            entries = [json.loads(line) for line in whole.splitlines()]
+            trials = [Trial(int(e["point"]), int(e["seed"]), int(e["fold"]), _restored(e["metrics"])) for e in entries]
+            if any("round" not in trial.metrics for trial in trials):
+                raise KeyError("round")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InvalidInput(
+                f"{file} is damaged: put it back, or remove {self.path} to train all points anew."
+            ) from None
         if whole != text:
-            rundir.write(file, whole)
-        entries = [json.loads(line) for line in whole.splitlines()]
-        return [Trial(e["point"], e["seed"], e["fold"], _restored(e["metrics"])) for e in entries]
+            files.write(file, whole)
+        return trials
 
     def add_trial(self, trial: Trial, points: Mapping[str, np.ndarray]) -> None:
         """Appends a training."""
         self.record()
         metrics = {name: x if math.isfinite(x) else None for name, x in trial.metrics.items()}
         entry = trial._asdict() | {"values": _point(points, trial.point), "metrics": metrics}
-        with (self.path / "results.jsonl").open("a") as file:
+        with rundir.appending(self.path / "results.jsonl") as file:
             file.write(json.dumps(entry) + "\n")
 
     def report(self, points: Mapping[str, np.ndarray], trials: list[Trial], metric: str) -> None:
         """Writes the table, the picture and the best point's flags."""
-        rundir.write(self.path / "table.md", table(points, trials, metric))
+        files.write(self.path / "table.md", table(points, trials, metric))
         values = sweeping.values(trials, metric)
-        fc.plots.sweep(points, values, metric, f"{FLAGS.task}    {FLAGS.client}").savefig(
-            self.path / "sweep.png", dpi=120
-        )
+        picture = fc.plots.sweep(points, values, metric, f"{FLAGS.task}    {FLAGS.client}")
+        rundir.save_picture(self.path / "sweep.png", picture)
         first = sweeping.rank(trials, metric)[0]
         best, score = _point(points, first), _interval(values[first])
         lines = [f"# python -m experiments.run --flagfile={self.path / 'best.flags'}"]
@@ -253,7 +260,7 @@ class SweepDirectory(rundir.RunDirectory):
             value = self.config[name]
             if value not in (None, ""):
                 lines.append(f"--{name}={_filled(value, best) if name in SWEPT else value}")
-        rundir.write(self.path / "best.flags", "\n".join(lines) + "\n")
+        files.write(self.path / "best.flags", "\n".join(lines) + "\n")
 
 
 def table(points: Mapping[str, np.ndarray], trials: list[Trial], metric: str) -> str:
@@ -324,4 +331,4 @@ def describe() -> str:
 
 
 if __name__ == "__main__":
-    binary.run(main, __doc__ or "", describe)
+    binary.run(main, __doc__ or "", describe, without=UNUSED)

@@ -4,7 +4,6 @@ import concurrent.futures
 import inspect
 import math
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks, metrics, placement, tree
+from fedjax_clip import checks, identity, interrupts, metrics, placement, tree
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData
@@ -29,7 +28,7 @@ class State(NamedTuple):
     Attributes:
       server: what the algorithm's ``init`` makes and its rounds change.
       clients: ``[M, ...]``, what ``init_client`` makes.
-      run: seed, data and width that a checkpoint must agree with.
+      run: what a checkpoint must agree with (``fc.train`` says what that is), if there are checkpoints; and the width.
 
     Example:
       >>> result.state.server.params
@@ -37,7 +36,7 @@ class State(NamedTuple):
 
     server: PyTree
     clients: PyTree
-    run: dict[str, np.ndarray]
+    run: dict[str, Any]
 
 
 class Result(NamedTuple):
@@ -118,7 +117,11 @@ def train(
       evaluate_clients: ``(params, what the clients keep [M, ...]) -> {name: value}``, called when ``evaluate`` is: for
         models of the clients' own. See ``fc.client_evaluator``.
       eval_every: rounds from one evaluation to the next.
-      checkpoints: where to resume from and save to, ``fc.checkpoint.Checkpoints(directory)``.
+      checkpoints: where to resume from and save to, ``fc.checkpoint.Checkpoints(directory)``. A checkpoint is gone on
+        with if these agree: the kind of algorithm and the shapes of all that it keeps, all of ``data``, the sampler,
+        the local work and the seed. ``rounds`` may grow; all other arguments may change. What is inside the loss, the
+        optimisers and the links, such as a learning rate, cannot be seen: do not change it. With checkpoints, a first
+        Ctrl-C saves the state when the rounds that are under way end, and is then raised; a second one ends at once.
       checkpoint_every: rounds from one save to the next.
       on_round: called with each round's row.
       should_stop: asked after each dispatch; if true, the state is saved and training ends early.
@@ -170,23 +173,26 @@ def train(
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
     devices = jax.local_devices() if devices is None else devices
 
-    run = _identity(data, seed)
+    run: dict[str, Any] = {} if checkpoints is None else identity.identify(algorithm, data, sampler, work, seed)
     state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients), run)
     stateful = bool(jax.tree.leaves(state.clients))
     if sampler.replacement and stateful:
         raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
     start, state = (checkpoints and checkpoints.restore(state)) or (0, state)
-    for name, expected in run.items():
-        if state.run[name] != expected and name != "width":
-            raise InvalidInput(f"The checkpoint is of a run with {name}={state.run[name]}, not {expected}.")
+    identity.check("The checkpoint", state.run, run)
+    if start > rounds:
+        raise InvalidInput(
+            f"The checkpoint is of a run that has done {start} rounds, more than rounds={rounds}: ask for {start} or "
+            "more, or name another directory."
+        )
 
     length = 1 if stateful else rounds_per_dispatch
     dispatcher = Dispatcher(algorithm, data, sampler, work, devices, seed, length, non_finite)
-    if width := clients_per_chunk or int(state.run["width"]):  # a run keeps the width that it began with
+    if width := clients_per_chunk or int(state.run.get("width", 0)):  # a run keeps the width that it began with
         dispatcher.width = width
     else:
         dispatcher.choose_width(state.server, state.clients, params, start)
-    run["width"] = np.asarray(dispatcher.width, np.int64)
+    run = run | {"width": dispatcher.width}
     server = placement.replicate(state.server, devices)
     before: list[dict[str, np.ndarray]] = []
     if algorithm.start is not None and start == 0:
@@ -200,7 +206,9 @@ def train(
         judges.append(lambda params: evaluate_clients(params, state.clients))
     due = (eval_every if judges else 0, checkpoint_every if checkpoints else 0)
     to_do = range(start, rounds)
-    with concurrent.futures.ThreadPoolExecutor(1) as packer:
+    # What is interrupted in the middle of a round would be lost, for the devices write into the state.
+    held_back = interrupts.held_back(checkpoints is not None)
+    with held_back as interrupted, concurrent.futures.ThreadPoolExecutor(1) as packer:
 
         def upcoming() -> Callable[[], Block] | None:
             """The next block, if there is one: planned here, as it is quick, or packed by a thread."""
@@ -240,7 +248,7 @@ def train(
             if on_round is not None:
                 for row in rows:
                     on_round(row)
-            stop = should_stop is not None and should_stop()
+            stop = (should_stop is not None and should_stop()) or interrupted()
             if checkpoints is not None and (done == rounds or stop or done % checkpoint_every == 0):
                 checkpoints.save(done, State(placement.first_replica(server), state.clients, run))
             if stop:
@@ -259,17 +267,6 @@ def _stop_at(columns: dict[str, np.ndarray], rounds: range, data: FederatedData)
                 f"Round {round + 1}: the updates of clients {', '.join(named)}{more} are not finite. Lower the "
                 "client's learning rate, put a clip in front of it, or leave such updates out (non_finite='drop')."
             )
-
-
-def _identity(data: FederatedData, seed: int) -> dict[str, np.ndarray]:
-    """What a checkpoint must agree with besides shapes: the seed, and the data as far as a sample of it tells."""
-    few = np.linspace(0, data.num_examples - 1, 64).astype(np.int64)
-    checksum = zlib.crc32(np.ascontiguousarray(data.offsets).tobytes())
-    for x in data.fields().values():
-        checksum = zlib.crc32(np.ascontiguousarray(x[few]).tobytes(), checksum)
-    values = {"seed": seed, "num_clients": data.num_clients, "num_examples": data.num_examples, "checksum": checksum}
-    values["width"] = 0  # not chosen yet
-    return {name: np.asarray(value, np.int64) for name, value in values.items()}
 
 
 def check_fields(data: FederatedData) -> None:

