@@ -31,8 +31,8 @@ from experiments.clipbench_lanes import run
 from experiments.clipbench_tracks import Measure, Track
 from experiments.robust_problems import ATTACKS, DEFENCES, Attack, Defence, Problem, digits, long_tail, mnist
 from experiments.rules import Rule
-from experiments.rundir import write
 from fedjax_clip import reduce
+from fedjax_clip.files import write
 from fedjax_clip.typing import InvalidInput
 
 NAMES = ("digits", "mnist", "long_tail")

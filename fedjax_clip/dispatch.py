@@ -127,6 +127,7 @@ class Dispatcher:
         Returns:
           The server to begin with, and the metrics of each cohort, ``[1]`` each.
         """
+        assert self.algorithm.start is not None
         size, rounds, columns = max(1, len(self.turns[0].ids)), self.run_rounds, []
         self.run_rounds = placement.pmap_rounds(self.algorithm._replace(round=self.algorithm.start), self.devices)
         for first in range(0, self.data.num_clients, size):

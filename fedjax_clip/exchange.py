@@ -10,9 +10,10 @@ from fedjax_clip import clipping, metrics, tree
 from fedjax_clip.cohort import Client, Cohort
 from fedjax_clip.local import ClientFn
 from fedjax_clip.reduce import Reducer, Roster
-from fedjax_clip.typing import Array, ClientState, Metrics, PyTree
+from fedjax_clip.typing import Array, ClientState, InvalidInput, Metrics, PyTree
 from fedjax_clip.uplink.base import LATE, SENT, Context, Uplink, decoded, encoded
 
+NO_POPULATION = "The cohort does not say how many clients there are in all: make it by fc.plan."
 NAMED = 8  # of the clients whose updates are not finite, so many are named
 
 
@@ -125,7 +126,7 @@ def exchange(
     ctx = Context(
         *(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"], reducer.denominator),
         threshold=reducer.threshold,
-        share=population_share(reducer, cohort, report),
+        share=None if cohort.num_clients is None else population_share(reducer, cohort, report),
     )
     update, uplink_state, link_metrics = decoded(uplink, aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
     asked = report["clients"] + report["dropped"]
@@ -149,7 +150,7 @@ def exchange(
     )
 
 
-def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Array | None:
+def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Array:
     """What takes ``reducer``'s aggregate to the mean over ALL N clients, those who did not come counting as zeros.
 
     ``|S| / N`` for a mean over the clients S that arrived, ``sum_S w_i / sum_N w_i`` for a weighted one, ``n / N`` for
@@ -161,13 +162,16 @@ def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Arra
       metrics: of the exchange.
 
     Returns:
-      float32 scalar, or ``None`` where the cohort does not tell N.
+      float32 scalar.
+
+    Raises:
+      InvalidInput: (when traced) a cohort that was not made by ``fc.plan`` and does not tell N.
 
     Example:
       >>> c = optax.tree.add_scale(c, population_share(reducer, cohort, metrics), change)  # c stays mean_N c_i
     """
     if cohort.num_clients is None or cohort.total_weight is None:
-        return None
+        raise InvalidInput(NO_POPULATION)
     if reducer.denominator is not None:
         return jnp.asarray(reducer.denominator, jnp.float32) / cohort.num_clients
     if reducer.weighted:

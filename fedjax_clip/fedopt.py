@@ -54,7 +54,7 @@ def fedadagrad(
     Source: Reddi et al. (2021), "Adaptive Federated Optimization", Algorithm 2 (FedAdagrad); beta1 = 0 and tau = 1e-3
     as in its section 5.
     """
-    return _fedopt(learning_rate, beta1, None, tau, lambda v, square, _: v + square)
+    return _fedopt(learning_rate, beta1, tau, lambda v, square: v + square)
 
 
 def fedadam(
@@ -88,7 +88,8 @@ def fedadam(
 
     Source: Reddi et al. (2021), Algorithm 2 (FedAdam), with the defaults of its section 5.
     """
-    return _fedopt(learning_rate, beta1, beta2, tau, lambda v, square, b2: b2 * v + (1 - b2) * square)
+    checks.within("beta2", beta2, 0, 1)
+    return _fedopt(learning_rate, beta1, tau, lambda v, square: beta2 * v + (1 - beta2) * square)
 
 
 def fedyogi(
@@ -120,19 +121,17 @@ def fedyogi(
 
     Source: Reddi et al. (2021), Algorithm 2 (FedYogi), with the defaults of its section 5.
     """
-    return _fedopt(learning_rate, beta1, beta2, tau, lambda v, square, b2: v - (1 - b2) * square * jnp.sign(v - square))
+    checks.within("beta2", beta2, 0, 1)
+    return _fedopt(learning_rate, beta1, tau, lambda v, square: v - (1 - beta2) * square * jnp.sign(v - square))
 
 
 def _fedopt(
     learning_rate: optax.ScalarOrSchedule,
     beta1: float | Array,
-    beta2: float | Array | None,
     tau: float | Array,
-    second: Callable[[Array, Array, float | Array | None], Array],
+    second: Callable[[Array, Array], Array],
 ) -> optax.GradientTransformation:
     checks.within("beta1", beta1, 0, 1)
-    if beta2 is not None:
-        checks.within("beta2", beta2, 0, 1)
     checks.positive("tau", tau)
 
     def init(params):
@@ -143,7 +142,7 @@ def _fedopt(
     def update(updates, state, params=None):
         # updates is the pseudo-gradient -D: its square is D's, and m is -m of the paper.
         m = jax.tree.map(lambda m, d: beta1 * m + (1 - beta1) * d, state.m, updates)
-        v = jax.tree.map(lambda v, d: second(v, d * d, beta2), state.v, updates)
+        v = jax.tree.map(lambda v, d: second(v, d * d), state.v, updates)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), m, v), FedOptState(m, v)
 
     return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))

@@ -85,7 +85,7 @@ def one_round(
     return (server, kept), report
 
 
-def _places(ids: Array, size: int) -> Array:
+def _places(ids: Array | np.ndarray, size: int) -> Array:
     return jnp.where(ids < 0, size, ids)
 
 
@@ -136,10 +136,10 @@ def program(
         algorithm = build({**hyper, "num_clients": stream.num_clients})
         key = jax.random.key(stream.seed)
         begun = init_state(algorithm, stream.params, num_kept)
-        if algorithm.start is not None:
+        if (before := algorithm.start) is not None:
             begun = jax.lax.cond(
                 start == 0,
-                lambda begun: one_round(algorithm.start, begun, stream.everyone, population, key)[0],
+                lambda begun: one_round(before, begun, stream.everyone, population, key)[0],
                 lambda begun: begun,
                 begun,
             )

@@ -72,6 +72,7 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
 
     def start(server: Server, cohort, key):
         last, own = server.own
+        assert algorithm.start is not None
         after, client_states, metrics = algorithm.start(server._replace(own=own), cohort, key)
         return after._replace(own=(last, after.own)), client_states, metrics
 

@@ -68,8 +68,9 @@ def partially_frozen(
 
     def start(server, cohort, key):
         f, u, algorithm = split(server.params)
+        assert algorithm.start is not None
         server, client_states, metrics = algorithm.start(server._replace(params=u), cohort, key)
         return server._replace(params=tree.join(f, server.params)), client_states, metrics
 
-    own = {"personal": personal if whole.personal else None, "start": start if whole.start else None}
-    return whole._replace(init=init, init_client=init_client, round=round, broadcasts=False, **own)
+    inside = whole._replace(init=init, init_client=init_client, round=round, broadcasts=False)
+    return inside._replace(personal=personal if whole.personal else None, start=start if whole.start else None)

@@ -197,7 +197,7 @@ def csv(
       InvalidInput: a file that is no table, an unknown column, a column that is missing everywhere, a target of one
         value or of more than two words ...
     """
-    table = tables.read_csv(path)
+    table = tables.read_csv(path, words=() if by is None else (by,))
     wanted = tables.column(table, target)
     for name in table.keys() - {by}:
         tables.column(table, name)  # refuses infinite numbers, while rows have the file's numbers
@@ -312,7 +312,6 @@ def _root_mean_square(std: float, best: np.ndarray | None = None) -> Summary:
 
 def _owners(path: str, table: tables.Table, by: str) -> np.ndarray:
     owner = tables.column(table, by)
-    missing = np.isnan(owner) if owner.dtype.kind == "f" else owner == ""
-    if missing.any():
+    if (missing := owner == "").any():
         raise InvalidInput(f"{path}: row {np.flatnonzero(missing)[0] + 2} has no {by!r}, which names its client.")
-    return owner if owner.dtype.kind == "U" else np.array([f"{value:.17g}" for value in owner])
+    return owner

@@ -175,11 +175,15 @@ def chain(*links: Uplink) -> Uplink:
     bound = None if last is None else functools.partial(guarantee, last)
     noise = "central" if any(link.noise == "central" for link in links) else max((k.noise for k in links), default="")
     multipliers = sum((link.noise_multipliers for link in links), ())
-    said = {n: next((getattr(k, n) for k in links if getattr(k, n)), "") for n in ("leaks", "moves", "mirrors")}
+
+    def said(name: str) -> str:
+        return next((getattr(link, name) for link in links if getattr(link, name)), "")
+
     mechanism = next((link.mechanism for link in links if link.mechanism), None)
-    joined = Uplink(init, init_client, encode, decode, bound, contracts, noise, multipliers, **said)
+    joined = Uplink(init, init_client, encode, decode, bound, contracts, noise, multipliers, leaks=said("leaks"))
     population = max((link.population for link in links), default=0)
     grid = links[-1].grid if links else None
+    joined = joined._replace(moves=said("moves"), mirrors=said("mirrors"))
     return joined._replace(mechanism=mechanism, wire=_wire(links), grid=grid, population=population)
 
 
