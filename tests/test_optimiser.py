@@ -63,7 +63,7 @@ def test_a_transform_that_wants_each_examples_gradient_is_refused():
             fc.train(algorithm, DATA, START, **SETTINGS)
 
 
-NAN = fc.FederatedData({"x": np.array([[1.0], [np.nan], [1.0], [np.inf]], np.float32)}, [0, 1, 2, 3, 4], "abcd")
+NAN = fc.FederatedData({"x": np.array([[1.0], [np.nan], [1.0], [np.inf]], np.float32)}, [0, 1, 2, 3, 4], list("abcd"))
 
 
 def shown(params, batch, key):
