@@ -20,6 +20,7 @@ from absl import flags
 import fedjax_clip as fc
 from experiments import binary, page, privacy, registry, rundir, spec
 from fedjax_clip import speeds, tasks, tree
+from fedjax_clip.keys import seeded
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
 
@@ -121,7 +122,7 @@ def main() -> None:
     directory = rundir.RunDirectory(FLAGS.workdir or rundir.default_path(config), config)
 
     devices = jax.local_devices()[: FLAGS.devices]
-    params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))
+    params = jax.tree.map(np.asarray, task.init(seeded(FLAGS.seed)))
     directory.about = describe(task, cohort_size(task), params, devices)
     print(directory.about, file=sys.stderr)
     for name in registry.behind_optimizer(FLAGS.client):
@@ -266,7 +267,7 @@ def on_grid(uplink: fc.Uplink, task: tasks.Task) -> Callable[..., Any]:
     if reducer is None or reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)
     algorithm, _ = build_algorithm(task, uplink, cohort_size(task), task.data.num_clients)
-    params = jax.eval_shape(task.init, jax.random.key(0))
+    params = jax.eval_shape(task.init, seeded(0))
     sent = trained(task, params)
     if algorithm.personal is not None:  # what clients keep is not sent
         kept = jax.eval_shape(algorithm.init_client, params).own

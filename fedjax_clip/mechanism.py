@@ -68,12 +68,12 @@ def tree(rounds: int) -> Mechanism:
         def shaped(mask, x):
             return mask.reshape(-1, *(1,) * (x.ndim - 1))
 
-        levels = jnp.arange(depth)
+        levels = jnp.arange(depth, dtype=jnp.int32)
         below = jax.tree.map(lambda x: jnp.sum(jnp.where(shaped(levels < level, x), x, 0), axis=0), nodes)
         kept = (levels > level) & (count < rounds)
         fresh = (levels == level) & (count < rounds)
         nodes = jax.tree.map(
-            lambda x, z: jnp.where(shaped(kept, x), x, 0) + jnp.where(shaped(fresh, x), z, 0).astype(x.dtype),
+            lambda x, z: jnp.where(shaped(kept, x), x, 0) + jnp.where(shaped(fresh, x), z[None], 0).astype(x.dtype),
             nodes,
             noise,
         )
