@@ -24,6 +24,7 @@ from absl import flags
 import fedjax_clip as fc
 from experiments import binary, privacy
 from fedjax_clip import checks
+from fedjax_clip.keys import seeded
 from fedjax_clip.typing import InvalidInput
 
 SIZE = 8  # of the model
@@ -129,7 +130,7 @@ def replay(
 
         return jax.lax.scan(round, algorithm.init(jnp.zeros(SIZE)), cohorts)[1]
 
-    keys = jax.random.split(jax.random.key(seed), (2, replays))
+    keys = jax.random.split(seeded(seed), (2, replays))
     return np.asarray(jax.jit(jax.vmap(jax.vmap(one, (None, 0))))(jnp.arange(2.0), keys), np.float64)
 
 

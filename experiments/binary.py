@@ -123,8 +123,13 @@ def configure_jax(cpu_devices: int | None) -> None:
     """On a CPU, so many XLA devices, or one a core; and compiled programs are kept for the next start.
 
     They are kept in ``$FEDJAX_CLIP_CACHE``, or ``~/.cache/fedjax_clip``. To be called before JAX computes anything.
-    XLA aborts where one CPU device waits for another for 40 seconds, as it may with clients of unequal size; here it
-    waits a day, unless ``$XLA_FLAGS`` says otherwise.
+    What JAX's own environment variables say of these stands: ``$JAX_COMPILATION_CACHE_DIR``, ``$JAX_NUM_CPU_DEVICES``
+    where ``cpu_devices`` is not given. Only ``$JAX_TRANSFER_GUARD`` does not: whatever a binary sends to a device is
+    meant to go there. XLA aborts where one CPU device waits for another for 40 seconds, as it may with clients of
+    unequal size; here it waits a day, unless ``$XLA_FLAGS`` says otherwise.
+
+    Raises:
+      InvalidInput: no device of the platforms that ``$JAX_PLATFORMS`` names.
     """
     import jax
 
@@ -133,10 +138,25 @@ def configure_jax(cpu_devices: int | None) -> None:
     if jax.__version_info__ < (0, 13):  # an unknown flag would end the process
         os.environ["XLA_FLAGS"] = " ".join([*patience, os.environ.get("XLA_FLAGS", "")])  # the last one counts
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cpu_devices or min(cores or 1, MOST_DEVICES))
     cache = pathlib.Path(os.environ.get("FEDJAX_CLIP_CACHE") or "~/.cache/fedjax_clip").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    defaults = {
+        "jax_num_cpu_devices": min(cores or 1, MOST_DEVICES),
+        "jax_compilation_cache_dir": str(cache / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    for name, value in defaults.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+    if cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    jax.config.update("jax_transfer_guard", "allow")
+    try:
+        jax.local_devices()
+    except Exception as error:  # JAX raises what it likes, an AssertionError without a word for cuda
+        raise InvalidInput(
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: leave it unset, or install "
+            "what the device needs, such as pip install 'fedjax_clip[cuda]'."
+        ) from error
 
 
 def _flags_help(without: Collection[str]) -> str:

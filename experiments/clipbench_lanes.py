@@ -14,6 +14,7 @@ import numpy as np
 import fedjax_clip as fc
 from experiments.clipbench_tracks import Measure, Track
 from experiments.rules import Rule
+from fedjax_clip.keys import seeded
 
 HUGE = 1e6  # an error this large is called divergence
 FAST: Any = {"xla_backend_optimization_level": 1}  # the programs are small: they take longer to compile than to run
@@ -39,7 +40,7 @@ def run(track: Track, rule: Rule, grid: Sequence[float], seeds: int) -> Outcome:
     """
     starts = [track.start(seed) for seed in range(seeds)]
     start = jax.tree.map(lambda *xs: np.stack([np.asarray(x, np.float32) for x in xs]), *starts)
-    keys = jax.vmap(jax.random.key)(np.arange(seeds))
+    keys = jax.vmap(seeded)(jnp.arange(seeds))
     cohorts, axes = plan_seeds(track, seeds)
     lane = functools.partial(train_one, track, rule)
 
@@ -136,7 +137,7 @@ def fingerprint(track: Track, rule: Rule) -> str:
     """
     cohorts, _ = plan_seeds(track, 1)
     start, inputs = track.start(0), (cohorts, track.data.examples)
-    program = jax.jit(functools.partial(train_one, track, rule)).lower(np.float32(1), start, jax.random.key(0), *inputs)
+    program = jax.jit(functools.partial(train_one, track, rule)).lower(np.float32(1), start, seeded(0), *inputs)
     digest = hashlib.sha256(program.as_text().encode())
     for x in jax.tree.leaves((start, inputs)):
         digest.update(np.ascontiguousarray(x).tobytes())

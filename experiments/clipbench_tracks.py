@@ -10,6 +10,7 @@ import numpy as np
 
 import fedjax_clip as fc
 from fedjax_clip import models, tasks
+from fedjax_clip.keys import seeded
 from fedjax_clip.typing import Params, PerExampleLoss
 
 
@@ -204,7 +205,7 @@ def digits() -> Track:
         "digits",
         task.data,
         task.per_example_loss,
-        lambda seed: task.init(jax.random.key(seed)),
+        lambda seed: task.init(seeded(seed)),
         {"accuracy": Measure(accuracy, window=10)},
         thresholds=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
         client_lr=0.1,
@@ -226,7 +227,7 @@ def fashion_mnist() -> Track:
         "fashion_mnist",
         fc.partition.dirichlet(examples, num_clients=50, alpha=0.1, seed=0),
         loss,
-        lambda seed: model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1))),
+        lambda seed: model.init(seeded(seed), jnp.zeros((1, 28, 28, 1))),
         {"accuracy": Measure(lambda params, _: jnp.mean(loss(params, test, None)[1]["accuracy"]), window=10)},
         thresholds=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
         client_lr=0.1,

@@ -282,24 +282,29 @@ BUDGETS: Mapping[str, Callable[..., Any]] = {"budget": speeds.budget, **SPEEDS} 
 BATCH_SIZES: Mapping[str, Callable[..., speeds.BatchSizes]] = {"budget": speeds.batch_budget}
 
 
+def _counted(schedule: optax.Schedule) -> optax.Schedule:
+    """A schedule that sees the round's number as a float: some mix it with one, which strict types forbid."""
+    return lambda count: schedule(jnp.asarray(count, jnp.float32))
+
+
 def _cosine(init: float, rounds: int, alpha: float = 0.0) -> optax.Schedule:
-    return optax.cosine_decay_schedule(init, rounds, alpha)
+    return _counted(optax.cosine_decay_schedule(init, rounds, alpha))
 
 
 def _cubic(end: float, rounds: int, first: int = 0) -> optax.Schedule:
-    return optax.polynomial_schedule(0.0, end, 3, rounds, first)
+    return _counted(optax.polynomial_schedule(0.0, end, 3, rounds, first))
 
 
 def _exponential(init: float, decay: float, rounds: int = 1, staircase: bool = False) -> optax.Schedule:
-    return optax.exponential_decay(init, rounds, decay, staircase=staircase)
+    return _counted(optax.exponential_decay(init, rounds, decay, staircase=staircase))
 
 
 def _linear(init: float, end: float, rounds: int) -> optax.Schedule:
-    return optax.linear_schedule(init, end, rounds)
+    return _counted(optax.linear_schedule(init, end, rounds))
 
 
 def _warmup_cosine(peak: float, warmup: int, rounds: int, end: float = 0.0) -> optax.Schedule:
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, rounds, end)
+    return _counted(optax.warmup_cosine_decay_schedule(0.0, peak, warmup, rounds, end))
 
 
 SCHEDULES: Mapping[str, Callable[..., optax.Schedule]] = {

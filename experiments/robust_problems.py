@@ -12,6 +12,7 @@ import optax
 
 import fedjax_clip as fc
 from fedjax_clip import attacks, models, reduce, tasks
+from fedjax_clip.keys import seeded
 from fedjax_clip.typing import Params, PerExampleLoss
 
 
@@ -146,7 +147,7 @@ def digits() -> Problem:
         task.evaluation["clients"],
         _sample(task.evaluation["examples"].examples, 100),
         task.per_example_loss,
-        lambda seed: task.init(jax.random.key(seed)),
+        lambda seed: task.init(seeded(seed)),
         bad=(0, 1),
         pattern={"features": [54, 55, 62, 63], "value": float(task.data.examples["x"].max()), "target": 0},
         client_lr=0.1,
@@ -168,7 +169,7 @@ def mnist(directory: str) -> Problem:
         _whole(test),
         root,
         tasks.classifier(model),
-        lambda seed: model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1))),
+        lambda seed: model.init(seeded(seed), jnp.zeros((1, 28, 28, 1))),
         bad=(0, 1, 2, 3),
         pattern={"features": [28 * r + c for r in (24, 25, 26) for c in (24, 25, 26)], "value": 255, "target": 0},
         client_lr=0.1,
@@ -234,7 +235,7 @@ def long_tail(directory: str, channels: tuple[int, ...], dense: int, rounds: int
         _whole(test),
         None,
         loss,
-        lambda seed: model.init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1)), train=False),
+        lambda seed: model.init(seeded(seed), jnp.zeros((1, 28, 28, 1)), train=False),
         bad=(),
         pattern={},
         client_lr=0.01,

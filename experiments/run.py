@@ -20,6 +20,7 @@ from absl import flags
 import fedjax_clip as fc
 from experiments import binary, page, privacy, registry, rundir, spec
 from fedjax_clip import identity, speeds, tasks, tree
+from fedjax_clip.keys import seeded
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
 
@@ -123,7 +124,7 @@ def main() -> None:
     directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out)
 
     devices = jax.local_devices()[: FLAGS.devices]
-    params = jax.tree.map(np.asarray, task.init(jax.random.key(FLAGS.seed)))
+    params = jax.tree.map(np.asarray, task.init(seeded(FLAGS.seed)))
     tree.flatten_with_names(params)  # says at once if params.npz could not hold them
     directory.about = describe(task, cohort_size(task), params, devices)
     for line in (directory.about, directory.extends):
@@ -276,7 +277,7 @@ def on_grid(uplink: fc.Uplink, task: tasks.Task) -> Callable[..., Any]:
     if reducer is None or reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)
     algorithm, _ = build_algorithm(task, uplink, cohort_size(task), task.data.num_clients)
-    params = jax.eval_shape(task.init, jax.random.key(0))
+    params = jax.eval_shape(task.init, seeded(0))
     sent = trained(task, params)
     if algorithm.personal is not None:  # what clients keep is not sent
         kept = jax.eval_shape(algorithm.init_client, params).own

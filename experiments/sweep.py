@@ -27,6 +27,7 @@ from absl import flags
 import fedjax_clip as fc
 from experiments import binary, privacy, registry, run, rundir, spec
 from fedjax_clip import files, sweeping, tasks
+from fedjax_clip.keys import seeded
 from fedjax_clip.sweeping import Range, Trial
 from fedjax_clip.typing import InvalidInput
 
@@ -122,7 +123,7 @@ def main() -> None:
     stops, kept = sweeping.rungs(FLAGS.rounds, len(points[next(iter(points))]), FLAGS.halving)
     lanes = len(seeds) * max(1, len(folds))
     todo = sum(n * (b - a) for n, a, b in zip(kept, [0, *stops], stops)) * lanes
-    about = run.describe(task, cohort_size, task.init(jax.random.key(0)), devices)
+    about = run.describe(task, cohort_size, task.init(seeded(0)), devices)
     print(f"{about}, {kept[0] * lanes} trainings", file=sys.stderr)
     stopping = binary.Stopping()
     with directory:
@@ -132,7 +133,7 @@ def main() -> None:
             build,
             points,
             task.data,
-            lambda seed: jax.tree.map(np.asarray, task.init(jax.random.key(seed))),
+            lambda seed: jax.tree.map(np.asarray, task.init(seeded(seed))),
             task.per_example_loss,
             task.evaluation,
             rounds=FLAGS.rounds,
@@ -191,7 +192,7 @@ def read_points() -> dict[str, np.ndarray]:
 def chosen_metric(task: tasks.Task) -> str:
     """``--metric``, or the accuracy where the loss reports one, on the fold or the task's first held-out set."""
     batch = jax.tree.map(lambda x: x[:1], task.data.examples)
-    shape = jax.eval_shape(lambda key: task.per_example_loss(task.init(key), batch, None), jax.random.key(0))
+    shape = jax.eval_shape(lambda key: task.per_example_loss(task.init(key), batch, None), seeded(0))
     reported = ["loss", *(shape[1] if isinstance(shape, tuple) else ())]
     sets = (["fold"] if FLAGS.folds else []) + list(task.evaluation)
     names = [f"eval/{where}/{what}" for where in sets for what in reported]

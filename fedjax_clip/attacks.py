@@ -211,7 +211,7 @@ def colluding(reducer: Reducer, clients: Clients, forge: Callable[[Stack, Array]
     ids = _numbers(clients)
 
     def change(stack):
-        bad = stack.present & jnp.any(stack.ids[:, None] == ids, axis=1)
+        bad = stack.present & jnp.any(stack.ids[:, None] == ids[None], axis=1)
         forged = forge(stack, stack.present & ~bad)
 
         def put(x, new):
@@ -236,12 +236,12 @@ def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> 
     """
 
     def forge(stack, honest):
-        n, good = stack.num_present, jnp.sum(honest)
-        hidden = (good - (n // 2 + 1 - (n - good))) / jnp.maximum(good, 1)
-        most = jax.scipy.stats.norm.ppf(jnp.clip(hidden, 0.5, 0.999)) if z is None else z
+        n, good = stack.num_present, tree.count(honest)
+        hidden = tree.ratio(good - (n // 2 + 1 - (n - good)), good, 0)
+        most = jnp.asarray(jax.scipy.stats.norm.ppf(jnp.clip(hidden, 0.5, 0.999)) if z is None else z)
         mean = _honest_mean(stack.messages, honest)
-        apart = jax.tree.map(lambda x, m: jnp.square(x - m), stack.messages, mean)
-        return jax.tree.map(lambda m, v: m - most * jnp.sqrt(v), mean, _honest_mean(apart, honest))
+        apart = jax.tree.map(lambda x, m: jnp.square(x - m[None]), stack.messages, mean)
+        return jax.tree.map(lambda m, v: m - tree.scaled(most, jnp.sqrt(v)), mean, _honest_mean(apart, honest))
 
     return colluding(reducer, clients, forge)
 
@@ -292,7 +292,7 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
 
 
 def _honest_mean(messages: PyTree, honest: Array) -> PyTree:
-    shares = honest / jnp.maximum(jnp.sum(honest), 1)
+    shares = tree.ratio(honest, tree.count(honest), 0)
     return jax.tree.map(lambda x: jnp.tensordot(shares.astype(x.dtype), x, 1), messages)
 
 

@@ -93,7 +93,7 @@ class Cohort:
         def turn(carry: PyTree, i: Array) -> tuple[PyTree, None]:
             return jax.lax.cond(i < count, lambda c: body(i, c), lambda c: c, carry), None
 
-        return jax.lax.scan(turn, carry, jnp.arange(most))[0]
+        return jax.lax.scan(turn, carry, jnp.arange(most, dtype=jnp.int32))[0]
 
     def clients(self, start: Array) -> tuple[Array, ...]:
         """``(id, weight, first, num_steps, state, staleness)`` of the ``width`` clients from slot ``start``."""

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_clip import tree
 from fedjax_clip.typing import Array, InvalidInput
 
 _MARK = "fedjax_clip_convolution"  # the name of the jitted calls below, by which warn_slow_convolutions knows them
@@ -222,8 +223,7 @@ def _sequential(spec: _Spec) -> Callable[[Array, Array], Array]:
 
     @jax.custom_batching.custom_vmap
     def conv(lhs, rhs):
-        wide = jnp.promote_types(lhs.dtype, jnp.float32)
-        return _plain(spec, lhs.astype(wide), rhs.astype(wide)).astype(lhs.dtype)
+        return _plain(spec, tree.wide(lhs), tree.wide(rhs)).astype(lhs.dtype)
 
     @conv.def_vmap
     def batched(axis_size, in_batched, lhs, rhs):

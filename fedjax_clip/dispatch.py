@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fedjax_clip import placement
+from fedjax_clip import keys, placement
 from fedjax_clip.cohort import Cohort
 from fedjax_clip.convolution import warn_slow_convolutions
 from fedjax_clip.data.clock import Clock, Timeline, Turn, World
@@ -79,7 +79,7 @@ class Dispatcher:
         if self.resident:
             self.length = self._longest() if length is None else length
         self.run_rounds = placement.pmap_rounds(algorithm, devices)
-        self.key = jax.random.key(seed)
+        self.key = keys.seeded(seed)
 
     def _plan(self, turns: Sequence[Turn], first_round: int) -> Cohort:
         planned = plan_rounds(

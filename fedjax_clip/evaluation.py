@@ -131,6 +131,7 @@ def _values_of(
 
         return jax.vmap(one)(states, batch)
 
+    @jax.transfer_guard("allow")
     def values_of(name: str, params: Params, clients: PyTree) -> Values:
         data = sets[name]
         trained = np.array([number.get(data.name(c), -1) for c in range(data.num_clients)])

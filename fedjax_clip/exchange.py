@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import clipping, metrics, tree
+from fedjax_clip import clipping, keys, metrics, tree
 from fedjax_clip.cohort import Client, Cohort
 from fedjax_clip.local import ClientFn
 from fedjax_clip.reduce import Reducer, Roster
@@ -43,7 +43,8 @@ def exchange(
       shared: what the server broadcasts, usually the parameters.
       uplink_state: the uplink's state at the server.
       cohort: this device's clients.
-      key: PRNG key of the round; each client folds its own number in, so its place does not matter.
+      key: PRNG key of the round; each client folds its own number in, so its place does not matter. A key that is
+        none of Threefry's (``rbg``) is turned into one: its numbers would change with ``cohort.width``.
 
     Returns:
       ``(update, uplink_state, client_states [C, ...], metrics)``, the same on every device but for client_states.
@@ -57,6 +58,7 @@ def exchange(
       ...     local_update(loss, client_tx), uplink, reducer, server.params, server.uplink, cohort, key
       ... )
     """
+    key = keys.threefry(key)
     work_key, link_key, decode_key = jax.random.split(key, 3)
 
     def one_client(id, weight, first, num_steps, state, staleness):
@@ -114,7 +116,7 @@ def exchange(
     message = jax.tree.map(lambda m: m[0], messages)
     roster = Roster(jnp.asarray(cohort.ids), jax.random.fold_in(key, 3))  # the key beside the three it was split into
     acc = reducer.zero(message, roster)
-    num_chunks = -(-jnp.sum(cohort.ids >= 0) // cohort.width)
+    num_chunks = -(-tree.count(cohort.ids >= 0) // cohort.width)
     start = acc, cohort.state, jnp.full(NAMED, -1, jnp.int32), report
     acc, client_states, bad, report = cohort.loop(body, start, num_chunks, len(cohort.ids) // cohort.width)
 
@@ -134,19 +136,21 @@ def exchange(
         update,
         uplink_state,
         client_states,
-        {
-            **metrics.finish(report["client"]),
-            **metrics.prefixed("uplink", link_metrics),
-            **{f"client_norm/p{q}": report["norms"].quantile(q / 100) for q in (10, 50, 90)},
-            "clients": report["clients"],
-            "weight": report["weight"],
-            "dropped": report["dropped"],
-            **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
-            "bytes_down": asked * float(tree.nbytes(shared)),
-            "bytes_up": report["sent"].get("bytes", asked * float(tree.nbytes(message))),
-            **({"bytes_up_entropy": report["sent"]["entropy_bytes"]} if "entropy_bytes" in report["sent"] else {}),
-            "update_norm": tree.norm(update),
-        },
+        metrics.without_nan(
+            {
+                **metrics.finish(report["client"]),
+                **metrics.prefixed("uplink", link_metrics),
+                **{f"client_norm/p{q}": report["norms"].quantile(q / 100) for q in (10, 50, 90)},
+                "clients": report["clients"],
+                "weight": report["weight"],
+                "dropped": report["dropped"],
+                **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
+                "bytes_down": asked * float(tree.nbytes(shared)),
+                "bytes_up": report["sent"].get("bytes", asked * float(tree.nbytes(message))),
+                **({"bytes_up_entropy": report["sent"]["entropy_bytes"]} if "entropy_bytes" in report["sent"] else {}),
+                "update_norm": tree.norm(update),
+            }
+        ),
     )
 
 
@@ -172,11 +176,12 @@ def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Arra
     """
     if cohort.num_clients is None or cohort.total_weight is None:
         raise InvalidInput(NO_POPULATION)
+    num_clients = jnp.asarray(cohort.num_clients, jnp.float32)
     if reducer.denominator is not None:
-        return jnp.asarray(reducer.denominator, jnp.float32) / cohort.num_clients
+        return jnp.asarray(reducer.denominator, jnp.float32) / num_clients
     if reducer.weighted:
         return metrics["weight"] / cohort.total_weight
-    return metrics["clients"] / cohort.num_clients
+    return metrics["clients"] / num_clients
 
 
 def _first(*ids: Array) -> Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import metrics, placement, tree
+from fedjax_clip import keys, metrics, placement, tree
 from fedjax_clip.cohort import Cohort
 from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork, plan_rounds
@@ -114,7 +114,7 @@ def measure(per_example_loss: PerExampleLoss, params: Params, examples: PyTree, 
         out = batch_loss(per_example_loss, params, *batches.read(i), None)[1]
         return {name: value for name, value in out.items() if isinstance(value, metrics.Mean)}
 
-    count = jnp.where(due, len(rows.number), 0)
+    count = jnp.where(due, jnp.int32(len(rows.number)), 0)
     report, zeros = tree.traced(report, 0)
     total = jax.lax.fori_loop(0, count, lambda i, acc: metrics.add(acc, report(i)), zeros)
     return metrics.finish(total)
@@ -134,7 +134,7 @@ def program(
 
     def one(hyper, state, stream, population, sets, start, count, due):
         algorithm = build({**hyper, "num_clients": stream.num_clients})
-        key = jax.random.key(stream.seed)
+        key = keys.seeded(stream.seed)
         begun = init_state(algorithm, stream.params, num_kept)
         if (before := algorithm.start) is not None:
             begun = jax.lax.cond(

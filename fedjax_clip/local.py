@@ -128,7 +128,7 @@ def local_steps(
         raw, report = gradient(per_example_loss, y, batch, weights, jax.random.fold_in(key, i))
         direction = raw if adjust is None else adjust(raw, y, i)
         updates, opt_state = optimiser.update(client_tx, direction, opt_state, y, anchor=params)
-        return optax.apply_updates(y, updates), opt_state, raw if collect else (), report | _step_report(opt_state)
+        return tree.apply_updates(y, updates), opt_state, raw if collect else (), report | _step_report(opt_state)
 
     step, (_, _, *zeros) = tree.traced(step, 0, params, opt_state)
 
@@ -137,7 +137,7 @@ def local_steps(
         return y, opt_state, add(carry[2], raw), add(carry[3], report)
 
     y, opt_state, total, report = client.loop(body, (params, opt_state, *zeros))
-    mean = jax.tree.map(lambda g: g / jnp.maximum(client.num_steps, 1), total)
+    mean = jax.tree.map(lambda g: g / jnp.maximum(client.num_steps, 1).astype(g.dtype), total)
     if "clipped_steps" in report:
         any_clipped = (report["clipped_steps"].total > 0).astype(jnp.float32)
         report |= {"clipped_clients": Mean(any_clipped, jnp.ones((), jnp.float32))}
@@ -196,8 +196,7 @@ def full_gradient(
 
     gradient, zeros = tree.traced(gradient, 0)
     total, report = client.loop(lambda i, acc: add(acc, gradient(i)), zeros)
-    weight = tree.or_one(report["loss"].weight)
-    return jax.tree.map(lambda g: g / weight, total), report
+    return jax.tree.map(lambda g: tree.ratio(g, report["loss"].weight, 0).astype(g.dtype), total), report
 
 
 def local_gradient(per_example_loss: PerExampleLoss, client_tx: optax.GradientTransformation) -> ClientFn:

@@ -71,7 +71,7 @@ def lora(
     names = [name for name, _ in tree.named_leaves(base)]
     leaves, structure = jax.tree.flatten(base)
     matrices = {
-        name: (math.prod(w.shape[:-1]), w.shape[-1])
+        name: (math.prod(w.shape[:-1]), w.shape[-1], tree.wide_type(w))
         for name, w in zip(names, leaves)
         if w.ndim > 1 and re.search(pattern, name)
     }
@@ -82,8 +82,8 @@ def lora(
     def init(key):
         keys = jax.random.split(key, len(matrices))
         adapters = {
-            name: {"a": jax.random.normal(k, (m, rank)) / math.sqrt(m), "b": jnp.zeros((rank, n))}
-            for k, (name, (m, n)) in zip(keys, matrices.items())
+            name: {"a": jax.random.normal(k, (m, rank), dtype) / math.sqrt(m), "b": jnp.zeros((rank, n), dtype)}
+            for k, (name, (m, n, dtype)) in zip(keys, matrices.items())
         }
         return {"base": base, "adapters": adapters}
 

@@ -1,5 +1,6 @@
 """How the server's noise of a round depends on that of the rounds before it: DP-FTRL."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -68,12 +69,12 @@ def tree(rounds: int) -> Mechanism:
         def shaped(mask, x):
             return mask.reshape(-1, *(1,) * (x.ndim - 1))
 
-        levels = jnp.arange(depth)
+        levels = jnp.arange(depth, dtype=jnp.int32)
         below = jax.tree.map(lambda x: jnp.sum(jnp.where(shaped(levels < level, x), x, 0), axis=0), nodes)
         kept = (levels > level) & (count < rounds)
         fresh = (levels == level) & (count < rounds)
         nodes = jax.tree.map(
-            lambda x, z: jnp.where(shaped(kept, x), x, 0) + jnp.where(shaped(fresh, x), z, 0).astype(x.dtype),
+            lambda x, z: jnp.where(shaped(kept, x), x, 0) + jnp.where(shaped(fresh, x), z[None], 0).astype(x.dtype),
             nodes,
             noise,
         )
@@ -143,7 +144,11 @@ def banded(rounds: int, bands: int) -> Mechanism:
 
 @functools.cache
 def _best_coefficients(rounds: int, bands: int) -> np.ndarray:
-    with jax.ensure_compile_time_eval():  # else numbers would be traced where a traced function builds its uplink
+    # Known now, though a traced function may build its uplink; and the same whatever types the caller has asked for.
+    usual = jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with contextlib.ExitStack() as stack:
+        for switch in (jax.ensure_compile_time_eval(), *usual, jax.debug_nans(False)):
+            stack.enter_context(switch)
         best = np.asarray(_jax_privacy().toeplitz.optimize_banded_toeplitz(rounds, bands))
     return np.maximum(best, 0)
 

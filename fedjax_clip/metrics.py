@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_clip import tree
 from fedjax_clip.typing import Array, Metrics, PyTree
 
 COSTS = re.compile(
@@ -47,6 +48,8 @@ class Mean(NamedTuple):
     @classmethod
     def of(cls, values: Array, weights: Array) -> "Mean":
         """Of ``values`` [B] under ``weights`` [B]; values of weight 0 are not looked at, NaN or not."""
+        values = tree.wide(jnp.asarray(values))
+        weights = jnp.asarray(weights).astype(values.dtype)
         return cls(jnp.sum(jnp.where(weights > 0, values, 0) * weights), jnp.sum(weights))
 
 
@@ -69,13 +72,13 @@ class Histogram(NamedTuple):
     def of(cls, value: Array) -> "Histogram":
         """One value; what is not finite falls into no bin."""
         bin = jnp.floor(4 * jnp.log2(jnp.where(value > 0, value, 2.0**-64))) + 256
-        here = jnp.arange(512) == jnp.clip(bin, 0, 511)
+        here = jnp.arange(512, dtype=bin.dtype) == jnp.clip(bin, 0, 511)
         return cls(jnp.where(jnp.isfinite(value), here, False).astype(jnp.float32))
 
     def quantile(self, q: float) -> Array:
         """Within 9% of the quantile, the middle of its bin; 0 for the first bin, NaN of nothing."""
         below = jnp.cumsum(self.counts)
-        bin = jnp.sum(below < q * below[-1])
+        bin = jnp.sum(below < q * below[-1], dtype=jnp.float32)
         middle = jnp.where(bin > 0, 2.0 ** ((bin - 255.5) / 4), 0)
         return jnp.where(below[-1] > 0, middle, jnp.nan)
 
@@ -103,9 +106,26 @@ def finish(report: PyTree) -> PyTree:
     """
 
     def ratio(x: Any) -> Any:
-        return jnp.where(x.weight > 0, x.total / x.weight, jnp.nan) if isinstance(x, Mean) else x
+        return tree.ratio(x.total, x.weight, jnp.nan) if isinstance(x, Mean) else x
 
     return jax.tree.map(ratio, report, is_leaf=lambda x: isinstance(x, Mean))
+
+
+def without_nan(values: Metrics) -> Metrics:
+    """Metrics as a compiled round may return them: under ``jax_debug_nans``, for which a NaN is a fault, infinity.
+
+    Args:
+      values: by name; NaN where nothing was counted.
+
+    Example:
+      >>> without_nan({"loss": jnp.float32(jnp.nan)})  # the same, unless jax_debug_nans is set
+    """
+    if not jax.config.jax_debug_nans:  # type: ignore[attr-defined]
+        return values
+    return {
+        name: jnp.where(jnp.isnan(x), jnp.inf, x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
+        for name, x in values.items()
+    }
 
 
 def prefixed(prefix: str, metrics: Metrics) -> Metrics:

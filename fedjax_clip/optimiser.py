@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fedjax_clip.typing import Array, InvalidInput, Params, PyTree
@@ -59,10 +60,12 @@ def reseeded(state: PyTree, key: Array) -> PyTree:
     def fold(path: Any, leaf: PyTree) -> PyTree:
         name = jax.tree_util.keystr(path[-1:], simple=True) if path else ""
         if isinstance(leaf, KeyData):
-            folded = jax.random.fold_in(jax.random.wrap_key_data(leaf.data, impl=leaf.impl), jax.random.bits(key))
+            folded = jax.random.fold_in(
+                jax.random.wrap_key_data(leaf.data, impl=leaf.impl), jax.random.bits(key, (), jnp.uint32)
+            )
             return KeyData(jax.random.key_data(folded), leaf.impl)
         if name in ("key", "rng_key") and leaf.dtype == "uint32":
-            return jax.random.fold_in(leaf, jax.random.bits(key))
+            return jax.random.fold_in(leaf, jax.random.bits(key, (), jnp.uint32))
         return leaf
 
     return jax.tree_util.tree_map_with_path(fold, state, is_leaf=lambda x: isinstance(x, KeyData))

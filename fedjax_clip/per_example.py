@@ -36,11 +36,11 @@ def per_example_gradient(example_tx: optax.GradientTransformation) -> Gradient:
             seen = {f"example_{name}": value for name, value in clipping.clip_report(state).items()}
             live = weight > 0
             seen = jax.tree.map(lambda x: jnp.where(live, x, 0), seen)
-            return jax.tree.map(lambda g: weight * g, clipped), report | seen
+            return jax.tree.map(lambda g: tree.scaled(weight, tree.wide(g)), clipped), report | seen
 
         total, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(one)(batch, weights))
-        weight = tree.or_one(report["loss"].weight)
-        return jax.tree.map(lambda g: g / weight, total), report
+        mean = jax.tree.map(lambda g: tree.ratio(g, report["loss"].weight, 0), total)
+        return optax.tree.cast_like(mean, params), report
 
     return gradient
 
@@ -76,6 +76,6 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
         mean, report = clipped(per_example_loss, params, batch, present, loss_key)
         std = noise_multiplier * max_norm / jnp.maximum(jnp.sum(present), 1)
         noise = optax.tree.random_like(noise_key, mean, sampler=jax.random.normal)
-        return jax.tree.map(lambda g, n: g + (std * n).astype(g.dtype), mean, noise), report
+        return jax.tree.map(lambda g, n: g + tree.scaled(std, n), mean, noise), report
 
     return gradient

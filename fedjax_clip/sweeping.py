@@ -90,6 +90,7 @@ def random(num_points: int, seed: int = 0, **ranges: Range) -> dict[str, np.ndar
     return drawn
 
 
+@jax.transfer_guard("allow")  # a driver sends data to the devices, and means it
 def sweep(
     build: Build,
     points: Points,

@@ -66,6 +66,7 @@ class Checkpoints(Protocol):
     def save(self, round: int, state: State) -> None: ...
 
 
+@jax.transfer_guard("allow")  # a driver sends data to the devices, and means it
 def train(
     algorithm: Algorithm,
     data: FederatedData,
@@ -324,6 +325,7 @@ def evaluator(
             weights = np.where(live, 1.0 if data.weights is None else data.weights[index], 0).astype(np.float32)
             yield jax.tree.map(lambda x, index=index: x[index], data.examples), weights
 
+    @jax.transfer_guard("allow")
     def evaluate(params: Params) -> Row:
         params, scores = jax.device_put(params), Row()  # once, not with each batch
         for name, data in sets.items():

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -21,21 +21,86 @@ def where(condition: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
 def traced(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], PyTree]:
     """``function`` for arguments like ``args``, and zeros like what it returns, to begin a loop over it with.
 
-    It is traced here, and once: a call of what is returned only repeats the operations that it consists of.
+    It is traced here, and once: a call of what is returned only repeats the operations that it consists of. A Python
+    integer among the arguments stands for a loop's index, which is int32 here, ``jax_enable_x64`` or not.
     """
+    args = jax.tree.map(lambda x: np.int32(x) if type(x) is int else x, args)
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     operations, structure = jaxpr_as_fun(jaxpr), jax.tree.structure(shapes)
 
     def again(*args: Any) -> Any:
-        return jax.tree.unflatten(structure, operations(*jax.tree.leaves(args)))
+        leaves = jax.tree.leaves(args)
+        if (now := _forms(map(jax.typeof, leaves))) != (before := _forms(jaxpr.in_avals)):
+            raise TypeError(f"The loop was traced for {before}, and is called with {now}.")
+        return jax.tree.unflatten(structure, operations(*leaves))
 
     return again, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
+def _forms(types: Iterable[Any]) -> list[str]:
+    return [f"{x.dtype}{list(x.shape)}" for x in types]
+
+
+def common_type(*values: Any) -> np.dtype:
+    """``jnp.result_type``, also where ``jax_numpy_dtype_promotion`` is strict: for arrays that are then cast to it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*values)
+
+
+def wide_type(x: Any) -> np.dtype:
+    """What an array is summed in: its own type, or float32 where that is narrower, or no float."""
+    own = x.dtype
+    return own if jnp.issubdtype(own, jnp.inexact) and own.itemsize >= 4 else np.dtype(np.float32)
+
+
+def wide(x: Array) -> Array:
+    """An array in its ``wide_type``."""
+    return x.astype(wide_type(x))
+
+
+def scaled(factor: Array, x: Array) -> Array:
+    """``factor x``, multiplied in float32 or better and in the type of x again; the factor may lack leading axes."""
+    factor = factor.astype(wide_type(x))
+    if 0 < factor.ndim < x.ndim:
+        factor = jnp.expand_dims(factor, range(x.ndim - factor.ndim))
+    return (wide(x) * factor).astype(x.dtype)
+
+
+def ratio(total: Array, weight: Array, otherwise: float) -> Array:
+    """``total / weight`` in float32 or better, or ``otherwise`` where the weight is not positive."""
+    total = wide(total)
+    return jnp.where(weight > 0, total / or_one(weight).astype(total.dtype), otherwise)
+
+
+def count(condition: Array | np.ndarray) -> Array:
+    """How many are true, int32."""
+    return jnp.sum(condition, dtype=jnp.int32)
+
+
 def norm(tree: PyTree) -> Array:
     """Euclidean norm over all leaves, in float32 or better; its gradient at zero is zero."""
-    squares = [jnp.square(jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree)]
-    return safe_sqrt(sum((jnp.sum(by_columns(jnp.sum, x)) for x in squares), jnp.zeros((), jnp.float32)))
+    return safe_sqrt(total([jnp.sum(by_columns(jnp.sum, jnp.square(jnp.abs(wide(x))))) for x in jax.tree.leaves(tree)]))
+
+
+def total(parts: Sequence[Array]) -> Array:
+    """The sum of arrays, in float32 or the best of their types."""
+    dtype = common_type(jnp.float32, *parts)
+    return sum((x.astype(dtype) for x in parts), jnp.zeros((), dtype))
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """``optax.apply_updates``, whatever the types of the two: the sum is made in the better one."""
+
+    def add(x: Array, update: Array) -> Array:
+        dtype = common_type(x, update)
+        return (x.astype(dtype) + update.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(add, params, updates)
+
+
+def add_scaled(values: PyTree, factor: Any, change: PyTree) -> PyTree:
+    """``values + factor change``, each leaf in its own type."""
+    return apply_updates(values, jax.tree.map(lambda x: scaled(jnp.asarray(factor), x), change))
 
 
 def or_one(total: Array) -> Array:
@@ -101,7 +166,7 @@ def ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
     """
     leaves, structure = jax.tree.flatten(tree)
     starts = [0, *itertools.accumulate(x.size for x in leaves)]
-    vector = jnp.zeros(starts[-1], jnp.result_type(*leaves or [jnp.float32]))
+    vector = jnp.zeros(starts[-1], common_type(*leaves or [jnp.float32]))
     for x, start in zip(leaves, starts):
         vector = jax.lax.dynamic_update_slice(vector, x.ravel().astype(vector.dtype), (start,))
 

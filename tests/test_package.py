@@ -18,7 +18,7 @@ README = (REPOSITORY / "README.md").read_text()
 
 # Each may import from those before it only; within one layer, from each other.
 LAYERS = [
-    {"typing", "checks", "tree", "metrics", "files", "interrupts"},
+    {"typing", "checks", "tree", "keys", "metrics", "files", "interrupts"},
     {"clipping", "cohort", "compression", "reduce", "convolution", "mechanism", "optimiser"},
     {"data", "uplink"},
     {"attacks", "fedopt", "local", "lora", "per_example", "secure", "homomorphic"},

@@ -69,9 +69,9 @@ def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] = 
 
 def step_server(server: Server, parts: Parts, update: PyTree, uplink_state: PyTree, own: PyTree = ()) -> Server:
     """One step of the server's optimiser along ``-update``, the pseudo-gradient (Reddi et al. 2021, Algorithm 1)."""
-    gradient = jax.tree.map(jnp.negative, update)
+    gradient = jax.tree.map(lambda u, x: -u.astype(tree.common_type(u, x)), update, server.params)
     updates, opt_state = optimiser.update(parts.server_tx, gradient, server.opt_state, server.params)
-    return Server(optax.apply_updates(server.params, updates), opt_state, uplink_state, server.round + 1, own)
+    return Server(tree.apply_updates(server.params, updates), opt_state, uplink_state, server.round + 1, own)
 
 
 def zeros_like(params: Params) -> PyTree:

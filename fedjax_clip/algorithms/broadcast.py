@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, compression, tree
+from fedjax_clip import checks, compression, keys, tree
 from fedjax_clip.compression import Compressor
 from fedjax_clip.compression.base import check_memory
 from fedjax_clip.typing import Algorithm, InvalidInput, Server
@@ -55,7 +55,7 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
     def round(server: Server, cohort, key):
         x, (last, own) = server.params, server.own
         new = optax.tree.sub(x, last) if relative else x
-        here = jax.random.fold_in(jax.random.fold_in(key, server.round), 2**31 - 1)
+        here = jax.random.fold_in(jax.random.fold_in(keys.threefry(key), server.round), 2**31 - 1)
         sent, code = compression.roundtrip(compressor, new, here)
         missing = optax.tree.sub(new, sent)
         w = optax.tree.sub(x, missing)  # = last + sent, and x to the last bit where nothing is missing

@@ -58,12 +58,16 @@ def fednova(
         def client_fn(x, client, key):
             y, _, _, report = local_steps(per_example_loss, tx, x, client, key)
             steps = jnp.maximum(client.num_steps, 1).astype(jnp.float32)
-            return (jax.tree.map(lambda y, x: (y - x) / steps, y, x), steps), client.state.own, report
+            return (
+                (jax.tree.map(lambda y, x: tree.ratio(y - x, steps, 0).astype(x.dtype), y, x), steps),
+                client.state.own,
+                report,
+            )
 
         (mean, steps), state, client_states, metrics = exchange(
             client_fn, link, reduce, server.params, server.uplink, cohort, key
         )
-        update = jax.tree.map(lambda d: steps * d, mean)
+        update = jax.tree.map(lambda d: tree.scaled(steps, d), mean)
         return step_server(server, built, update, state), client_states, metrics | {"update_norm": tree.norm(update)}
 
     return Algorithm(init, init_client, round, population=built.population)
@@ -129,7 +133,8 @@ def feddyn(
             client_fn, built.uplink, built.reducer, server.params, server.uplink, cohort, key
         )
         share = population_share(built.reducer, cohort, metrics)
-        h = jax.tree.map(lambda h, m: h - alpha * share * m, server.own, mean)
+        assert share is not None
+        h = tree.add_scaled(server.own, -alpha * share, mean)
         came = metrics["clients"] > 0
         update = jax.tree.map(lambda m, h: jnp.where(came, m - h / alpha, 0), mean, h)
         return step_server(server, built, update, state, h), client_states, metrics | {"update_norm": tree.norm(update)}
@@ -214,6 +219,7 @@ def mime(
         )
         came = metrics["clients"] > 0
         m = jax.tree.map(lambda m, g: jnp.where(came, (1 - beta) * g + beta * m, m), server.own, at_x if lite else mean)
+        m = optax.tree.cast_like(m, server.own)
         metrics |= {"update_norm": tree.norm(update)} | traffic(first, metrics)
         return step_server(server, built, update, state, m), client_states, metrics
 

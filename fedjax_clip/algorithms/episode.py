@@ -152,7 +152,7 @@ def episode_plus(
 
     def moved(mean, change, cohort, metrics):
         share = population_share(built.reducer, cohort, metrics)
-        return jax.tree.map(lambda g, d: g + share * d, mean, change)
+        return tree.add_scaled(mean, share, change)
 
     def start(server, cohort, key):
         def gradient_at_x(x, client, key):
@@ -191,8 +191,9 @@ def _episodic(own: PyTree, mean: PyTree, threshold: float | Array):
 
     def adjust(g, y, step):
         d = jax.tree.map(lambda g, g_i, m: g - g_i + m, g, own, mean)
-        factor = jnp.where(clipped, clipping.normalise()(tree.norm(d), jnp.asarray(threshold)), 1.0)
-        return jax.tree.map(lambda d: (factor * d).astype(d.dtype), d)
+        norm = tree.norm(d)
+        factor = jnp.where(clipped, clipping.normalise()(norm, jnp.asarray(threshold, norm.dtype)), 1.0)
+        return jax.tree.map(lambda d: tree.scaled(factor, d), d)
 
     return adjust
 

@@ -100,7 +100,7 @@ def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Up
 
     def encode(update, state, client_state, ctx):
         message, client_state, report = link.encode(update, state, client_state, ctx)
-        weight = (1.0 + ctx.staleness) ** -exponent
+        weight = (1.0 + jnp.float32(ctx.staleness)) ** -exponent
         report = {**report, LATE: ctx.staleness > max_staleness}
         return jax.tree.map(lambda m: weight.astype(m.dtype) * m, message), client_state, report
 

@@ -72,7 +72,7 @@ def scaffold(
             client_fn, link, reduce, (server.params, server.own), server.uplink, cohort, key
         )
         share = population_share(built.reducer, cohort, metrics)
-        c = jax.tree.map(lambda c, d: c + share * d, server.own, change)
+        c = tree.add_scaled(server.own, share, change)
         metrics |= {"update_norm": tree.norm(update), "variate_norm": tree.norm(c)}
         return step_server(server, built, update, state, c), client_states, metrics
 

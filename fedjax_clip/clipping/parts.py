@@ -152,7 +152,7 @@ def measure(scope: Scope, norm: Norm, updates: PyTree) -> Norms:
     """The norm of every group, in float32 or better."""
     totals: Norms = {}
     for name, x in tree.named_leaves(updates):
-        mapped = norm.map(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        mapped = norm.map(tree.wide(x))
         if scope.keep == "everything":
             total = mapped
         elif scope.keep == "units" and (axes := _unit_axes(x.shape)):
@@ -160,14 +160,16 @@ def measure(scope: Scope, norm: Norm, updates: PyTree) -> Norms:
         else:
             total = norm.reduce(tree.by_columns(norm.reduce, mapped)) if x.size else jnp.zeros((), mapped.dtype)
         label = scope.label(name)
-        totals[label] = norm.join(totals[label], total) if label in totals else total
+        if label in totals:
+            dtype = tree.common_type(totals[label], total)
+            total = norm.join(totals[label].astype(dtype), total.astype(dtype))
+        totals[label] = total
     return {label: norm.finish(total) for label, total in totals.items()}
 
 
 def spread(scope: Scope, factors: Norms, updates: PyTree) -> PyTree:
     """Each group's factor times its leaves, in their own types."""
-    named = tree.named_leaves(updates)
-    scaled = [(x * factors[scope.label(name)]).astype(x.dtype) for name, x in named]
+    scaled = [tree.scaled(factors[scope.label(name)], x) for name, x in tree.named_leaves(updates)]
     return jax.tree.unflatten(jax.tree.structure(updates), scaled)
 
 
@@ -281,14 +283,14 @@ def percentile(percent: float | Array, window: int = 1000) -> Rule:
 
     def one(norm, past, count):
         usable = jnp.isfinite(norm)
-        slot = jnp.arange(window).reshape((-1,) + (1,) * norm.ndim) == count % window
-        past = jnp.where(slot & usable, norm, past)
-        count = count + usable
-        held = jnp.arange(window).reshape((-1,) + (1,) * norm.ndim) < count
+        slot = jnp.arange(window, dtype=jnp.int32).reshape((-1,) + (1,) * norm.ndim)
+        past = jnp.where((slot == (count % window)[None]) & usable[None], norm[None], past)
+        count = count + usable.astype(jnp.int32)
+        held = slot < count[None]
         ranked = jnp.sort(jnp.where(held, past, jnp.inf), axis=0)
-        place = percent / 100 * jnp.maximum(jnp.minimum(count, window) - 1, 0)
-        low, high = jnp.floor(place).astype(jnp.int32), jnp.ceil(place).astype(jnp.int32)
-        below, above = (jnp.take_along_axis(ranked, i[None], axis=0)[0] for i in (low, high))
+        place = percent / 100 * jnp.maximum(jnp.minimum(count, window) - 1, 0).astype(norm.dtype)
+        low, high = jnp.floor(place), jnp.ceil(place)
+        below, above = (jnp.take_along_axis(ranked, i.astype(jnp.int32)[None], axis=0)[0] for i in (low, high))
         between = jnp.where(high > low, (place - low) * (above - below), 0)
         return jnp.where(count > 0, below + between, jnp.inf), (past, count)
 
@@ -332,14 +334,14 @@ def z_score(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> Ru
         threshold = jnp.where(over, mean + z * z / jnp.where(over, score, 1) * deviation, jnp.inf)
         seen = jnp.minimum(norm, threshold)
         warm = count < warmup
-        rate = jnp.where(warm, 1 / (count + 1), 1 - decay)
+        rate = jnp.where(warm, 1 / (count + 1).astype(norm.dtype), 1 - decay)
         new_mean = mean + rate * (seen - mean)
         # Welford's step while warming up; ZClip's (deviation from the new mean) afterwards.
         spread = jnp.where(warm, (seen - mean) * (seen - new_mean), jnp.square(seen - new_mean))
         new_var = var + rate * (spread - var)
         usable = jnp.isfinite(seen)
         state = (jnp.where(usable, new, old) for new, old in ((new_mean, mean), (new_var, var)))
-        return threshold, (*state, count + usable)
+        return threshold, (*state, count + usable.astype(jnp.int32))
 
     def apply(norms, state, _):
         found = {k: one(n, *state[k]) for k, n in norms.items()}

@@ -72,6 +72,7 @@ def clip(
             raise InvalidInput("A threshold that depends on the parameters needs them: call update with params.")
         weights = parts.measure(scope, norm, params) if rule.uses_params else None
         thresholds, inner = rule.apply(norms, state.inner, weights)
+        thresholds = {k: jnp.asarray(thresholds[k], n.dtype) for k, n in norms.items()}
         factors = {k: shape(n, thresholds[k]) for k, n in norms.items()}
         changed = {k: f != 1 for k, f in factors.items()}
         fired, size, threshold = (

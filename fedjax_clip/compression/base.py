@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from fedjax_clip.compression import coding
-from fedjax_clip.tree import ravel
+from fedjax_clip.tree import count, ravel
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 FLOAT = 2**32  # the alphabet of float32, bit by bit
@@ -123,7 +123,7 @@ def entropy(codes: PyTree) -> Array:
 
     Source: Cover and Thomas (2006), theorem 5.3.1; Cover (1973), "Enumerative Source Encoding".
     """
-    return sum((_entropy(c) for c in _leaves(codes)), jnp.zeros(())) / 8
+    return sum((_entropy(c) for c in _leaves(codes)), jnp.zeros((), jnp.float32)) / 8
 
 
 def to_bytes(codes: PyTree) -> bytes:
@@ -164,9 +164,14 @@ def _nbits(code: Code) -> Array:
     return bits + _coding(code.coding, alphabet, len(live)).bits(code.symbols, live, alphabet)
 
 
+def first(size: int, number: Array | None) -> Array:
+    """Which of so many places are among the first ``number``: all of them if ``None``."""
+    return jnp.ones(size, bool) if number is None else jnp.arange(size, dtype=number.dtype) < number
+
+
 def _live(x: Array, code: Code) -> Array:
     """Which of the symbols or places travel."""
-    return jnp.ones(len(x), bool) if code.count is None else jnp.arange(len(x)) < code.count
+    return first(len(x), code.count)
 
 
 def _coding(name: str, alphabet: int, large: int) -> coding.Coding:
@@ -177,22 +182,23 @@ def _coding(name: str, alphabet: int, large: int) -> coding.Coding:
 
 def _entropy(code: Code) -> Array:
     live = _live(code.symbols, code)
-    n, bits = jnp.sum(live), jnp.float32(32 * code.scales.size)
+    n, bits = count(live).astype(jnp.float32), jnp.float32(32 * code.scales.size)
     if code.alphabet > 2**16:
         bits += 32.0 * n
     else:
         counts = _counts(code.symbols, live, code.alphabet)
         bits += jnp.sum(jnp.where(counts > 0, counts * jnp.log2(n / jnp.maximum(counts, 1)), 0))
     if code.index is not None:
-        places = jnp.sum(_live(code.index, code))
-        all, these, others = (jax.scipy.special.gammaln(1.0 + x) for x in (code.size, places, code.size - places))
+        places = count(_live(code.index, code)).astype(jnp.float32)
+        sizes = jnp.float32(code.size), places, code.size - places
+        all, these, others = (jax.scipy.special.gammaln(1.0 + x) for x in sizes)
         bits += (all - these - others) / math.log(2)
     return bits
 
 
 def _counts(symbols: Array, live: Array, alphabet: int) -> Array:
     if alphabet > 4:
-        return jnp.zeros(alphabet).at[symbols].add(live)
+        return jnp.zeros(alphabet, jnp.float32).at[symbols].add(live.astype(jnp.float32))
     return jnp.stack([jnp.sum(live & (symbols == a), dtype=jnp.float32) for a in range(alphabet)])  # quicker
 
 

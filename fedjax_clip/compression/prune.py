@@ -2,12 +2,10 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks
+from fedjax_clip import checks, tree
 from fedjax_clip.typing import Array, InvalidInput
 
 
@@ -42,10 +40,12 @@ def prune(sparsity: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     def update(updates: Any, state: PruneState, params: Any = None) -> tuple[Any, PruneState]:
         if params is None:
             raise InvalidInput("prune looks at the parameters: it belongs at the end of the server's optimiser.")
-        x, restore = jax.flatten_util.ravel_pytree(params)
-        u, _ = jax.flatten_util.ravel_pytree(updates)
+        (x, restore), (u, _) = tree.ravel(params), tree.ravel(updates)
+        dtype = tree.common_type(x, u)
+        x, u = x.astype(dtype), u.astype(dtype)
         share = sparsity(state.rounds) if callable(sparsity) else sparsity
-        rank = jnp.argsort(jnp.argsort(jnp.abs(x + u)))
-        return restore(jnp.where(rank < jnp.floor(share * len(x)), -x, u)), PruneState(state.rounds + 1)
+        rank = jnp.argsort(jnp.argsort(jnp.abs(x + u))).astype(jnp.float32)
+        pruned = restore(jnp.where(rank < jnp.floor(share * len(x)), -x, u))
+        return optax.tree.cast_like(pruned, updates), PruneState(state.rounds + 1)
 
     return optax.GradientTransformation(lambda params: PruneState(jnp.zeros((), jnp.int32)), update)

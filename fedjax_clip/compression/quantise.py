@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip import checks
-from fedjax_clip.compression.base import Code, Compressor
+from fedjax_clip.compression.base import Code, Compressor, first
 from fedjax_clip.compression.coding import find
 from fedjax_clip.typing import Array, InvalidInput
 
@@ -34,7 +34,7 @@ def floats(bits: int = 32) -> Compressor:
     def encode(x, key, count=None):
         whole = x.astype(jnp.bfloat16 if short else jnp.float32)
         symbols = jax.lax.bitcast_convert_type(whole, jnp.uint16 if short else jnp.uint32).astype(jnp.uint32)
-        return Code(_only(symbols, count), jnp.zeros(0), alphabet=2**bits, size=len(x))
+        return Code(_only(symbols, count), jnp.zeros(0, jnp.float32), alphabet=2**bits, size=len(x))
 
     def decode(code, d, key):
         symbols = code.symbols.astype(jnp.uint16 if short else jnp.uint32)
@@ -118,7 +118,8 @@ def qsgd(bits: int = 8, norm: str = "l2", bucket: int | None = None, coding: str
         unit = add(size**power, 1, keepdims=True)
         unit = (add(unit, keepdims=True) if bucket is None else unit) ** (1 / power)
         level = jnp.clip(_rounded(size / _nonzero(unit) * top, key), 0, top).astype(jnp.uint32)
-        symbols = jnp.where(level > 0, 2 * level - (blocks < 0), 0).astype(jnp.uint32)  # 0, -1, 1, -2, 2 ...
+        negative = (blocks < 0).astype(jnp.uint32)
+        symbols = jnp.where(level > 0, 2 * level - negative, 0)  # 0, -1, 1, -2, 2 ...
         symbols = _only(symbols.ravel()[: len(x)], count)
         return Code(symbols, unit.ravel(), alphabet=2 * top + 1, coding=coding, size=len(x))
 
@@ -166,7 +167,7 @@ def sign(coding: str = "fixed") -> Compressor:
     find(coding)
 
     def encode(x, key, count=None):
-        number = len(x) if count is None else jnp.maximum(count, 1)
+        number = len(x) if count is None else jnp.maximum(count, 1).astype(jnp.float32)
         scale = jnp.sum(jnp.abs(x)) / number
         return Code(_only((x < 0).astype(jnp.uint32), count), scale[None], alphabet=2, coding=coding, size=len(x))
 
@@ -207,16 +208,18 @@ def kmeans(levels: int = 16, iterations: int = 10, coding: str = "fixed") -> Com
         return jnp.searchsorted(ends, x, method="compare_all" if levels <= 16 else "scan")
 
     def encode(x, key, count=None):
-        live = jnp.ones(len(x), bool) if count is None else jnp.arange(len(x)) < count
+        live = first(len(x), count)
         stride = -(-len(x) // SAMPLE)
         some, known = x[::stride], live[::stride]
-        middle = ((jnp.arange(levels) + 0.5) / levels * jnp.sum(known)).astype(jnp.int32)
+        share = (jnp.arange(levels, dtype=jnp.float32) + 0.5) / levels
+        middle = (share * jnp.sum(known, dtype=jnp.float32)).astype(jnp.int32)
         ordered = jnp.sort(jnp.where(known, some, jnp.inf))
         codebook = jnp.where(jnp.any(live), ordered[jnp.minimum(middle, len(some) - 1)], 0)
 
         def centroids(x, live, symbols, codebook):
-            total = jnp.zeros(levels).at[symbols].add(jnp.where(live, x, 0))
-            members = jnp.zeros(levels).at[symbols].add(live)
+            nothing = jnp.zeros(levels, jnp.float32)
+            total = nothing.at[symbols].add(jnp.where(live, x, 0))
+            members = nothing.at[symbols].add(live.astype(jnp.float32))
             return jnp.where(members > 0, total / jnp.maximum(members, 1), codebook)
 
         def move(_, codebook):
@@ -251,12 +254,12 @@ def gaussian_levels(bits: int) -> np.ndarray:
 def _rounded(level: Array, key: Array) -> Array:
     """Up or down at random, right on average to 2^-17: two halves of each random word are used, for words cost."""
     words = jax.random.bits(key, (-(-level.size // 2), 1), jnp.uint32)
-    halves = (words >> jnp.array([0, 16], jnp.uint32)).ravel()[: level.size].reshape(level.shape) & 0xFFFF
+    halves = (words >> jnp.array([[0, 16]], jnp.uint32)).ravel()[: level.size].reshape(level.shape) & 0xFFFF
     return jnp.floor(level + (halves.astype(jnp.float32) + 0.5) * 2.0**-16)
 
 
 def _only(symbols: Array, count: Array | None) -> Array:
-    return symbols if count is None else jnp.where(jnp.arange(len(symbols)) < count, symbols, 0)
+    return symbols if count is None else jnp.where(first(len(symbols), count), symbols, 0)
 
 
 def _nonzero(x: Array) -> Array:

@@ -99,7 +99,7 @@ def eden(bits: int = 1, unbiased: bool = True, coding: str = "fixed") -> Compres
     def encode(x, key, count=None):
         r = _forward(x, key)
         norm = jnp.sqrt(_by_block(r**2))
-        unit = r * (math.sqrt(r.shape[0] * r.shape[2]) / jnp.where(norm > 0, norm, 1))[:, None]
+        unit = r * (math.sqrt(r.shape[0] * r.shape[2]) / jnp.where(norm > 0, norm, 1))[None, :, None]
         symbols = jnp.searchsorted(ends, unit, method="compare_all" if bits <= 4 else "scan")
         q = jnp.asarray(levels)[symbols]
         along = _by_block(r * q)
@@ -111,7 +111,7 @@ def eden(bits: int = 1, unbiased: bool = True, coding: str = "fixed") -> Compres
 
     def decode(code, d, key):
         q = jnp.asarray(levels)[code.symbols].reshape(_shape(d))
-        return _back(q * code.scales[:, None], d, key)
+        return _back(q * code.scales[None, :, None], d, key)
 
     def error(d):
         together = _padded(d) // _shape(d)[1]
@@ -154,7 +154,8 @@ def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
 
 def unpacked_signs(words: Array) -> Array:
     """``[..., 32]`` signs, float32, of the bits of uint32 ``[...]``."""
-    return jnp.where((words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1, 1.0, -1.0)
+    places = jnp.arange(32, dtype=jnp.uint32).reshape(*[1] * words.ndim, 32)
+    return jnp.where((words[..., None] >> places) & 1, jnp.float32(1), -1)
 
 
 def _signed(r: Array, key: Array) -> Array:

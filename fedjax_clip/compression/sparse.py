@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip import checks, tree
 from fedjax_clip.compression.base import Compressor
 from fedjax_clip.compression.coding import find
 from fedjax_clip.compression.quantise import SAMPLE, floats
@@ -148,7 +148,7 @@ def _largest(x: Array, k: int) -> Array:
         some = x[:: len(x) // SAMPLE | 1]
         share = len(some) * k / len(x)
         low = jnp.min(jax.lax.top_k(some, min(len(some), math.ceil(share + 4 * math.sqrt(share) + 1)))[0])
-        x = jnp.where((x < low) & (jnp.sum(x >= low) >= k), -1, x)
+        x = jnp.where((x < low) & (tree.count(x >= low) >= k), -1, x)
     return jnp.sort(jax.lax.top_k(x, k)[1])
 
 
@@ -161,7 +161,7 @@ def _subset(k: int, d: int, key: Array) -> Array:
         bits = jax.random.bits(key, (d,), jnp.uint32)
         ranks = jax.lax.bitcast_convert_type((bits >> 3) + jnp.uint32(0x20000000), jnp.float32)  # positive and normal
         return _largest(ranks, k)
-    draws = jax.random.randint(key, (k + k // 2 + 64,), 0, d)
+    draws = jax.random.randint(key, (k + k // 2 + 64,), 0, d, jnp.int32)
     order = jnp.argsort(draws, stable=True)
     ranked = draws[order]
     first = jnp.zeros(len(draws), bool).at[order].set(jnp.diff(ranked, prepend=-1) > 0)

@@ -26,7 +26,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.Embed(self.vocabulary, self.width, name="tokens")(x)
-        x += nn.Embed(self.length, self.width, name="positions")(jnp.arange(x.shape[1]))
+        x += nn.Embed(self.length, self.width, name="positions")(jnp.arange(x.shape[1], dtype=jnp.int32))[None]
         for i in range(self.layers):
             x = _Block(self.heads, name=f"block{i}")(x)
         return nn.Dense(self.vocabulary, name="logits")(nn.LayerNorm()(x))

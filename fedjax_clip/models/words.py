@@ -24,4 +24,4 @@ class BagOfWords(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         there = (x > 0)[..., None]
         words = jnp.sum(jnp.where(there, nn.Embed(self.vocabulary, self.width)(x), 0), 1)
-        return nn.Dense(self.num_outputs)(words / jnp.maximum(jnp.sum(there, 1), 1))
+        return nn.Dense(self.num_outputs)(words / jnp.maximum(jnp.sum(there, 1), 1).astype(words.dtype))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import checks
+from fedjax_clip import checks, tree
 from fedjax_clip.typing import Array, PyTree
 
 
@@ -98,10 +98,7 @@ def fixed_mean(denominator: float | Array) -> Reducer:
 
 def _mean(weigh: Callable[[Array], Array], denominator: float | Array | None = None) -> Reducer:
     def zero(message, roster):
-        def wide(x):
-            return jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-
-        return jax.tree.map(wide, message), jnp.zeros((), jnp.float32)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, tree.wide_type(x)), message), jnp.zeros((), jnp.float32)
 
     def add(acc, messages, weights):
         weights = weigh(weights)
@@ -113,8 +110,8 @@ def _mean(weigh: Callable[[Array], Array], denominator: float | Array | None = N
     def finish(acc, axis_name):
         total, weight = acc if axis_name is None else jax.lax.psum(acc, axis_name)
         if denominator is not None:
-            return jax.tree.map(lambda t: t / denominator, total)
-        return jax.tree.map(lambda t: jnp.where(weight > 0, t / weight, 0), total)
+            return jax.tree.map(lambda t: t / jnp.asarray(denominator, t.dtype), total)
+        return jax.tree.map(lambda t: tree.ratio(t, weight, 0), total)
 
     return Reducer(zero, add, finish, True, denominator)
 

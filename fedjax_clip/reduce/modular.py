@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
-from fedjax_clip import checks
+from fedjax_clip import checks, tree
 from fedjax_clip.reduce.base import Reducer
 from fedjax_clip.typing import Array, InvalidInput
 
@@ -42,7 +42,7 @@ def modular_sum(cohort_size: int, threshold: int | None = None) -> Reducer:
 
     def add(acc, messages, weights):
         total = jax.tree.map(lambda t, m: t + jnp.sum(m, 0, jnp.uint32), acc[0], messages)
-        return total, acc[1] + jnp.sum(weights > 0)
+        return total, acc[1] + tree.count(weights > 0)
 
     def finish(acc, axis_name):
         total, came = acc if axis_name is None else jax.lax.psum(acc, axis_name)
@@ -94,7 +94,7 @@ def on_host(
             messages, came = jax.lax.all_gather((messages, came), axis_name, tiled=True)
             first = jax.lax.axis_index(axis_name) == 0
         total = jax.lax.cond(
-            first & (jnp.sum(came) >= threshold),
+            first & (tree.count(came) >= threshold),
             functools.partial(_call_on_host, function),
             lambda messages, came: jnp.zeros(messages.shape[1:], messages.dtype),
             *(messages, came),
@@ -135,7 +135,7 @@ def _call_on_host(function: Callable[[np.ndarray, np.ndarray], np.ndarray], mess
         return function(held.pop(int(call)).ravel()[: n * d].reshape(n, d), np.asarray(came))
 
     def send(index, call):
-        return io_callback(take, number, call, index, pieces[index])
+        return io_callback(take, number, call, jnp.int32(index), pieces[index])
 
     call = jax.lax.fori_loop(0, count, send, io_callback(begin, number))
     return io_callback(finish, total, call, came)

@@ -57,7 +57,7 @@ def trimmed_mean(num_bad: int) -> Reducer:
     def inner(rows, count):
         trim = jnp.minimum(num_bad, jnp.maximum(count - 1, 0) // 2)
         total = sum(jnp.where((i >= trim) & (i < count - trim), x, 0) for i, x in enumerate(rows))
-        return total / jnp.maximum(count - 2 * trim, 1)
+        return total / jnp.maximum(count - 2 * trim, 1).astype(rows[0].dtype)
 
     return stacking(lambda stack: _by_coordinate(stack, inner), fewest=2 * num_bad + 1)
 
@@ -85,12 +85,12 @@ def krum(num_bad: int, num_chosen: int = 1) -> Reducer:
     num_chosen = checks.count("krum: num_chosen", num_chosen)
 
     def aggregate(stack):
-        both = stack.present[:, None] & stack.present & ~jnp.eye(len(stack.ids), dtype=bool)
+        both = stack.present[:, None] & stack.present[None] & ~jnp.eye(len(stack.ids), dtype=bool)
         squares = jnp.where(both, _square_distances(stack.messages), jnp.inf)
-        nearest = jnp.arange(len(stack.ids)) < jnp.maximum(stack.num_present - num_bad - 2, 1)
-        scores = jnp.sum(jnp.where(nearest, jnp.sort(squares, axis=1), 0), axis=1)
+        nearest = jnp.arange(len(stack.ids), dtype=jnp.int32) < jnp.maximum(stack.num_present - num_bad - 2, 1)
+        scores = jnp.sum(jnp.where(nearest[None], jnp.sort(squares, axis=1), 0), axis=1)
         best = jnp.lexsort((scores, ~stack.present))[:num_chosen]  # stable: of equals the first
-        chosen = jnp.zeros(len(stack.ids)).at[best].set(1) * stack.present
+        chosen = jnp.zeros(len(stack.ids), jnp.float32).at[best].set(1) * stack.present.astype(jnp.float32)
         return _combine(chosen / jnp.maximum(jnp.sum(chosen), 1), stack.messages)
 
     return stacking(aggregate, fewest=2 * num_bad + 3)
@@ -121,8 +121,8 @@ def geometric_median(iterations: int = 8, smoothing: float | Array = 1e-6) -> Re
     checks.positive("geometric_median: smoothing", smoothing)
 
     def step(messages, present, v):
-        shares = present / jnp.maximum(_norms(_minus(messages, v)), smoothing)
-        return _combine(_of_their_sum(shares), messages)
+        norms = _norms(_minus(messages, v))
+        return _combine(_of_their_sum(present.astype(norms.dtype) / jnp.maximum(norms, smoothing)), messages)
 
     return stacking(lambda stack: _iterated(stack, iterations, step))
 
@@ -152,7 +152,9 @@ def centered_mean(threshold: float | Array, iterations: int = 3) -> Reducer:
 
     def step(messages, present, v):
         apart = _minus(messages, v)
-        moved = _combine(_within(threshold, apart) * present / jnp.maximum(jnp.sum(present), 1), apart)
+        factors = _within(threshold, apart)
+        shares = factors * present.astype(factors.dtype) / jnp.maximum(jnp.sum(present), 1).astype(factors.dtype)
+        moved = _combine(shares, apart)
         return jax.tree.map(jnp.add, v, moved)
 
     return stacking(lambda stack: _iterated(stack, iterations, step))
@@ -182,7 +184,7 @@ def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Red
 
     def add(acc, messages, weights):
         factors = _within(max_norm, messages)
-        bounded = jax.tree.map(lambda x: (x * _beside(factors, x)).astype(x.dtype), messages)
+        bounded = jax.tree.map(lambda x: tree.scaled(_beside(factors, x), x), messages)
         return reducer.add(acc, bounded, weights)
 
     return reducer._replace(add=add, linear=False)
@@ -211,11 +213,12 @@ def fltrust(root: int) -> Reducer:
     root = checks.client_number("fltrust: root", root)
 
     def aggregate(stack):
-        is_root = (stack.present & (stack.ids == root)).astype(jnp.float32)
         norms = _norms(stack.messages)
-        units = jax.tree.map(lambda x: x / _beside(tree.or_one(norms), x), stack.messages)
+        is_root = (stack.present & (stack.ids == root)).astype(norms.dtype)
+        units = jax.tree.map(lambda x: tree.ratio(x, _beside(norms, x), 0), stack.messages)
         direction, length = _combine(is_root, units), jnp.sum(is_root * norms)
-        cosines = sum(map(_row_sums, jax.tree.leaves(jax.tree.map(jnp.multiply, units, direction))))
+        along = jax.tree.map(lambda x, v: _row_sums(x * v[None]), units, direction)
+        cosines = tree.total(jax.tree.leaves(along))
         trust = jnp.maximum(cosines, 0) * (1 - is_root)
         return _combine(length * _of_their_sum(trust), units)
 
@@ -226,7 +229,7 @@ def _by_coordinate(stack: Stack, rule: Callable[[list[Array], Array], Array]) ->
     """``rule(rows, count)`` of each leaf's values in rising order, ``count`` of them and then infinity."""
 
     def one(x):
-        rows = tree.sorted_rows(jnp.where(_beside(stack.present, x), _wide(x), jnp.inf))
+        rows = tree.sorted_rows(jnp.where(_beside(stack.present, x), tree.wide(x), jnp.inf))
         return jnp.where(stack.num_present > 0, rule(rows, stack.num_present), 0)
 
     return jax.tree.map(one, stack.messages)
@@ -234,7 +237,7 @@ def _by_coordinate(stack: Stack, rule: Callable[[list[Array], Array], Array]) ->
 
 def _iterated(stack: Stack, iterations: int, step: Callable[[PyTree, Array, PyTree], PyTree]) -> PyTree:
     """``v <- step(messages, present, v)`` from zero."""
-    start = jax.tree.map(lambda x: jnp.zeros_like(_wide(x[0])), stack.messages)
+    start = jax.tree.map(lambda x: jnp.zeros_like(tree.wide(x[0])), stack.messages)
     present = stack.present.astype(jnp.float32)
     return jax.lax.fori_loop(0, iterations, lambda _, v: step(stack.messages, present, v), start)
 
@@ -245,13 +248,12 @@ def _square_distances(messages: PyTree) -> Array:
     def from_row(row):
         return jnp.square(_norms(_minus(messages, jax.tree.map(lambda x: x[row], messages))))
 
-    return jax.lax.map(from_row, jnp.arange(len(jax.tree.leaves(messages)[0])))
+    return jax.lax.map(from_row, jnp.arange(len(jax.tree.leaves(messages)[0]), dtype=jnp.int32))
 
 
 def _norms(messages: PyTree) -> Array:
     """``[N]`` Euclidean norms of the rows."""
-    squares = [_row_sums(jnp.square(_wide(x))) for x in jax.tree.leaves(messages)]
-    return tree.safe_sqrt(sum(squares, jnp.zeros(())))
+    return tree.safe_sqrt(tree.total([_row_sums(jnp.square(tree.wide(x))) for x in jax.tree.leaves(messages)]))
 
 
 def _within(max_norm: float | Array, messages: PyTree) -> Array:
@@ -268,11 +270,13 @@ def _of_their_sum(shares: Array) -> Array:
 def _combine(shares: Array, messages: PyTree) -> PyTree:
     """``sum_i shares_i messages_i``."""
     exact = jax.lax.Precision.HIGHEST
-    return jax.tree.map(lambda x: jnp.tensordot(shares.astype(_wide(x).dtype), _wide(x), 1, precision=exact), messages)
+    return jax.tree.map(
+        lambda x: jnp.tensordot(shares.astype(tree.wide_type(x)), tree.wide(x), 1, precision=exact), messages
+    )
 
 
 def _minus(messages: PyTree, v: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: _wide(x) - y, messages, v)
+    return jax.tree.map(lambda x, y: tree.wide(x) - y[None], messages, v)
 
 
 def _row_sums(x: Array) -> Array:
@@ -284,7 +288,3 @@ def _row_sums(x: Array) -> Array:
 def _beside(values: Array, x: Array) -> Array:
     """``[N]`` values that broadcast against ``x [N, ...]``."""
     return values.reshape(len(values), *[1] * (x.ndim - 1))
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

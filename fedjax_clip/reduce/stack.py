@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import checks
+from fedjax_clip import checks, tree
 from fedjax_clip.reduce.base import Reducer, Roster
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 
@@ -38,7 +38,7 @@ class Stack(NamedTuple):
     @property
     def num_present(self) -> Array:
         """int32: how many messages there are."""
-        return jnp.sum(self.present)
+        return tree.count(self.present)
 
 
 def stacking(aggregate: Callable[[Stack], PyTree], fewest: int = 1) -> Reducer:
@@ -61,7 +61,8 @@ def stacking(aggregate: Callable[[Stack], PyTree], fewest: int = 1) -> Reducer:
 
     def zero(message, roster):
         stack = jax.tree.map(lambda x: jnp.zeros((len(roster.ids), *x.shape), x.dtype), message)
-        return Stack(stack, jnp.zeros(len(roster.ids)), jnp.asarray(roster.ids), roster.key), jnp.zeros((), jnp.int32)
+        weights = jnp.zeros(len(roster.ids), jnp.float32)
+        return Stack(stack, weights, jnp.asarray(roster.ids), roster.key), jnp.zeros((), jnp.int32)
 
     def add(acc, messages, weights):
         stack, filled = acc
@@ -141,18 +142,19 @@ def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
         return reducer
 
     def deal(stack):
-        hashes = jax.vmap(lambda id: jax.random.bits(jax.random.fold_in(stack.key, id)))(stack.ids)
+        hashes = jax.vmap(lambda id: jax.random.bits(jax.random.fold_in(stack.key, id), (), jnp.uint32))(stack.ids)
         order = jnp.lexsort((hashes, ~stack.present))
         buckets = -(-len(stack.ids) // size)
-        held = jnp.clip(stack.num_present - size * jnp.arange(buckets), 0, size)
+        numbers = jnp.arange(buckets, dtype=jnp.int32)
+        held = jnp.clip(stack.num_present - size * numbers, 0, size)
 
         def mean(x):
             x = jnp.pad(x[order], [(0, buckets * size - len(x))] + [(0, 0)] * (x.ndim - 1))
-            share = 1 / jnp.maximum(held, 1)[:, None]
+            share = 1 / jnp.maximum(held, 1).astype(jnp.float32)
             x = x.reshape(buckets, size, *x.shape[1:])
             return jnp.sum(x * share.reshape(buckets, *[1] * (x.ndim - 1)).astype(x.dtype), axis=1)
 
         weights = (held > 0).astype(stack.weights.dtype)
-        return Stack(jax.tree.map(mean, stack.messages), weights, jnp.arange(buckets), stack.key)
+        return Stack(jax.tree.map(mean, stack.messages), weights, numbers, stack.key)
 
     return restacked(deal, reducer, size * (reducer.fewest - 1) + 1)._replace(weighted=False)

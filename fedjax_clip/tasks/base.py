@@ -55,7 +55,7 @@ def classifier(model: nn.Module) -> PerExampleLoss:
     def per_example_loss(params, batch, key):
         logits = jnp.asarray(model.apply(params, scaled(batch["x"])))
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-        return losses, {"accuracy": (jnp.argmax(logits, -1) == batch["y"]).astype(jnp.float32)}
+        return losses, {"accuracy": hits(logits, batch["y"])}
 
     return per_example_loss
 
@@ -71,7 +71,8 @@ def regressor(model: nn.Module) -> PerExampleLoss:
     """
 
     def per_example_loss(params, batch, key):
-        return 0.5 * (jnp.asarray(model.apply(params, batch["x"]))[:, 0] - batch["y"]) ** 2
+        predicted = jnp.asarray(model.apply(params, batch["x"]))[:, 0]
+        return 0.5 * (predicted - batch["y"].astype(predicted.dtype)) ** 2
 
     return per_example_loss
 
@@ -122,6 +123,11 @@ def make(train: FederatedData, evaluation: Mapping[str, FederatedData], model: n
 def scaled(x: Array) -> Array:
     """Inputs of type uint8 (images) divided by 255."""
     return x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x
+
+
+def hits(logits: Array, labels: Array) -> Array:
+    """1.0 where the largest of the logits ``[..., classes]`` is the label's ``[...]``, else 0.0."""
+    return (jnp.argmax(logits, -1).astype(jnp.int32) == labels.astype(jnp.int32)).astype(jnp.float32)
 
 
 def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:

@@ -96,7 +96,8 @@ def rating_loss(model: models.Factorisation, l2: float, l2_bias: float) -> PerEx
     """
 
     def per_example_loss(params, batch, key):
-        losses = 0.5 * jnp.square(jnp.asarray(model.apply(params, batch["x"])) - batch["y"])
+        predicted = jnp.asarray(model.apply(params, batch["x"]))
+        losses = 0.5 * jnp.square(predicted - batch["y"].astype(predicted.dtype))
         if key is None:
             return losses
         leaves = params["params"]

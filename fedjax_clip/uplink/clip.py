@@ -73,9 +73,8 @@ def quantile_clip(
 
     def encode(update, bound, client_state, ctx):
         norm = tree.norm(update)
-        factor = hard()(norm, bound)
-        message = jax.tree.map(lambda x: (x * factor).astype(x.dtype), update)
-        return message, client_state, _bits(norm, bound)
+        factor = hard()(norm, bound.astype(norm.dtype))
+        return jax.tree.map(lambda x: tree.scaled(factor, x), update), client_state, _bits(norm, bound)
 
     def decode(aggregate, bound, report, ctx):
         within = report["within"]
@@ -83,7 +82,7 @@ def quantile_clip(
             if ctx.denominator is None:
                 raise InvalidInput("Noise on quantile_clip's bits needs a fixed mean: make fixed_mean the reducer.")
             centred = jnp.where(ctx.weight > 0, (within - 0.5) * ctx.weight, 0)
-            within = 0.5 + (centred + bits_noise * jax.random.normal(ctx.key)) / ctx.denominator
+            within = 0.5 + (centred + bits_noise * jax.random.normal(ctx.key, (), jnp.float32)) / ctx.denominator
         moved = _towards_quantile(bound, within, target_unclipped_quantile, rate)
         return aggregate, moved, _seen(bound, report)
 
@@ -130,7 +129,7 @@ def zeroing(
 
     def encode(update, quantile, client_state, ctx):
         size = tree.norm(update) if norm is None else measure(whole(), norm, update)[""]
-        far = size > multiplier * quantile + increment
+        far = size > (multiplier * quantile + increment).astype(size.dtype)
         message = jax.tree.map(lambda x: jnp.where(far, 0, x), update)
         return message, client_state, _bits(size, quantile) | {"zeroed": Mean(_number(far), _number(True))}
 
@@ -182,7 +181,8 @@ def by_group(link: Uplink, groups: Mapping[str, Sequence[int]]) -> Uplink:
 
 
 def _bits(norm: Array, bound: Array) -> dict:
-    return {"within": Mean(_number(norm <= bound), _number(True)), "norm": Mean(norm, _number(True))}
+    within = norm <= bound.astype(norm.dtype)
+    return {"within": Mean(_number(within), _number(True)), "norm": Mean(norm, _number(True))}
 
 
 def _towards_quantile(bound: Array, within: Array, target: float | Array, rate: float | Array) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip import checks, compression, tree
+from fedjax_clip import checks, compression, keys, tree
 from fedjax_clip.compression import Code, Compressor
 from fedjax_clip.compression.base import check_memory
 from fedjax_clip.compression.rotate import unpacked_signs
@@ -89,7 +89,7 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
         wanted = jax.tree.map(jnp.add, update, residual)
         message, own, report = inner.encode(wanted, state, own, ctx)
         residual = jax.tree.map(jnp.subtract, wanted, message)
-        return message, (residual, own), report | {"residual": Mean(tree.norm(residual), jnp.ones(()))}
+        return message, (residual, own), report | {"residual": Mean(tree.norm(residual), jnp.ones((), jnp.float32))}
 
     def decode(aggregate, state, report, ctx):
         update, state, metrics = inner.decode(aggregate, state, report, ctx)
@@ -127,18 +127,21 @@ def power_sgd(rank: int = 4) -> Uplink:
         return [(i, x) for i, x in enumerate(jax.tree.leaves(tree)) if saves(x)]
 
     def init_client(params):
-        key = jax.random.key(0)
-        return [jax.random.normal(jax.random.fold_in(key, i), (x.shape[-1], rank)) for i, x in matrices(params)]
+        key = keys.seeded(0)
+        return [
+            jax.random.normal(jax.random.fold_in(key, i), (x.shape[-1], rank), tree.wide_type(x))
+            for i, x in matrices(params)
+        ]
 
     def encode(update, state, client_state, ctx):
         finite, whole = _finite(update)
         leaves, structure = jax.tree.flatten(whole)
         sent, kept = dict(enumerate(leaves)), []
         for (i, x), last in zip(matrices(whole), client_state, strict=True):
-            matrix = x.reshape(-1, x.shape[-1])
+            matrix = tree.wide(x).reshape(-1, x.shape[-1])
             p = _orthonormal(matrix @ last)
             q = matrix.T @ p
-            leaves[i], sent[i] = (p @ q.T).reshape(x.shape), (p, q)
+            leaves[i], sent[i] = (p @ q.T).reshape(x.shape).astype(x.dtype), (p, q)
             kept.append(jnp.where(jnp.any(q != 0), q, last))
         values = tree.ravel(sent)[0].astype(jnp.float32)
         code = Code(jnp.zeros(0, jnp.uint32), values, alphabet=1, size=len(values))
@@ -184,8 +187,8 @@ def count_sketch(
     def hashes(d):
         """How far each run is turned, ``[m, rows]``, and bits for its buckets' signs, ``[m, rows, columns / 32]``."""
         blocks = -(-d // columns)
-        turn, sign = jax.random.split(jax.random.key(seed))
-        turns = jax.random.randint(turn, (blocks, rows), 0, columns)
+        turn, sign = jax.random.split(keys.seeded(seed))
+        turns = jax.random.randint(turn, (blocks, rows), 0, columns, jnp.int32)
         return turns, jax.random.bits(sign, (blocks, rows, -(-columns // 32)), jnp.uint32)
 
     def signs(words):
@@ -197,15 +200,18 @@ def count_sketch(
         twice = jnp.concatenate([x, x], 1)
 
         def add(b, total):
-            turned = [jax.lax.dynamic_slice(twice, (b, columns - turns[b, r]), (1, columns))[0] for r in range(rows)]
+            turned = [
+                jax.lax.dynamic_slice(twice, (jnp.int32(b), columns - turns[b, r]), (1, columns))[0]
+                for r in range(rows)
+            ]
             return total + signs(words[b]) * jnp.stack(turned)
 
-        return jax.lax.fori_loop(0, len(x), add, jnp.zeros((rows, columns)))
+        return jax.lax.fori_loop(0, len(x), add, jnp.zeros((rows, columns), jnp.float32))
 
     def init(params):
         leaves, structure = jax.tree.flatten(params)
         shape = _Shape(structure, tuple((np.shape(x), jnp.result_type(x)) for x in leaves))
-        return shape, jnp.zeros((rows, columns)), jnp.zeros((rows, columns))
+        return shape, *(jnp.zeros((rows, columns), jnp.float32) for _ in range(2))
 
     def encode(update, state, client_state, ctx):
         return sketch(tree.ravel(update)[0].astype(jnp.float32)), client_state, {}
@@ -222,14 +228,15 @@ def count_sketch(
             seen = [jax.lax.dynamic_slice(twice[r], (turns[b, r],), (columns,)) for r in range(rows)]
             return estimate.at[b].set(tree.sorted_rows(jnp.stack(seen))[rows // 2])
 
-        estimate = jax.lax.fori_loop(0, len(turns), turn_back, jnp.zeros((len(turns), columns))).ravel()[: len(x)]
+        nothing = jnp.zeros((len(turns), columns), jnp.float32)
+        estimate = jax.lax.fori_loop(0, len(turns), turn_back, nothing).ravel()[: len(x)]
         heavy = jax.lax.top_k(jnp.abs(estimate), min(k, len(x)))[1]
-        found, run, row = estimate[heavy], heavy // columns, jnp.arange(rows)[:, None]
-        bucket = (heavy + turns[run].T) % columns
+        found, run, row = estimate[heavy], heavy // columns, jnp.arange(rows, dtype=jnp.int32)[:, None]
+        bucket = (heavy[None] + turns[run].T) % columns
         sign = jnp.take_along_axis(unpacked_signs(words[run, row, bucket // 32]), bucket[..., None] % 32, 2)[..., 0]
-        step = jnp.zeros(len(x)).at[heavy].set(found)
+        step = jnp.zeros(len(x), jnp.float32).at[heavy].set(found)
         touched = jnp.zeros((rows, columns), bool).at[row, bucket].max(found != 0)
-        state = shape, jnp.where(touched, 0, speed), total.at[row, bucket].add(-sign * found)
+        state = shape, jnp.where(touched, 0, speed), total.at[row, bucket].add(-sign * found[None])
         return optax.tree.cast_like(restore(step), zeros), state, {"missed_norm": tree.norm(state[2])}
 
     return Uplink(init, lambda params: (), encode, decode, wire="sums")

@@ -110,7 +110,7 @@ def _near_gaussian(key: Array, shape: tuple[int, ...], scale: Array) -> tuple[Ar
     k = jnp.round(y)
     e = y - k
     x = jnp.abs(k * e) / jnp.square(scale)
-    log_cosh = x + jnp.log1p(jnp.exp(-2 * x)) - jnp.log(2.0)
+    log_cosh = x + jnp.log1p(jnp.exp(-2 * x)) - math.log(2)
     return k.astype(jnp.int32), (jnp.square(e) - 0.25) / (2 * jnp.square(scale)) - log_cosh
 
 
@@ -138,7 +138,7 @@ def _rejection(key: Array, shape: tuple[int, ...], propose: Callable[[Array], tu
         key, value, open = carry
         key, proposing, deciding = jax.random.split(key, 3)
         proposed, log_accept = propose(proposing)
-        accepted = jnp.log(jax.random.uniform(deciding, shape)) < log_accept
+        accepted = jnp.log(jax.random.uniform(deciding, shape, jnp.float32)) < log_accept
         return key, jnp.where(open & accepted, proposed, value), open & ~accepted
 
     start = key, jnp.zeros(shape, jnp.int32), jnp.ones(shape, bool)

@@ -129,10 +129,11 @@ def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
 
     def encode(update, state, client_state, ctx):
         x, restore = tree.ravel(update)
+        x = tree.wide(x)
         grid, step = _of(layout, x.size, ctx)
         x = _rotated(x, ctx.round_key) if rotate else x
         rounding, noising = jax.random.split(ctx.key)
-        steps = _rounded(jnp.where(jnp.isfinite(x), x / step, 0), rounding, grid.l2 if noise else None)
+        steps = _rounded(jnp.where(jnp.isfinite(x), x / step.astype(x.dtype), 0), rounding, grid.l2 if noise else None)
         if noise == "gaussian":
             steps += discrete.discrete_gaussian(noising, x.shape, grid.stddev)
         elif noise == "skellam":
@@ -191,7 +192,10 @@ def _layout(
     levels = lib.maximum(levels, 1.0)
     squared = lib.minimum(levels**2 + dim / 4 + levels + root / 2, (levels + root) ** 2)
     l2 = lib.sqrt(squared) * (1 + 1e-5)  # float32 measures it
-    return Grid(levels, l2, l2 * lib.minimum(root, l2), z * l2 / math.sqrt(threshold), noise, threshold, room, dim)
+    l1, stddev = l2 * lib.minimum(root, l2), z * l2 / math.sqrt(threshold)
+    if not traced:  # NumPy's float64 would make the message one
+        levels, l2, l1, stddev = map(float, (levels, l2, l1, stddev))
+    return Grid(levels, l2, l1, stddev, noise, threshold, room, dim)
 
 
 def _of(layout, dim: int, ctx: Context) -> tuple[Grid, Array]:
@@ -208,7 +212,7 @@ def _rounded(x: Array, key: Array, most: float | Array | None) -> Array:
     """Each element to a neighbouring integer, without bias; again, if a norm is given and exceeded."""
 
     def attempt(key):
-        return jnp.floor(x + jax.random.uniform(key, x.shape))
+        return jnp.floor(x + jax.random.uniform(key, x.shape, x.dtype))
 
     if most is None:
         return attempt(key).astype(jnp.int32)
@@ -218,11 +222,15 @@ def _rounded(x: Array, key: Array, most: float | Array | None) -> Array:
         key, now = jax.random.split(key)
         return key, attempt(now), attempts + 1
 
-    def too_long(carry):
-        return (tree.norm(carry[1]) > most) & (carry[2] < ATTEMPTS)
+    def too_long(steps):
+        length = tree.norm(steps)
+        return length > jnp.asarray(most, length.dtype)
 
-    _, steps, _ = jax.lax.while_loop(too_long, again, again((key, x, 0)))
-    return jnp.where(tree.norm(steps) > most, jnp.trunc(x), steps).astype(jnp.int32)
+    def goes_on(carry):
+        return too_long(carry[1]) & (carry[2] < ATTEMPTS)
+
+    _, steps, _ = jax.lax.while_loop(goes_on, again, again((key, x, jnp.zeros((), jnp.int32))))
+    return jnp.where(too_long(steps), jnp.trunc(x), steps).astype(jnp.int32)
 
 
 def _rotated(x: Array, key: Array) -> Array:
@@ -243,7 +251,7 @@ def _rotated_back(x: Array, key: Array) -> Array:
 
 def _blocks(x: Array, key: Array) -> list[tuple[Array, slice]]:
     power = _power(x.size)
-    signs = random_signs(key, (2, power))
+    signs = random_signs(key, (2, power)).astype(x.dtype)
     return [(signs[0], slice(0, power)), (signs[1], slice(x.size - power, x.size))]
 
 

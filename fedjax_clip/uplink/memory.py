@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks
+from fedjax_clip import checks, tree
 from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink.base import Uplink, at_client
 
@@ -70,7 +70,7 @@ def memory(
     def decode(aggregate, g, report, ctx):
         if ctx.share is None:
             raise InvalidInput("memory needs to know how many clients there are: make the cohort by fc.plan.")
-        g = jax.tree.map(lambda g, c: g + (step * ctx.share * c).astype(g.dtype), g, aggregate)
+        g = tree.add_scaled(g, step * ctx.share, aggregate)
         return g, g, report
 
     def init_client(params):
@@ -100,7 +100,7 @@ def relative_to_last() -> Uplink:
 
     def decode(aggregate, m, report, ctx):
         # Nobody came: then there is no news of m either, and nothing is added to the parameters.
-        m = jax.tree.map(jnp.add, m, aggregate)
+        m = tree.apply_updates(m, aggregate)
         return jax.tree.map(lambda x: jnp.where(ctx.weight > 0, x, 0), m), m, {}
 
     return Uplink(lambda params: jax.tree.map(jnp.zeros_like, params), lambda params: (), encode, decode)

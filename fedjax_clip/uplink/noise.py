@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks
+from fedjax_clip import checks, tree
 from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 from fedjax_clip.uplink.base import Context, Uplink
@@ -65,7 +65,7 @@ def gaussian(
         return update, client_state, {}
 
     def init(params):
-        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
+        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, tree.wide_type(x)), params)
         return () if mechanism is None else mechanism.init(wide)
 
     link = Uplink(init, lambda params: (), encode, decode, contracts=True, noise="central", mechanism=mechanism)
@@ -105,5 +105,5 @@ def _bound(ctx: Context) -> Array:
     return ctx.bound
 
 
-def _plus(tree: PyTree, std: float | Array, noise: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, n: x + (std * n).astype(x.dtype), tree, noise)
+def _plus(values: PyTree, std: float | Array, noise: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, n: x + tree.scaled(jnp.asarray(std), n).astype(x.dtype), values, noise)
