@@ -6,8 +6,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from fedjax_clip import checks
-from fedjax_clip.data.population import FederatedData
+from fedjax_clip.data.population import FederatedData, check_sets
 from fedjax_clip.local import example_values
 from fedjax_clip.metrics import prefixed
 from fedjax_clip.typing import Algorithm, Params, PerExampleLoss, PyTree
@@ -91,9 +90,6 @@ def per_client(
       >>> scores = fc.per_client(per_example_loss, {"clients": held_out_clients})(result.params)
       >>> held_out_clients.name(scores["clients/accuracy"].argmin())  # the client that is served worst
     """
-    checks.kind("sets", sets, Mapping, "FederatedData in a dict by name")
-    for name, data in sets.items():
-        checks.kind(f"sets[{name!r}]", data, FederatedData, "a FederatedData")
     values_of = _values_of(per_example_loss, sets, batch_size, algorithm, population)
 
     def evaluate(params: Params, clients: PyTree = ()) -> Values:
@@ -117,6 +113,7 @@ def _values_of(
     population: FederatedData | None,
 ) -> Callable[[str, Params, PyTree], Values]:
     """``(set, params, clients) -> Values``: the last batch is filled with the last example, and cut off again."""
+    check_sets("sets", sets)
     personal = algorithm.personal if algorithm else None
     names = [population.name(c) for c in range(population.num_clients)] if personal and population else []
     number = {name: c for c, name in enumerate(names)}

@@ -12,9 +12,9 @@ from fedjax_clip import checks
 from fedjax_clip.data import sampling, speeds
 from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork
-from fedjax_clip.data.population import FederatedData
+from fedjax_clip.data.population import FederatedData, check_fields, check_sets
 from fedjax_clip.lanes import Build, Lane, Lanes, plan
-from fedjax_clip.training import Row, check_fields
+from fedjax_clip.training import Row
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss, PyTree
 
 Points = Mapping[str, Sequence[float] | np.ndarray]
@@ -163,6 +163,7 @@ def sweep(
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
     check_fields(data)
+    check_sets("evaluation", evaluation or {})
     checks.kind("sampler", sampler, sampling.Sampler | None, "one of fc.sampling (a sweep has no clock)")
     columns = {name: np.asarray(values, np.float32) for name, values in points.items()}
     num_points, begins = _check_points(columns, build, data.num_clients)

@@ -15,7 +15,7 @@ import numpy as np
 from fedjax_clip import checks, metrics, placement, tree
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.planning import LocalWork
-from fedjax_clip.data.population import FederatedData
+from fedjax_clip.data.population import FederatedData, check_fields, check_sets
 from fedjax_clip.dispatch import Block, Dispatcher
 from fedjax_clip.local import batch_loss
 from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree, check_named
@@ -272,13 +272,6 @@ def _identity(data: FederatedData, seed: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(value, np.int64) for name, value in values.items()}
 
 
-def check_fields(data: FederatedData) -> None:
-    """Refuses examples that a device cannot hold."""
-    for name, field in data.fields().items():
-        if field.dtype.kind not in "biufV":
-            raise InvalidInput(f"Field {name!r} of the examples holds {field.dtype}, not numbers: drop or encode it.")
-
-
 def _check_judge(name: str, judge: Any, arguments: int, wanted: str) -> None:
     """Refuses what cannot be called with so many arguments, such as a loss."""
     if judge is None:
@@ -318,9 +311,7 @@ def evaluator(
       >>> fc.train(algorithm, train, params, rounds=100, evaluate=evaluate)
     """
 
-    checks.kind("sets", sets, Mapping, "FederatedData in a dict by name")
-    for name, data in sets.items():
-        checks.kind(f"sets[{name!r}]", data, FederatedData, "a FederatedData")
+    check_sets("sets", sets)
 
     @jax.jit
     def batch_report(params, batch, weights):

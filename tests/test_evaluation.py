@@ -86,5 +86,16 @@ def test_a_loss_that_is_one_number_is_refused():
         fc.per_client(lambda params, batch, key: softmax_loss(params, batch, key)[0].mean(), {"all": DATA})(
             parameters()
         )
-    with pytest.raises(fc.InvalidInput, match="by name"):
-        fc.per_client(softmax_loss, DATA)
+
+
+def test_held_out_sets_are_populations_of_numbers_that_devices_hold():
+    algorithm = fc.fedavg(softmax_loss, optax.sgd(0.1))
+    wrapped = {"far": fc.FederatedData({"x": np.zeros((1, 4)), "y": np.array([2**32])}, [0, 1])}
+    for make in (
+        lambda sets: fc.evaluator(softmax_loss, sets),
+        lambda sets: fc.per_client(softmax_loss, sets),
+        lambda sets: fc.client_evaluator(algorithm, softmax_loss, DATA, sets),
+    ):
+        for sets, sentence in ((DATA, "by name"), ({"few": [1]}, "FederatedData, not list"), (wrapped, "keep as 0")):
+            with pytest.raises(fc.InvalidInput, match=sentence):
+                make(sets)

@@ -1,12 +1,14 @@
 """FederatedData: what it refuses, and that no split loses or doubles an example."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_clip.data.population import FederatedData
+from fedjax_clip.data import partition
+from fedjax_clip.data.population import FederatedData, check_fields
 from fedjax_clip.typing import InvalidInput
 
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
@@ -104,6 +106,40 @@ def test_nothing_is_copied():
     assert np.shares_memory(data.client(1)["x"], data.examples["x"])
 
 
+def test_a_series_is_its_values_in_their_order():
+    pandas = pytest.importorskip("pandas")
+
+    def shuffled(values):
+        return pandas.Series(values, index=[2, 0, 1])
+
+    data = FederatedData({"y": shuffled([5, 6, 7])}, [0, 1, 2, 3], shuffled(["a", "b", "c"]), shuffled([1.0, 2.0, 3.0]))
+    assert [data.name(c) for c in range(3)] == ["a", "b", "c"]
+    chosen = data.select(shuffled([2, 0, 1]))
+    assert chosen.examples["y"].tolist() == [7, 5, 6]
+    assert chosen.weights.tolist() == [3.0, 1.0, 2.0]
+    held = [part.examples["y"].tolist() for part in data.split_clients(0.5)]
+    plain = FederatedData({"y": np.array([5, 6, 7])}, [0, 1, 2, 3])
+    assert held == [part.examples["y"].tolist() for part in plain.split_clients(0.5)]
+    grouped = FederatedData.from_assignment({"y": shuffled([5, 6, 7])}, shuffled([1, 0, 1]))
+    assert grouped.examples["y"].tolist() == [6, 5, 7]
+    assert partition.natural({"y": np.ones(3), "who": shuffled(["b", "a", "b"])}, "who").names == ["a", "b"]
+
+
+def test_what_devices_hold_exactly_is_taken():
+    numbers = {"a": np.ones(3, ">f4"), "b": np.array([1, 2, 2**31 - 1]), "c": np.array([1e38, -np.inf, np.nan])}
+    others = {"d": jnp.ones(3, jnp.bfloat16), "e": np.ma.array([1, 2, 3]), "f": np.array([True, False, True])}
+    data = FederatedData(numbers | others, [0, 3])
+    check_fields(data)
+    assert data.examples["a"].dtype == np.float32
+    with jax.enable_x64(True):
+        check_fields(FederatedData({"y": np.array([3e9, 1], np.int64), "x": np.array([1e300, 1])}, [0, 2]))
+
+
+def test_half_precision_weights_do_not_overflow():
+    data = FederatedData({"x": np.ones(70_000)}, [0, 70_000], weights=np.ones(70_000, np.float16))
+    assert data.client_weights.tolist() == [70_000]
+
+
 def test_repr_and_default_names():
     data = FederatedData({"x": np.ones((3, 2), np.float32)}, [0, 1, 3])
     assert repr(data) == "FederatedData(2 clients, 3 examples, x: ('float32', (2,)))"
@@ -111,6 +147,14 @@ def test_repr_and_default_names():
 
 
 X3 = {"x": np.ones((3, 2))}
+
+
+class Table:
+    columns = ("a", "b")
+
+
+class Sparse:
+    """NumPy makes an array of no axes of it, as of a matrix of SciPy."""
 
 
 @pytest.mark.parametrize(
@@ -129,7 +173,32 @@ X3 = {"x": np.ones((3, 2))}
         (lambda: FederatedData(X3, [0, 3, 2, 3], ["a", "b", "c"]), "Client 'b' has no examples"),
         (lambda: FederatedData(X3, [0, 3], ["a", "b"]), "2 client names for 1 clients"),
         (lambda: FederatedData(X3, [0, 1, 3], ["a", "a"]), "Client name 'a' occurs more than once"),
+        (lambda: FederatedData(X3, [0, 1, 3], [1, "1"]), "Client name '1' occurs more than once"),
+        (lambda: FederatedData(X3, [0, 1, 3], [b"a", "a"]), "Client name 'a' occurs more than once"),
+        (lambda: FederatedData(X3, [0, 3], "a"), "names must be .clients., one name each"),
+        (lambda: FederatedData.from_clients({1: X3, "1": X3}), "Two clients have the name '1', as text"),
+        (lambda: FederatedData.from_clients([X3]), "clients must be {client name: examples}, not list"),
+        (
+            lambda: FederatedData.from_clients({"a": {"x": np.ones(2, np.uint8)}, "b": {"x": np.ones(2, np.float32)}}),
+            "Field 'x' of client 'b' holds float32, that of client 'a' uint8",
+        ),
+        (lambda: FederatedData({"x": np.ma.array([1, 2, 3], mask=[0, 1, 0])}, [0, 3]), "'x' has masked values"),
+        (lambda: FederatedData({"x": Table()}, [0, 3]), "Field 'x' is a table .Table., not an array"),
+        (lambda: FederatedData({"x": Sparse()}, [0, 3]), "Field 'x' is a Sparse, not an array"),
+        (lambda: FederatedData({"x": jax.random.split(jax.random.key(0), 3)}, [0, 3]), "NumPy makes no array"),
         (lambda: FederatedData(X3, [0, 3], weights=np.ones(2)), "3 positive finite numbers"),
+        (lambda: FederatedData(X3, [0, 3], weights=np.array([1, 1e-320, 1])), "from 1e-18 to 1e18"),
+        (lambda: FederatedData(X3, [0, 3], weights=np.array([1, 3e38, 1])), "from 1e-18 to 1e18"),
+        (lambda: FederatedData(X3, [0, 3], weights=["a", "b", "c"]), "3 positive finite numbers"),
+        (
+            lambda: check_fields(FederatedData({"y": np.array([1, 3e9], np.int64)}, [0, 2])),
+            "'y' holds 3000000000 .*int32",
+        ),
+        (lambda: check_fields(FederatedData({"y": np.array([0, 2**32], np.uint64)}, [0, 2])), "keep as 0 .uint32"),
+        (lambda: check_fields(FederatedData({"x": np.array([[1, 1], [1, 1e300]])}, [0, 2])), "example 1.* keep as inf"),
+        (lambda: check_fields(FederatedData({"x": np.ones(3, np.longdouble)}, [0, 3])), "not numbers that JAX holds"),
+        (lambda: check_fields(FederatedData({"x": np.zeros(3, [("a", "f4")])}, [0, 3])), "not numbers that JAX holds"),
+        (lambda: check_fields(FederatedData({"x": np.ones(3, complex)}, [0, 3])), "not numbers that JAX holds"),
         (lambda: FederatedData(X3, [0, 3], weights=np.array([1, 0, 1])), "3 positive finite numbers"),
         (lambda: FederatedData(X3, [0, 3], weights=np.array([1, np.nan, 1])), "3 positive finite numbers"),
         (lambda: FederatedData.from_clients({}), "it has no clients"),

@@ -122,6 +122,21 @@ def test_rows_without_a_target_are_left_out_with_a_warning(tmp_path):
     assert task.data.num_examples + task.evaluation["examples"].num_examples == 20
 
 
+def test_owners_are_text_as_written(tmp_path):
+    owners = ["1_1", "011", "11", "1_2", "12", "1.0", "1"]
+    rows = [f"{i},2,f,{owner},{('yes', 'no')[i % 2]}" for i, owner in enumerate(4 * owners)]
+    task = tasks.csv(write(tmp_path / "owners.csv", rows), "died", by="clinic")
+    assert sorted(task.data.names) == sorted(owners)
+    assert tables.read_csv(tmp_path / "owners.csv")["clinic"].dtype.kind == "U"  # 1_1 is a number in Python only
+
+
+def test_users_are_names_and_never_rounded():
+    task = tasks.ratings(np.array(["u1", "u2"] * 4), np.arange(8) % 3, np.arange(8.0))
+    assert task.data.names == ["u1", "u2"]
+    with pytest.raises(fc.InvalidInput, match="'user' cannot name clients"):
+        tasks.ratings(np.array([1.0, 1.5] * 4), np.arange(8) % 3, np.arange(8.0))
+
+
 def bad_tables(tmp_path):
     good = clinic(tmp_path / "good.csv")
     (tmp_path / "latin.csv").write_bytes("age,died\n1,Zürich\n".encode("latin-1"))
@@ -154,6 +169,14 @@ def bad_tables(tmp_path):
         "an infinite number": (
             f"csv('{write(tmp_path / 'i.csv', [*rows, 'inf,6,f,a,no'])}', 'died')",
             "infinite number",
+        ),
+        "an infinite target": (
+            f"csv('{write(tmp_path / 't.csv', ['1,2', '3,inf', '4,1e39'], 'age,died')}', 'died')",
+            "'died' holds inf in row 1, an infinite number",
+        ),
+        "a number beyond float32": (
+            f"csv('{write(tmp_path / 'b.csv', [*rows, '1e308,6,f,a,no'])}', 'died')",
+            "'age' holds 1e+308 in row 2, an infinite number",
         ),
         "clients of one example": (
             f"csv('{write(tmp_path / 's.csv', rows)}', 'died', by='clinic')",

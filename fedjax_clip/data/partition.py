@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedjax_clip import checks
-from fedjax_clip.data.population import FederatedData, count_examples
+from fedjax_clip.data.population import FederatedData, as_array, count_examples, text
 from fedjax_clip.typing import InvalidInput, PyTree
 
 if TYPE_CHECKING:
@@ -182,15 +182,21 @@ def natural(examples: Examples, by: str, keep: bool = False) -> FederatedData:
 def owners_of(keys: np.ndarray, by: str) -> tuple[np.ndarray, list[str]]:
     """Numbers the owners in a field: ``(client_of[N], names[M])``, the names in natural order."""
     keys = np.asarray(keys)
-    if keys.dtype == object and all(isinstance(key, str | bytes) for key in keys.flat):
-        keys = np.array([_text(key) for key in keys.flat]).reshape(keys.shape)
-    if keys.ndim != 1 or keys.dtype.kind not in "SUiu":
+    texts = keys.dtype == object and all(isinstance(key, str | bytes) for key in keys.flat)
+    if texts:
+        distinct = {text(key): key for key in keys.flat}
+        if twin := next((key for key in keys.flat if distinct[text(key)] != key), None):
+            raise InvalidInput(
+                f"Field {by!r} names clients {distinct[text(twin)]!r} and {twin!r}: as text they are one."
+            )
+        keys = np.array([text(key) for key in keys.flat], object).reshape(keys.shape)
+    if keys.ndim != 1 or not (texts or keys.dtype.kind in "SUTiu"):
         raise InvalidInput(
             f"Field {by!r} cannot name clients: it must hold one string or integer for each example, "
             f"not {keys.dtype} of shape {keys.shape[1:]}."
         )
     values, client_of = np.unique(keys, return_inverse=True)
-    names = [_text(value) for value in values.tolist()]
+    names = [text(value) for value in values.tolist()]
     if keys.dtype.kind in "iu":
         return client_of, names
     order = sorted(range(len(names)), key=lambda i: _natural(names[i]))
@@ -347,7 +353,7 @@ def _fill_empty(client_of: np.ndarray, num_clients: int, rng: np.random.Generato
 def _field(examples: Examples, name: str) -> np.ndarray:
     if name not in examples:
         raise no_field(name, examples)
-    return np.asarray(examples[name])
+    return as_array(f"Field {name!r}", examples[name])
 
 
 def _labels(examples: Examples, label: str) -> np.ndarray:
@@ -358,10 +364,6 @@ def _labels(examples: Examples, label: str) -> np.ndarray:
             f"not {labels.dtype} of shape {labels.shape[1:]}."
         )
     return labels.astype(np.int64)
-
-
-def _text(key: Any) -> str:
-    return key.decode("utf-8", "backslashreplace") if isinstance(key, bytes) else str(key)
 
 
 def _natural(name: str) -> tuple[list[Any], str]:

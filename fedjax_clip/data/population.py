@@ -1,11 +1,14 @@
 """A population of clients: flat arrays of examples, and where each client begins."""
 
+import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip import checks
@@ -21,14 +24,14 @@ class FederatedData:
     memory-mapped: nothing here copies or reads them whole.
 
     Args:
-      examples: pytree of arrays ``[N, ...]``, usually ``{"x": ..., "y": ...}``.
+      examples: pytree of arrays ``[N, ...]``, usually ``{"x": ..., "y": ...}``; what is like an array becomes one.
       offsets: int64 ``[M + 1]``, rising from 0 to N; no client is empty.
-      names: ``[M]`` unique client names; ``None`` names them ``"0", "1", ...``.
-      weights: optional ``[N]`` positive example weights (class weights, say);
+      names: ``[M]`` client names, unique as text; ``None`` names them ``"0", "1", ...``.
+      weights: optional ``[N]`` example weights (class weights, say), from 1e-18 to 1e18;
         ``None`` weighs every example 1.
 
     Raises:
-      InvalidInput: leading dimensions that differ, empty clients, duplicate names ...
+      InvalidInput: leading dimensions that differ, empty clients, duplicate names, tables, masked values ...
 
     Example:
       >>> data = FederatedData.from_clients({"ann": {"x": np.ones((3, 2))}, "bob": {"x": np.ones((1, 2))}})
@@ -44,6 +47,7 @@ class FederatedData:
     def __post_init__(self) -> None:
         offsets = _integers("offsets", self.offsets)
         object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "examples", as_arrays(self.examples))
         num_examples = count_examples(self.examples)
         if offsets.ndim != 1 or len(offsets) < 2:
             raise InvalidInput(f"offsets must be [clients + 1] with at least one client, not shape {offsets.shape}.")
@@ -52,24 +56,39 @@ class FederatedData:
                 f"offsets must run from 0 to the {num_examples} examples, not from {offsets[0]} to {offsets[-1]}."
             )
         if self.names is not None:
-            if len(self.names) != self.num_clients:
-                raise InvalidInput(f"There are {len(self.names)} client names for {self.num_clients} clients.")
-            if len(set(self.names)) != len(self.names):
-                twice = next(n for i, n in enumerate(self.names) if n in self.names[:i])
+            given = np.asarray(self.names, object)
+            if given.ndim != 1:
+                raise InvalidInput(f"names must be [clients], one name each, not shape {given.shape}.")
+            names = [text(name) for name in given.tolist()]
+            object.__setattr__(self, "names", names)
+            if len(names) != self.num_clients:
+                raise InvalidInput(f"There are {len(names)} client names for {self.num_clients} clients.")
+            if len(set(names)) != len(names):
+                twice = collections.Counter(names).most_common(1)[0][0]
                 raise InvalidInput(f"Client name {twice!r} occurs more than once.")
         if (empty := np.flatnonzero(np.diff(offsets) <= 0)).size:
             raise InvalidInput(f"Client {self.name(int(empty[0]))!r} has no examples.")
         if self.weights is not None:
-            weights = np.asarray(self.weights)
-            if weights.shape != (num_examples,) or not np.all(np.isfinite(weights) & (weights > 0)):
-                raise InvalidInput(f"Example weights must be {num_examples} positive finite numbers.")
+            weights = as_array("weights", self.weights)
+            wide = weights.astype(np.float64) if weights.dtype.kind in "iuf" else np.zeros(0)
+            if wide.shape != (num_examples,) or not np.all((wide >= 1e-18) & (wide <= 1e18)):
+                raise InvalidInput(
+                    f"Example weights must be {num_examples} positive finite numbers, from 1e-18 to 1e18: devices "
+                    "multiply and add them in float32."
+                )
+            object.__setattr__(self, "weights", weights if weights.dtype in (np.float32, np.float64) else wide)
 
     @classmethod
     def from_clients(cls, clients: Mapping[str, PyTree]) -> "FederatedData":
-        """Joins ``{client name: examples}``; every client has the same fields and shapes."""
+        """Joins ``{client name: examples}``; every client has the same fields, shapes and types."""
+        checks.kind("clients", clients, Mapping, "{client name: examples}")
         if not clients:
             raise InvalidInput("The data set is empty: it has no clients.")
-        trees = {str(name): jax.tree.map(np.asarray, examples) for name, examples in clients.items()}
+        trees: dict[str, PyTree] = {}
+        for key, examples in clients.items():
+            if (name := text(key)) in trees:
+                raise InvalidInput(f"Two clients have the name {name!r}, as text: rename one of them.")
+            trees[name] = as_arrays(examples, f" of client {name!r}")
         first_name, first = next(iter(trees.items()))
         structure: Any = jax.tree.structure(first)
         sizes = []
@@ -85,6 +104,12 @@ class FederatedData:
                     raise InvalidInput(
                         f"Client {name!r} has examples of shape {x.shape[1:]}, client {first_name!r} of {y.shape[1:]}"
                         f"{f', in field {field!r}' if field else ''}."
+                    )
+                if x.dtype != y.dtype and (x.dtype.kind != y.dtype.kind or x.dtype.kind not in "ifSU"):
+                    field = jax.tree_util.keystr(path, simple=True, separator="/") or "examples"
+                    raise InvalidInput(
+                        f"Field {field!r} of client {name!r} holds {x.dtype}, that of client {first_name!r} {y.dtype}: "
+                        "convert one of them, and scale it where the scale differs."
                     )
             if len({len(x) for x in leaves}) > 1:
                 raise InvalidInput(f"The fields of client {name!r} differ in length: {[len(x) for x in leaves]}.")
@@ -103,13 +128,13 @@ class FederatedData:
           client_of: ``[N]`` integers ``0 .. M-1``: example i belongs to client ``client_of[i]``.
           names: ``[M]`` client names.
         """
-        client_of = _integers("client_of", client_of)
+        client_of, examples = _integers("client_of", client_of), as_arrays(examples)
         num_examples = count_examples(examples)
         if client_of.shape != (num_examples,) or client_of.min() < 0:
             raise InvalidInput(f"client_of must name a client 0, 1, ... for each of the {num_examples} examples.")
         counts = np.bincount(client_of, minlength=0 if names is None else len(names))
         order = np.argsort(client_of, kind="stable")
-        examples = jax.tree.map(lambda x: np.asarray(x)[order], examples)
+        examples = jax.tree.map(lambda x: x[order], examples)
         return cls(examples, np.concatenate([[0], np.cumsum(counts)]), names)
 
     @property
@@ -128,10 +153,12 @@ class FederatedData:
     @functools.cached_property
     def client_weights(self) -> np.ndarray:
         """``[M]`` what each client weighs: the sum of its example weights, which are 1 by default."""
-        return self.sizes if self.weights is None else np.add.reduceat(self.weights, self.offsets[:-1])
+        if self.weights is None:
+            return self.sizes
+        return np.add.reduceat(self.weights, self.offsets[:-1], dtype=np.float64)
 
     def name(self, client: int) -> str:
-        return str(client) if self.names is None else str(self.names[client])
+        return str(client) if self.names is None else self.names[client]
 
     def client(self, client: int) -> PyTree:
         """The examples of one client, as views."""
@@ -163,7 +190,7 @@ class FederatedData:
           clients: which clients they belong to, in order; all of them if ``None``.
         """
         index = _integers("index", index)
-        clients = np.arange(self.num_clients) if clients is None else clients
+        clients = np.arange(self.num_clients) if clients is None else _integers("clients", clients)
         if index.size and (index.min() < 0 or index.max() >= self.num_examples):
             raise InvalidInput(f"Examples are numbered 0 to {self.num_examples - 1}: the index leaves that range.")
         owner = np.searchsorted(self.offsets, index, side="right") - 1
@@ -207,6 +234,80 @@ class FederatedData:
         return f"FederatedData({self.num_clients} clients, {self.num_examples} examples, {_pairs(shapes)})"
 
 
+def as_arrays(examples: PyTree, of: str = "") -> PyTree:
+    """The examples with NumPy arrays as leaves, in the machine's byte order; memory-mapped ones stay where they are.
+
+    Args:
+      examples: pytree of arrays, or of what is like one: a Series, a JAX array.
+      of: whose they are, for the sentence.
+
+    Raises:
+      InvalidInput: a table, a sparse matrix, masked values.
+    """
+
+    def convert(path: Any, x: Any) -> np.ndarray:
+        return as_array(f"Field {jax.tree_util.keystr(path, simple=True, separator='/') or 'examples'!r}{of}", x)
+
+    return jax.tree_util.tree_map_with_path(convert, examples)
+
+
+def as_array(name: str, x: Any) -> np.ndarray:
+    """One array of them; ``name`` is for the sentence."""
+    if hasattr(x, "columns"):
+        raise InvalidInput(
+            f"{name} is a table ({type(x).__name__}), not an array: give a dict of its columns, such as "
+            '{"x": table[features].to_numpy(), "y": table[label].to_numpy()}.'
+        )
+    if np.ma.is_masked(x):
+        raise InvalidInput(f"{name} has masked values, which an array cannot have: fill them, as by x.filled(0).")
+    try:
+        array = x if isinstance(x, np.memmap) else np.asarray(x)
+    except Exception as error:
+        raise InvalidInput(f"{name} is a {type(x).__name__}, of which NumPy makes no array.") from error
+    if array.ndim == 0 and array.dtype == object:
+        raise InvalidInput(f"{name} is a {type(x).__name__}, not an array: convert it, a sparse matrix by x.toarray().")
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def check_fields(data: FederatedData) -> None:
+    """Refuses examples that a device cannot hold, or would hold as other numbers.
+
+    Without ``jax_enable_x64`` JAX stores 64-bit numbers in 32 bits: whole numbers wrap around, large ones become
+    infinite. Fields of 64 bits are read once.
+    """
+    for name, x in data.fields().items():
+        real = jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
+        if x.dtype != bool and (not real or x.dtype.itemsize > 8):
+            raise InvalidInput(f"Field {name!r} holds {x.dtype}, not numbers that JAX holds: convert or drop it.")
+        if x.dtype.itemsize < 8 or jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            continue
+        rows = max(1, 2**20 // max(1, math.prod(x.shape[1:])))
+        for start in range(0, len(x), rows):
+            part = x[start : start + rows]
+            with np.errstate(over="ignore"):
+                kept = part.astype(f"{x.dtype.kind}4")
+            lost = np.isinf(kept) & ~np.isinf(part) if x.dtype.kind == "f" else kept != part
+            if lost.any():
+                example = start + int(np.argwhere(lost)[0, 0])
+                raise InvalidInput(
+                    f"Field {name!r} holds {part[lost][0]} (example {example}), which JAX would "
+                    f"keep as {kept[lost][0]} ({kept.dtype}): rescale or renumber it, or switch jax_enable_x64 on."
+                )
+
+
+def check_sets(name: str, sets: Any) -> None:
+    """Refuses what is not populations by name, each of numbers that a device holds."""
+    checks.kind(name, sets, Mapping, "FederatedData in a dict by name")
+    for key, data in sets.items():
+        checks.kind(f"{name}[{key!r}]", data, FederatedData, "a FederatedData")
+        check_fields(data)
+
+
+def text(name: Any) -> str:
+    """A client's name as text."""
+    return name.decode("utf-8", "backslashreplace") if isinstance(name, bytes) else str(name)
+
+
 def count_examples(examples: PyTree) -> int:
     """The leading dimension that all arrays of ``examples`` share.
 
@@ -215,7 +316,9 @@ def count_examples(examples: PyTree) -> int:
     """
     fields = _fields(examples)
     if single := next((name for name, x in fields.items() if np.ndim(x) == 0), None):
-        raise InvalidInput(f"Field {single!r} is a single value: every field must be an array [examples, ...].")
+        raise InvalidInput(
+            f"Field {single!r} is a single value: every field must be an array [examples, ...], no list."
+        )
     lengths = {name: len(x) for name, x in fields.items()}
     if not lengths or 0 in lengths.values():
         raise InvalidInput("The data set is empty: it has no examples.")

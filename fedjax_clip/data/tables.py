@@ -19,13 +19,14 @@ _INSTALL = 'pip install "fedjax_clip[tabular]"'
 _MISSING = "", "NA", "NaN", "nan", "?"
 
 
-def read_csv(path: str | os.PathLike[str]) -> Table:
+def read_csv(path: str | os.PathLike[str], words: Sequence[str] = ()) -> Table:
     """A UTF-8 file of comma-separated values with a header; columns whose entries are all numbers are float64.
 
     Empty entries, ``NA``, ``NaN`` and ``?`` are missing.
 
     Args:
       path: the file.
+      words: columns that stay text as written, such as names: as numbers ``"1"``, ``"01"`` and ``"1.0"`` are one.
 
     Raises:
       InvalidInput: a file that is missing, not UTF-8, without rows, with rows of different length, other
@@ -59,7 +60,8 @@ def read_csv(path: str | os.PathLike[str]) -> Table:
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(header):
             raise InvalidInput(f"{path}: row {number} has {len(row)} entries, the header {len(header)}.")
-    return {name: _column(values) for name, values in zip(header, zip(*rows[1:], strict=True), strict=True)}
+    columns = zip(header, zip(*rows[1:], strict=True), strict=True)
+    return {name: _words(values) if name in words else _column(values) for name, values in columns}
 
 
 def rdataset(package: str, item: str) -> Table:
@@ -127,10 +129,7 @@ def encode(
         if values.dtype.kind != "f":
             word = next(v for v in values.tolist() if v not in _MISSING)
             raise InvalidInput(f"Column {name!r} holds words, such as {word!r}, and no numbers.")
-        if np.isinf(values).any():
-            raise InvalidInput(
-                f"Column {name!r} holds an infinite number in row {np.flatnonzero(np.isinf(values))[0]}."
-            )
+        check_range(name, values)
         columns.append(values)
         names.append(name)
     for name in categorical:
@@ -143,6 +142,23 @@ def encode(
         columns += hot.values()
         names += [f"{name}={level}" for level in hot]
     return np.stack(columns, axis=1).astype(np.float32), names
+
+
+def check_range(name: str, values: np.ndarray) -> None:
+    """Refuses numbers that are infinite in float32; NaN passes.
+
+    Args:
+      name: of the column.
+      values: ``[N]``.
+
+    Raises:
+      InvalidInput: such a number; the sentence says where it stands.
+    """
+    with np.errstate(over="ignore"):
+        infinite = np.flatnonzero(np.isinf(values.astype(np.float32)))
+    if infinite.size:
+        row = infinite[0]
+        raise InvalidInput(f"Column {name!r} holds {values[row]:g} in row {row}, an infinite number in float32.")
 
 
 def column(table: Table, name: str) -> np.ndarray:
@@ -162,7 +178,13 @@ def column(table: Table, name: str) -> np.ndarray:
 
 
 def _column(values: Sequence[str]) -> np.ndarray:
+    if any("_" in value for value in values):  # Python reads 1_1 as 11
+        return _words(values)
     try:
         return np.array([np.nan if value in _MISSING else float(value) for value in values])
     except ValueError:
-        return np.array(["" if value in _MISSING else value for value in values])
+        return _words(values)
+
+
+def _words(values: Sequence[str]) -> np.ndarray:
+    return np.array(["" if value in _MISSING else value for value in values])

@@ -1,8 +1,7 @@
 """What a task is, and the losses that tasks share."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -12,7 +11,7 @@ import optax
 from fedjax_clip import checks
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.evaluation import Summary
-from fedjax_clip.typing import Array, InvalidInput, Params, PerExampleLoss
+from fedjax_clip.typing import Array, Params, PerExampleLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +102,7 @@ def penalised(per_example_loss: PerExampleLoss, l2: float) -> PerExampleLoss:
     Raises:
       InvalidInput: an l2 that is negative or no number.
     """
-    if not 0 <= l2 < math.inf:
-        raise InvalidInput(f"l2 must be a number of at least 0, not {l2}.")
+    checks.within("l2", l2, 0, finite=True)
 
     def loss(params, batch, key):
         out = per_example_loss(params, batch, key)
@@ -128,10 +126,8 @@ def scaled(x: Array) -> Array:
 
 def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     """The widths of hidden layers, checked."""
-    hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
-    if any(not isinstance(width, int) or width < 1 for width in hidden):
-        raise InvalidInput(f"hidden must be widths of at least 1, not {hidden}.")
-    return hidden
+    given = hidden if isinstance(hidden, Iterable) and not isinstance(hidden, str) else (hidden,)
+    return tuple(checks.count("hidden, a width,", width) for width in given)
 
 
 def check_positive(**values: int) -> None:

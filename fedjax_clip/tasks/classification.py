@@ -109,7 +109,6 @@ def classification(
     Example:
       >>> task = fc.tasks.classification(fc.partition.dirichlet(examples, 100, alpha=0.1))
     """
-    hidden = (hidden,) if isinstance(hidden, int) else hidden
     fields = data.fields()
     if missing := {"x", "y"} - set(fields):
         raise InvalidInput(

@@ -6,13 +6,13 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import models
+from fedjax_clip import checks, models
 from fedjax_clip.data import partition, tables
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import federated_sums, moments
 from fedjax_clip.evaluation import Summary
 from fedjax_clip.tasks.base import Task, check_positive
-from fedjax_clip.typing import InvalidInput, PerExampleLoss
+from fedjax_clip.typing import PerExampleLoss
 
 
 def insteval(rank: int = 4, l2: float = 20.0, l2_bias: float = 5.0, held_out: float = 0.2, seed: int = 0) -> Task:
@@ -23,7 +23,7 @@ def insteval(rank: int = 4, l2: float = 20.0, l2_bias: float = 5.0, held_out: fl
     Source: InstEval of the R package lme4 (Bates, Mächler, Bolker and Walker 2015).
     """
     table = tables.rdataset("lme4", "InstEval")
-    return ratings(table["s"], table["d"], table["y"], rank, l2, l2_bias, held_out, seed)
+    return ratings(table["s"].astype(np.int64), table["d"], table["y"], rank, l2, l2_bias, held_out, seed)
 
 
 def movielens(rank: int = 8, l2: float = 20.0, l2_bias: float = 5.0, held_out: float = 0.2, seed: int = 0) -> Task:
@@ -34,7 +34,9 @@ def movielens(rank: int = 8, l2: float = 20.0, l2_bias: float = 5.0, held_out: f
     Source: Harper and Konstan (2015), "The MovieLens Datasets", as in the R package dslabs.
     """
     table = tables.rdataset("dslabs", "movielens")
-    return ratings(table["userId"], table["movieId"], table["rating"], rank, l2, l2_bias, held_out, seed)
+    return ratings(
+        table["userId"].astype(np.int64), table["movieId"], table["rating"], rank, l2, l2_bias, held_out, seed
+    )
 
 
 def ratings(
@@ -54,7 +56,7 @@ def ratings(
     of the mean and of the biases alone.
 
     Args:
-      user, item: ``[N]`` numbers of users, who are the clients, and of items.
+      user, item: ``[N]`` names or whole numbers of users, who are the clients, and of items.
       rating: ``[N]``.
       rank: length of the factors.
       l2, l2_bias: strength of the penalty on a user's and on an item's factors and bias, see ``rating_loss``.
@@ -63,10 +65,9 @@ def ratings(
     """
     check_positive(rank=rank)
     for name, value in (("l2", l2), ("l2_bias", l2_bias)):
-        if not 0 <= value < math.inf:
-            raise InvalidInput(f"{name} must be a number of at least 0, not {value}.")
+        checks.within(name, value, 0, finite=True)
     names, item = np.unique(item, return_inverse=True)
-    given = {"x": item.astype(np.int32), "y": rating.astype(np.float32), "user": user.astype(np.int64)}
+    given = {"x": item.astype(np.int32), "y": np.asarray(rating, np.float32), "user": user}
     train, examples = partition.natural(given, "user").split_examples(held_out, seed)
     mean, counts = float(moments(train, "y").mean), item_counts(train, len(names))
     train, examples = (_with_shares(data, train, counts) for data in (train, examples))

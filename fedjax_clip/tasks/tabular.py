@@ -197,7 +197,7 @@ def csv(
       InvalidInput: a file that is no table, an unknown column, a column that is missing everywhere, a target of one
         value or of more than two words ...
     """
-    table = tables.read_csv(path)
+    table = tables.read_csv(path, words=() if by is None else (by,))
     wanted = tables.column(table, target)
     known = ~np.isnan(wanted) if wanted.dtype.kind == "f" else wanted != ""
     if not known.any():
@@ -207,6 +207,8 @@ def csv(
             f"{path}: {np.sum(~known)} of {len(known)} rows are left out, for lack of their {target!r}.", stacklevel=2
         )
     table = {name: values[known] for name, values in table.items()}
+    if wanted.dtype.kind == "f":
+        tables.check_range(target, table[target])
     values, y = np.unique(table[target], return_inverse=True)
     if len(values) < 2 or (len(values) > 2 and values.dtype.kind != "f"):
         raise InvalidInput(
@@ -310,7 +312,6 @@ def _root_mean_square(std: float, best: np.ndarray | None = None) -> Summary:
 
 def _owners(path: str, table: tables.Table, by: str) -> np.ndarray:
     owner = tables.column(table, by)
-    missing = np.isnan(owner) if owner.dtype.kind == "f" else owner == ""
-    if missing.any():
+    if (missing := owner == "").any():
         raise InvalidInput(f"{path}: row {np.flatnonzero(missing)[0] + 2} has no {by!r}, which names its client.")
-    return owner if owner.dtype.kind == "U" else np.array([f"{value:.17g}" for value in owner])
+    return owner
