@@ -67,7 +67,8 @@ def fraction(name: str, value: Any, zero: bool = False) -> None:
 def kind(name: str, value: Any, kind: Any, wanted: str) -> None:
     """Refuses an argument of the wrong kind while its name is still known."""
     if not isinstance(value, kind):
-        got = f"the function {value.__name__}" if hasattr(value, "__name__") else type(value).__name__
+        made = callable(value) and hasattr(value, "__name__")
+        got = f"the function {value.__name__} (without its parentheses?)" if made else type(value).__name__
         raise InvalidInput(f"{name} must be {wanted}, not {got}.")
 
 

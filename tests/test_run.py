@@ -151,7 +151,10 @@ BAD_FLAGS = {
     ),
     "no time for a batch": ("--batch_size=budget(lognormal, 0, 3)", "Seconds a step must be a positive, finite number"),
     "a batch of words": ("--batch_size=many", 'unknown component "many"'),
-    "no time for a step": ("--algorithm=fedavg(local_steps=budget(lognormal, 0, 3))", "Seconds a step must be a positive, finite number"),
+    "no time for a step": (
+        "--algorithm=fedavg(local_steps=budget(lognormal, 0, 3))",
+        "Seconds a step must be a positive, finite number",
+    ),
     "no speeds": ("--sampler=synchronous", "missing a required argument: 'speeds'"),
     "a window that never opens": ("--sampler=available(duty=0)", "--sampler"),
     "a hidden layer without units": ("--task=digits(hidden=(0,))", "hidden"),
