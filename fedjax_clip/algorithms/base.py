@@ -53,8 +53,8 @@ def parts(
     maker = getattr(client_tx, "func", client_tx)  # of a functools.partial
     if str(getattr(maker, "__module__", "")).split(".")[0] in ("optax", "fedjax_clip") and callable(client_tx):
         raise InvalidInput(
-            f"client_tx is the function {maker.__name__} itself, which would be given the number of the round: call it, "
-            f"as in {maker.__name__}(0.1)."
+            f"client_tx is the function {maker.__name__} itself, which would be given the round's number: call it, as "
+            f"in {maker.__name__}(0.1)."
         )
     checks.kind("server_tx", filled.server_tx, optax.GradientTransformation, "an optax optimiser")
     checks.kind(

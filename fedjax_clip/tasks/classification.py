@@ -118,9 +118,9 @@ def classification(
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         found = f"{labels.dtype} of shape {labels.shape}, beginning {labels.flat[:3].tolist()}"
         raise InvalidInput(f"Labels y must be whole numbers from 0, one an example, not {found}.")
-    if (last := int(labels.max())) > 2 * (found := len(np.unique(labels))) + 10:  # the model has an output for each
+    if (last := int(labels.max())) > 2 * (several := len(np.unique(labels))) + 10:  # the model has an output for each
         raise InvalidInput(
-            f"Labels y take {found} values and run up to {last}: number the classes from 0, as "
+            f"Labels y take {several} values and run up to {last}: number the classes from 0, as "
             "np.unique(y, return_inverse=True)[1] does."
         )
     inputs = fields["x"]
