@@ -154,8 +154,8 @@ def configure_jax(cpu_devices: int | None) -> None:
         jax.local_devices()
     except Exception as error:  # JAX raises what it likes, an AssertionError without a word for cuda
         raise InvalidInput(
-            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: leave it unset, or install "
-            "what the device needs, such as pip install 'fedjax_clip[cuda]'."
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: leave it unset, or "
+            "install what the device needs, such as pip install 'fedjax_clip[cuda]'."
         ) from error
 
 

@@ -4,6 +4,7 @@ Numbers of NumPy and JAX are numbers. A bool, a string and NaN are not. Traced v
 them yet.
 """
 
+import collections
 import math
 import operator
 import reprlib
@@ -46,6 +47,31 @@ def seed(name: str, value: Any) -> int:
     return count(name, value, 0, 2**32 - 1)
 
 
+def client_numbers(name: str, ids: Any, num_clients: int, twice: bool = False) -> np.ndarray:
+    """``ids`` as int64 ``[K]``, if they are numbers of clients, none of them ``twice`` unless that is allowed."""
+    array = np.asarray(ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        cure = ": np.flatnonzero(mask) makes numbers of a mask" * (array.dtype == bool)
+        raise InvalidInput(f"{name} must be clients' numbers [K], not {array.dtype} of shape {array.shape}{cure}.")
+    if (wrong := array[(array < 0) | (array >= num_clients)]).size:
+        raise InvalidInput(f"{name} must be clients' numbers from 0 to {num_clients - 1}, and hold {wrong[0]}.")
+    if not twice and len(np.unique(array)) < len(array):
+        first = collections.Counter(array.tolist()).most_common(1)[0][0]
+        raise InvalidInput(f"{name} hold client {first} twice, which only replacement=True of the sampler allows.")
+    return array.astype(np.int64)
+
+
+def counts(name: str, values: Any, size: int, least: int = 1, most: int | None = None) -> np.ndarray:
+    """``values`` as int64 ``[size]``, if they are whole numbers from ``least`` to ``most``."""
+    array = np.asarray(values)
+    if array.shape != (size,) or (size and array.dtype.kind not in "iu"):
+        raise InvalidInput(f"{name} must be {size} whole numbers, not {array.dtype} of shape {array.shape}.")
+    if size:
+        count(name, array.min(), least, most)
+        count(name, array.max(), least, most)
+    return array.astype(np.int64)
+
+
 def within(name: str, value: Any, low: float, high: float = np.inf, finite: bool = False) -> None:
     """Refuses what is not a number from ``low`` to ``high``, both included; infinity too if ``finite``."""
     wanted = f"number between {low:g} and {high:g}" if np.isfinite(high) else f"number of at least {low:g}"
@@ -67,7 +93,8 @@ def fraction(name: str, value: Any, zero: bool = False) -> None:
 def kind(name: str, value: Any, kind: Any, wanted: str) -> None:
     """Refuses an argument of the wrong kind while its name is still known."""
     if not isinstance(value, kind):
-        got = f"the function {value.__name__}" if hasattr(value, "__name__") else type(value).__name__
+        made = callable(value) and hasattr(value, "__name__")
+        got = f"the function {value.__name__} (without its parentheses?)" if made else type(value).__name__
         raise InvalidInput(f"{name} must be {wanted}, not {got}.")
 
 

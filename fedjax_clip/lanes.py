@@ -195,7 +195,7 @@ def plan(
     trained = [fold.split(data)[0] for fold in folds] or [data]
 
     def cohorts(k: int, seed: int, rounds: range, length: int, least: tuple[int, int], all: bool = False) -> Cohort:
-        ids = [np.arange(trained[k].num_clients) if all else sampler.sample(trained[k].sizes, seed, r) for r in rounds]
+        ids = [np.arange(trained[k].num_clients) if all else sampler.draw(trained[k].sizes, seed, r) for r in rounds]
         options: dict[str, Any] = {"seed": seed, "first_round": rounds.start, "population": (), "least": least}
         planned = jax.tree.map(lambda x: x[0], plan_rounds(trained[k], ids, work, length=length, **options))
         return dataclasses.replace(planned, batches=folds[k].train[planned.batches]) if folds else planned

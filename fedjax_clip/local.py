@@ -1,6 +1,6 @@
 """What one client does in a round: pure functions of (shared, client, key)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import optax
 
 from fedjax_clip import checks, clipping, optimiser, tree
 from fedjax_clip.cohort import Client
-from fedjax_clip.metrics import Mean, add
+from fedjax_clip.metrics import Mean, add, check_names
 from fedjax_clip.typing import Array, Batch, ClientTx, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
 
 ClientFn = Callable[[PyTree, Client, Array], tuple[PyTree, PyTree, Metrics]]
@@ -46,15 +46,16 @@ def example_values(
       InvalidInput: a loss that is not one number for each example.
     """
     out = per_example_loss(params, batch, key)
+    if isinstance(out, tuple) and not (len(out) == 2 and isinstance(out[1], Mapping)):
+        raise InvalidInput("per_example_loss must return losses[B], or (losses[B], {name: values[B]}).")
     losses, values = out if isinstance(out, tuple) else (out, {})
-    if taken := {"loss", "examples"} & set(values):
-        raise InvalidInput(f"per_example_loss reports {sorted(taken)}, names that the library fills itself.")
+    check_names(values)
     values = {"loss": losses, **values}
     for name, x in values.items():
-        if jnp.shape(x) != (size,):
-            raise InvalidInput(
-                f"per_example_loss must give one {name} for each example, shape {(size,)}, not {jnp.shape(x)}."
-            )
+        if (shape := getattr(x, "shape", type(x).__name__)) != (size,):
+            raise InvalidInput(f"per_example_loss must give one {name} for each example, shape {(size,)}, not {shape}.")
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise InvalidInput(f"per_example_loss must give floating-point losses, not {losses.dtype}: it has no gradient.")
     return values
 
 
@@ -258,7 +259,11 @@ def at_round(client_tx: ClientTx, round: Array) -> optax.GradientTransformation:
     Example:
       >>> client_tx = lambda round: optax.sgd(optax.cosine_decay_schedule(0.1, 100)(round))
     """
-    return client_tx if isinstance(client_tx, tuple) else client_tx(round)
+    if isinstance(client_tx, tuple):
+        return client_tx
+    built = client_tx(round)
+    checks.kind("client_tx(round)", built, optax.GradientTransformation, "an optax optimiser")
+    return built
 
 
 def _step_report(opt_state: PyTree) -> Metrics:

@@ -1,13 +1,36 @@
 """Reports that add up: what a client says of its work, summed over clients and devices."""
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_clip import tree
-from fedjax_clip.typing import Array, Metrics, PyTree
+from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree
+
+# What a row of a run's history may hold besides what a loss reports: names, and beginnings of names.
+_TAKEN = (
+    *("bytes_down", "bytes_down_entropy", "bytes_up", "bytes_up_entropy", "clients", "clipped_clients"),
+    *("clipped_round", "clipped_steps", "dropped", "dropped_ids", "examples", "late", "loss", "lost"),
+    *("mean_gradient_norm", "round", "seconds", "simulated_seconds", "staleness", "steps", "update_norm"),
+    *("variate_norm", "wasted_steps", "weight"),
+)
+_BEGINNINGS = ("client_norm/", "downlink/", "eval/", "example_", "step_", "uplink/")
+
+
+def check_names(names: Iterable[Any]) -> None:
+    """Refuses names for what a loss reports that are not text, or that a row has a value of its own for."""
+    for name in names:
+        if not isinstance(name, str):
+            raise InvalidInput(f"per_example_loss must report values by names that are text, not {name!r}.")
+        if name in _TAKEN or name.startswith(_BEGINNINGS):
+            raise InvalidInput(
+                f"per_example_loss reports {name!r}, a name that the library fills itself: choose another one. Taken "
+                f"are {', '.join(_TAKEN)}, and all that begin with {', '.join(_BEGINNINGS)}."
+            )
+
 
 COSTS = re.compile(
     r"\w*(loss|losses|error|errors|mse|mae|mape|entropy|perplexity|distance|divergence)"

@@ -6,18 +6,35 @@ The round itself knows nothing of this: give it an unsplit cohort under ``jax.ji
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import tree
+from fedjax_clip import checks, tree
 from fedjax_clip.cohort import Cohort
-from fedjax_clip.typing import Algorithm, Array, Metrics, PyTree
+from fedjax_clip.typing import Algorithm, Array, InvalidInput, Metrics, PyTree
 
 AXIS = "devices"
+
+
+def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+    """The devices to use: these, or all local ones if none are named.
+
+    Raises:
+      InvalidInput: something else than one or more different devices.
+    """
+    if devices is None:
+        return jax.local_devices()
+    checks.kind("devices", devices, Iterable, "a list of JAX devices, such as jax.local_devices()")
+    devices = list(devices)
+    for device in devices:
+        checks.kind("A device", device, jax.Device, "one of jax.local_devices()")
+    if not devices or len(set(devices)) < len(devices):
+        raise InvalidInput(f"devices must be one or more different devices, not {devices}.")
+    return devices
 
 
 def pmap_rounds(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip import checks, placement
 from fedjax_clip.data import sampling, speeds
 from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork
@@ -79,9 +79,8 @@ def random(num_points: int, seed: int = 0, **ranges: Range) -> dict[str, np.ndar
 
     Source: Bergstra and Bengio (2012), "Random Search for Hyper-Parameter Optimization".
     """
-    if num_points < 1:
-        raise InvalidInput(f"A random search needs at least 1 point, not {num_points}.")
-    rng, drawn = np.random.default_rng(seed), {}
+    num_points = checks.count("num_points", num_points)
+    rng, drawn = np.random.default_rng(checks.seed("seed", seed)), {}
     for name, (low, high, log) in ranges.items():
         if not -math.inf < low < high < math.inf or (log and low <= 0):
             raise InvalidInput(f"{name} is drawn from {low} to {high}: that is no range{' above zero' * log}.")
@@ -169,16 +168,21 @@ def sweep(
     checks.kind("sampler", sampler, sampling.Sampler | None, "one of fc.sampling (a sweep has no clock)")
     columns = {name: np.asarray(values, np.float32) for name, values in points.items()}
     num_points, begins = _check_points(columns, build, data.num_clients)
-    if rounds < 1 or not seeds:
-        raise InvalidInput(f"A sweep needs at least one round and one seed, not {rounds} and {list(seeds)}.")
+    rounds = checks.count("rounds", rounds)
+    checks.kind("seeds", seeds, Iterable, "a list of them")
+    seeds = [checks.seed("A seed", seed) for seed in seeds]
+    if not seeds:
+        raise InvalidInput("A sweep needs at least one seed.")
     if sampler is None:
         sampler = sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
     elif cohort_size is not None:
         raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
-    devices = jax.local_devices() if devices is None else devices
+    devices = placement.local(devices)
     stops, kept = rungs(rounds, num_points, halving)
     plans = plan(data, folds, seeds, params, sampler, work, stops, begins)
+    if points_per_chunk is not None:
+        points_per_chunk = checks.count("points_per_chunk", points_per_chunk)
     widest = points_per_chunk or _widest(next(iter(plans.values())).stream.params, devices)
     width = _width(widest, len(plans), kept, len(devices))
     running = Lanes(build, columns, plans, data, per_example_loss, evaluation or {}, devices, width)
@@ -216,8 +220,7 @@ def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int],
     """
     if halving is None:
         return [rounds], [num_points]
-    if halving < 2:
-        raise InvalidInput(f"Successive halving keeps one point in 2 or more, not in {halving}.")
+    halving = checks.count("halving", halving, 2)
     steps = 0
     while halving ** (steps + 1) <= min(10, num_points, rounds):
         steps += 1

@@ -151,11 +151,12 @@ def train(
     Example:
       >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10)
     """
+    rounds, seed = checks.count("rounds", rounds), checks.seed("seed", seed)
     for name, value in (
-        ("rounds", rounds),
         ("eval_every", eval_every),
         ("checkpoint_every", checkpoint_every),
         ("rounds_per_dispatch", rounds_per_dispatch),
+        ("clients_per_chunk", clients_per_chunk),
     ):
         if value is not None:
             checks.count(name, value)
@@ -172,7 +173,7 @@ def train(
     _check_judge("evaluate_clients", evaluate_clients, 2, kept)
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
-    devices = jax.local_devices() if devices is None else devices
+    devices = placement.local(devices)
 
     run: dict[str, Any] = {} if checkpoints is None else identity.identify(algorithm, data, sampler, work, seed)
     state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients), run)

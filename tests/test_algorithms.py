@@ -1,6 +1,7 @@
 """FedAvg and FedSGD against a NumPy loop written from the papers, and their limiting cases."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -246,13 +247,38 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
             "encode must return the client_state in the form it got it, {}, not {'': 'float32[2]'}",
         ),
         (lambda: train(population(), uplink=link(decode=lambda a, s, r, ctx: a)), "decode must return"),
-        (lambda: train(fc.FederatedData({"x": np.array(["a"])}, [0, 1])), "Field 'x' of the examples holds <U1"),
+        (lambda: train(fc.FederatedData({"x": np.array(["a"])}, [0, 1])), "Field 'x' holds <U1"),
+        (lambda: fc.fedavg(softmax_loss, optax.sgd), "client_tx is the function sgd itself"),
+        (
+            lambda: fc.scaffold(softmax_loss, functools.partial(optax.adam, b1=0.5), num_clients=6),
+            "function adam itself",
+        ),
+        (lambda: fc.fedavg(softmax_loss, fc.clipping.clip_by_global_norm), "function clip_by_global_norm itself"),
+        (lambda: fc.fedavg(softmax_loss, optax.sgd(0.1), optax.sgd), "not the function sgd (without its parentheses?)"),
+        (lambda: fc.fedavg(softmax_loss, optax.sgd(0.1), reducer=fc.uniform_mean), "not the function uniform_mean"),
+        (lambda: loss_of(lambda p, b, k: b["y"] == 1), "floating-point losses, not bool"),
+        (lambda: loss_of(lambda p, b, k: b["y"]), "floating-point losses, not int32"),
+        (lambda: loss_of(lambda p, b, k: [*softmax_loss(p, b, k)]), "one loss for each example, shape (20,), not list"),
+        (lambda: loss_of(lambda p, b, k: None), "one loss for each example, shape (20,), not NoneType"),
+        (lambda: loss_of(lambda p, b, k: (b["x"][:, 0], b["y"])), "must return losses[B], or (losses[B], {name"),
+        (lambda: loss_of(reporting("round")), "reports 'round', a name that the library fills itself"),
+        (lambda: loss_of(reporting("seconds")), "Taken are bytes_down"),
+        (lambda: loss_of(reporting("eval/x")), "begin with client_norm/"),
+        (lambda: loss_of(reporting(3)), "names that are text, not 3"),
     ],
 )
 def test_a_wrong_argument_is_named(call, message):
     with pytest.raises(fc.InvalidInput) as error:
         call()
     assert message in str(error.value)
+
+
+def loss_of(per_example_loss):
+    return fc.train(fc.fedavg(per_example_loss, optax.sgd(0.1)), population(), parameters(), rounds=1)
+
+
+def reporting(name):
+    return lambda params, batch, key: (softmax_loss(params, batch, key)[0], {name: batch["x"][:, 0]})
 
 
 def train(data, uplink=None, **options):

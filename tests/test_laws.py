@@ -9,6 +9,7 @@ import pytest
 from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, parameters
 
 import fedjax_clip as fc
+from fedjax_clip.metrics import check_names
 
 # One worker for each entry, where there are several: its laws share compiled rounds.
 pytestmark = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ENTRIES])
@@ -28,6 +29,9 @@ def test_rounds_are_finite_and_move_the_parameters(run):
     assert all(np.any(x != y) for x, y in zip(params.values(), parameters().values(), strict=True))
     assert int(server.round) == len(COHORTS)
     assert [m["clients"] for m in history] == [3, 3, 3]
+    for own in history[0].keys() - {"accuracy"}:  # which no loss may report
+        with pytest.raises(fc.InvalidInput, match="choose another one"):
+            check_names([own])
 
 
 def test_the_order_of_clients_does_not_matter(run):

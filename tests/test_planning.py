@@ -125,6 +125,25 @@ def test_work_that_makes_no_sense_is_refused(bad):
         fc.LocalWork(**bad)
 
 
+def test_epochs_and_steps_are_two_ways_to_say_it():
+    with pytest.raises(fc.InvalidInput, match="local_epochs and local_steps both say"):
+        fc.LocalWork(epochs=2, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("work", "sentence"),
+    [
+        (fc.LocalWork(steps=lambda ids, seed: 0 * ids), r"local_steps.ids, seed. must be .* at least 1, not 0"),
+        (fc.LocalWork(steps=lambda ids, seed: 1.5 + ids), "2 whole numbers, not float64"),
+        (fc.LocalWork(steps=lambda ids, seed: ids[:1]), "2 whole numbers, not int64 of shape .1,."),
+        (fc.LocalWork(fc.speeds.BatchSizes(lambda ids, seed: 9 + ids, 8)), "between 1 and 8, not 9"),
+    ],
+)
+def test_functions_of_clients_give_numbers_that_can_be(work, sentence):
+    with pytest.raises(fc.InvalidInput, match=sentence):
+        fc.plan(numbered([3, 4]), np.array([0, 1]), work, seed=0, round=0)
+
+
 def test_a_chunk_waits_for_its_longest_client():
     plan = fc.plan(numbered([4, 2, 1, 1]), np.arange(4), fc.LocalWork(1), seed=0, round=0, width=2)
     assert wasted_steps(plan) == 1 - 8 / (2 * 4 + 2 * 1)

@@ -55,6 +55,15 @@ def bad_files(tmp_path):
         "fields of different length": (saved(tmp_path / "d.npz", x=x, y=y[:5]), "x: 12, y: 5"),
         "labels that are text": (saved(tmp_path / "e.npz", x=x, y=np.array(list("ab" * 6))), "Labels y"),
         "labels that are fractions": (saved(tmp_path / "f.npz", x=x, y=y + 0.5), "Labels y"),
+        "labels with gaps": (
+            saved(tmp_path / "k.npz", x=x, y=np.where(y == 0, 10001, 90210)),
+            "run up to 90210: number",
+        ),
+        "labels without end": (
+            saved(tmp_path / "l.npz", x=x, y=np.uint64(2**32) + np.arange(12, dtype=np.uint64)),
+            "run",
+        ),
+        "labels below zero": (saved(tmp_path / "m.npz", x=x, y=y - 1), "whole numbers from 0"),
         "no labels": (saved(tmp_path / "g.npz", x=x), "['y'] is missing"),
         "pickled objects": (saved(tmp_path / "h.npz", x=np.array([{}] * 12), y=y), "h.npz"),
         "a corrupt file": (f"--task=npz({str(tmp_path / 'corrupt.npz')!r})", "corrupt.npz"),
@@ -136,15 +145,18 @@ BAD_FLAGS = {
     ),
     "a deadline that has passed": (
         "--sampler=synchronous(lognormal, deadline=0)",
-        "deadline must be a positive number",
+        "deadline, in seconds, must be a positive number",
     ),
     "all drop out": (
         "--sampler=synchronous(lognormal, dropout=1.0)",
         "dropout, a probability, must be a number of at least 0 and below 1, not 1.0",
     ),
-    "no time for a batch": ("--batch_size=budget(lognormal, 0, 3)", "Seconds must be positive"),
+    "no time for a batch": ("--batch_size=budget(lognormal, 0, 3)", "Seconds a step must be a positive, finite number"),
     "a batch of words": ("--batch_size=many", 'unknown component "many"'),
-    "no time for a step": ("--algorithm=fedavg(local_steps=budget(lognormal, 0, 3))", "Seconds must be positive"),
+    "no time for a step": (
+        "--algorithm=fedavg(local_steps=budget(lognormal, 0, 3))",
+        "Seconds a step must be a positive, finite number",
+    ),
     "no speeds": ("--sampler=synchronous", "missing a required argument: 'speeds'"),
     "a window that never opens": ("--sampler=available(duty=0)", "--sampler"),
     "a hidden layer without units": ("--task=digits(hidden=(0,))", "hidden"),

@@ -1,6 +1,7 @@
 """Samplers: deterministic in (seed, round), with the right probabilities."""
 
 import numpy as np
+import optax
 import pytest
 
 import fedjax_clip as fc
@@ -83,6 +84,54 @@ def test_only_available_clients_take_part():
 def test_a_cohort_from_a_million_clients_is_drawn_without_looking_at_them():
     ids = sampling.uniform(50).sample(np.ones(1_000_000), 0, 0)
     assert len(set(ids.tolist())) == 50
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        (np.array([True, False, True]), "not bool of shape .3,.: np.flatnonzero"),
+        (np.array([0.0, 1.0]), "not float64"),
+        ([[0, 1]], "of shape .1, 2."),
+        ([0, -1], "from 0 to 2, and hold -1"),
+        ([0, 3], "from 0 to 2, and hold 3"),
+        ([1, 0, 1], "hold client 1 twice"),
+    ],
+)
+def test_a_cohort_is_numbers_of_clients(ids, sentence):
+    own = sampling.Sampler(lambda sizes, seed, round: ids)
+    turn = fc.clock.Turn(ids, None, {})
+    data, loss = fc.FederatedData({"x": np.ones((3, 2), np.float32)}, [0, 1, 2, 3]), lambda p, b, k: b["x"] @ p
+    for sampler in (own, fc.clock.Clock(0, lambda world, state, round: (turn, state))):
+        with pytest.raises(fc.InvalidInput, match=sentence):
+            fc.train(fc.fedavg(loss, optax.sgd(0.1)), data, np.zeros(2, np.float32), rounds=1, sampler=sampler)
+    if "twice" not in sentence:
+        with pytest.raises(fc.InvalidInput, match=sentence):
+            fc.plan(data, ids, fc.LocalWork(), seed=0, round=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, True, "a"])
+def test_a_seed_has_32_bits(seed):
+    data = fc.FederatedData({"x": np.ones((9, 2), np.float32), "y": np.arange(9) % 2}, [0, 3, 6, 9])
+    work, points, quality = fc.LocalWork(), {"lr": [0.1]}, fc.quality
+    for call in (
+        lambda: fc.train(fc.fedavg(abs, optax.sgd(0.1)), data, np.zeros(2), rounds=1, seed=seed),
+        lambda: fc.sweep(lambda h: fc.fedavg(abs, optax.sgd(0.1)), points, data, {}, abs, rounds=1, seeds=[seed]),
+        lambda: fc.plan(data, [0], work, seed=seed, round=0),
+        lambda: data.split_clients(0.5, seed),
+        lambda: data.split_examples(0.5, seed),
+        lambda: fc.folds.clients(data, 2, seed),
+        lambda: fc.folds.examples(data, 2, seed),
+        lambda: fc.partition.iid(data.examples, 2, seed),
+        lambda: quality.oversample(data, 2, seed=seed),
+        lambda: quality.flip_labels(data, 0.5, 2, seed=seed),
+        lambda: quality.drop_values(data, 0.5, seed=seed),
+        lambda: fc.attacks.backdoor(data, [0], [0], 1.0, 1, 0.5, seed=seed),
+        lambda: fc.sweeping.random(2, seed),
+        lambda: fc.uplink.count_sketch(seed=seed),
+        lambda: fc.tasks.linear_regression(seed=seed),
+    ):
+        with pytest.raises(fc.InvalidInput, match="whole number between 0 and 4294967295"):
+            call()
 
 
 def test_clients_that_keep_a_state_cannot_be_sampled_twice():

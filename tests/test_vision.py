@@ -21,6 +21,19 @@ def trained(task, learning_rate=0.3, **settings):
     return fc.train(algorithm, task.data, task.init(jax.random.key(0)), evaluate=evaluate, **settings).history[-1]
 
 
+def test_a_label_of_no_class_drops_its_client():
+    labels = {"ann": [0, 1], "bob": [-1, 1], "eve": [3, 1]}
+    data = fc.FederatedData.from_clients(
+        {name: {"x": np.eye(2, dtype=np.float32), "y": np.array(y)} for name, y in labels.items()}
+    )
+    model = models.MLP((), 3)
+    algorithm = fc.fedavg(tasks.classifier(model), optax.sgd(1.0))
+    params = model.init(jax.random.key(0), data.examples["x"][:1])
+    rows = [fc.train(algorithm, part, params, rounds=1, batch_size=2) for part in (data, data.select([0]))]
+    assert rows[0].history[-1]["dropped"] == 2
+    jax.tree.map(np.testing.assert_array_equal, rows[0].params, rows[1].params)
+
+
 def test_mnist_reads_its_package(tmp_path):
     generated.write_mnist(tmp_path, count=2)
     data = sources.mnist(tmp_path)

@@ -50,6 +50,12 @@ def parts(
     checks.kind(
         "client_tx", client_tx, optax.GradientTransformation | Callable, "an optax optimiser, or what builds one"
     )
+    maker = getattr(client_tx, "func", client_tx)  # of a functools.partial
+    if str(getattr(maker, "__module__", "")).split(".")[0] in ("optax", "fedjax_clip") and callable(client_tx):
+        raise InvalidInput(
+            f"client_tx is the function {maker.__name__} itself, which would be given the round's number: call it, as "
+            f"in {maker.__name__}(0.1)."
+        )
     checks.kind("server_tx", filled.server_tx, optax.GradientTransformation, "an optax optimiser")
     checks.kind(
         "uplink", filled.uplink, Uplink, "an fc.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"

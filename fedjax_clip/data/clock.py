@@ -96,7 +96,7 @@ def synchronous(
     checks.positive("deadline, in seconds,", deadline)
 
     def turn(world: World, now: float, round: int) -> tuple[Turn, float]:
-        ids = sampler.sample(world.sizes, world.seed, round)
+        ids = sampler.draw(world.sizes, world.seed, round)
         due, lost = _answers(world, speeds, ids, dropout, round)
         order = np.argsort(due, kind="stable")
         arrived = order[(due <= deadline)[order] & ~lost[order]]
@@ -184,7 +184,7 @@ def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency:
                 if not queue:
                     if tries == _TRIES:
                         raise InvalidInput(f"The sampler named no client that is free in {_TRIES} draws.")
-                    ids = sampler.sample(world.sizes, world.seed, drawn)
+                    ids = sampler.draw(world.sizes, world.seed, drawn)
                     columns = (ids, *_answers(world, speeds, ids, dropout, drawn))
                     queue = list(zip(*(x.tolist() for x in columns), strict=True))[::-1]
                     drawn, tries = drawn + 1, tries + 1
@@ -224,11 +224,16 @@ class Timeline:
 
     def __getitem__(self, round: int) -> Turn:
         if isinstance(self.sampler, Sampler):
-            return Turn(self.sampler.sample(self.world.sizes, self.world.seed, round), None, {})
+            return Turn(self.sampler.draw(self.world.sizes, self.world.seed, round), None, {})
         if round < self._done - 1:
             self._done, self._state = 0, self.sampler.init
         while self._done <= round:
-            self._last, self._state = self.sampler.turn(self.world, self._state, self._done)
+            turn, self._state = self.sampler.turn(self.world, self._state, self._done)
+            ids = checks.client_numbers("The clock's ids", turn.ids, len(self.world.sizes), self.sampler.replacement)
+            stale = turn.staleness
+            if stale is not None:
+                stale = checks.counts("The clock's staleness", stale, len(ids), 0)
+            self._last = Turn(ids, stale, turn.metrics)
             self._done += 1
         return self._last
 

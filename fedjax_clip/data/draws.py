@@ -7,11 +7,15 @@ cohort is drawn by a few array operations.
 
 import numpy as np
 
+from fedjax_clip import checks
+
 
 def mix(*words: np.ndarray | int) -> np.ndarray:
     """Hashes broadcast 32-bit words into one well-mixed uint32 (MurmurHash3, 32-bit variant)."""
     h = np.zeros((1,), np.uint32)  # an array, not a scalar: arrays wrap round without a warning
     for word in words:
+        if np.ndim(word) == 0:
+            checks.count("A seed, or a round,", word, 0, 2**32 - 1)
         k = np.asarray(word).astype(np.uint64).astype(np.uint32) * np.uint32(0xCC9E2D51)
         k = _rotate(np.atleast_1d(k), 15) * np.uint32(0x1B873593)
         h = _rotate(h ^ k, 13) * np.uint32(5) + np.uint32(0xE6546B64)

@@ -44,7 +44,8 @@ def clients(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
     """
     num_folds = checks.count("num_folds, of clients,", num_folds, 2, data.num_clients)
     fold_of = np.empty(data.num_clients, np.int64)
-    fold_of[np.random.default_rng(seed).permutation(data.num_clients)] = np.arange(data.num_clients) % num_folds
+    order = np.random.default_rng(checks.seed("seed", seed)).permutation(data.num_clients)
+    fold_of[order] = np.arange(data.num_clients) % num_folds
     return _folds(np.repeat(fold_of, data.sizes), num_folds)
 
 

@@ -12,7 +12,7 @@ from fedjax_clip.cohort import Cohort
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.speeds import BatchSizes
-from fedjax_clip.typing import ClientState, PyTree
+from fedjax_clip.typing import ClientState, InvalidInput, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LocalWork:
       shuffle: whether each pass has an order of its own, drawn from (seed, round, client, pass).
 
     Raises:
-      InvalidInput: what is no whole number of at least 1.
+      InvalidInput: what is no whole number of at least 1; both epochs and steps.
 
     Example:
       >>> LocalWork(batch_size=32, epochs=2)
@@ -40,20 +40,20 @@ class LocalWork:
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("batch_size", self.batch_size),
-            ("local_epochs", self.epochs),
-            ("local_steps", self.steps),
+        if self.steps is not None and self.epochs != 1:
+            raise InvalidInput("local_epochs and local_steps both say how long a client trains: give one of them.")
+        for field, name, other in (
+            ("batch_size", "batch_size", self.batch_size is None or isinstance(self.batch_size, BatchSizes)),
+            ("epochs", "local_epochs", False),
+            ("steps", "local_steps", self.steps is None or callable(self.steps)),
         ):
-            own = (value is None and name != "local_epochs") or (callable(value) and name == "local_steps")
-            own |= isinstance(value, BatchSizes) and name == "batch_size"
-            if not own:
-                checks.count(name, value)
+            if not other:
+                object.__setattr__(self, field, checks.count(name, getattr(self, field)))
 
     def num_steps(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
         """Local steps ``[K]`` of these clients; ``sizes`` ``[M]`` are everybody's numbers of examples."""
         if callable(self.steps):
-            return np.asarray(self.steps(ids, seed), np.int64)
+            return checks.counts("local_steps(ids, seed)", self.steps(ids, seed), len(ids))
         if self.steps is not None:
             return np.full(len(ids), self.steps)
         return self.epochs * -(-sizes[ids] // self.batch_sizes(ids, sizes, seed))
@@ -61,7 +61,8 @@ class LocalWork:
     def batch_sizes(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
         """Examples a step ``[K]`` of these clients."""
         if isinstance(self.batch_size, BatchSizes):
-            return np.asarray(self.batch_size.of(ids, seed), np.int64)
+            sizes = self.batch_size.of(ids, seed)
+            return checks.counts("batch_size.of(ids, seed)", sizes, len(ids), 1, self.batch_size.most)
         return np.full(len(ids), self.largest_batch(sizes))
 
     def largest_batch(self, sizes: np.ndarray) -> int:
@@ -163,7 +164,8 @@ def plan_rounds(
     """
     length = len(cohorts) if length is None else length
     counts = np.array([len(ids) for ids in cohorts])
-    ids = np.concatenate([np.asarray(ids, np.int64) for ids in cohorts])
+    seed = checks.seed("seed", seed)
+    ids = np.concatenate([checks.client_numbers("The cohort's ids", ids, data.num_clients, True) for ids in cohorts])
     round = np.repeat(np.arange(len(cohorts)), counts)
     batch_size = work.batch_sizes(ids, data.sizes, seed)
     per_epoch = -(-data.sizes[ids] // batch_size)

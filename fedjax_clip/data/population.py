@@ -227,7 +227,7 @@ class FederatedData:
         checks.fraction("The fraction to hold out", fraction)
         if self.num_clients < 2:
             raise InvalidInput("A population of one client cannot be split by clients.")
-        order = np.random.default_rng(seed).permutation(self.num_clients)
+        order = np.random.default_rng(checks.seed("seed", seed)).permutation(self.num_clients)
         cut = min(max(1, round(fraction * self.num_clients)), self.num_clients - 1)
         return self.select(np.sort(order[cut:])), self.select(np.sort(order[:cut]))
 

@@ -32,6 +32,10 @@ class Sampler(NamedTuple):
     scheme: str = ""
     cohort_size: float = 0
 
+    def draw(self, sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        """What ``sample`` gives, if it is a cohort: clients' numbers, none of them twice but with ``replacement``."""
+        return checks.client_numbers("The sampler's ids", self.sample(sizes, seed, round), len(sizes), self.replacement)
+
 
 def uniform(cohort_size: int) -> Sampler:
     """``cohort_size`` clients, all sets equally likely, without replacement.

@@ -48,7 +48,7 @@ def record_epsilons(
     """
     checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
     clients = np.arange(data.num_clients)
-    drawn = [sampler.sample(data.sizes, seed, round) for round in range(rounds)]
+    drawn = [sampler.draw(data.sizes, seed, round) for round in range(rounds)]
     took_part = np.bincount(np.concatenate([*drawn, clients[:0]]), minlength=data.num_clients)
     a_pass = -(-data.sizes // (data.sizes if work.batch_size is None else work.batch_size))
     uses = took_part * -(-work.num_steps(clients, data.sizes, seed) // a_pass)

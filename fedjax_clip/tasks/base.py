@@ -43,7 +43,7 @@ class Task:
 def classifier(model: nn.Module) -> PerExampleLoss:
     """Softmax cross-entropy and ``accuracy`` of a Flax module of logits, on batches ``{"x", "y"}``.
 
-    Inputs of type uint8 (images) are divided by 255.
+    Inputs of type uint8 (images) are divided by 255. Loss and gradient of a label outside of 0 to classes - 1 are NaN.
 
     Args:
       model: a module that maps ``[B, ...]`` to logits ``[B, classes]``.
@@ -54,10 +54,19 @@ def classifier(model: nn.Module) -> PerExampleLoss:
 
     def per_example_loss(params, batch, key):
         logits = jnp.asarray(model.apply(params, scaled(batch["x"])))
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-        return losses, {"accuracy": hits(logits, batch["y"])}
+        return cross_entropy(logits, batch["y"]), {"accuracy": hits(logits, batch["y"])}
 
     return per_example_loss
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """Softmax cross-entropy ``[...]`` of logits ``[..., classes]``; NaN for a label of no class, and so its gradient.
+
+    optax's takes -1 for the last class; beyond the last one its loss is NaN, but the gradient is finite.
+    """
+    known = (labels >= 0) & (labels < logits.shape[-1])
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses * jnp.where(known, 1, jnp.nan).astype(losses.dtype)
 
 
 def regressor(model: nn.Module) -> PerExampleLoss:

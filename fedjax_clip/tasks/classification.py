@@ -118,17 +118,23 @@ def classification(
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         found = f"{labels.dtype} of shape {labels.shape}, beginning {labels.flat[:3].tolist()}"
         raise InvalidInput(f"Labels y must be whole numbers from 0, one an example, not {found}.")
+    if (last := int(labels.max())) > 2 * (several := len(np.unique(labels))) + 10:  # the model has an output for each
+        raise InvalidInput(
+            f"Labels y take {several} values and run up to {last}: number the classes from 0, as "
+            "np.unique(y, return_inverse=True)[1] does."
+        )
     inputs = fields["x"]
-    if not np.issubdtype(inputs.dtype, np.number):
+    if inputs.dtype.kind not in "iuf":
         raise InvalidInput(f"Inputs x must be numbers, not {inputs.dtype}.")
     if inputs.dtype != np.uint8:
-        inputs = inputs.astype(np.float32)
+        with np.errstate(over="ignore"):
+            inputs = inputs.astype(np.float32)
         if (bad := np.flatnonzero(~np.isfinite(inputs).reshape(len(inputs), -1).all(1))).size:
             raise InvalidInput(f"Inputs x of example {bad[0]} are not finite, as are those of {bad.size} in all.")
     data = dataclasses.replace(data, examples={"x": inputs, "y": labels.astype(np.int32)})
     train, clients = data.split_clients(held_out_clients, seed)
     train, examples = train.split_examples(held_out_examples, seed)
-    model = models.MLP(widths(hidden), int(labels.max()) + 1)
+    model = models.MLP(widths(hidden), last + 1)
     return make(train, {"examples": examples, "clients": clients}, model, classifier(model))
 
 

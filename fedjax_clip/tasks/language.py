@@ -6,13 +6,12 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
 from fedjax_clip import models, tree
 from fedjax_clip.data import partition, sources, text
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.lora import lora
-from fedjax_clip.tasks.base import Task, check_positive, classifier, hits, make
+from fedjax_clip.tasks.base import Task, check_positive, classifier, cross_entropy, hits, make
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 
 _ASCII, _BYTES = 128, 256
@@ -29,8 +28,7 @@ def next_character(model: nn.Module) -> PerExampleLoss:
         characters = batch["text"].astype(jnp.int32)
         seen, wanted = characters[:, :-1], characters[:, 1:]
         logits = jnp.asarray(model.apply(params, seen)).astype(jnp.float32)
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, wanted)
-        return losses.mean(-1), {"accuracy": hits(logits, wanted).mean(-1)}
+        return cross_entropy(logits, wanted).mean(-1), {"accuracy": hits(logits, wanted).mean(-1)}
 
     return per_example_loss
 

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import models
+from fedjax_clip import checks, models
 from fedjax_clip.data import partition
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.tasks.base import Task, check_positive, classifier, make, regressor
@@ -25,7 +25,7 @@ def linear_regression(num_clients: int = 100, noise: float = 0.1, seed: int = 0)
       >>> task = fc.tasks.linear_regression(num_clients=10)
     """
     check_positive(num_clients=num_clients)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(checks.seed("seed", seed))
     x = rng.uniform(-1, 1, (10 * num_clients, 1)).astype(np.float32)
     y = (2 * x[:, 0] + 1 + noise * rng.normal(size=len(x))).astype(np.float32)
     return _regression({"x": x, "y": y}, num_clients, models.MLP((), 1))
@@ -45,7 +45,7 @@ def mlp_regression(num_clients: int = 20, seed: int = 0) -> Task:
       >>> task = fc.tasks.mlp_regression()
     """
     check_positive(num_clients=num_clients)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(checks.seed("seed", seed))
     centre = np.repeat(np.linspace(-0.9, 0.9, num_clients), 40)
     x = (centre + 0.1 * rng.normal(size=centre.shape))[:, None].astype(np.float32)
     y = (np.sin(3 * x[:, 0]) + 0.05 * rng.normal(size=len(x))).astype(np.float32)
@@ -66,7 +66,7 @@ def relu_classifier(num_clients: int = 10, seed: int = 0) -> Task:
       >>> task = fc.tasks.relu_classifier()
     """
     check_positive(num_clients=num_clients)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(checks.seed("seed", seed))
     y = rng.integers(10, size=200 * num_clients).astype(np.int32)
     x = (2.0 * np.eye(10)[y] + 0.5 * rng.normal(size=(len(y), 10))).astype(np.float32)
     data = partition.dirichlet({"x": x, "y": y}, num_clients, alpha=1.0, seed=seed)

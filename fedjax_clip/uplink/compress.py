@@ -178,8 +178,10 @@ def count_sketch(
     Source: Charikar, Chen and Farach-Colton (2002), "Finding Frequent Items in Data Streams"; Rothchild et al. (2020),
     "FetchSGD", Algorithm 1.
     """
-    for name, value in (("rows", rows), ("columns", columns), ("k", k)):
-        checks.count(f"count_sketch: {name}", value)
+    rows, columns, k = (
+        checks.count(f"count_sketch: {name}", value) for name, value in (("rows", rows), ("columns", columns), ("k", k))
+    )
+    seed = checks.seed("count_sketch: seed", seed)
     checks.within("count_sketch: momentum", momentum, 0, 1)
     if rows % 2 == 0:
         raise InvalidInput(f"count_sketch: rows must be odd, for a median, and is {rows}.")
