@@ -55,7 +55,8 @@ class FederatedData:
             if len(self.names) != self.num_clients:
                 raise InvalidInput(f"There are {len(self.names)} client names for {self.num_clients} clients.")
             if len(set(self.names)) != len(self.names):
-                twice = next(n for i, n in enumerate(self.names) if n in self.names[:i])
+                seen: set[str] = set()
+                twice = next(n for n in self.names if n in seen or seen.add(n))  # type: ignore[func-returns-value]
                 raise InvalidInput(f"Client name {twice!r} occurs more than once.")
         if (empty := np.flatnonzero(np.diff(offsets) <= 0)).size:
             raise InvalidInput(f"Client {self.name(int(empty[0]))!r} has no examples.")

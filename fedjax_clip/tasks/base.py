@@ -117,7 +117,9 @@ def penalised(per_example_loss: PerExampleLoss, l2: float) -> PerExampleLoss:
 
 def make(train: FederatedData, evaluation: Mapping[str, FederatedData], model: nn.Module, loss: PerExampleLoss) -> Task:
     """A task whose parameters are those of a Flax module of the field ``x``."""
-    sample = scaled(jnp.zeros((1, *train.fields()["x"].shape[1:]), train.fields()["x"].dtype))
+    if 0 in (shape := train.fields()["x"].shape[1:]):
+        raise InvalidInput(f"Inputs x have the shape {shape}: there is nothing to learn from.")
+    sample = scaled(jnp.zeros((1, *shape), train.fields()["x"].dtype))
     return Task(train, evaluation, lambda key: model.init(key, sample), loss)
 
 
@@ -129,12 +131,12 @@ def scaled(x: Array) -> Array:
 def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     """The widths of hidden layers, checked."""
     hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
-    if any(not isinstance(width, int) or width < 1 for width in hidden):
-        raise InvalidInput(f"hidden must be widths of at least 1, not {hidden}.")
+    if any(not isinstance(width, int) or not 1 <= width <= 2**20 for width in hidden):
+        raise InvalidInput(f"hidden must be widths from 1 to {2**20}, not {checks.shown(hidden)}.")
     return hidden
 
 
 def check_positive(**values: int) -> None:
-    """Refuses a number below 1 by its name."""
+    """Refuses a number below 1, or one whose data would fit nowhere, by its name."""
     for name, value in values.items():
-        checks.count(name, value)
+        checks.count(name, value, most=10**6)
