@@ -8,6 +8,7 @@ from experiments import svg
 from experiments.results import Run, worst_first, worst_tenth
 from experiments.svg import Line
 from fedjax_clip import plots
+from fedjax_clip.labels import label
 
 SETS = {"examples": "held-out examples", "clients": "held-out clients"}
 MEANINGS = {
@@ -53,11 +54,11 @@ def curves(runs: Sequence[Run]) -> Iterator[str]:
             held_out = [
                 Line(_set(s), *runs[0].series(f"eval/{s}/{metric}"), style(i), True) for i, s in enumerate(sets)
             ]
-            yield svg.chart(metric, [training, *held_out], "round", metric, log=log)
+            yield svg.chart(label(metric), [training, *held_out], "round", label(metric), log=log)
             continue
         for name in sets:
             lines = [Line(run.name, *run.series(f"eval/{name}/{metric}"), style(i), True) for i, run in enumerate(runs)]
-            yield svg.chart(f"{metric}, {_set(name)}", lines, "round", metric, log=log)
+            yield svg.chart(f"{label(metric)}, {_set(name)}", lines, "round", label(metric), log=log)
     if len(runs) > 1:
         lines = [Line(run.name, *run.series("loss"), style(i)) for i, run in enumerate(runs)]
         yield svg.chart("loss in training, before each step", lines, "round", "loss", log=True)
@@ -95,14 +96,15 @@ def clipping(runs: Sequence[Run]) -> Iterator[str]:
     titles = dict.fromkeys(title for panel in found if "fraction clipped" in panel for title in panel)
     for title in titles:
         log, unit = title in LOGARITHMIC, title.split(" ")[0].removesuffix("s")
+        y_range = (0.0, 1.0) if title == "fraction clipped" else None
         keys = dict.fromkeys(key for panel in found for key in panel.get(title, ()))
         if len(runs) == 1:
-            lines = [Line(key, *runs[0].series(key), style(i)) for i, key in enumerate(keys)]
-            yield svg.chart(title, lines, "round", unit, log=log)
+            lines = [Line(label(key), *runs[0].series(key), style(i)) for i, key in enumerate(keys)]
+            yield svg.chart(title, lines, "round", unit, log=log, y_range=y_range)
             continue
         for key in keys:
             lines = [Line(run.name, *run.series(key), style(i)) for i, run in enumerate(runs)]
-            yield svg.chart(f"{title}: {key}", lines, "round", unit, log=log)
+            yield svg.chart(f"{title}: {label(key)}", lines, "round", unit, log=log, y_range=y_range)
 
 
 def cost(runs: Sequence[Run]) -> Iterator[str]:

@@ -8,6 +8,7 @@ Components are written as name(arguments), joined by | where several follow each
 same command goes on where it was.
 """
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -124,7 +125,7 @@ def main() -> None:
     directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out)
 
     devices = jax.local_devices()[: FLAGS.devices]
-    params = jax.tree.map(np.asarray, task.init(seeded(FLAGS.seed)))
+    params = initial(task, FLAGS.seed)
     tree.flatten_with_names(params)  # says at once if params.npz could not hold them
     directory.about = describe(task, cohort_size(task), params, devices)
     for line in (directory.about, directory.extends):
@@ -241,6 +242,19 @@ def build_algorithm(
         return spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS, values)(algorithm)
 
     return build(loss) if task.frozen is None else fc.partially_frozen(build, loss, task.frozen), work
+
+
+def initial(task: tasks.Task, seed: int) -> Params:
+    """The initial parameters, on the host, if the machine can hold them: XLA would end the process."""
+    key = seeded(seed)
+    needed = tree.nbytes(jax.eval_shape(task.init, key))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise InvalidInput(
+            f"--task: the model has {needed / 2**30:,.0f} GiB of parameters, and the machine {memory / 2**30:,.0f} GiB "
+            "of memory."
+        )
+    return jax.tree.map(np.asarray, task.init(key))
 
 
 def trained(task: tasks.Task, params: Params) -> Params:

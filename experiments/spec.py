@@ -154,6 +154,10 @@ class _Reader:
     def value(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=bool() | None | int() | str() as constant):
+                if isinstance(constant, int) and constant >= 2**63:
+                    raise InvalidInput(
+                        f"{self.flag}: the number {_quote(str(constant))} is too large: 2**63 is the limit."
+                    )
                 return constant
             case ast.Constant(value=float() as number) if math.isfinite(number):  # 1e999 is not: write inf
                 return number

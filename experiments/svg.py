@@ -45,6 +45,7 @@ def chart(
     *,
     log: bool = False,
     x_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float] | None = None,
     shade: tuple[float, float] | None = None,
 ) -> str:
     """A figure with title, legend and axes; nothing if no line has a point.
@@ -54,7 +55,7 @@ def chart(
       lines: in the order of the legend, which says where each ends.
       x_label, y_label: names of the axes, with units.
       log: whether y has a logarithmic scale; points that are not positive are then left out.
-      x_range: ends of the x axis, if not those of the lines.
+      x_range, y_range: ends of the axes, if not those of the lines.
       shade: ``(from x, to x)``, a stretch to point out.
     """
     lines = [line for line in (_clean(line, log) for line in lines) if len(line.x)]
@@ -63,27 +64,29 @@ def chart(
     xs, ys = (np.concatenate([getattr(line, axis) for line in lines]) for axis in "xy")
     x_low, x_high = x_range or _widened(xs.min(), xs.max(), 0.1 * abs(xs.max()), 0)
     extent = np.log10([ys.min(), ys.max()]) if log else np.array([ys.min(), ys.max()])
-    y_low, y_high = _widened(extent[0], extent[1], 0.1 if log else 0.1 * abs(extent[1]), 0.04)
+    y_low, y_high = y_range or _widened(extent[0], extent[1], 0.1 if log else 0.1 * abs(extent[1]), 0.04)
+    y_ticks = _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high)
+    left = max(LEFT, round(23 + 6.8 * max((len(_tick(tick)) for tick in y_ticks), default=0)))  # beside the axis's name
 
     def place(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        across = LEFT + (np.asarray(x) - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        across = left + (np.asarray(x) - x_low) / (x_high - x_low) * (WIDTH - left - RIGHT)
         up = ((np.log10(y) if log else np.asarray(y)) - y_low) / (y_high - y_low)
         return across, HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
     base, parts = HEIGHT - BOTTOM, []
     if shade is not None:
-        (left, right), _ = place(np.array(shade), np.array([1, 1]))
-        parts.append(f'<rect class="shade" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{base - TOP}"/>')
-    for tick in _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high):
+        (start, end), _ = place(np.array(shade), np.array([1, 1]))
+        parts.append(f'<rect class="shade" x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{base - TOP}"/>')
+    for tick in y_ticks:
         _, y = place(np.array(0), np.array(tick))
-        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
+        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
     for tick in _ticks(x_low, x_high):
         x, _ = place(np.array(tick), np.array(1))
         parts.append(f'<path class="axis" d="M{x:.1f} {base}v4"/>')
         parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{_tick(tick)}</text>')
-    parts.append(f'<path class="axis" d="M{LEFT} {base}H{WIDTH - RIGHT}"/>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(x_label)}')
+    parts.append(f'<path class="axis" d="M{left} {base}H{WIDTH - RIGHT}"/>')
+    parts.append(f'<text x="{(left + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(x_label)}')
     parts.append(f'</text><text class="y" transform="translate(11 {(TOP + base) / 2}) rotate(-90)" ')
     parts.append(f'text-anchor="middle">{html.escape(y_label)}{" (log)" if log else ""}</text>')
     parts += [_drawn(line, *place(line.x, line.y)) for line in lines]
@@ -102,7 +105,7 @@ def key(style: str) -> str:
 
 def _clean(line: Line, log: bool) -> Line:
     x, y = np.asarray(line.x, float), np.asarray(line.y, float)
-    keep = np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log))
+    keep = (np.abs(x) < 1e300) & (np.abs(y) < 1e300) & ((y > 0) | (not log))  # of more, there is no room for an axis
     notes = None if line.notes is None else [note for note, kept in zip(line.notes, keep) if kept]
     return line._replace(x=x[keep], y=y[keep], notes=notes)
 

@@ -123,7 +123,7 @@ def main() -> None:
     stops, kept = sweeping.rungs(FLAGS.rounds, len(points[next(iter(points))]), FLAGS.halving)
     lanes = len(seeds) * max(1, len(folds))
     todo = sum(n * (b - a) for n, a, b in zip(kept, [0, *stops], stops)) * lanes
-    about = run.describe(task, cohort_size, task.init(seeded(0)), devices)
+    about = run.describe(task, cohort_size, run.initial(task, 0), devices)
     print(f"{about}, {kept[0] * lanes} trainings", file=sys.stderr)
     stopping = binary.Stopping()
     with directory:
@@ -133,7 +133,7 @@ def main() -> None:
             build,
             points,
             task.data,
-            lambda seed: jax.tree.map(np.asarray, task.init(seeded(seed))),
+            lambda seed: run.initial(task, seed),
             task.per_example_loss,
             task.evaluation,
             rounds=FLAGS.rounds,

@@ -16,20 +16,24 @@ import numpy as np
 
 from fedjax_clip.typing import InvalidInput
 
+MOST = 2**31 - 1  # devices count in int32
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
 
 def count(name: str, value: Any, least: int = 1, most: int | None = None) -> Any:
-    """``value`` as an ``int``, if it is a whole number from ``least`` to ``most``."""
+    """``value`` as an ``int``, if it is a whole number from ``least`` to ``most``, by default to what int32 holds."""
     if isinstance(value, jax.core.Tracer):
         return value
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
-    if number is None or number < least or (most is not None and number > most):
-        wanted = f"of at least {least}" if most is None else f"between {least} and {most}"
+    limit = MOST if most is None else most
+    if number is None or not least <= number <= limit:
+        above = number is not None and number > limit
+        wanted = f"between {least} and {limit}" if most is not None or above else f"of at least {least}"
         raise InvalidInput(f"{name} must be a whole number {wanted}, not {shown(value)}.")
     return number
 

@@ -27,6 +27,17 @@ def expanded(path: PathLike) -> pathlib.Path:
         raise InvalidInput(f"{path}: there is no such home directory.") from None
 
 
+def regular(path: pathlib.Path) -> pathlib.Path:
+    """The path, unless it is of something that may never end, such as a device or a pipe.
+
+    Raises:
+      InvalidInput: there is something, and it is no file.
+    """
+    if path.exists() and not path.is_file():
+        raise InvalidInput(f"{path} is no file.")
+    return path
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path`` when the block ends, and vanishes if the block fails.

@@ -135,7 +135,7 @@ def banded(rounds: int, bands: int) -> Mechanism:
     Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization"; McKenna (2024), "Scaling up the
     Banded Matrix Factorization Mechanism", by jax-privacy.
     """
-    checks.count("banded: rounds", rounds)
+    checks.count("banded: rounds", rounds, most=10**5)
     checks.count("banded: bands", bands)
     if bands > rounds:
         raise InvalidInput(f"banded: {bands} bands are more than the {rounds} rounds.")

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from fedjax_clip.labels import drawable, label
 from fedjax_clip.metrics import higher_is_better
 from fedjax_clip.training import Row
 
@@ -55,7 +56,7 @@ def curves(rows: Sequence[Row], title: str = "") -> Figure:
     columns = 2 if len(panels) > 1 else 1
     height = 3.0 * -(-len(panels) // columns) + 0.5
     figure = Figure(figsize=(5.2 * columns, height), layout="constrained")
-    figure.suptitle(title, fontsize=9, family="monospace")
+    figure.suptitle(drawable(title), fontsize=9, family="monospace")
     for index, (name, lines, shown, unit) in enumerate(panels):
         axes = figure.add_subplot(-(-len(panels) // columns), columns, index + 1)
         _panel(axes, name, shown, lines)
@@ -63,7 +64,7 @@ def curves(rows: Sequence[Row], title: str = "") -> Figure:
         if name.startswith(_LOGARITHMIC) and any(np.any(_series(rows, key)[1] > 0) for key, _, _ in lines):
             axes.set_yscale("log")
         else:
-            axes.set_ylim(None, 1.02)
+            axes.set_ylim(*((-0.02, 1.02) if name == "fraction clipped" else (None, 1.02)))
     return figure
 
 
@@ -93,11 +94,13 @@ def clipping(rows: Sequence[Row], title: str = "") -> Figure | None:
     if "fraction clipped" not in panels:
         return None
     figure = Figure(figsize=(10.4, 3.0 * -(-len(panels) // 2) + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=9, family="monospace")
+    figure.suptitle(drawable(title), fontsize=9, family="monospace")
     for index, (name, lines) in enumerate(panels.items()):
         axes = figure.add_subplot(-(-len(panels) // 2), 2, index + 1)
-        _panel(axes, name, rows, [(key, key, f"C{i}") for i, key in enumerate(lines)])
+        _panel(axes, name, rows, [(key, label(key), f"C{i}") for i, key in enumerate(lines)])
         axes.set_xlabel("round")
+        if name == "fraction clipped":
+            axes.set_ylim(-0.02, 1.02)
         if name in ("thresholds", "norms before the clip"):
             axes.set_yscale("log")
     return figure
@@ -126,22 +129,27 @@ def _unnumbered(key: str) -> str:
 
 
 def _panel(axes: Any, title: str, rows: Sequence[Row], lines: Sequence[tuple[str, str, str]]) -> None:
-    for key, label, colour in lines:
+    for key, name, colour in lines:
         x, y = _series(rows, key)
         if not x.size:
             continue
         sparse = key.startswith("eval/")
-        end = f"{label} ({y[-1]:.3g})"
+        end = drawable(f"{name} ({y[-1]:.3g})")
         axes.plot(x, y, color=colour, lw=1.8 if sparse else 1.1, marker="o" if sparse else None, ms=3, label=end)
-    # Above the curves, which it must not hide.
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=2, borderaxespad=0, fontsize=7.5, frameon=False)
-    axes.set_title(title, fontsize=10, loc="left", pad=8 + 12 * -(-len(axes.lines) // 2))
+    # Above the curves, which it must not hide; in one column where two would be wider than the axes.
+    columns = 2 if max((len(line.get_label()) for line in axes.lines), default=0) < 38 else 1
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=columns, borderaxespad=0, fontsize=7.5, frameon=False
+    )
+    axes.set_title(title, fontsize=10, loc="left", pad=8 + 12 * -(-len(axes.lines) // columns))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(row["round"], row[key]) for row in rows if np.isfinite(row.get(key, np.nan))]
+    points = [
+        (row["round"], row[key]) for row in rows if abs(row.get(key, np.nan)) < 1e300 and abs(row["round"]) < 1e300
+    ]
     rounds, values = np.array(points).reshape(-1, 2).T
     return rounds, values
 
@@ -172,7 +180,7 @@ def sweep(
     panels = 1 if is_grid else len(points)
     size = (1.6 + 0.75 * len(ticks[0]), 1.4 + 0.5 * len(ticks[1])) if is_grid else (5.2 * panels, 4.0)
     figure = Figure(figsize=(max(5.2, size[0]), max(3.0, size[1])), layout="constrained")
-    figure.suptitle(title, fontsize=9, family="monospace")
+    figure.suptitle(drawable(title), fontsize=9, family="monospace")
     axes = [figure.add_subplot(1, panels, k + 1) for k in range(panels)]
     if is_grid:
         _heat_map(figure, axes[0], points, ticks, values, metric)
@@ -183,8 +191,8 @@ def sweep(
         axis.plot([x[p] for p in order], [np.mean(values[p]) for p in order], "o-" if panels == 1 else "o", ms=4)
         axis.set_xscale(_scale(x))
         axis.set_yscale(_scale([v for p in order for v in values[p]]) if metric.endswith("loss") else "linear")
-        axis.set_xlabel(name)
-        axis.set_ylabel(metric)
+        axis.set_xlabel(drawable(name))
+        axis.set_ylabel(drawable(label(metric)))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -215,6 +223,6 @@ def _heat_map(figure: Figure, axis: Any, points: Any, ticks: Any, values: Any, m
         axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#d95f02", lw=2.5))
     axis.set_xticks(range(len(ticks[0])), [f"{v:.3g}" for v in ticks[0]])
     axis.set_yticks(range(len(ticks[1])), [f"{v:.3g}" for v in ticks[1]])
-    axis.set_xlabel(x_name)
-    axis.set_ylabel(y_name)
-    figure.colorbar(image, ax=axis, label=metric)
+    axis.set_xlabel(drawable(x_name))
+    axis.set_ylabel(drawable(y_name))
+    figure.colorbar(image, ax=axis, label=drawable(label(metric)))

@@ -191,7 +191,7 @@ def train(
     length = 1 if stateful else rounds_per_dispatch
     dispatcher = Dispatcher(algorithm, data, sampler, work, devices, seed, length, non_finite)
     if width := clients_per_chunk or int(state.run.get("width", 0)):  # a run keeps the width that it began with
-        dispatcher.width = width
+        dispatcher.width = min(width, data.num_clients)
     else:
         dispatcher.choose_width(state.server, state.clients, params, start)
     run = run | {"width": dispatcher.width}

@@ -54,7 +54,7 @@ def fedbuff(
     Source: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation", Algorithm 1.
     """
     checks.within("exponent", exponent, 0)
-    max_staleness = checks.count("max_staleness", max_staleness, 0)
+    max_staleness = checks.count("max_staleness", max_staleness, 0, 10**5)
     reducer = uniform_mean() if reducer is None else reducer
     built = parts(client_tx, server_tx, uplink, reducer, only_update=True)
     if built.uplink.mirrors:

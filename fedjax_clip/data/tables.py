@@ -39,7 +39,7 @@ def read_csv(path: files.PathLike, words: Sequence[str] = ()) -> Table:
     """
     path = files.expanded(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = files.regular(path).read_bytes().decode("utf-8-sig")
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}.") from error

@@ -172,7 +172,7 @@ def _package(name: str, what: str, install: str) -> Path:
 
 def _read(path: Path, encoding: str) -> str:
     try:
-        return path.read_text(encoding=encoding)
+        return files.regular(path).read_text(encoding=encoding)
     except UnicodeDecodeError as e:
         raise InvalidInput(f"{path} is not {encoding.upper()} text: byte {e.start} cannot be read.") from e
     except OSError as e:

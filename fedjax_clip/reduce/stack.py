@@ -141,7 +141,8 @@ def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
     if size == 1:
         return reducer
 
-    def deal(stack):
+    def deal(stack, size=size):
+        size = min(size, len(stack.ids))
         hashes = jax.vmap(lambda id: jax.random.bits(jax.random.fold_in(stack.key, id), (), jnp.uint32))(stack.ids)
         order = jnp.lexsort((hashes, ~stack.present))
         buckets = -(-len(stack.ids) // size)

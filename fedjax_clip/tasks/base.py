@@ -11,7 +11,7 @@ import optax
 from fedjax_clip import checks
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.evaluation import Summary
-from fedjax_clip.typing import Array, Params, PerExampleLoss
+from fedjax_clip.typing import Array, InvalidInput, Params, PerExampleLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,9 @@ def penalised(per_example_loss: PerExampleLoss, l2: float) -> PerExampleLoss:
 
 def make(train: FederatedData, evaluation: Mapping[str, FederatedData], model: nn.Module, loss: PerExampleLoss) -> Task:
     """A task whose parameters are those of a Flax module of the field ``x``."""
-    sample = scaled(jnp.zeros((1, *train.fields()["x"].shape[1:]), train.fields()["x"].dtype))
+    if 0 in (shape := train.fields()["x"].shape[1:]):
+        raise InvalidInput(f"Inputs x have the shape {shape}: there is nothing to learn from.")
+    sample = scaled(jnp.zeros((1, *shape), train.fields()["x"].dtype))
     return Task(train, evaluation, lambda key: model.init(key, sample), loss)
 
 
@@ -142,10 +144,10 @@ def hits(logits: Array, labels: Array) -> Array:
 def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     """The widths of hidden layers, checked."""
     given = hidden if isinstance(hidden, Iterable) and not isinstance(hidden, str) else (hidden,)
-    return tuple(checks.count("hidden, a width,", width) for width in given)
+    return tuple(checks.count("hidden, a width,", width, most=2**20) for width in given)
 
 
 def check_positive(**values: int) -> None:
-    """Refuses a number below 1 by its name."""
+    """Refuses a number below 1, or one whose data would fit nowhere, by its name."""
     for name, value in values.items():
-        checks.count(name, value)
+        checks.count(name, value, most=10**6)

@@ -183,6 +183,8 @@ def count_sketch(
     )
     seed = checks.seed("count_sketch: seed", seed)
     checks.within("count_sketch: momentum", momentum, 0, 1)
+    if rows * columns > 2**28:
+        raise InvalidInput(f"count_sketch: {rows} rows of {columns} columns are a sketch of more than 1 GiB.")
     if rows % 2 == 0:
         raise InvalidInput(f"count_sketch: rows must be odd, for a median, and is {rows}.")
 
