@@ -1,5 +1,7 @@
 """Links that keep a memory, and what algorithms keep of all clients: against loops written from the papers alone."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import memory_oracle
@@ -346,6 +348,27 @@ def test_fedopts_defaults_are_the_papers():
         tx = getattr(fc.fedopt, name)(eta)
         moved, _ = tx.update({"w": -jnp.asarray(change, jnp.float32)}, tx.init({"w": jnp.zeros(3)}))
         np.testing.assert_allclose(moved["w"], eta * step, rtol=1e-5)
+    page = (pathlib.Path(__file__).parents[1] / "docs/algorithms.md").read_text()
+    rivals = (
+        *(
+            (fc.fedopt.fedadam(1.0), "`fedadam`"),
+            (optax.adam(1.0, b2=0.99, eps=1e-3), "`optax.adam(b2=0.99, eps=1e-3)`"),
+        ),
+        *(
+            (fc.fedopt.fedyogi(1.0), "`fedyogi`"),
+            (optax.yogi(1.0, b2=0.99, eps=1e-3), "`optax.yogi(b2=0.99, eps=1e-3)`"),
+        ),
+        *((fc.fedopt.fedadagrad(1.0), "`fedadagrad`"), (optax.adagrad(1.0), "`optax.adagrad`")),
+    )
+    for tx, name in rivals:  # the table of docs/algorithms.md
+        same = jnp.array([0.3, 0.0004])
+
+        def step(state, _, tx=tx, same=same):
+            moved, state = tx.update(-same, state, jnp.zeros(2))
+            return state, moved
+
+        moved = np.asarray(jax.lax.scan(step, tx.init(jnp.zeros(2)), None, 100)[1])[[0, 9, 99]]
+        assert f"| {name} | " + " | ".join(f"{x:.3f}" for x in moved.T.ravel()) + " |" in page
     for bad in ({"beta1": 2}, {"beta2": -1}, {"tau": 0}):
         with pytest.raises(fc.InvalidInput, match=next(iter(bad))):
             fc.fedopt.fedadam(0.1, **bad)

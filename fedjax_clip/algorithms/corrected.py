@@ -103,7 +103,7 @@ def feddyn(
       InvalidInput: an argument of the wrong kind or out of its range.
 
     Example:
-      >>> algorithm = fc.feddyn(per_example_loss, optax.sgd(0.1), alpha=0.1, num_clients=data.num_clients)
+      >>> algorithm = fc.feddyn(per_example_loss, optax.sgd(0.1), alpha=0.1)
 
     Source: Acar et al. (2021), "Federated Learning Based on Dynamic Regularization", Algorithm 1.
     """

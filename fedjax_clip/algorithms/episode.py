@@ -135,7 +135,7 @@ def episode_plus(
       InvalidInput: an argument of the wrong kind or out of its range.
 
     Example:
-      >>> algorithm = fc.episode_plus(per_example_loss, 1.0, optax.sgd(0.1), num_clients=data.num_clients)
+      >>> algorithm = fc.episode_plus(per_example_loss, 1.0, optax.sgd(0.1))
 
     Source: Crawshaw, Bao and Liu (2023), "Federated Learning with Client Subsampling, Data Heterogeneity, and Unbounded
     Smoothness", Algorithm 1 (EPISODE++).

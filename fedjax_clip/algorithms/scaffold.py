@@ -41,7 +41,7 @@ def scaffold(
 
     Example:
       >>> tx = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.1))
-      >>> algorithm = fc.scaffold(per_example_loss, tx, num_clients=data.num_clients)
+      >>> algorithm = fc.scaffold(per_example_loss, tx)
 
     Source: Karimireddy et al. (2020), Algorithm 1; Crawshaw, Bao and Liu (2023) for the clip.
     """
