@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -171,10 +172,11 @@ class Dispatcher:
             self.width = 1 if size > WIDE_BYTES else min(most, max(WIDE, ALL_BYTES // max(1, size)) if even else WIDE)
             return
         shapes = tuple((x.shape, str(x.dtype)) for x in self.data.fields().values())
-        key = self.algorithm, tuple(self.devices), self.work, shapes, most
-        if key not in _WIDTHS:
-            _WIDTHS[key] = fastest(most, lambda width: self._try(width, server, clients, round))
-        self.width = _WIDTHS[key]
+        tried = _WIDTHS.setdefault(self.algorithm.round, {})
+        key = tuple(self.devices), self.work, shapes, most
+        if key not in tried:
+            tried[key] = fastest(most, lambda width: self._try(width, server, clients, round))
+        self.width = tried[key]
 
     def _try(self, width: int, server: PyTree, clients: PyTree, round: int) -> float:
         """Seconds of a round at this width; infinite if it does not fit."""
@@ -209,7 +211,7 @@ class Dispatcher:
         warn_slow_convolutions(self.algorithm.round, jax.tree.map(shape(1), server), cohort, self.key, platform="cpu")
 
 
-_WIDTHS: dict[tuple, int] = {}
+_WIDTHS: weakref.WeakKeyDictionary[Callable, dict[tuple, int]] = weakref.WeakKeyDictionary()  # of rounds that live
 
 
 def fastest(widest: int, seconds: Callable[[int], float]) -> int:

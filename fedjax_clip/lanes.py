@@ -120,7 +120,7 @@ def measure(per_example_loss: PerExampleLoss, params: Params, examples: PyTree, 
     return metrics.finish(total)
 
 
-@functools.lru_cache(maxsize=16)  # so that a sweep that goes on compiles nothing again
+@placement.remembered  # so that a sweep that goes on compiles nothing again
 def program(
     build: Build, per_example_loss: PerExampleLoss, num_kept: int, devices: tuple[jax.Device, ...]
 ) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ The round itself knows nothing of this: give it an unsplit cohort under ``jax.ji
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -57,11 +58,38 @@ def pmap_rounds(
       >>> step = fc.placement.pmap_rounds(algorithm, jax.local_devices())
       >>> server, client_states, metrics = step(server, cohorts, jax.random.key(0), 1)
     """
-    return _pmap_rounds(algorithm, tuple(devices))
+    return _rounds(algorithm.round, tuple(devices))
 
 
-@functools.lru_cache(maxsize=16)  # so that training the same algorithm again does not compile again
-def _pmap_rounds(algorithm: Algorithm, devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
+def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
+    """``make(function, ...)``, made once for the same arguments, as long as ``function`` lives.
+
+    So training the same algorithm again compiles nothing, and one that is gone leaves no program behind. ``make`` gets
+    a weak reference that can be called: what it makes must not keep the function alive.
+    """
+    kept: weakref.WeakKeyDictionary[Callable[..., Any], dict] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(make)
+    def find(function: Callable[..., Any], *rest: Any) -> Any:
+        try:
+            made = kept.setdefault(function, {})
+            weak = weakref.proxy(function)
+        except TypeError:  # a callable object that has no place for weak references
+            return make(function, *rest)
+        if rest not in made:
+            made[rest] = make(weak, *rest)
+        return functools.partial(_call, made[rest], function)
+
+    return find
+
+
+def _call(program: Callable[..., Any], owner: Any, *args: Any) -> Any:
+    """Whoever has a program keeps alive what it was made of."""
+    return program(*args)
+
+
+@remembered
+def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
     def one_device(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
         def at(index: Array, xs: PyTree) -> PyTree:
             return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), xs)
@@ -71,7 +99,7 @@ def _pmap_rounds(algorithm: Algorithm, devices: tuple[jax.Device, ...]) -> Calla
 
         def round(server: PyTree, states: PyTree, index: Array):
             cohort = dataclasses.replace(at(index, cohorts), population=population, axis_name=AXIS)
-            return algorithm.round(server, dataclasses.replace(cohort, state=at(index, states)), key)
+            return play(server, dataclasses.replace(cohort, state=at(index, states)), key)
 
         round, (_, _, metrics) = tree.traced(round, server, states, 0)
         reports = jax.tree.map(lambda x: jnp.zeros((cohorts.ids.shape[0], *x.shape), x.dtype), metrics)
@@ -83,9 +111,7 @@ def _pmap_rounds(algorithm: Algorithm, devices: tuple[jax.Device, ...]) -> Calla
 
         return jax.lax.fori_loop(0, count, body, (server, states, reports))
 
-    compiled = jax.pmap(
-        one_device, axis_name=AXIS, in_axes=(0, 0, 0, 0, None, None), donate_argnums=(0, 1), devices=devices
-    )
+    compiled = _on_each(one_device, devices, num_mapped=4, num_shared=2, donate=(0, 1))
 
     def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
         rest = dataclasses.replace(cohorts, state=(), population=None)
@@ -105,12 +131,31 @@ def pmap_alone(
       num_mapped, num_shared: how many arguments of each kind there are.
       donate: number of the argument that is donated.
     """
-    axes = (0,) * num_mapped + (None,) * num_shared
-    return jax.pmap(function, axis_name=AXIS, in_axes=axes, donate_argnums=(donate,), devices=devices)
+    return _on_each(function, tuple(devices), num_mapped, num_shared, (donate,))
+
+
+def _on_each(
+    function: Callable[..., Any],
+    devices: tuple[jax.Device, ...],
+    num_mapped: int,
+    num_shared: int,
+    donate: tuple[int, ...],
+) -> Callable[..., Any]:
+    """What ``jax.pmap`` does, without its cache, which keeps every program as long as the process lives."""
+    sharded = _sharding(devices)
+
+    def one(*args: PyTree) -> PyTree:
+        mapped = jax.tree.map(lambda x: jax.lax.squeeze(x, [0]), args[:num_mapped])
+        return jax.tree.map(lambda x: jax.lax.expand_dims(x, [0]), function(*mapped, *args[num_mapped:]))
+
+    specs = (sharded.spec,) * num_mapped + (jax.sharding.PartitionSpec(),) * num_shared
+    placed = jax.shard_map(one, mesh=sharded.mesh, in_specs=specs, out_specs=sharded.spec, check_vma=False)
+    shardings = tuple(jax.sharding.NamedSharding(sharded.mesh, spec) for spec in specs)
+    return jax.jit(placed, in_shardings=shardings, out_shardings=sharded, donate_argnums=donate)
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """A copy of every leaf on each device, ``[D, ...]``.
+    """A copy of every leaf on each device, ``[D, ...]``; nothing is compiled.
 
     Args:
       tree: arrays of any shape.
@@ -119,9 +164,14 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     Example:
       >>> server = fc.placement.replicate(algorithm.init(params), jax.local_devices())
     """
-    # The same axis name as the round: arrays of another mesh would cost the second round a compilation.
-    copy = jax.pmap(lambda x, _: x, axis_name=AXIS, in_axes=(None, 0), devices=devices)
-    return copy(tree, np.zeros(len(devices), np.int8)) if jax.tree.leaves(tree) else tree
+    sharding = _sharding(tuple(devices))
+
+    def copies(x: Any) -> Array:
+        # A copy of the host's for each device, since a round donates it and a CPU device takes an array as it lies.
+        each = [jax.device_put(np.array(x)[None], device) for device in devices]
+        return jax.make_array_from_single_device_arrays((len(each), *each[0].shape[1:]), sharding, each)
+
+    return jax.tree.map(copies, tree)
 
 
 def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:

@@ -94,7 +94,8 @@ def train(
 ) -> Result:
     """Trains for a number of rounds, each one compiled program over all local devices.
 
-    Training the same ``algorithm`` object again, on another seed say, compiles nothing again.
+    Training the same ``algorithm`` object again, on another seed say, compiles nothing again. Its programs go when it
+    goes.
 
     The result is a function of (algorithm, data, params, seed): resuming changes no bit of it, and client order,
     chunks and the number of devices change it by rounding only.

@@ -28,6 +28,21 @@ def few_mappings():
 
 
 @pytest.fixture
+def compilations():
+    """How many programs are compiled."""
+    seen = []
+    event = "/jax/core/compile/backend_compile_duration"
+
+    def listen(name, seconds, **_):
+        if name == event:
+            seen.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
 def binaries(tmp_path, monkeypatch, capsys):
     """Runs a binary in this process, in an empty directory: ``("run", *flags) -> (exit code, stdout, stderr)``."""
     from experiments import binary, registry, report, run, sweep

@@ -1,8 +1,10 @@
 """How rounds reach the devices: the width, what is remembered of it, and loops that can be differentiated."""
 
 import dataclasses
+import gc
 import math
 import warnings
+import weakref
 
 import flax.linen as nn
 import jax
@@ -87,6 +89,36 @@ def test_a_resumed_run_keeps_its_width(tmp_path):
     resumed = train(5, checkpoints=fc.checkpoint.Checkpoints(tmp_path))
     assert int(resumed.state.run["width"]) == 2
     assert_identical(resumed.state[:2], straight.state[:2])
+
+
+def test_training_the_same_algorithm_again_compiles_nothing(compilations):
+    algorithm, data = ENTRIES["fedavg, stateful link"](), population()
+    evaluate = fc.evaluator(softmax_loss, {"all": data})
+
+    def train(seed):
+        fc.train(algorithm, data, parameters(), rounds=3, cohort_size=4, batch_size=4, seed=seed, evaluate=evaluate)
+        return len(compilations)
+
+    assert train(0) > 0
+    assert [train(seed) for seed in (1, 2)] == [train(0)] * 2
+
+
+def test_an_algorithm_that_is_gone_leaves_nothing_behind(compilations):
+    def build(hyper):
+        return fc.fedavg(lambda *args: softmax_loss(*args), optax.sgd(hyper["lr"]))  # all of it new
+
+    algorithm = build({"lr": 0.1})
+    gone = weakref.ref(algorithm.round), weakref.ref(build)
+    run = entry("fedavg")
+    dispatcher = Dispatcher(algorithm, run.data, fc.sampling.uniform(4), run.work, jax.local_devices()[:1], 0, 1)
+    dispatcher.on_cpu = False  # so the width is tried, and remembered
+    dispatcher.choose_width(*run.start(parameters()), parameters(), 0)
+    fc.train(algorithm, run.data, parameters(), rounds=2, cohort_size=4, clients_per_chunk=dispatcher.width)
+    fc.sweep(build, {"lr": np.float32([0.1])}, run.data, parameters(), softmax_loss, rounds=1)
+    assert compilations
+    del algorithm, build, dispatcher
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
 
 
 def test_blocks_end_where_something_is_due():

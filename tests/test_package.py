@@ -52,7 +52,7 @@ def test_imports_only_point_down(path):
 
 
 def test_clients_are_mapped_and_reduced_in_two_files_only():
-    mapping = re.compile(r"jax\.(vmap|pmap|lax\.(psum|all_gather|scan))\b")
+    mapping = re.compile(r"jax\.(vmap|pmap|shard_map|lax\.(psum|all_gather|scan))\b")
     package = REPOSITORY / "fedjax_clip"
     users = {str(p.relative_to(package)) for p in MODULES if mapping.search(p.read_text())}
     others = {"per_example.py", "local.py", "evaluation.py", "lanes.py"}  # map examples, and whole trainings

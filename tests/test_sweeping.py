@@ -38,21 +38,6 @@ def close(found, expected):
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.fixture
-def compilations():
-    """How many programs are compiled."""
-    seen = []
-    event = "/jax/core/compile/backend_compile_duration"
-
-    def listen(name, seconds, **_):
-        if name == event:
-            seen.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_a_trial_is_what_train_gives_and_one_program_is_compiled(compilations):
     data = population()
     folds = fc.folds.examples(data, 3)  # one client has a single example: it trains in two folds only
