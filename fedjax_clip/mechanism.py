@@ -116,7 +116,8 @@ def toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
         lag = np.arange(total)[:, None] - np.arange(total)
         return np.append(c, 0.0).astype(np.float64)[np.where((lag < 0) | (lag >= len(c)), len(c), lag)]
 
-    return Mechanism(matrix.init_multiply, matrix.multiply_next, strategy)
+    usual = jax.numpy_dtype_promotion("standard")  # it multiplies float32 coefficients with noise of any type
+    return Mechanism(usual(matrix.init_multiply), usual(matrix.multiply_next), strategy)
 
 
 def banded(rounds: int, bands: int) -> Mechanism:

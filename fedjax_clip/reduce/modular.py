@@ -88,6 +88,8 @@ def on_host(
 
     def finish(acc, axis_name):
         leaves, structure = jax.tree.flatten(acc[0])
+        if not leaves:  # a part of a message that is empty
+            return acc[0]
         messages, came = jnp.concatenate([x.reshape(len(x), -1) for x in leaves], 1), acc[1]
         first = jnp.array(True)
         if axis_name is not None:
