@@ -19,7 +19,7 @@ from absl import flags
 
 import fedjax_clip as fc
 from experiments import binary, page, privacy, registry, rundir, spec
-from fedjax_clip import speeds, tasks, tree
+from fedjax_clip import checks, speeds, tasks, tree
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
 
@@ -188,12 +188,10 @@ def check_numbers() -> None:
         "cohort_size",
         "clients_per_chunk",
     ):
-        value: Any = FLAGS[name].value
-        if value is not None and value < 1:
-            raise InvalidInput(f"--{name} must be at least 1, not {value}.")
+        if FLAGS[name].value is not None:
+            checks.count(f"--{name}", FLAGS[name].value)
     batch_size()
-    if not 0 <= FLAGS.seed < 2**32:
-        raise InvalidInput(f"--seed must lie between 0 and 2**32 - 1, and is {FLAGS.seed}.")
+    checks.seed("--seed", FLAGS.seed)
 
 
 def build_algorithm(
