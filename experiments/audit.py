@@ -82,6 +82,7 @@ def audit(
 
     for name, value in (("rounds", rounds), ("replays", replays), ("clients", num_clients)):
         checks.count(name, value)
+    seed = checks.seed("seed", seed)
     if uplink.noise != "central":
         raise InvalidInput("Only the server's noise is audited: --uplink needs gaussian(...) behind a clip.")
     if not 0.5 < confidence < 1:

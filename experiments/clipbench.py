@@ -31,6 +31,7 @@ from experiments.clipbench_lanes import fingerprint, probe, run
 from experiments.clipbench_report import Standing, draw, file_name, report
 from experiments.clipbench_tracks import TRACKS, Track
 from experiments.rules import RULES, Rule
+from fedjax_clip import checks
 from fedjax_clip.typing import InvalidInput
 
 Entry = dict[str, Any]
@@ -81,8 +82,7 @@ def bench(
     if tracks is not None:
         check_names("--tracks", "track", tracks, TRACKS)
     check_names("--rules", "rule", rules, RULES)
-    if seeds < 1:
-        raise InvalidInput(f"--seeds must be at least 1, not {seeds}.")
+    checks.count("--seeds", seeds)
     found = _build_all() if tracks is None else [t for name in dict.fromkeys(tracks) for t in TRACKS[name]()]
     chosen = [t.quick() if quick else t for t in found]
     results = Results(pathlib.Path(workdir))

@@ -27,6 +27,7 @@ from experiments.clipbench_lanes import fingerprint, probe
 from experiments.clipbench_report import file_name, interval
 from experiments.clipbench_tracks import TRACKS, Track
 from experiments.rules import Rule
+from fedjax_clip import checks
 
 # Each entry as --uplink has it, or as --downlink behind ">".
 FAMILIES: Mapping[str, Sequence[str]] = {
@@ -117,8 +118,7 @@ def bench(
     """
     check_names("--tracks", "track", tracks, TRACKS)
     check_names("--families", "family", families, FAMILIES)
-    if seeds < 1:
-        raise fc.InvalidInput(f"--seeds must be at least 1, not {seeds}.")
+    checks.count("--seeds", seeds)
     results = Results(pathlib.Path(workdir))
     chosen = []
     for name in dict.fromkeys(tracks):

@@ -28,6 +28,7 @@ from experiments.clipbench_lanes import fingerprint, run
 from experiments.clipbench_report import interval
 from experiments.clipbench_tracks import Measure, Track
 from experiments.rules import Rule
+from fedjax_clip import checks
 from fedjax_clip.local import batch_gradient
 from fedjax_clip.typing import InvalidInput, PerExampleLoss
 
@@ -211,8 +212,9 @@ def bench(
     for name in names:
         if name not in MECHANISMS:
             raise InvalidInput(f"--mechanisms: unknown {name!r} (valid: {', '.join(MECHANISMS)}).")
-    if seeds < 1 or not epsilons or not all(e > 0 for e in epsilons):
-        raise InvalidInput("--seeds must be at least 1 and --epsilons positive numbers, inf among them if you like.")
+    checks.count("--seeds", seeds)
+    if not epsilons or not all(e > 0 for e in epsilons):
+        raise InvalidInput("--epsilons must be positive numbers, inf among them if you like.")
     results, track = Results(pathlib.Path(workdir)), problem(quick)
     delta = float(f"{track.data.num_clients**-1.1:.0e}")
     found, done = {}, 0

@@ -31,7 +31,7 @@ from experiments.clipbench_lanes import run
 from experiments.clipbench_tracks import Measure, Track
 from experiments.robust_problems import ATTACKS, DEFENCES, Attack, Defence, Problem, digits, long_tail, mnist
 from experiments.rules import Rule
-from fedjax_clip import reduce
+from fedjax_clip import checks, reduce
 from fedjax_clip.files import write
 from fedjax_clip.typing import InvalidInput
 
@@ -63,9 +63,7 @@ def main() -> None:
         if chosen is not None:
             check_names(f"--{flag}", flag[:-1], chosen, valid)
     for name in ("seeds", "rounds", "dense"):
-        number: Any = values[name].value
-        if number < 1:
-            raise InvalidInput(f"--{name} must be at least 1, not {number}.")
+        checks.count(f"--{name}", values[name].value)
     try:
         channels = tuple(int(c) for c in values.channels if c)
     except ValueError:

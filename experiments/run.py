@@ -20,7 +20,7 @@ from absl import flags
 
 import fedjax_clip as fc
 from experiments import binary, page, privacy, registry, rundir, spec
-from fedjax_clip import identity, speeds, tasks, tree
+from fedjax_clip import checks, identity, speeds, tasks, tree
 from fedjax_clip.keys import seeded
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
@@ -198,14 +198,10 @@ MOST: Mapping[str, int] = {  # of more, rows and plans fit into no memory
 def check_numbers() -> None:
     """Refuses numbers that no run can have."""
     for name, most in MOST.items():
-        value: Any = FLAGS[name].value
-        if value is not None and value < 1:
-            raise InvalidInput(f"--{name} must be at least 1, not {value}.")
-        if value is not None and value > most:
-            raise InvalidInput(f"--{name} must lie between 1 and {most}, and is {value}.")
+        if FLAGS[name].value is not None:
+            checks.count(f"--{name}", FLAGS[name].value, most=most)
     batch_size()
-    if not 0 <= FLAGS.seed < 2**32:
-        raise InvalidInput(f"--seed must lie between 0 and 2**32 - 1, and is {FLAGS.seed}.")
+    checks.seed("--seed", FLAGS.seed)
 
 
 def build_algorithm(

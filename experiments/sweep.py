@@ -26,7 +26,7 @@ from absl import flags
 
 import fedjax_clip as fc
 from experiments import binary, privacy, registry, run, rundir, spec
-from fedjax_clip import files, sweeping, tasks
+from fedjax_clip import checks, files, sweeping, tasks
 from fedjax_clip.keys import seeded
 from fedjax_clip.sweeping import Range, Trial
 from fedjax_clip.typing import InvalidInput
@@ -163,9 +163,9 @@ def main() -> None:
 def check_numbers() -> None:
     """Refuses numbers that no sweep can have."""
     for name, least in (("seeds", 1), ("folds", 0), ("halving", 2), ("points_per_chunk", 1)):
-        value = FLAGS[name].value
-        if value is not None and value < least:
-            raise InvalidInput(f"--{name} must be at least {least}, not {value}.")
+        if FLAGS[name].value is not None:
+            checks.count(f"--{name}", FLAGS[name].value, least)
+    checks.seed("--seed + --seeds - 1, the last seed,", FLAGS.seed + FLAGS.seeds - 1)
     if FLAGS.folds == 1:
         raise InvalidInput("--folds=1 would leave nothing to train on: give 2 or more, or none.")
     if FLAGS["fold_over"].present and not FLAGS.folds:

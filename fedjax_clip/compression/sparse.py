@@ -186,6 +186,8 @@ def _number(k: float, d: int) -> int:
 
 
 def _checked(name: str, k: float) -> float:
+    if isinstance(k, jax.core.Tracer):
+        return k
     try:
         return float(k) if 0 < k < 1 else checks.count(name, int(k) if isinstance(k, float) and k == int(k) else k)
     except (TypeError, ValueError, OverflowError):
