@@ -81,7 +81,7 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
         uplink=fc.uplink.chain(leaky_error_feedback(0.05), fc.uplink.clip_by_global_norm(0.2)),
     ),
     "fedavgm": lambda: fc.fedavg(softmax_loss, clipped_sgd, optax.sgd(1.0, momentum=0.9)),
-    "fedadam": lambda: fc.fedavg(softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3)),
+    "fedadam": lambda: fc.fedavg(softmax_loss, clipped_sgd, fc.fedopt.fedadam(0.03)),
     "fedsgd": lambda: fc.fedsgd(softmax_loss, clipped_sgd),
     "fedavg, kept history": lambda: fc.fedavg(
         softmax_loss, optax.chain(fc.clipping.auto_clip(50, window=8), optax.sgd(0.2)), keep_opt_state=True

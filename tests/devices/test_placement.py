@@ -5,6 +5,7 @@ import dataclasses
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, one_round, parameters
@@ -87,6 +88,21 @@ def test_train_agrees_over_any_number_of_devices():
     one = train(1)
     for devices, width in ((2, 1), (8, 1), (2, 2)):
         assert_close(train(devices, clients_per_chunk=width).state[:2], one.state[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_and_what_is_not_finite_are_the_same_over_devices():
+    run = entry("episode_plus")
+    whole, split_ = (
+        fc.train(run.algorithm, run.data, parameters(), rounds=2, cohort_size=4, devices=jax.local_devices()[:devices])
+        for devices in (1, 4)
+    )
+    assert_close(split_.state[:2], whole.state[:2], rtol=1e-4, atol=1e-5)
+    assert split_.history[0]["bytes_up"] == whole.history[0]["bytes_up"] > whole.history[1]["bytes_up"]
+
+    data = fc.FederatedData({"x": np.array([1, np.nan, 1, np.inf], np.float32)}, np.arange(5), list("abcd"))
+    algorithm = fc.fedavg(lambda params, batch, key: batch["x"] * params["w"], optax.sgd(1.0))
+    with pytest.raises(fc.InvalidInput, match="Round 1: the updates of clients d, b are not finite"):
+        fc.train(algorithm, data, {"w": np.float32(0)}, rounds=1, devices=jax.local_devices()[:4], non_finite="stop")
 
 
 @pytest.mark.parametrize(("name", "devices"), [("fedavg, dropout", 1), ("fedavg, dropout", 8), ("fedadam", 2)])
