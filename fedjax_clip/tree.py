@@ -192,10 +192,22 @@ def as_arrays(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype), tree)
 
 
+def leaf_name(path: Sequence[Any], separator: str = "/") -> str:
+    """``"a/b/0"``: the keys on the way to a leaf, without the box that it lies in.
+
+    Flax boxes parameters: NNX in variables, Linen in ``LogicallyPartitioned`` and ``Partitioned``. The leaf is then their
+    attribute ``value``, which is no part of a parameter's name.
+    """
+    end = len(path)
+    while end > 1 and path[end - 1] == jax.tree_util.GetAttrKey("value"):
+        end -= 1
+    return jax.tree_util.keystr(tuple(path[:end]), simple=True, separator=separator)
+
+
 def named_leaves(tree: PyTree, separator: str = "/") -> list[tuple[str, Any]]:
-    """``[("a/b/0", leaf), ...]`` in the order of ``jax.tree.leaves``."""
+    """``[("a/b/0", leaf), ...]`` in the order of ``jax.tree.leaves``; see ``leaf_name``."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator=separator), leaf) for path, leaf in leaves]
+    return [(leaf_name(path, separator), leaf) for path, leaf in leaves]
 
 
 def flatten_with_names(tree: PyTree, separator: str = "/") -> dict[str, np.ndarray]:
@@ -222,8 +234,7 @@ def split(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
 
     def keep(wanted: bool) -> PyTree:
         def choose(path, leaf):
-            found = re.search(pattern, jax.tree_util.keystr(path, simple=True, separator="/"))
-            return leaf if bool(found) == wanted else None
+            return leaf if bool(re.search(pattern, leaf_name(path))) == wanted else None
 
         return jax.tree_util.tree_map_with_path(choose, tree)
 

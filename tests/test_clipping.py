@@ -1,14 +1,16 @@
 """Clips of a step: optax's results, their guarantee for every input, and when they say that they fired."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from problems import parameters, population, softmax_loss
+from problems import assert_close, parameters, population, softmax_loss
 
 import fedjax_clip as fc
 from fedjax_clip import clipping, metrics, tree
@@ -84,6 +86,69 @@ def test_the_norm_may_be_mapped_and_differentiated():
     np.testing.assert_allclose(norms, [tree.norm(jax.tree.map(lambda v, i=i: v[i], x)) for i in range(2)], rtol=1e-6)
     gradient = jax.grad(tree.norm)({"w": jnp.array([[3.0, 4.0]])})["w"]
     np.testing.assert_allclose(gradient, [[0.6, 0.8]], rtol=1e-6)
+
+
+def boxed(kind):
+    """``(parameters of two dense layers of Flax, forward)``, each in a box or bare."""
+    x = np.ones((1, 2), np.float32)
+    if kind == "nnx":
+
+        class Model(nnx.Module):
+            def __init__(self, rngs):
+                self.first, self.second = nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs)
+
+            def __call__(self, x):
+                return self.second(self.first(x))
+
+        graph, params = nnx.split(Model(nnx.Rngs(0)))
+        return params, lambda params, x: nnx.merge(graph, params)(x)
+    wrap = {"bare": lambda f, _: f, "logical": nn.with_logical_partitioning, "partitioned": nn.with_partitioning}[kind]
+    kernel, bias = wrap(nn.initializers.lecun_normal(), ("in", "out")), wrap(nn.initializers.zeros, ("out",))
+    first, second = (nn.Dense(n, kernel_init=kernel, bias_init=bias) for n in (3, 1))
+    params = {"first": first.init(jax.random.key(0), x)["params"], "second": second.init(jax.random.key(1), x[:, :1])}
+    params["second"] = second.init(jax.random.key(1), np.ones((1, 3), np.float32))["params"]
+    return params, lambda params, x: second.apply(
+        {"params": params["second"]}, first.apply({"params": params["first"]}, x)
+    )
+
+
+NAMES = ["first/bias", "first/kernel", "second/bias", "second/kernel"]
+
+
+@pytest.mark.parametrize("kind", ["bare", "nnx", "logical", "partitioned"])
+def test_rules_by_name_do_not_meet_the_boxes_of_flax(kind):
+    params, forward = boxed(kind)
+    assert list(tree.flatten_with_names(params)) == NAMES
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    scopes = {
+        clipping.layer(): {"first", "second"},
+        clipping.groups({"kernels": "kernel$", "rest": "."}): {"kernels", "rest"},
+        clipping.unit(): set(NAMES),
+    }
+    for scope, groups in scopes.items():
+        assert set(clipping.clip(1.0, scope=scope).init(zeros).norm) == groups
+    matching, rest = tree.split(params, "first/kernel$")
+    assert [name for name, _ in tree.named_leaves(matching)] == ["first/kernel"]
+    assert_close(tree.join(matching, rest), params)
+
+    def loss(params, batch, key):
+        return jnp.square(forward(params, batch["x"])[:, 0] - 1)
+
+    data = fc.FederatedData({"x": np.ones((4, 2), np.float32)}, [0, 2, 4])
+    tuned = fc.lora(loss, params, rank=1)
+    assert list(tuned.init(jax.random.key(0))["adapters"]) == ["first/kernel", "second/kernel"]
+    if kind == "partitioned":  # which wants a mesh of those axes where the model is applied
+        return
+    frozen = fc.partially_frozen(lambda loss: fc.fedavg(loss, optax.sgd(0.1)), loss, "^first/.*s$")
+    private = fc.partially_private(loss, optax.sgd(0.1), private="^second/bias$")
+    for algorithm, still in ((frozen, "first/bias"), (private, "second/bias")):
+        after = dict(tree.named_leaves(fc.train(algorithm, data, params, rounds=1, devices=jax.devices()[:1]).params))
+        moved = {name for name, x in tree.named_leaves(params) if np.any(after[name] != x)}
+        assert moved == set(NAMES) - {still}
+
+
+def test_a_key_called_value_is_a_name():
+    assert list(tree.flatten_with_names({"value": 1, "a": {"value": 2}})) == ["a/value", "value"]
 
 
 @jax.jit
