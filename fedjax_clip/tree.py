@@ -195,8 +195,8 @@ def as_arrays(tree: PyTree) -> PyTree:
 def leaf_name(path: Sequence[Any], separator: str = "/") -> str:
     """``"a/b/0"``: the keys on the way to a leaf, without the box that it lies in.
 
-    Flax boxes parameters: NNX in variables, Linen in ``LogicallyPartitioned`` and ``Partitioned``. The leaf is then their
-    attribute ``value``, which is no part of a parameter's name.
+    Flax boxes parameters: NNX in variables, Linen in ``LogicallyPartitioned`` and ``Partitioned``. The leaf is then
+    their attribute ``value``, which is no part of a parameter's name.
     """
     end = len(path)
     while end > 1 and path[end - 1] == jax.tree_util.GetAttrKey("value"):

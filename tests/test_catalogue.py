@@ -14,6 +14,7 @@ import fedjax_clip as fc
 from fedjax_clip import clipping, uplink
 from fedjax_clip.dispatch import scatter
 from fedjax_clip.training import client_states
+from fedjax_clip.uplink.base import Context
 
 N, BATCH, SIZES = 5, 2, (4, 8, 2, 6, 4)  # full batches, so that means over batches are means over examples
 ROUNDS = ([0, 2, 3], [1, 3, 4], [3, 0, 1], [4, 2, 0])  # clients come again, and some late
@@ -374,6 +375,17 @@ def test_agc_is_the_formula_and_optax_and_scale_free():
     assert_close(apply(tx, w, g), oracle.agc(g, w, 0.1, 1e-3), rtol=1e-5)
     assert_close(apply(tx, w, g), apply(optax.adaptive_grad_clip(0.1, 1e-3), w, g), rtol=1e-5)
     assert_close(apply(tx, 8 * w, 8 * g), 8 * apply(tx, w, g), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [uplink.quantile_clip, uplink.zeroing])
+def test_a_bound_that_follows_a_quantile_comes_back_from_the_smallest_number(make):
+    link = make(1e-37, 0.5, 20.0)
+    bound = link.init({})
+    ctx = Context(jax.random.key(0), jax.random.key(0), jnp.int32(-1), jnp.float32(1))
+    for within in (1.0, 1.0, 0.0):  # all updates are zero, twice, and then none
+        report = {"within": jnp.float32(within), "norm": jnp.float32(0), "zeroed": jnp.float32(0)}
+        _, bound, _ = link.decode({}, bound, report, ctx)
+    assert bound > 1e-37
 
 
 SHAPES = [

@@ -1,5 +1,6 @@
 """Every norm, scope and shape: the guarantee, for any input of either type."""
 
+import functools
 import itertools
 
 import jax
@@ -146,6 +147,50 @@ def test_a_nan_never_passes_for_a_number(name, bad):
     if name in ("auto", "z"):  # and leaves no trace in the history
         after, _ = TRANSFORMS[name].update(jax.tree.map(np.ones_like, updates), state)
         assert_close(after, jax.tree.map(np.ones_like, updates))
+
+
+KEEPING = {
+    "auto": clipping.auto_clip(50, window=8),
+    "auto by layer": clipping.clip(clipping.percentile(50, window=8), scope=clipping.layer()),
+    "z": clipping.z_clip(),
+    "z at once": clipping.z_clip(warmup=2),
+    "z by unit": clipping.clip(clipping.z_score(), scope=clipping.unit()),
+    "z of l1": clipping.clip(clipping.z_score(), norm=clipping.l1()),
+    "u": clipping.u_clip(clipping.clip_by_global_norm(1.0)),
+    "u of z": clipping.u_clip(clipping.z_clip(warmup=4)),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_clip(name, gradients):
+    """Norms of what comes out and the last output, of gradients ``[T, 4]``."""
+    tx = KEEPING[name]
+
+    def step(state, g):
+        out, state = tx.update({"g": g}, state)
+        return state, out["g"]
+
+    outs = jax.lax.scan(step, tx.init({"g": gradients[0]}), gradients)[1]
+    return jnp.linalg.norm(outs, axis=1), outs[-1]
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_one_absurd_gradient_neither_kills_nor_disables_a_clip_that_remembers(name):
+    rng = np.random.default_rng(0)
+    usual = (np.ones(4) + 0.1 * rng.normal(size=(80, 4))).astype(np.float32)
+    usual *= 0.9 / np.linalg.norm(usual, axis=1).max()
+    for place in (0, 3, 40):
+        for bad in (np.nan, np.inf, 1e30, 5e18, 1e9):
+            gradients = usual.copy()
+            gradients[place] = bad
+            gradients[70] = 1000 * usual[70]  # an outlier of the ordinary kind
+            norms, last = run_clip(name, gradients)
+            assert not np.isfinite(norms[place]) or place == 0 or norms[place] < 10, (place, bad)
+            assert norms[70] < 10, (place, bad)
+            if not name.startswith("u"):  # which still gives back the ordinary outlier
+                np.testing.assert_allclose(last, usual[-1], rtol=0.2)
+            assert np.isfinite(norms[place + 1 :]).all()
+            assert (norms[place + 10 :] > 0.5).all(), (place, bad)  # and not everything is clipped away
 
 
 def test_a_threshold_for_each_group():

@@ -301,11 +301,16 @@ def percentile(percent: float | Array, window: int = 1000) -> Rule:
     return Rule(init, apply)
 
 
+ABSURD = 1e6  # times the norms before: no gradient of the same training
+
+
 def z_score(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> Rule:
     """``mu + z^2 / score * sigma`` where ``score = (||g|| - mu) / sigma`` is over z; infinity elsewhere.
 
     mu and sigma^2 are exponential averages of the CLIPPED norms, begun with the plain ones of the first ``warmup``
-    updates, which are not clipped. A norm that is not finite is not remembered.
+    updates, which are not clipped. A norm that is not finite is not remembered. Nor is one of more than a million times
+    mu, which is clipped to mu even in the warm-up; where mu is more than a million times the norm, all begins anew. So
+    one absurd gradient does not switch the clip off.
 
     Args:
       z: scores over it are clipped.
@@ -328,10 +333,14 @@ def z_score(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> Ru
         return {k: (n * 0, n * 0, jnp.zeros(n.shape, jnp.int32)) for k, n in norms.items()}
 
     def one(norm, mean, var, count):
+        spoilt = (norm > 0) & (mean > ABSURD * norm)
+        mean, var, count = (jnp.where(spoilt, 0, x) for x in (mean, var, count))
         deviation = jnp.sqrt(var)
         score = (norm - mean) / jnp.where(deviation > 0, deviation, 1)
         over = (count >= warmup) & (deviation > 0) & (score > z)
-        threshold = jnp.where(over, mean + z * z / jnp.where(over, score, 1) * deviation, jnp.inf)
+        absurd = ~over & (mean > 0) & (norm > ABSURD * mean)
+        beyond = jnp.where(absurd, mean, jnp.inf)
+        threshold = jnp.where(over, mean + z * z / jnp.where(over, score, 1) * deviation, beyond)
         seen = jnp.minimum(norm, threshold)
         warm = count < warmup
         rate = jnp.where(warm, 1 / (count + 1).astype(norm.dtype), 1 - decay)
@@ -339,7 +348,7 @@ def z_score(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> Ru
         # Welford's step while warming up; ZClip's (deviation from the new mean) afterwards.
         spread = jnp.where(warm, (seen - mean) * (seen - new_mean), jnp.square(seen - new_mean))
         new_var = var + rate * (spread - var)
-        usable = jnp.isfinite(seen)
+        usable = jnp.isfinite(norm) & jnp.isfinite(new_var) & ~absurd
         state = (jnp.where(usable, new, old) for new, old in ((new_mean, mean), (new_var, var)))
         return threshold, (*state, count + usable.astype(jnp.int32))
 

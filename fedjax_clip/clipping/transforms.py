@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks
+from fedjax_clip import checks, tree
 from fedjax_clip.clipping import parts
 from fedjax_clip.clipping.parts import Norm, Norms, Rule, Scope, Shape
 from fedjax_clip.metrics import Mean
@@ -344,7 +344,8 @@ def two_sided_clip(lower: float | Array, upper: float | Array) -> optax.Gradient
 def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Gives back later what a clip takes away: ``u = clip(g + b); b <- g + b - u``.
 
-    Guarantee: the clip's, and the sum of the results is that of the gradients less the last carry b.
+    Guarantee: the clip's, and the sum of the results is that of the gradients less the last carry b. A carry that is
+    not finite, or more than 2^24 times u, is forgotten: float32 could not give it back, and would give nothing else.
 
     Args:
       tx: any clip.
@@ -362,6 +363,9 @@ def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     def update(updates, state, params=None, **extra_args):
         wanted = jax.tree.map(jnp.add, updates, state[0])
         sent, inner = tx.update(wanted, state[1], params, **extra_args)
-        return sent, (jax.tree.map(jnp.subtract, wanted, sent), inner)
+        carry = jax.tree.map(jnp.subtract, wanted, sent)
+        owed, paid = tree.norm(carry), tree.norm(sent)
+        payable = jnp.isfinite(owed) & ((paid == 0) | (owed <= 2.0**24 * paid))
+        return sent, (tree.where(payable, carry, optax.tree.zeros_like(carry)), inner)
 
     return optax.GradientTransformationExtraArgs(init, update)

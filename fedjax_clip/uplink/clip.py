@@ -187,7 +187,8 @@ def _bits(norm: Array, bound: Array) -> dict:
 
 def _towards_quantile(bound: Array, within: Array, target: float | Array, rate: float | Array) -> Array:
     within = jnp.where(jnp.isnan(within), target, within)  # nobody came
-    return bound * jnp.exp(-rate * (within - target)).astype(bound.dtype)
+    moved = bound * jnp.exp(-rate * (within - target)).astype(bound.dtype)
+    return jnp.maximum(moved, jnp.finfo(moved.dtype).tiny)  # zero would be the bound for ever
 
 
 def _seen(bound: Array, report: dict) -> dict:
