@@ -141,17 +141,25 @@ def _on_each(
     num_shared: int,
     donate: tuple[int, ...],
 ) -> Callable[..., Any]:
-    """What ``jax.pmap`` does, without its cache, which keeps every program as long as the process lives."""
-    sharded = _sharding(devices)
+    """``function`` under ``jax.pmap``: its first arguments are ``[D, ...]``, the others the same on all devices."""
+    axes = (0,) * num_mapped + (None,) * num_shared
+    mapped = jax.pmap(function, axis_name=AXIS, in_axes=axes, donate_argnums=donate, devices=devices)
 
-    def one(*args: PyTree) -> PyTree:
-        mapped = jax.tree.map(lambda x: jax.lax.squeeze(x, [0]), args[:num_mapped])
-        return jax.tree.map(lambda x: jax.lax.expand_dims(x, [0]), function(*mapped, *args[num_mapped:]))
+    def program(*args: PyTree) -> PyTree:
+        return mapped(*args)
 
-    specs = (sharded.spec,) * num_mapped + (jax.sharding.PartitionSpec(),) * num_shared
-    placed = jax.shard_map(one, mesh=sharded.mesh, in_specs=specs, out_specs=sharded.spec, check_vma=False)
-    shardings = tuple(jax.sharding.NamedSharding(sharded.mesh, spec) for spec in specs)
-    return jax.jit(placed, in_shardings=shardings, out_shardings=sharded, donate_argnums=donate)
+    weakref.finalize(program, _forget, function).atexit = False
+    return program
+
+
+def _forget(function: Callable[..., Any]) -> None:
+    """Drops what ``jax.pmap`` compiled for a function: its cache refers to its own keys, and so keeps them for ever."""
+    try:
+        from jax._src.pmap import _cached_shard_map
+
+        _cached_shard_map.evict_function(function)
+    except (ImportError, AttributeError):  # another JAX: a program of an algorithm that is gone then stays in memory
+        pass
 
 
 def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
