@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedjax_clip import checks, clipping, optimiser, tree
@@ -57,6 +58,39 @@ def example_values(
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise InvalidInput(f"per_example_loss must give floating-point losses, not {losses.dtype}: it has no gradient.")
     return values
+
+
+def examples_meet(per_example_loss: PerExampleLoss, params: Params, batch: Batch) -> bool:
+    """Whether the loss of some examples changes when others are replaced, as batch normalisation or pairs make it.
+
+    The second half of the batch is replaced by its first example, as padding is; then the losses of the first half are
+    compared. Parameters that are zero everywhere are given other values, since they would hide it.
+
+    Args:
+      per_example_loss: see ``batch_loss``.
+      params: pytree of parameters.
+      batch: pytree of ``[B, ...]``, B at least 2, of different examples.
+
+    Example:
+      >>> examples_meet(lambda params, batch, key: batch["x"] - jnp.mean(batch["x"]), {}, {"x": np.arange(4.0)})
+      True
+    """
+    size = len(jax.tree.leaves(batch)[0])
+    half = size // 2
+
+    def awake(x: Any) -> Any:
+        x = np.asarray(x)
+        zeros = jnp.issubdtype(x.dtype, jnp.floating) and not x.any()
+        return np.cos(np.arange(x.size)).reshape(x.shape).astype(x.dtype) if zeros else x
+
+    @jax.jit
+    def losses(params, batch):
+        return example_values(per_example_loss, params, batch, jax.random.key(0), size)["loss"][:half]
+
+    params = jax.tree.map(awake, params)
+    index = np.where(np.arange(size) < half, np.arange(size), 0)
+    whole, padded = (np.asarray(losses(params, b)) for b in (batch, jax.tree.map(lambda x: x[index], batch)))
+    return not np.allclose(whole, padded, rtol=1e-3, atol=0, equal_nan=True)
 
 
 def mixed_precision(per_example_loss: PerExampleLoss, dtype: Any = jnp.bfloat16) -> PerExampleLoss:

@@ -4,6 +4,8 @@ import concurrent.futures
 import inspect
 import math
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +18,7 @@ from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData, check_fields, check_sets
 from fedjax_clip.dispatch import Block, Dispatcher
-from fedjax_clip.local import batch_loss
+from fedjax_clip.local import batch_loss, examples_meet
 from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree, check_named
 
 Row = dict[str, float]
@@ -175,6 +177,8 @@ def train(
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
     devices = placement.local(devices)
+    if algorithm.loss is not None and work.pads(data.sizes) and _examples_meet(algorithm.loss, data, params, work):
+        warnings.warn(MEET, stacklevel=2)
 
     run: dict[str, Any] = {} if checkpoints is None else identity.identify(algorithm, data, sampler, work, seed)
     state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients), run)
@@ -270,6 +274,30 @@ def _stop_at(columns: dict[str, np.ndarray], rounds: range, data: FederatedData)
                 f"Round {round + 1}: the updates of clients {', '.join(named)}{more} are not finite. Lower the "
                 "client's learning rate, put a clip in front of it, or leave such updates out (non_finite='drop')."
             )
+
+
+MEET = (
+    "per_example_loss gives an example another loss in another batch (as batch normalisation in training mode does, or "
+    "pairs within a batch), and some batches are padded with copies of their first example: the results are not those "
+    "of the examples alone. Choose a batch_size that divides every client's number of examples, or compute examples "
+    "apart. If you accept it, ignore this warning."
+)
+_MEET: weakref.WeakKeyDictionary[PerExampleLoss, bool] = weakref.WeakKeyDictionary()  # of losses that live
+
+
+def _examples_meet(per_example_loss: PerExampleLoss, data: FederatedData, params: Params, work: LocalWork) -> bool:
+    """As ``local.examples_meet`` of the first examples; looked at once for each loss."""
+    size = min(work.largest_batch(data.sizes), data.num_examples)
+    if size < 2:
+        return False
+    try:
+        if per_example_loss not in _MEET:
+            _MEET[per_example_loss] = examples_meet(
+                per_example_loss, params, jax.tree.map(lambda x: x[:size], data.examples)
+            )
+    except TypeError:  # a callable object that has no place for weak references
+        return False
+    return _MEET[per_example_loss]
 
 
 def _check_judge(name: str, judge: Any, arguments: int, wanted: str) -> None:

@@ -48,6 +48,7 @@ class Algorithm(NamedTuple):
       start: ``(server, cohort, key) -> (server, client_states, metrics)``, a round before the first one in which ALL
         clients take part, in cohorts of any size, each client once; ``None`` where there is none. ``fc.train`` and
         ``fc.sweep`` run it; who calls ``round`` directly calls it first.
+      loss: the loss that clients train on, of the whole model; ``fc.train`` looks whether it may pad its batches.
 
     Example:
       >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, jax.random.key(0))
@@ -61,6 +62,7 @@ class Algorithm(NamedTuple):
     population: int = 0
     num_clients: int | None = None
     start: Callable[[PyTree, Any, Array], tuple[PyTree, PyTree, Metrics]] | None = None
+    loss: PerExampleLoss | None = None
 
 
 class Server(NamedTuple):

@@ -23,6 +23,7 @@ from problems import (
 
 import fedjax_clip as fc
 from experiments import registry
+from fedjax_clip.local import examples_meet
 
 CLIENTS = {
     "sgd": (lambda: optax.sgd(0.2), lambda: oracle.sgd(0.2)),
@@ -309,3 +310,50 @@ def test_a_client_that_would_keep_an_infinity_is_dropped_and_keeps_the_old_state
     assert counts.tolist() == [2, 0]
     assert moments[0] > 0
     assert moments[1] == 0
+
+
+def normalised_loss(params, batch, key):
+    """Batch normalisation in training mode: every example sees the others."""
+    x = batch["x"]
+    return softmax_loss(params, {**batch, "x": (x - x.mean(0)) / (x.std(0) + 1e-3)}, key)
+
+
+def contrastive_loss(params, batch, key):
+    """The pairs within a batch."""
+    embedded = batch["x"] @ params["w"]
+    return optax.losses.softmax_cross_entropy_with_integer_labels(embedded @ embedded.T, jnp.arange(len(embedded)))
+
+
+def test_padding_is_warned_of_where_examples_see_each_other():
+    assert all(make().loss is not None for make in ENTRIES.values())
+    algorithm = fc.fedavg(normalised_loss, optax.sgd(0.1))
+    with pytest.warns(UserWarning, match="another loss in another batch .* Choose a batch_size that divides every"):
+        fc.train(algorithm, population((4, 6)), parameters(), rounds=1, batch_size=4, devices=jax.local_devices()[:1])
+    batch, zeros = population((6,)).examples, jax.tree.map(np.zeros_like, parameters())
+    for loss, meet in ((normalised_loss, True), (contrastive_loss, True), (softmax_loss, False)):
+        for params in (parameters(), zeros):  # where all examples have one and the same loss
+            assert examples_meet(loss, params, batch) == meet
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "pads"),
+    [((4, 8), 4, False), ((4, 6), 4, True), ((6,), 12, False), ((4, 8), 12, True), ((5, 5), None, False)],
+)
+def test_which_batches_are_padded(sizes, batch_size, pads):
+    assert fc.LocalWork(batch_size).pads(np.array(sizes)) == pads
+
+
+def test_a_loss_is_tried_once_and_only_where_batches_are_padded(compilations):
+    def loss(*args):
+        return softmax_loss(*args)
+
+    def programs(sizes, seed):
+        compilations.clear()
+        algorithm = fc.fedavg(loss, optax.sgd(0.1))
+        fc.train(algorithm, population(sizes), parameters(), rounds=1, batch_size=4, seed=seed)
+        return len(compilations)
+
+    programs((4, 4), 0)  # with all that any training compiles
+    assert programs((4, 4), 1) == 1
+    assert programs((4, 6), 2) == 2
+    assert programs((4, 6), 3) == 1

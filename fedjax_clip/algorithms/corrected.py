@@ -70,7 +70,7 @@ def fednova(
         update = jax.tree.map(lambda d: tree.scaled(steps, d), mean)
         return step_server(server, built, update, state), client_states, metrics | {"update_norm": tree.norm(update)}
 
-    return Algorithm(init, init_client, round, population=built.population)
+    return Algorithm(init, init_client, round, population=built.population, loss=per_example_loss)
 
 
 def feddyn(
@@ -139,7 +139,9 @@ def feddyn(
         update = jax.tree.map(lambda m, h: jnp.where(came, m - h / alpha, 0), mean, h)
         return step_server(server, built, update, state, h), client_states, metrics | {"update_norm": tree.norm(update)}
 
-    return Algorithm(init, init_client, round, population=built.population, num_clients=told(num_clients))
+    return Algorithm(
+        init, init_client, round, population=built.population, num_clients=told(num_clients), loss=per_example_loss
+    )
 
 
 def mime(
@@ -223,4 +225,4 @@ def mime(
         metrics |= {"update_norm": tree.norm(update)} | traffic(first, metrics)
         return step_server(server, built, update, state, m), client_states, metrics
 
-    return Algorithm(init, init_client, round, population=built.population)
+    return Algorithm(init, init_client, round, population=built.population, loss=per_example_loss)

@@ -99,7 +99,7 @@ def episode(
         metrics |= _decision(mean, threshold) | traffic(first, metrics)
         return step_server(server, built, update, state), client_states._replace(own=()), metrics
 
-    return Algorithm(init, init_client, round, population=built.population)
+    return Algorithm(init, init_client, round, population=built.population, loss=per_example_loss)
 
 
 def episode_plus(
@@ -182,7 +182,15 @@ def episode_plus(
         mean = moved(server.own, change, cohort, metrics)
         return step_server(server, built, update, state, mean), client_states, metrics
 
-    return Algorithm(init, init_client, round, population=built.population, num_clients=told(num_clients), start=start)
+    return Algorithm(
+        init,
+        init_client,
+        round,
+        population=built.population,
+        num_clients=told(num_clients),
+        start=start,
+        loss=per_example_loss,
+    )
 
 
 def _episodic(own: PyTree, mean: PyTree, threshold: float | Array):

@@ -66,7 +66,7 @@ def fedavg(
     def own(params):
         return optimiser.init(at_round(client_tx, jnp.zeros((), jnp.int32)), params) if keep_opt_state else ()
 
-    return _averaged(work, filled, own)
+    return _averaged(work, filled, own)._replace(loss=per_example_loss)
 
 
 def fedsgd(
@@ -98,7 +98,8 @@ def fedsgd(
     Source: McMahan et al. (2017), section 2, FedSGD.
     """
     filled = parts(client_tx, server_tx, uplink, reducer, only_update=True)
-    return _averaged(lambda tx: local_gradient(per_example_loss, tx), filled, lambda params: ())
+    averaged = _averaged(lambda tx: local_gradient(per_example_loss, tx), filled, lambda params: ())
+    return averaged._replace(loss=per_example_loss)
 
 
 def _averaged(

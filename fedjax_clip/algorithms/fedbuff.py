@@ -92,7 +92,7 @@ def fedbuff(
         one_of_them = {"bytes_down": metrics["bytes_down"] / length}  # a client is sent no ring
         return after._replace(own=ring), client_states, metrics | one_of_them
 
-    return Algorithm(init, init_client, round, broadcasts=False, population=built.population)
+    return Algorithm(init, init_client, round, broadcasts=False, population=built.population, loss=per_example_loss)
 
 
 def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Uplink:

@@ -72,5 +72,5 @@ def partially_frozen(
         server, client_states, metrics = algorithm.start(server._replace(params=u), cohort, key)
         return server._replace(params=tree.join(f, server.params)), client_states, metrics
 
-    inside = whole._replace(init=init, init_client=init_client, round=round, broadcasts=False)
+    inside = whole._replace(init=init, init_client=init_client, round=round, broadcasts=False, loss=per_example_loss)
     return inside._replace(personal=personal if whole.personal else None, start=start if whole.start else None)

@@ -91,4 +91,6 @@ def partially_private(
     def personal(params, state):
         return tree.join(state.own, split(params)[1])
 
-    return Algorithm(init, init_client, round, personal, broadcasts=False, population=built.population)
+    return Algorithm(
+        init, init_client, round, personal, broadcasts=False, population=built.population, loss=per_example_loss
+    )

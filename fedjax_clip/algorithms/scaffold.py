@@ -76,4 +76,6 @@ def scaffold(
         metrics |= {"update_norm": tree.norm(update), "variate_norm": tree.norm(c)}
         return step_server(server, built, update, state, c), client_states, metrics
 
-    return Algorithm(init, init_client, round, population=built.population, num_clients=told(num_clients))
+    return Algorithm(
+        init, init_client, round, population=built.population, num_clients=told(num_clients), loss=per_example_loss
+    )

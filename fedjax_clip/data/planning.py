@@ -74,6 +74,10 @@ class LocalWork:
             return self.batch_size.most
         return int(sizes.max()) if self.batch_size is None else min(self.batch_size, int(sizes.max()))
 
+    def pads(self, sizes: np.ndarray) -> bool:
+        """Whether a batch may have more room than examples."""
+        return isinstance(self.batch_size, BatchSizes) or bool(np.any(sizes % self.largest_batch(sizes)))
+
     def duration(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
         """What the local steps ``[K]`` of these clients take, in steps of a full batch."""
         share = self.batch_sizes(ids, sizes, seed) / self.largest_batch(sizes)
