@@ -5,6 +5,7 @@
 #   make texts                                             what the tasks of text read: Shakespeare, tweets
 #   make test ARGS=tests/test_spec.py                      the tests, or some of them
 #   make test PYTHON=python3.12 VENV=.venv-3.12            with another Python
+#   make strict                                            every pair of parts under x64, strict types and debug_nans
 #
 # PYTHON: the interpreter; by default python3 or, where that is too old, python3.12 or python3.11.
 VENV ?= .venv
@@ -15,7 +16,7 @@ pins := pyproject.toml $(wildcard constraints/*.txt)
 install = $(python) -m pip install --quiet --disable-pip-version-check \
   -c "$$($(python) -c 'import sys; print(f"constraints/py3{min(sys.version_info[1], 12)}.txt")')"
 
-.PHONY: demo texts test lint format wheel clean
+.PHONY: demo texts test strict lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(python) -m experiments.run $(ARGS)
@@ -26,6 +27,9 @@ texts: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(python) -m pytest -q -n $(WORKERS) --dist=loadgroup $(ARGS)
+
+strict: $(VENV)/.dev
+	FEDJAX_CLIP_STRICT=all $(python) -m pytest -q -n $(WORKERS) tests/test_strict.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(python) -m ruff check .

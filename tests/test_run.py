@@ -390,11 +390,41 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_devices_wait_for_each_other_longer_than_xla_would_have_them(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_one_of_mine=1")
+    monkeypatch.setattr(jax, "local_devices", list)
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)
     binary.configure_jax(1)
     patient, _, mine = os.environ["XLA_FLAGS"].rpartition(" ")
     assert "--xla_cpu_collective_call_terminate_timeout_seconds=86400" in patient
     assert mine == "--xla_one_of_mine=1"
+
+
+def test_what_the_environment_tells_jax_stands(monkeypatch, tmp_path):
+    told = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    monkeypatch.setattr(jax, "local_devices", list)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
+    binary.configure_jax(None)
+    assert not {"jax_compilation_cache_dir", "jax_num_cpu_devices"} & told.keys()
+    binary.configure_jax(2)
+    assert told["jax_num_cpu_devices"] == 2
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("FEDJAX_CLIP_CACHE", str(tmp_path))
+    binary.configure_jax(None)
+    assert told["jax_compilation_cache_dir"] == str(tmp_path / "xla")
+
+
+def test_a_platform_without_a_device_is_answered_with_a_sentence(monkeypatch):
+    def nothing():
+        raise AssertionError
+
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    monkeypatch.setattr(jax, "local_devices", nothing)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(fc.InvalidInput, match="no device for JAX_PLATFORMS='cuda': leave it unset"):
+        binary.configure_jax(None)
 
 
 def test_help_fits_a_person(cli):
