@@ -237,7 +237,7 @@ def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> 
 
     def forge(stack, honest):
         n, good = stack.num_present, tree.count(honest)
-        hidden = tree.ratio(good - (n // 2 + 1 - (n - good)), good, 0)
+        hidden = _share(good - (n // 2 + 1 - (n - good)), good)
         most = jnp.asarray(jax.scipy.stats.norm.ppf(jnp.clip(hidden, 0.5, 0.999)) if z is None else z)
         mean = _honest_mean(stack.messages, honest)
         apart = jax.tree.map(lambda x, m: jnp.square(x - m[None]), stack.messages, mean)
@@ -292,8 +292,12 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
 
 
 def _honest_mean(messages: PyTree, honest: Array) -> PyTree:
-    shares = tree.ratio(honest, tree.count(honest), 0)
+    shares = _share(honest, tree.count(honest))
     return jax.tree.map(lambda x: jnp.tensordot(shares.astype(x.dtype), x, 1), messages)
+
+
+def _share(part: Array, whole: Array) -> Array:
+    return part.astype(jnp.float32) / jnp.maximum(whole, 1).astype(jnp.float32)
 
 
 def _numbers(clients: Clients) -> np.ndarray:

@@ -172,7 +172,7 @@ def local_steps(
         return y, opt_state, add(carry[2], raw), add(carry[3], report)
 
     y, opt_state, total, report = client.loop(body, (params, opt_state, *zeros))
-    mean = jax.tree.map(lambda g: g / jnp.maximum(client.num_steps, 1).astype(g.dtype), total)
+    mean = jax.tree.map(lambda g: tree.divided(g, jnp.maximum(client.num_steps, 1)), total)
     if "clipped_steps" in report:
         any_clipped = (report["clipped_steps"].total > 0).astype(jnp.float32)
         report |= {"clipped_clients": Mean(any_clipped, jnp.ones((), jnp.float32))}
@@ -231,7 +231,8 @@ def full_gradient(
 
     gradient, zeros = tree.traced(gradient, 0)
     total, report = client.loop(lambda i, acc: add(acc, gradient(i)), zeros)
-    return jax.tree.map(lambda g: tree.ratio(g, report["loss"].weight, 0).astype(g.dtype), total), report
+    weight = tree.or_one(report["loss"].weight)
+    return jax.tree.map(lambda g: tree.divided(g, weight), total), report
 
 
 def local_gradient(per_example_loss: PerExampleLoss, client_tx: optax.GradientTransformation) -> ClientFn:

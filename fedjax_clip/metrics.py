@@ -129,7 +129,9 @@ def finish(report: PyTree) -> PyTree:
     """
 
     def ratio(x: Any) -> Any:
-        return tree.ratio(x.total, x.weight, jnp.nan) if isinstance(x, Mean) else x
+        return (
+            jnp.where(x.weight > 0, tree.divided(tree.wide(x.total), x.weight), jnp.nan) if isinstance(x, Mean) else x
+        )
 
     return jax.tree.map(ratio, report, is_leaf=lambda x: isinstance(x, Mean))
 

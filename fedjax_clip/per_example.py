@@ -39,7 +39,8 @@ def per_example_gradient(example_tx: optax.GradientTransformation) -> Gradient:
             return jax.tree.map(lambda g: tree.scaled(weight, tree.wide(g)), clipped), report | seen
 
         total, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(one)(batch, weights))
-        mean = jax.tree.map(lambda g: tree.ratio(g, report["loss"].weight, 0), total)
+        weight = tree.or_one(report["loss"].weight)
+        mean = jax.tree.map(lambda g: tree.divided(g, weight), total)
         return optax.tree.cast_like(mean, params), report
 
     return gradient

@@ -66,10 +66,9 @@ def scaled(factor: Array, x: Array) -> Array:
     return (wide(x) * factor).astype(x.dtype)
 
 
-def ratio(total: Array, weight: Array, otherwise: float) -> Array:
-    """``total / weight`` in float32 or better, or ``otherwise`` where the weight is not positive."""
-    total = wide(total)
-    return jnp.where(weight > 0, total / or_one(weight).astype(total.dtype), otherwise)
+def divided(x: Array, by: Array) -> Array:
+    """``x / by``, divided in float32 or better and in the type of x again; the shapes broadcast."""
+    return (wide(x) / by.astype(wide_type(x))).astype(x.dtype)
 
 
 def count(condition: Array | np.ndarray) -> Array:

@@ -59,7 +59,7 @@ def fednova(
             y, _, _, report = local_steps(per_example_loss, tx, x, client, key)
             steps = jnp.maximum(client.num_steps, 1).astype(jnp.float32)
             return (
-                (jax.tree.map(lambda y, x: tree.ratio(y - x, steps, 0).astype(x.dtype), y, x), steps),
+                (jax.tree.map(lambda y, x: tree.divided(y - x, steps), y, x), steps),
                 client.state.own,
                 report,
             )

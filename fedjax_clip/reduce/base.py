@@ -111,7 +111,7 @@ def _mean(weigh: Callable[[Array], Array], denominator: float | Array | None = N
         total, weight = acc if axis_name is None else jax.lax.psum(acc, axis_name)
         if denominator is not None:
             return jax.tree.map(lambda t: t / jnp.asarray(denominator, t.dtype), total)
-        return jax.tree.map(lambda t: tree.ratio(t, weight, 0), total)
+        return jax.tree.map(lambda t: jnp.where(weight > 0, tree.divided(t, weight), 0), total)
 
     return Reducer(zero, add, finish, True, denominator)
 

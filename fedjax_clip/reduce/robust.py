@@ -215,7 +215,7 @@ def fltrust(root: int) -> Reducer:
     def aggregate(stack):
         norms = _norms(stack.messages)
         is_root = (stack.present & (stack.ids == root)).astype(norms.dtype)
-        units = jax.tree.map(lambda x: tree.ratio(x, _beside(norms, x), 0), stack.messages)
+        units = jax.tree.map(lambda x: tree.divided(tree.wide(x), _beside(tree.or_one(norms), x)), stack.messages)
         direction, length = _combine(is_root, units), jnp.sum(is_root * norms)
         along = jax.tree.map(lambda x, v: _row_sums(x * v[None]), units, direction)
         cosines = tree.total(jax.tree.leaves(along))
