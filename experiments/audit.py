@@ -80,8 +80,9 @@ def audit(
     """
     from jax_privacy.auditing import CanaryScoreAuditor, Split
 
-    for name, value in (("rounds", rounds), ("replays", replays), ("clients", num_clients)):
-        checks.count(name, value)
+    checks.count("rounds", rounds, most=1000)
+    checks.count("replays", replays, 20, 10**8)  # half of them choose the threshold, the others are judged by it
+    checks.count("clients", num_clients, most=10**6)
     seed = checks.seed("seed", seed)
     if uplink.noise != "central":
         raise InvalidInput("Only the server's noise is audited: --uplink needs gaussian(...) behind a clip.")

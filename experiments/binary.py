@@ -75,7 +75,7 @@ def run(
             raise
         except OSError as error:
             what = f"{error.filename}: " if error.filename else ""
-            _fail(f"{what}{error.strerror or error}. What was saved before is whole, and the same command goes on.")
+            _fail(f"{what}{error.strerror or error}.")
         except (MemoryError, OverflowError) as error:
             _fail(_too_much(error))
         except Exception as error:

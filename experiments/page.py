@@ -26,7 +26,7 @@ def write(path: pathlib.Path, directories: Sequence[pathlib.Path]) -> None:
     try:
         if path.exists() and not path.read_bytes().startswith(MARK.encode()):
             raise InvalidInput(f"--out: {path} is no page of a run, so it is not overwritten; name another file.")
-        files.write(path, text)
+        files.write(path, text.encode("utf-8", "backslashreplace").decode())  # a name that is not UTF-8 is shown so
     except OSError as error:
         raise InvalidInput(f"--out: {path} cannot be written: {error.strerror}.") from None
 

@@ -32,9 +32,8 @@ def evaluated(runs: Sequence[Run]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row if key.startswith("eval/"))
     found: dict[str, list[str]] = {}
     for key in keys:
-        _, name, metric, *client = key.split("/")
-        if not client:
-            found.setdefault(metric, []).append(name)
+        if len(parts := key.split("/")) == 3:  # of more, it is one client's
+            found.setdefault(parts[2], []).append(parts[1])
     return dict(sorted(found.items(), key=lambda item: (item[0] != "accuracy", item[0] != "loss")))
 
 

@@ -12,6 +12,7 @@ import pathlib
 from absl import flags
 
 from experiments import binary, page
+from fedjax_clip import files
 from fedjax_clip.typing import InvalidInput
 
 FLAGS = flags.FLAGS
@@ -23,11 +24,11 @@ def main(*directories: str) -> None:
     """Reads the run directories and writes their page."""
     if not directories:
         raise InvalidInput("Name one run directory or more: python -m experiments.report RUN_DIRECTORY ...")
-    paths = [pathlib.Path(directory) for directory in directories]
+    paths = [files.expanded(directory) for directory in directories]
     if len(set(paths)) < len(paths):
         raise InvalidInput(f"{next(p for p in paths if paths.count(p) > 1)} is named twice.")
     default = paths[0] / "report.html" if len(paths) == 1 else pathlib.Path("report.html")
-    out = pathlib.Path(FLAGS.out or default)
+    out = files.expanded(FLAGS.out or default)
     page.write(out, paths)
     print(f"wrote {out}")
 

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,11 +101,13 @@ def _load(directory: pathlib.Path) -> Run:
         if (path := directory / "clients.npz").exists():
             with path.open("rb") as file, np.load(file) as arrays:
                 clients = dict(arrays)
+        _check_clients(clients)
     except (FileNotFoundError, NotADirectoryError):
         raise InvalidInput(f"{directory} holds no run: there is no {path.name}.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         raise InvalidInput(f"{path} cannot be read: it is not what a run writes.") from None
-    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+    kinds = ("config", dict, None), ("versions", dict, {}), ("devices", list, [])
+    if not isinstance(record, dict) or any(not isinstance(record.get(k, x), kind) for k, kind, x in kinds):
         raise InvalidInput(f"{directory / 'config.json'} is not a run's configuration.")
     if (directory / "results.jsonl").exists():
         raise InvalidInput(
@@ -115,3 +117,14 @@ def _load(directory: pathlib.Path) -> Run:
     if not rounds:
         raise InvalidInput(f"{directory} holds a run without a round: there is nothing to show.")
     return Run("", record, rows, clients)
+
+
+def _check_clients(clients: Mapping[str, np.ndarray]) -> None:
+    """Raises unless each set has names, sizes and at least one score, of as many clients."""
+    for name in {key.split("/")[0] for key in clients}:
+        names, _ = clients[f"{name}/client"], clients[f"{name}/examples"]
+        scores = [x for key, x in clients.items() if key.split("/")[0] == name and key != f"{name}/client"]
+        if not len(names) or any(x.shape != names.shape or x.dtype.kind not in "biuf" for x in scores):
+            raise ValueError(name)
+        if not any(f"{name}/{metric}" in clients for metric in PRIMARY):
+            raise KeyError(name)

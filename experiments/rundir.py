@@ -7,6 +7,8 @@ import json
 import os
 import pathlib
 import platform
+import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -58,14 +60,11 @@ class RunDirectory:
         self._check()
 
     def _check(self) -> None:
-        try:
-            existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(p))
-            writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-            if any(len(os.fsencode(part)) > 255 for part in self.path.parts):  # the limit of nearly all file systems
-                raise InvalidInput(f"--workdir: {str(self.path)[:60]}... has a name of more than 255 bytes.")
-        except (OSError, ValueError) as error:
-            raise InvalidInput(f"--workdir: {str(self.path)[:60]!r} is no path: {error}.") from None
-        if not writable:
+        whole = os.fsencode(self.path.absolute())
+        if len(whole) > 3000 or b"\0" in whole or any(len(part) > 255 for part in whole.split(b"/")):
+            raise InvalidInput(f"--workdir: {str(self.path)[:60]!r}... is too long for a path, or holds a zero byte.")
+        existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(p))
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise InvalidInput(f"--workdir: {self.path} cannot be written, since {existing} is no writable directory.")
         if existing != self.path.absolute() or {p.name for p in self.path.iterdir()} <= {".lock"}:
             return
@@ -156,16 +155,24 @@ class RunDirectory:
                 raise
             os.close(lock)
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: Any, exception: Any, traceback: Any) -> None:
         try:
             self.close()
-        finally:
-            with contextlib.suppress(OSError):
-                (self.path / ".lock").unlink()
-                if not any(self.path.iterdir()):
-                    for path in self._made:
-                        path.rmdir()
-            os.close(self._lock)
+        except OSError as error:
+            exception = error
+        with contextlib.suppress(OSError):
+            (self.path / ".lock").unlink()
+            if not any(self.path.iterdir()):
+                for path in self._made:
+                    path.rmdir()
+        os.close(self._lock)
+        if isinstance(exception, OSError) and not isinstance(exception, BrokenPipeError):
+            # TensorBoard's thread would say so again, in tracebacks of its own when the process ends.
+            sys.unraisablehook = threading.excepthook = lambda _: None
+            raise InvalidInput(
+                f"--workdir: {self.path} cannot be written: {exception.strerror or exception}. What was saved before "
+                "is whole, and the same command goes on from there."
+            ) from None
 
     def rows(self) -> list[fc.training.Row]:
         """All whole rows on disk, in order."""
@@ -258,7 +265,7 @@ def read_rows(path: pathlib.Path) -> list[fc.training.Row]:
             row = json.loads(line)
             rows.append({k: float("nan") if v is None else float(v) for k, v in row.items()})
             whole = row["round"] == number
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ArithmeticError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             whole = False
         if not whole and not line.endswith(b"\n"):
             return rows[: number - 1]

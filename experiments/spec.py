@@ -54,6 +54,8 @@ def parse(text: str, flag: str) -> list[Call]:
         return []
     if len(text) > MAX_LENGTH:
         raise InvalidInput(f"{flag}: {_quote(text)} has {len(text)} characters; at most {MAX_LENGTH} are read.")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InvalidInput(f"{flag}: {_quote(text)} has bytes that are not UTF-8: give the file another name.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -47,6 +47,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("points_per_chunk", None, "Points that a device trains at once; by default what fits.")
 
+MOST_POINTS = 10_000
 SWEPT = ("algorithm", "client", "server", "uplink", "downlink")
 PROBLEM = ("task", *SWEPT, "reducer", "sampler", "cohort_size", "batch_size", "compute_dtype", "rounds", "seed")
 IDENTITY = (*PROBLEM, "points", "seeds", "folds", "fold_over", "halving", "metric")
@@ -57,26 +58,35 @@ def log(low: float, high: float, num: int | None = None) -> Any:
     """``num`` numbers with equal ratios, to three digits; or where ``random`` draws with a uniform logarithm."""
     if not 0 < low < high < math.inf:
         raise InvalidInput(f"log needs 0 < low < high, not {low} and {high}")
-    return Range(low, high, log=True) if num is None else _rounded(np.geomspace(low, high, num))
+    return Range(low, high, log=True) if num is None else _rounded(np.geomspace(low, high, _points(num)))
 
 
 def linear(low: float, high: float, num: int | None = None) -> Any:
     """``num`` numbers at equal distances, to three digits; or where ``random`` draws uniformly."""
-    return Range(low, high) if num is None else _rounded(np.linspace(low, high, num))
+    return Range(low, high) if num is None else _rounded(np.linspace(low, high, _points(num)))
 
 
 def grid(**values: Any) -> dict[str, np.ndarray]:
     """All combinations."""
     if ranges := [name for name, x in values.items() if isinstance(x, Range)]:
         raise InvalidInput(f"a grid needs values: how many of {ranges[0]}, as in log(0.01, 1, 8)")
-    return sweeping.grid(**{name: np.atleast_1d(np.asarray(x, np.float64)) for name, x in values.items()})
+    columns = {name: np.atleast_1d(np.asarray(x, np.float64)) for name, x in values.items()}
+    if wrong := [name for name, x in columns.items() if x.ndim > 1 or not x.size]:
+        raise InvalidInput(f"a grid needs one value or more of {wrong[0]}, as in (0.1, 1)")
+    _points(math.prod(len(x) for x in columns.values()))
+    return sweeping.grid(**columns)
 
 
 def random(num_points: int, seed: int = 0, **ranges: Any) -> dict[str, np.ndarray]:
     """Independent draws, to three digits."""
     if values := [name for name, x in ranges.items() if not isinstance(x, Range)]:
         raise InvalidInput(f"a random search needs ranges: {values[0]} is none, as log(0.01, 1) would be")
+    num_points, seed = _points(num_points), checks.seed("seed", seed)
     return {name: _rounded(x) for name, x in sweeping.random(num_points, seed, **ranges).items()}
+
+
+def _points(number: Any) -> int:
+    return checks.count("the number of points", number, most=MOST_POINTS)
 
 
 POINTS: Mapping[str, Callable[..., dict[str, np.ndarray]]] = {"grid": grid, "random": random}
@@ -164,7 +174,7 @@ def check_numbers() -> None:
     """Refuses numbers that no sweep can have."""
     for name, least in (("seeds", 1), ("folds", 0), ("halving", 2), ("points_per_chunk", 1)):
         if FLAGS[name].value is not None:
-            checks.count(f"--{name}", FLAGS[name].value, least)
+            checks.count(f"--{name}", FLAGS[name].value, least, MOST_POINTS)
     checks.seed("--seed + --seeds - 1, the last seed,", FLAGS.seed + FLAGS.seeds - 1)
     if FLAGS.folds == 1:
         raise InvalidInput("--folds=1 would leave nothing to train on: give 2 or more, or none.")

@@ -36,6 +36,11 @@ def test_each_planted_bug_is_found(bug):
     [
         (lambda: run("clip_by_global_norm(1.0)"), "Only the server's noise is audited"),
         (lambda: run("clip_by_global_norm(1.0)|gaussian(2.0)", replays=0), "replays"),
+        (
+            lambda: run("clip_by_global_norm(1.0)|gaussian(2.0)", replays=1),
+            "whole number between 20 and 100000000, not 1",
+        ),
+        (lambda: run("clip_by_global_norm(1.0)|gaussian(2.0)", rounds=10**9), "rounds must be a whole number between"),
         (lambda: audit.audit(fc.uplink.gaussian(1.0), confidence=1.0), "confidence"),
         (lambda: run("clip21(1.0)|clip_by_global_norm(1.0)|gaussian(2.0)"), "what clients keep"),
     ],

@@ -2,6 +2,7 @@
 
 import functools
 import html.parser
+import io
 import json
 import pathlib
 import re
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from experiments import page, results, rundir, svg
+from fedjax_clip import partition, plots
+from fedjax_clip.data.population import FederatedData
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 ACCURACIES = np.array([0.9, np.nan, 0.2, 1.0, 0.5, 0.8, 0.7, 0.6, 0.95, 0.85, 0.3, 0.4])  # client 1 has no finite one
@@ -171,6 +174,74 @@ def assert_refused(outcome, *words):
         assert word in err
 
 
+NAMES, SIZES = np.array(["a", "b"]), np.ones(2)
+SCORES = {
+    "without_names": {"clients/accuracy": SIZES},
+    "of_pairs": {"clients/accuracy": np.ones((2, 2)), "clients/client": NAMES, "clients/examples": SIZES},
+    "of_words": {"clients/accuracy": NAMES, "clients/client": NAMES, "clients/examples": SIZES},
+    "of_nobody": {"clients/accuracy": SIZES[:0], "clients/client": NAMES[:0], "clients/examples": SIZES[:0]},
+    "without_scores": {"clients/client": NAMES, "clients/examples": SIZES},
+}
+
+
+def test_odd_rows_make_a_page(tmp_path):
+    row = {"round": 1.0, "loss": 1e308, "seconds": 1e308, "clients": 1e308, "eval/x": 1.0, "eval/a/b/c/d": 1.0}
+    assert "training time" in Reader(page.build(results.load([make(tmp_path / "run", [row])]))).words
+
+
+def test_names_that_are_no_mathematics_and_no_utf_8_are_drawn(cli, tmp_path):
+    title = "csv('a$b$\udcff.csv', target='$\\\\frac{')"
+    directory = make(tmp_path / "run", task=title)
+    assert cli(directory)[0] == 0
+    assert "csv(&#x27;a$b$\\udcff.csv&#x27;" in (directory / "report.html").read_text(encoding="utf-8")
+    rows = results.load([directory])[0].rows
+    for figure in (plots.curves(rows, title), plots.clipping(rows, title)):
+        figure.savefig(io.BytesIO(), format="png")
+        assert figure.get_suptitle().replace("\\$", "$").startswith("csv('a$b$")
+    data = FederatedData({"y": np.array([0, 1])}, [0, 1, 2], ["$a$", "b$_{"])
+    partition.plot(data).savefig(io.BytesIO(), format="png")
+    points = {"lr": np.array([1.0, 2.0])}
+    plots.sweep(points, {0: [1.0], 1: [2.0]}, "eval/examples/loss", title).savefig(io.BytesIO(), format="png")
+
+
+def test_fractions_have_an_axis_from_0_to_1_and_metrics_have_words(tmp_path):
+    rows = [{"round": r, "clipped_steps": 0.0, "uplink/1/clipped": 1.0, "client_norm/p10": 1e-7} for r in (1.0, 2.0)]
+    fractions, norms = plots.clipping(rows).axes
+    assert fractions.get_ylim() == plots.curves(rows).axes[-1].get_ylim() == (-0.02, 1.02)
+    assert [line.get_label() for line in fractions.lines] == [
+        "local steps clipped (0)",
+        "client updates clipped, link 2 (1)",
+    ]
+    assert norms.lines[0].get_label() == "client update norm, 10th percentile (1e-07)"
+    drawing = page.build(results.load([make(tmp_path / "run", [row | {"loss": 1.0} for row in rows])]))
+    ticks = re.search(r"<figure><figcaption>fraction clipped</figcaption>.*?</figure>", drawing, re.DOTALL)[0]
+    assert re.findall(r'"end">([\d.-]+)</text>', ticks) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    assert "client updates clipped, link 2" in ticks
+
+
+def test_the_name_of_an_axis_stands_beside_its_numbers():
+    for value, log in ((1.0, False), (12345.0, False), (-0.00012345, False), (1e-9, True), (2.5e-7, True)):
+        line = svg.Line("a", np.arange(3.0), value * np.array([1.0, 1.3, 1.7]), "c0")
+        drawing = svg.chart("t", [line], "x", "y", log=log)
+        name = float(re.search(r"translate\((\d+) ", drawing)[1])
+        for x, text in re.findall(r'<text x="(\d+)" y="[\d.]+" text-anchor="end">([^<]+)<', drawing):
+            assert float(x) - 6.5 * len(text) > name + 6
+
+
+def test_a_page_shows_that_a_table_goes_on(tmp_path):
+    text = page.build(results.load([make(tmp_path / "run")]))
+    assert re.search(r"\.scroll \{[^}]*background-attachment: local, local, scroll, scroll", text)
+
+
+def test_nobody_needs_to_read_what_a_binary_prints():
+    command = [sys.executable, "-c", "import runpy, sys; sys.argv = ['x', '--help']; "]
+    command[-1] += "runpy.run_module('experiments.report', run_name='__main__', alter_sys=True)"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPOSITORY)
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (141, b"")
+    process.stderr.close()
+
+
 def test_bad_input_is_one_sentence_and_nothing_is_written(cli, tmp_path):
     good = make(tmp_path / "good")
     (tmp_path / "empty").mkdir()
@@ -180,6 +251,10 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(cli, tmp_path):
     (make(tmp_path / "rows") / "metrics.jsonl").write_text("[1]\n")
     (make(tmp_path / "none") / "metrics.jsonl").write_text("")
     (make(tmp_path / "corrupt") / "clients.npz").write_bytes(b"PK\x03\x04 no archive")
+    for name, scores in SCORES.items():
+        np.savez(make(tmp_path / name) / "clients.npz", **scores)
+    (make(tmp_path / "versions") / "config.json").write_text('{"config": {}, "versions": null}')
+    (make(tmp_path / "numbers") / "metrics.jsonl").write_text(f'{{"round": 1, "loss": 1{"0" * 400}}}\n')
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/config.json").write_text('{"config": {"points": "grid()"}}')
     (tmp_path / "sweep/results.jsonl").write_text("{}\n")
@@ -194,6 +269,10 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(cli, tmp_path):
     assert_refused(cli("rows"), "rows/metrics.jsonl cannot be read")
     assert_refused(cli("none"), "none holds a run without a round")
     assert_refused(cli("corrupt"), "corrupt/clients.npz cannot be read")
+    for name in SCORES:
+        assert_refused(cli(name), f"{name}/clients.npz cannot be read")
+    assert_refused(cli("versions"), "versions/config.json is not a run's configuration")
+    assert_refused(cli("numbers"), "numbers/metrics.jsonl cannot be read")
     assert_refused(cli(good, good), "is named twice")
     assert_refused(cli(good, "--out=thesis.html"), "thesis.html is no page of a run")
     assert_refused(cli(good, "--out=/proc/nope/x.html"), "/proc/nope/x.html cannot be written")

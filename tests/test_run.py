@@ -1,8 +1,10 @@
 """The binary as its user meets it: bad input, presets, run directories, kills and resumption."""
 
+import errno
 import fcntl
 import functools
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -10,6 +12,8 @@ import random
 import signal
 import subprocess
 import sys
+import threading
+from unittest import mock
 
 import generated
 import jax
@@ -17,8 +21,8 @@ import numpy as np
 import pytest
 
 import fedjax_clip as fc
-from experiments import binary, rundir
-from fedjax_clip import files
+from experiments import binary, run, rundir
+from fedjax_clip import files, tree
 from fedjax_clip.checkpoint import Checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -66,6 +70,7 @@ def bad_files(tmp_path):
         "labels below zero": (saved(tmp_path / "m.npz", x=x, y=y - 1), "whole numbers from 0"),
         "no labels": (saved(tmp_path / "g.npz", x=x), "['y'] is missing"),
         "pickled objects": (saved(tmp_path / "h.npz", x=np.array([{}] * 12), y=y), "h.npz"),
+        "inputs of no width": (saved(tmp_path / "k.npz", x=x[:, :0], y=y), "nothing to learn from"),
         "a corrupt file": (f"--task=npz({str(tmp_path / 'corrupt.npz')!r})", "corrupt.npz"),
         "a truncated file": (f"--task=npz({str(tmp_path / 'truncated.npz')!r})", "truncated.npz"),
         "an unknown client field": (f"--task=npz({str(good)!r}, by='hospital')", "hospital"),
@@ -172,6 +177,28 @@ BAD_FLAGS = {
     "an attacker that there is not": ("--uplink=sign_flip((0, 99))", "names client 99, and there is none"),
     "a compressor that goes inside": ("--downlink=qsgd(8)", '"qsgd" goes inside of one of these: difference, model'),
     "noise without a number": ("--uplink=clip_by_global_norm(1.0)|gaussian()", "gaussian has no number: write"),
+    "a number of 4000 digits": (f"--client=sgd({'1' * 4000})", "is too large: 2**63 is the limit"),
+    "more rounds than there is memory for": ("--rounds=1000000000", "--rounds must lie between 1 and 10000000"),
+    "more devices than XLA stands": ("--devices=300", "--devices must lie between 1 and 128, and is 300"),
+    "more rounds at once than there is memory for": ("--rounds_per_dispatch=1000000000", "between 1 and 10000"),
+    "a batch of all there is": (
+        "--batch_size=1000000000000",
+        "batch_size must be a whole number between 1 and 2147483647",
+    ),
+    "a window without end": (
+        "--client=auto_clip(10, 1000000000)|sgd(0.1)",
+        "window must be a whole number between 1 and",
+    ),
+    "a sketch of a terabyte": ("--uplink=count_sketch(5, 1000000000)", "are a sketch of more than 1 GiB"),
+    "a plan of gigabytes": ("--algorithm=fedavg(local_steps=1000000000)", "are too many to plan: lower local_epochs"),
+    "a model of terabytes": ("--task=digits(hidden=(1000000, 1000000))", "GiB of parameters, and the machine"),
+    "a layer without end": ("--task=digits(hidden=(1000000000,))", "hidden must be widths from 1 to 1048576"),
+    "past models without end": ("--algorithm=fedbuff(max_staleness=1000000000)", "between 0 and 100000"),
+    "a file without end": ("--task=csv('/dev/zero', target='x')", "/dev/zero is no file"),
+    "a file whose name is not UTF-8": ("--task=npz('\udcff.npz')", "has bytes that are not UTF-8"),
+    "a directory with too long a name": (f"--workdir={'x' * 300}", "is too long for a path"),
+    "a directory with too long a path": (f"--workdir={'x/' * 2000}", "is too long for a path"),
+    "a home that there is not": ("--workdir=~nobody-of-this-name/x", "there is no such home directory"),
     "two tasks": ("--task=digits|digits", "--task"),
     "a file that is not there": ("--task=npz('nowhere.npz')", "nowhere.npz"),
     "an unknown TFDS data set": ("--task=tfds('no_such_data_set')", "no_such_data_set"),
@@ -248,6 +275,49 @@ def test_more_rounds_go_on_and_another_configuration_is_refused(cli, tmp_path):
     assert "here was to have 5 rounds, and has 5: its pictures, its page and its params.npz will be those of" in err
     last = rundir.read_rows(pathlib.Path("here"))[-1]["round"]
     assert last == 6
+
+
+def test_two_parameters_of_one_name_are_refused_before_training():
+    with pytest.raises(fc.InvalidInput, match="Two arrays are called 'a/b', since a key has '/' in it: rename one"):
+        tree.flatten_with_names({"a": {"b": np.zeros(2)}, "a/b": np.zeros(2)})
+
+
+def test_parameters_may_be_called_as_the_arguments_of_savez(tmp_path):
+    files.write_npz(tmp_path / "x.npz", {"file": np.ones(2), "allow_pickle": np.zeros(1)})
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert {name: x.tolist() for name, x in arrays.items()} == {"file": [1, 1], "allow_pickle": [0]}
+
+
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rundir, "appending", lambda path: Full())
+        code, _, err = cli(*QUICK, "--workdir=here")
+    assert (code, err.count("error: --workdir: here cannot be written: No space left on device.")) == (2, 1)
+    assert cli(*QUICK, "--workdir=here")[0] == 0
+    assert len(rundir.read_rows(tmp_path / "here")) == 3
+
+
+def test_what_fits_in_no_memory_is_one_sentence(cli, tmp_path, monkeypatch):
+    for error in (
+        MemoryError("Unable to allocate 7 TiB"),
+        OverflowError("too large"),
+        RuntimeError("RESOURCE_EXHAUSTED"),
+    ):
+        monkeypatch.setattr(run, "initial", mock.Mock(side_effect=error))
+        assert_refused(cli(*QUICK), tmp_path, [], "this needs more memory than there is, or a number is too large")
+
+
+def test_a_home_directory_is_meant(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cli(*QUICK, "--workdir=~/here")[0] == 0
+    assert (tmp_path / "home/here/params.npz").exists()
 
 
 DAMAGE = {

@@ -106,6 +106,14 @@ BAD = {
     "a grid without a number of values": ((QUICK[4], "--points=grid(lr=log(0.1, 1), clip=(1, 2))"), "how many of lr"),
     "a random set of values": ((QUICK[4], "--points=random(3, lr=(1, 2), clip=log(1, 2))"), "lr is none"),
     "a range through zero": ((QUICK[4], "--points=grid(lr=log(0, 1, 3), clip=(1, 2))"), "log needs 0 < low < high"),
+    "an empty grid": ((QUICK[4], "--points=grid(lr=(), clip=(1, 2))"), "a grid needs one value or more of lr"),
+    "a grid of grids": ((QUICK[4], "--points=grid(lr=((1, 2), (3, 4)), clip=1)"), "one value or more of lr"),
+    "points without end": ((QUICK[4], "--points=grid(lr=log(1, 2, 100000000000), clip=1)"), "between 1 and 10000"),
+    "products without end": (
+        (QUICK[4], "--points=grid(lr=log(1, 2, 1000), clip=log(1, 2, 1000))"),
+        "between 1 and 10000, not 1000000",
+    ),
+    "seeds without end": ((*QUICK[4:], "--seeds=100000000000"), "--seeds must be at most 10000"),
     "an unknown kind of set": ((QUICK[4], "--points=gird(lr=(1, 2))"), 'did you mean "grid"'),
     "a rate below zero": ((QUICK[4], "--points=grid(lr=(-1, 2), clip=(1, 2))"), "learning rate must be positive"),
     "a whole number swept": (
@@ -150,6 +158,8 @@ def test_help_names_the_flags_of_both(cli):
     code, out, _ = cli("--help")
     assert code == 0
     assert "random(30, name=log(0.01, 1)" in out
+    assert "--folds" in out
+    assert "--delta" not in out
 
 
 def test_a_run_refuses_a_placeholder(cli, binaries, tmp_path):
