@@ -106,7 +106,7 @@ def _load(directory: pathlib.Path) -> Run:
         raise InvalidInput(f"{directory} holds no run: there is no {path.name}.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         raise InvalidInput(f"{path} cannot be read: it is not what a run writes.") from None
-    kinds = ("config", dict, None), ("versions", dict, {}), ("devices", list, [])
+    kinds: tuple[tuple[str, type, Any], ...] = ("config", dict, None), ("versions", dict, {}), ("devices", list, [])
     if not isinstance(record, dict) or any(not isinstance(record.get(k, x), kind) for k, kind, x in kinds):
         raise InvalidInput(f"{directory / 'config.json'} is not a run's configuration.")
     if (directory / "results.jsonl").exists():

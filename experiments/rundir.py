@@ -168,7 +168,8 @@ class RunDirectory:
         os.close(self._lock)
         if isinstance(exception, OSError) and not isinstance(exception, BrokenPipeError):
             # TensorBoard's thread would say so again, in tracebacks of its own when the process ends.
-            sys.unraisablehook = threading.excepthook = lambda _: None
+            sys.unraisablehook = lambda unraisable: None
+            threading.excepthook = lambda arguments: None
             raise InvalidInput(
                 f"--workdir: {self.path} cannot be written: {exception.strerror or exception}. What was saved before "
                 "is whole, and the same command goes on from there."

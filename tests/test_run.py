@@ -70,7 +70,7 @@ def bad_files(tmp_path):
         "labels below zero": (saved(tmp_path / "m.npz", x=x, y=y - 1), "whole numbers from 0"),
         "no labels": (saved(tmp_path / "g.npz", x=x), "['y'] is missing"),
         "pickled objects": (saved(tmp_path / "h.npz", x=np.array([{}] * 12), y=y), "h.npz"),
-        "inputs of no width": (saved(tmp_path / "k.npz", x=x[:, :0], y=y), "nothing to learn from"),
+        "inputs of no width": (saved(tmp_path / "width.npz", x=x[:, :0], y=y), "nothing to learn from"),
         "a corrupt file": (f"--task=npz({str(tmp_path / 'corrupt.npz')!r})", "corrupt.npz"),
         "a truncated file": (f"--task=npz({str(tmp_path / 'truncated.npz')!r})", "truncated.npz"),
         "an unknown client field": (f"--task=npz({str(good)!r}, by='hospital')", "hospital"),
@@ -98,7 +98,7 @@ BAD_FLAGS = {
     "a value that is no number": ("--rounds=many", "rounds"),
     "a fraction of a round": ("--rounds=2.5", "error: --rounds must be a whole number, not 2.5."),
     "a delta that is no number": ("--delta=tiny", "error: --delta must be a number, not tiny."),
-    "no rounds": ("--rounds=0", "--rounds must be a whole number of at least 1"),
+    "no rounds": ("--rounds=0", "--rounds must be a whole number between 1 and 10000000, not 0"),
     "no evaluation": ("--eval_every=0", "--eval_every"),
     "a negative batch size": ("--batch_size=-1", "--batch_size"),
     "a negative seed": ("--seed=-1", "--seed"),
@@ -115,10 +115,10 @@ BAD_FLAGS = {
     "a quantile over 1": ("--uplink=quantile_clip(0.1, 1.5)", "between 0 and 1, not 1.5"),
     "a percentile of text": ("--client=auto_clip('ten')|sgd(0.1)", "between 0 and 100, not 'ten'"),
     "a negative pull": ("--client=proximal(-1)|sgd(0.1)", "of at least 0, not -1"),
-    "a history that nobody keeps": ("--client=sgd(0.1)|auto_clip(10, 0)", "of at least 1, not 0"),
+    "a history that nobody keeps": ("--client=sgd(0.1)|auto_clip(10, 0)", "between 1 and 1000000, not 0"),
     "a momentum over 1": ("--algorithm=mime(2.0)", "between 0 and 1, not 2.0"),
     "no regulariser": ("--algorithm=feddyn(0.0)", "positive number, not 0.0"),
-    "no clients at once": ("--clients_per_chunk=0", "--clients_per_chunk must be a whole number of at least 1"),
+    "no clients at once": ("--clients_per_chunk=0", "--clients_per_chunk must be a whole number between 1 and"),
     "a negative learning rate": ("--client=sgd(-0.1)", "learning rate must be positive"),
     "an infinite learning rate": ("--server=sgd(inf)", "learning rate must be positive"),
     "no optimiser": ("--client=", "--client: the chain needs an optimiser"),
@@ -133,7 +133,7 @@ BAD_FLAGS = {
     "code in an argument": ("--client=sgd(open('owned', 'w'))", "--client"),
     "no local epochs": ("--algorithm=fedavg(local_epochs=0)", "local_epochs must be a whole number"),
     "half a local step": ("--algorithm=fedavg(local_steps=0.5)", "local_steps must be a whole number"),
-    "a negative staleness": ("--algorithm=fedbuff(max_staleness=-1)", "whole number of at least 0, not -1"),
+    "a negative staleness": ("--algorithm=fedbuff(max_staleness=-1)", "whole number between 0 and 100000, not -1"),
     "a discount that grows": ("--algorithm=fedbuff(exponent=-1.0)", "exponent must be a number of at least 0"),
     "speeds that are none": (
         "--sampler=buffered(3, 4)",
@@ -178,8 +178,11 @@ BAD_FLAGS = {
     "a compressor that goes inside": ("--downlink=qsgd(8)", '"qsgd" goes inside of one of these: difference, model'),
     "noise without a number": ("--uplink=clip_by_global_norm(1.0)|gaussian()", "gaussian has no number: write"),
     "a number of 4000 digits": (f"--client=sgd({'1' * 4000})", "is too large: 2**63 is the limit"),
-    "more rounds than there is memory for": ("--rounds=1000000000", "--rounds must lie between 1 and 10000000"),
-    "more devices than XLA stands": ("--devices=300", "--devices must lie between 1 and 128, and is 300"),
+    "more rounds than there is memory for": (
+        "--rounds=1000000000",
+        "--rounds must be a whole number between 1 and 10000000",
+    ),
+    "more devices than XLA stands": ("--devices=300", "--devices must be a whole number between 1 and 128, not 300"),
     "more rounds at once than there is memory for": ("--rounds_per_dispatch=1000000000", "between 1 and 10000"),
     "a batch of all there is": (
         "--batch_size=1000000000000",
@@ -192,7 +195,7 @@ BAD_FLAGS = {
     "a sketch of a terabyte": ("--uplink=count_sketch(5, 1000000000)", "are a sketch of more than 1 GiB"),
     "a plan of gigabytes": ("--algorithm=fedavg(local_steps=1000000000)", "are too many to plan: lower local_epochs"),
     "a model of terabytes": ("--task=digits(hidden=(1000000, 1000000))", "GiB of parameters, and the machine"),
-    "a layer without end": ("--task=digits(hidden=(1000000000,))", "hidden must be widths from 1 to 1048576"),
+    "a layer without end": ("--task=digits(hidden=(1000000000,))", "a width, must be a whole number between 1 and 1048576"),
     "past models without end": ("--algorithm=fedbuff(max_staleness=1000000000)", "between 0 and 100000"),
     "a file without end": ("--task=csv('/dev/zero', target='x')", "/dev/zero is no file"),
     "a file whose name is not UTF-8": ("--task=npz('\udcff.npz')", "has bytes that are not UTF-8"),
@@ -264,7 +267,7 @@ def test_more_rounds_go_on_and_another_configuration_is_refused(cli, tmp_path):
     for flag, words in (
         ("--seed=1", "holds a run with --seed=0, not 1"),
         ("--rounds=4", "--rounds=4 is less than the 5 rounds that here has"),
-        ("--rounds=99999999999999999999", "--rounds must lie between 1 and 10000000"),
+        ("--rounds=99999999999999999999", "--rounds must be a whole number between 1 and 10000000"),
     ):
         assert_refused(cli(*QUICK, "--workdir=here", flag), tmp_path, before, words)
     unsaid = cli(QUICK[0], QUICK[2], "--workdir=here")

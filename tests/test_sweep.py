@@ -113,7 +113,7 @@ BAD = {
         (QUICK[4], "--points=grid(lr=log(1, 2, 1000), clip=log(1, 2, 1000))"),
         "between 1 and 10000, not 1000000",
     ),
-    "seeds without end": ((*QUICK[4:], "--seeds=100000000000"), "--seeds must be at most 10000"),
+    "seeds without end": ((*QUICK[4:], "--seeds=100000000000"), "--seeds must be a whole number between 1 and 10000"),
     "an unknown kind of set": ((QUICK[4], "--points=gird(lr=(1, 2))"), 'did you mean "grid"'),
     "a rate below zero": ((QUICK[4], "--points=grid(lr=(-1, 2), clip=(1, 2))"), "learning rate must be positive"),
     "a whole number swept": (
@@ -125,7 +125,7 @@ BAD = {
         "A swept number decides what is compiled",
     ),
     "an unknown metric": ((*QUICK[4:], "--metric=accuracy"), "there is eval/examples/loss"),
-    "no seeds": ((*QUICK[4:], "--seeds=0"), "--seeds must be a whole number of at least 1"),
+    "no seeds": ((*QUICK[4:], "--seeds=0"), "--seeds must be a whole number between 1 and 10000"),
     "one fold": ((*QUICK[4:], "--folds=1"), "--folds=1 would leave nothing"),
     "more folds than clients": (
         (*QUICK[4:], "--folds=7"),
@@ -135,7 +135,7 @@ BAD = {
         (*QUICK[4:], "--folds=2", "--cohort_size=4"),
         "--cohort_size=4 is more than the 3 training clients",
     ),
-    "no halving": ((*QUICK[4:], "--halving=1"), "--halving must be a whole number of at least 2"),
+    "no halving": ((*QUICK[4:], "--halving=1"), "--halving must be a whole number between 2 and 10000"),
     "folds of nothing": ((*QUICK[4:], "--fold_over=examples"), "--fold_over says nothing without --folds"),
     "a clock": ((*QUICK[4:], "--sampler=buffered(lognormal(), concurrency=3)", "--cohort_size=2"), "is a clock"),
     "a flag of privacy": ((*QUICK[4:], "--delta=0.01"), "--delta says nothing to a sweep"),
