@@ -26,12 +26,12 @@ import tqdm
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import binary
+from experiments import binary, rundir
 from experiments.clipbench_lanes import fingerprint, probe, run
 from experiments.clipbench_report import Standing, draw, file_name, report
 from experiments.clipbench_tracks import TRACKS, Track
 from experiments.rules import RULES, Rule
-from fedjax_clip import checks
+from fedjax_clip import checks, files
 from fedjax_clip.typing import InvalidInput
 
 Entry = dict[str, Any]
@@ -85,7 +85,7 @@ def bench(
     checks.count("--seeds", seeds)
     found = _build_all() if tracks is None else [t for name in dict.fromkeys(tracks) for t in TRACKS[name]()]
     chosen = [t.quick() if quick else t for t in found]
-    results = Results(pathlib.Path(workdir))
+    results = Results(files.expanded(workdir))
     names = tqdm.tqdm(dict.fromkeys(rules), desc="reading rules", unit="rule", leave=False, dynamic_ncols=True)
     programs = {name: fingerprint(probe(), RULES[name]) for name in names}
     problems = {t.name: fingerprint(t, PLAIN) for t in chosen}
@@ -117,10 +117,8 @@ def bench(
             standings.append((track, sorted(rows, key=lambda row: row.rank)))
     for track, rows in standings:
         picture = results.path / f"{file_name(track)}.png"
-        temporary = picture.with_suffix(".tmp")
-        draw(track, rows).savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, picture)
-    write(results.path / "report.md", report(standings, quick))
+        rundir.save_picture(picture, draw(track, rows))
+    files.write(results.path / "report.md", report(standings, quick))
     print(f"{done} run, {len(pairs) - len(todo)} found; see {results.path / 'report.md'}")
     return done
 
@@ -134,7 +132,7 @@ class Results:
             path.mkdir(parents=True, exist_ok=True)
             text = self.file.read_text() if self.file.exists() else ""
             whole = text[: text.rfind("\n") + 1]  # a kill may have come in the middle of the last line
-            write(self.file, whole)
+            files.write(self.file, whole)
             self.entries: list[Entry] = [json.loads(line) for line in whole.splitlines()]
         except OSError as error:
             raise InvalidInput(f"--workdir: {path} cannot be written: {error.strerror}.") from None
@@ -149,7 +147,7 @@ class Results:
     def add(self, entry: Entry) -> None:
         """Appends an entry."""
         line = json.dumps(entry, allow_nan=False)
-        with self.file.open("a") as file:
+        with rundir.appending(self.file) as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -197,13 +195,6 @@ def check_names(flag: str, kind: str, names: Sequence[str], valid: Mapping[str, 
 def numbers(values: np.ndarray) -> list[list[float | None]]:
     """``[T, S]`` as JSON has it: null for what is not finite."""
     return [[float(x) if np.isfinite(x) else None for x in row] for row in values]
-
-
-def write(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole, or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def describe() -> str:

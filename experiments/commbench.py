@@ -8,7 +8,6 @@ The working directory gets results.jsonl (a line for each track and entry), repo
 Stopped in any way, the same command goes on from there. Bytes are those of the metrics, which are those of real codes.
 """
 
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +20,13 @@ import tqdm
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import binary, privacy, registry, spec
-from experiments.clipbench import Results, check_names, write
+from experiments import binary, privacy, registry, rundir, spec
+from experiments.clipbench import Results, check_names
 from experiments.clipbench_lanes import fingerprint, probe
 from experiments.clipbench_report import file_name, interval
 from experiments.clipbench_tracks import TRACKS, Track
 from experiments.rules import Rule
-from fedjax_clip import checks
+from fedjax_clip import checks, files
 
 # Each entry as --uplink has it, or as --downlink behind ">".
 FAMILIES: Mapping[str, Sequence[str]] = {
@@ -119,7 +118,7 @@ def bench(
     check_names("--tracks", "track", tracks, TRACKS)
     check_names("--families", "family", families, FAMILIES)
     checks.count("--seeds", seeds)
-    results = Results(pathlib.Path(workdir))
+    results = Results(files.expanded(workdir))
     chosen = []
     for name in dict.fromkeys(tracks):
         try:
@@ -146,10 +145,8 @@ def bench(
         if rows := [Standing(text, entry) for text, entry in found.items() if entry]:
             standings.append((track, rows))
             picture = results.path / f"{file_name(track)}.png"
-            temporary = picture.with_suffix(".tmp")
-            draw(track, rows).savefig(temporary, format="png", dpi=120)
-            os.replace(temporary, picture)
-    write(results.path / "report.md", report(standings, quick))
+            rundir.save_picture(picture, draw(track, rows))
+    files.write(results.path / "report.md", report(standings, quick))
     print(f"{done} run, {len(pairs) - len(todo)} found; see {results.path / 'report.md'}")
     return done
 

@@ -10,7 +10,6 @@ Stopped in any way, the same command goes on where it was.
 import dataclasses
 import functools
 import math
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,13 +21,13 @@ import tqdm
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import binary
+from experiments import binary, rundir
 from experiments.clipbench import Results
 from experiments.clipbench_lanes import fingerprint, run
 from experiments.clipbench_report import interval
 from experiments.clipbench_tracks import Measure, Track
 from experiments.rules import Rule
-from fedjax_clip import checks
+from fedjax_clip import checks, files
 from fedjax_clip.local import batch_gradient
 from fedjax_clip.typing import InvalidInput, PerExampleLoss
 
@@ -215,7 +214,7 @@ def bench(
     checks.count("--seeds", seeds)
     if not epsilons or not all(e > 0 for e in epsilons):
         raise InvalidInput("--epsilons must be positive numbers, inf among them if you like.")
-    results, track = Results(pathlib.Path(workdir)), problem(quick)
+    results, track = Results(files.expanded(workdir)), problem(quick)
     delta = float(f"{track.data.num_clients**-1.1:.0e}")
     found, done = {}, 0
     for name in tqdm.tqdm(names, unit="mechanism", dynamic_ncols=True):
@@ -237,11 +236,8 @@ def bench(
             done += 1
         if entry is not None:
             found[name] = np.array(entry["accuracy"]), noise
-    picture = results.path / "accuracy.png"
-    temporary = picture.with_suffix(".tmp")
-    draw(found, epsilons).savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, picture)
-    (results.path / "report.md").write_text(report(track, found, epsilons, delta, seeds, quick))
+    rundir.save_picture(results.path / "accuracy.png", draw(found, epsilons))
+    files.write(results.path / "report.md", report(track, found, epsilons, delta, seeds, quick))
     print(f"{done} run, {len(found) - done} found; see {results.path / 'report.md'}")
     return done
 

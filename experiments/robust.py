@@ -11,7 +11,6 @@ was.
 """
 
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,14 +24,14 @@ from absl import flags
 from matplotlib.figure import Figure
 
 import fedjax_clip as fc
-from experiments import binary
+from experiments import binary, rundir
 from experiments.clipbench import Entry, Results, check_names, numbers
 from experiments.clipbench_lanes import run
 from experiments.clipbench_tracks import Measure, Track
 from experiments.robust_problems import ATTACKS, DEFENCES, Attack, Defence, Problem, digits, long_tail, mnist
 from experiments.rules import Rule
 from fedjax_clip import checks, reduce
-from fedjax_clip.files import write
+from fedjax_clip.files import expanded, write
 from fedjax_clip.typing import InvalidInput
 
 NAMES = ("digits", "mnist", "long_tail")
@@ -99,7 +98,7 @@ def compare(
             for defence in defences or problem.defences:
                 track = _track(problem, ATTACKS[attack], DEFENCES[defence], f"{problem.name}: {attack}", quick)
                 cells.append((problem, track, attack, defence, _config(track, problem, seeds)))
-    results = Results(pathlib.Path(workdir))
+    results = Results(expanded(workdir))
     todo = [cell for cell in cells if results.find(cell[1], cell[3], cell[4]) is None]
     bar = tqdm.tqdm(total=len(cells), initial=len(cells) - len(todo), unit="pair", dynamic_ncols=True)
     done = 0
@@ -239,9 +238,7 @@ def draw(problem: Problem, found: Mapping[tuple[str, str], Any], path: pathlib.P
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.set_title(f"norm at most {clip:g}" if math.isfinite(clip) else "no clip", fontsize=9, loc="left")
     figure.suptitle(f"{problem.name}: accuracy (%)", fontsize=10)
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    rundir.save_picture(path, figure)
 
 
 def _values(measured: Any, name: str, clip: int) -> np.ndarray:

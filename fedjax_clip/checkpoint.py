@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from fedjax_clip import files, identity
+from fedjax_clip import checks, files, identity
 from fedjax_clip.typing import InvalidInput
 
 if TYPE_CHECKING:
@@ -33,7 +33,13 @@ class Checkpoints:
 
     def __init__(self, directory: files.PathLike, keep: int = 2):
         self.directory = files.expanded(directory).absolute()
-        self.keep = keep
+        self.keep = checks.count("keep", keep)
+        try:
+            str(self.directory).encode()
+        except UnicodeEncodeError:  # Orbax takes UTF-8 only
+            raise InvalidInput(
+                f"{str(self.directory)!a} is not UTF-8: choose another name for the directory."
+            ) from None
         self._manager: Any = None
 
     def newest(self) -> int | None:

@@ -180,3 +180,7 @@ def test_a_home_directory_is_meant(tmp_path, monkeypatch):
     assert Checkpoints("~/runs").directory == tmp_path / "runs"
     with pytest.raises(fc.InvalidInput, match="no such home directory"):
         Checkpoints("~nobody-of-this-name/runs")
+    with pytest.raises(fc.InvalidInput, match="is not UTF-8: choose another name"):
+        Checkpoints(tmp_path / "\udcff")
+    with pytest.raises(fc.InvalidInput, match="keep must be a whole number of at least 1, not 0"):
+        Checkpoints(tmp_path, keep=0)

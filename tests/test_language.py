@@ -1,6 +1,7 @@
 """Tasks of text, and LoRA, on generated files."""
 
 import importlib.util
+import os
 
 import generated
 import jax
@@ -103,7 +104,7 @@ def test_the_real_tweets():
     assert np.bincount(data["y"]).tolist() == [16_186, 15_018, 6_954]
 
 
-def test_text_files(tmp_path):
+def test_text_files(tmp_path, monkeypatch):
     with pytest.raises(InvalidInput, match=r"no files \*.txt"):
         sources.text_files(tmp_path)
     (tmp_path / "ann.txt").write_text("äbc" * 10, encoding="utf-8")
@@ -116,6 +117,13 @@ def test_text_files(tmp_path):
     (tmp_path / "bob.txt").write_text("abcdefghi")
     data = sources.text_files(tmp_path, 8)
     assert (data.names, data.sizes.tolist()) == (["ann", "bob"], [4, 1])
+    (tmp_path / "bob.txt").write_text("abcdefghi", encoding="utf-8-sig")  # with a byte-order mark
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert np.array_equal(sources.text_files("~", 8).examples["text"], data.examples["text"])
+    (tmp_path / "bob.txt").unlink()
+    os.mkfifo(tmp_path / "bob.txt")
+    with pytest.raises(InvalidInput, match="bob.txt is no file"):
+        sources.text_files(tmp_path, 8)
 
 
 MODELS = {

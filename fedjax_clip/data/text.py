@@ -174,6 +174,7 @@ def _read(path: Path, encoding: str) -> str:
     try:
         return files.regular(path).read_text(encoding=encoding)
     except UnicodeDecodeError as e:
-        raise InvalidInput(f"{path} is not {encoding.upper()} text: byte {e.start} cannot be read.") from e
+        name = encoding.removesuffix("-sig").upper()
+        raise InvalidInput(f"{path} is not {name} text: byte {e.start} cannot be read.") from e
     except OSError as e:
         raise InvalidInput(f"{path} cannot be read: {e.strerror or e}.") from e
