@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from fedjax_clip import checks
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 
@@ -190,6 +191,25 @@ def size(tree: PyTree) -> int:
 def as_arrays(tree: PyTree) -> PyTree:
     """Copies every leaf into a device array of a strong type: a weak one would cost a second compilation."""
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype), tree)
+
+
+def parameters(params: PyTree) -> PyTree:
+    """The parameters with arrays as leaves.
+
+    Raises:
+      InvalidInput: no leaves, or one that is not numbers, such as a function.
+    """
+    leaves = named_leaves(params)
+    if not leaves:
+        raise InvalidInput("params hold nothing to train: give a model's parameters, such as model.init(key, x).")
+    for name, x in leaves:
+        try:
+            numbers = isinstance(x, jax.Array) or jnp.issubdtype(np.asarray(x).dtype, jnp.number)
+        except (TypeError, ValueError):
+            numbers = False
+        if not numbers:
+            raise InvalidInput(f"Parameter {name or 'params'!r} must be an array of numbers, not {checks.shown(x)}.")
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)
 
 
 def named_leaves(tree: PyTree, separator: str = "/") -> list[tuple[str, Any]]:
