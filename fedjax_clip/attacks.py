@@ -17,7 +17,7 @@ import optax
 from fedjax_clip import checks, tree
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.data.statistics import check_labels
+from fedjax_clip.data.statistics import check_field, check_labels
 from fedjax_clip.reduce import Reducer, Stack, restacked
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 from fedjax_clip.uplink.base import Uplink
@@ -108,7 +108,7 @@ def triggered(
       >>> sets = {"examples": held_out, "backdoor": fc.attacks.triggered(held_out, range(3), 1.0, target=0)}
       >>> fc.train(algorithm, data, params, rounds=100, evaluate=fc.evaluator(per_example_loss, sets))
     """
-    rows = np.flatnonzero(np.asarray(data.examples[label]) != target)
+    rows = np.flatnonzero(check_field(data, label) != checks.count("target", target, 0))
     owner = np.searchsorted(data.offsets, rows, side="right") - 1
     others = data.take(rows, np.unique(owner))
     return _with_pattern(others, np.ones(len(rows), bool), features, value, target, field, label)
@@ -158,6 +158,7 @@ def scaling(clients: Clients, factor: float | Array = 10.0) -> Uplink:
 
     Source: Bagdasaryan et al. (2020), equation 3.
     """
+    checks.number("scaling: factor", factor)
     return replaced(clients, lambda update, key: optax.tree.scale(factor, update))
 
 
@@ -235,6 +236,9 @@ def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> 
     Source: Baruch, Baruch and Goldberg (2019), "A Little Is Enough", Algorithm 3 (its defence: a coordinate's middle).
     """
 
+    if z is not None:
+        checks.number("alie: z", z)
+
     def forge(stack, honest):
         n, good = stack.num_present, tree.count(honest)
         hidden = _share(good - (n // 2 + 1 - (n - good)), good)
@@ -256,6 +260,8 @@ def ipm(reducer: Reducer, clients: Clients, epsilon: float | Array = 0.1) -> Red
 
     Source: Xie, Koyejo and Gupta (2020), "Fall of Empires"; Karimireddy, He and Jaggi (2022) for 0.1.
     """
+
+    checks.number("ipm: epsilon", epsilon)
 
     def forge(stack, honest):
         return optax.tree.scale(-epsilon, _honest_mean(stack.messages, honest))
@@ -313,6 +319,7 @@ def _population(numbers: np.ndarray) -> int:
 
 def _owned(data: FederatedData, clients: Clients) -> np.ndarray:
     """``[N]`` whether an example is one of these clients'."""
+    checks.kind("data", data, FederatedData, "a FederatedData")
     numbers = _numbers(clients)
     if np.any(numbers >= data.num_clients):
         raise InvalidInput(f"There is no client {numbers.max()}: there are {data.num_clients}, numbered from 0.")
@@ -320,10 +327,12 @@ def _owned(data: FederatedData, clients: Clients) -> np.ndarray:
 
 
 def _with_pattern(data, hit, features, value, target, field, label) -> FederatedData:
-    x, y = np.array(data.examples[field]), np.array(data.examples[label])
+    x, y = np.array(check_field(data, field)), np.array(check_field(data, label))
     flat, places = x.reshape(len(x), -1), np.asarray(features)
-    if not places.size or places.min() < 0 or places.max() >= flat.shape[1]:
+    if places.ndim != 1 or places.dtype.kind not in "iu" or np.any((places < 0) | (places >= flat.shape[1])):
         raise InvalidInput(f"The pattern's features must lie between 0 and {flat.shape[1] - 1}, not {features!r}.")
+    checks.number("value", value)
+    target = checks.count("target", target, 0)
     flat[np.ix_(hit, places)] = value
     y[hit] = target
     return dataclasses.replace(data, examples={**data.examples, field: x, label: y})

@@ -5,6 +5,7 @@ them yet.
 """
 
 import collections
+import inspect
 import math
 import operator
 import reprlib
@@ -76,6 +77,11 @@ def counts(name: str, values: Any, size: int, least: int = 1, most: int | None =
     return array.astype(np.int64)
 
 
+def number(name: str, value: Any) -> None:
+    """Refuses what is not a number; infinity passes."""
+    _real(name, value, "a number", lambda x: not math.isnan(x))
+
+
 def within(name: str, value: Any, low: float, high: float = np.inf, finite: bool = False) -> None:
     """Refuses what is not a number from ``low`` to ``high``, both included; infinity too if ``finite``."""
     wanted = f"number between {low:g} and {high:g}" if np.isfinite(high) else f"number of at least {low:g}"
@@ -100,6 +106,16 @@ def kind(name: str, value: Any, kind: Any, wanted: str) -> None:
         made = callable(value) and hasattr(value, "__name__")
         got = f"the function {value.__name__} (without its parentheses?)" if made else type(value).__name__
         raise InvalidInput(f"{name} must be {wanted}, not {got}.")
+
+
+def takes(name: str, function: Any, arguments: int, wanted: str) -> None:
+    """Refuses what cannot be called with so many arguments, such as a function of others."""
+    try:
+        inspect.signature(function).bind(*[None] * arguments)
+    except ValueError:  # it does not say what it takes
+        return
+    except TypeError:
+        raise InvalidInput(f"{name} must be a function of {wanted}.") from None
 
 
 def shown(value: Any) -> str:

@@ -6,6 +6,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data.population import FederatedData, check_sets
 from fedjax_clip.local import example_values
 from fedjax_clip.metrics import prefixed
@@ -114,6 +115,9 @@ def _values_of(
 ) -> Callable[[str, Params, PyTree], Values]:
     """``(set, params, clients) -> Values``: the last batch is filled with the last example, and cut off again."""
     check_sets("sets", sets)
+    checks.kind("algorithm", algorithm, Algorithm | None, "an algorithm such as fc.fedavg(...)")
+    checks.kind("population", population, FederatedData | None, "the FederatedData that is trained on")
+    batch_size = checks.count("batch_size", batch_size)
     personal = algorithm.personal if algorithm else None
     names = [population.name(c) for c in range(population.num_clients)] if personal and population else []
     number = {name: c for c, name in enumerate(names)}

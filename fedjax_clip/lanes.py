@@ -221,7 +221,7 @@ def plan(
     least = max((len(f.held_out) for f in folds), default=0)
     streams = {}
     for seed in seeds:
-        initial = params(seed) if callable(params) else params
+        initial = tree.parameters(params(seed) if callable(params) else params)
         for k, population in enumerate(trained):
             held_out = rows(data, folds[k].held_out, least) if folds else None
             size, first = np.int32(population.num_clients), planned[seed, k][0]

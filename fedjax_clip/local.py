@@ -46,6 +46,7 @@ def example_values(
     Raises:
       InvalidInput: a loss that is not one number for each example.
     """
+    checks.takes("per_example_loss", per_example_loss, 3, "(params, batch, key)")
     out = per_example_loss(params, batch, key)
     if isinstance(out, tuple) and not (len(out) == 2 and isinstance(out[1], Mapping)):
         raise InvalidInput("per_example_loss must return losses[B], or (losses[B], {name: values[B]}).")
@@ -123,11 +124,23 @@ def batch_gradient(
 ) -> tuple[PyTree, Metrics]:
     """The gradient of a batch's weighted mean loss, and the batch's report."""
 
+    check_parameters(params)
+
     def mean_loss(params):
         total, report = batch_loss(per_example_loss, params, batch, weights, key)
         return total / tree.or_one(report["loss"].weight), report
 
     return jax.grad(mean_loss, has_aux=True)(params)
+
+
+def check_parameters(params: Params) -> None:
+    """Refuses parameters that have no gradient."""
+    for name, x in tree.named_leaves(params):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InvalidInput(
+                f"Parameter {name!r} holds {x.dtype} and has no gradient: make it a floating-point array, or freeze it "
+                "(fc.partially_frozen)."
+            )
 
 
 def local_steps(
@@ -221,6 +234,8 @@ def full_gradient(
     Batches only bound the memory: their gradients add up exactly, so the batch size does not matter.
     """
 
+    check_parameters(params)
+
     def gradient(i):
         batch, weights = client.batch(i)
 
@@ -296,6 +311,7 @@ def at_round(client_tx: ClientTx, round: Array) -> optax.GradientTransformation:
     """
     if isinstance(client_tx, tuple):
         return client_tx
+    checks.takes("client_tx", client_tx, 1, "the round's number, or an optax optimiser")
     built = client_tx(round)
     checks.kind("client_tx(round)", built, optax.GradientTransformation, "an optax optimiser")
     return built

@@ -68,6 +68,7 @@ def lora(
     Source: Hu et al. (2022), "LoRA"; federated: Zhang et al. (2024), "Towards Building the Federated GPT" (FedIT).
     """
     rank = checks.count("rank", rank)
+    checks.kind("pattern", pattern, str, "a regular expression")
     names = [name for name, _ in tree.named_leaves(base)]
     leaves, structure = jax.tree.flatten(base)
     matrices = {

@@ -105,7 +105,10 @@ def toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
 
     Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", Algorithm 9; jax-privacy.
     """
-    c = np.asarray(coefficients, np.float32)
+    try:
+        c = np.asarray(coefficients, np.float32)
+    except (TypeError, ValueError):
+        c = np.zeros(0, np.float32)
     if c.ndim != 1 or not c.size or not np.all(np.isfinite(c)) or not (c[0] > 0 and np.all(c >= 0)):
         raise InvalidInput(
             f"toeplitz: coefficients must be numbers, the first positive and none negative, not {coefficients}."

@@ -26,6 +26,7 @@ def per_example_gradient(example_tx: optax.GradientTransformation) -> Gradient:
 
     Source: Abadi et al. (2016), Algorithm 1, without its noise.
     """
+    checks.kind("example_tx", example_tx, optax.GradientTransformation, "an optax transform")
     example_tx = optax.with_extra_args_support(example_tx)
 
     def gradient(per_example_loss, params, batch, weights, key):

@@ -16,7 +16,7 @@ from fedjax_clip.data.population import FederatedData, check_fields, check_sets
 from fedjax_clip.lanes import Build, Lane, Lanes, plan
 from fedjax_clip.metrics import higher_is_better
 from fedjax_clip.training import Row
-from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss, PyTree
+from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
 
 Points = Mapping[str, Sequence[float] | np.ndarray]
 
@@ -166,6 +166,12 @@ def sweep(
     check_fields(data)
     check_sets("evaluation", evaluation or {})
     checks.kind("sampler", sampler, sampling.Sampler | None, "one of fc.sampling (a sweep has no clock)")
+    checks.kind("points", points, Mapping, "values by name, such as fc.sweeping.grid(lr=[0.1, 1.0])")
+    checks.takes("build", build, 1, "a point's values by name")
+    checks.kind("folds", folds, Iterable, "a list such as fc.folds.clients(data, 5)")
+    for name, values in points.items():
+        for value in np.ravel(np.asarray(values, object)):
+            checks.number(f"points: {name}", value)
     columns = {name: np.asarray(values, np.float32) for name, values in points.items()}
     num_points, begins = _check_points(columns, build, data.num_clients)
     rounds = checks.count("rounds", rounds)
@@ -218,6 +224,7 @@ def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int],
       >>> rungs(100, 64, 2)
       ([13, 25, 50, 100], [64, 32, 16, 8])
     """
+    rounds, num_points = checks.count("rounds", rounds), checks.count("num_points", num_points)
     if halving is None:
         return [rounds], [num_points]
     halving = checks.count("halving", halving, 2)
@@ -272,6 +279,7 @@ def _check_points(columns: Mapping[str, np.ndarray], build: Build, num_clients: 
         point = {name: float(x[i]) for name, x in columns.items()}
         try:
             algorithm = build({**point, "num_clients": num_clients})
+            checks.kind("build(point)", algorithm, Algorithm, "an algorithm such as fc.fedavg(...)")
         except InvalidInput as error:
             raise InvalidInput(f"{', '.join(f'{k}={v:g}' for k, v in point.items())}: {error}") from None
     return count, algorithm.start is not None

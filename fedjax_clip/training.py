@@ -1,7 +1,6 @@
 """The driver: samples and plans cohorts, runs the compiled round, evaluates, saves and resumes."""
 
 import concurrent.futures
-import inspect
 import math
 import time
 import warnings
@@ -165,15 +164,27 @@ def train(
             checks.count(name, value)
     if non_finite not in ("drop", "keep", "stop"):
         raise InvalidInput(f"non_finite must be 'drop', 'keep' or 'stop', not {non_finite!r}.")
+    checks.kind("algorithm", algorithm, Algorithm, "one such as fc.fedavg(...)")
     checks.kind("data", data, FederatedData, "a FederatedData")
     checks.kind("sampler", sampler, sampling.Sampler | clock.Clock | None, "a sampler such as fc.sampling.uniform(10)")
     if sampler is not None and cohort_size is not None:
         raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
     check_fields(data)
     check_named(algorithm, data.num_clients)
-    _check_judge("evaluate", evaluate, 1, "the parameters: fc.evaluator(per_example_loss, sets)")
-    kept = "the parameters and what all clients keep: fc.client_evaluator(...)"
-    _check_judge("evaluate_clients", evaluate_clients, 2, kept)
+    kept = "the parameters and what all clients keep: fc.client_evaluator(...) makes one"
+    for name, function, count, wanted in (
+        ("evaluate", evaluate, 1, "the parameters: fc.evaluator(per_example_loss, sets) makes one"),
+        ("evaluate_clients", evaluate_clients, 2, kept),
+        ("on_round", on_round, 1, "a row"),
+        ("should_stop", should_stop, 0, "nothing, which says whether to stop"),
+    ):
+        if function is not None:
+            checks.takes(name, function, count, wanted)
+    if checkpoints is not None and not hasattr(checkpoints, "restore"):
+        raise InvalidInput(
+            f"checkpoints must be fc.checkpoint.Checkpoints(directory), not {checks.shown(checkpoints)}."
+        )
+    params = tree.parameters(params)
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
     devices = placement.local(devices)
@@ -249,7 +260,7 @@ def train(
             rows = [{"round": float(r + 1), **dict(zip(columns, row))} for r, row in zip(block.rounds, values)]
             if judges and (done == rounds or done % eval_every == 0):
                 trained = placement.first_replica(server.params)
-                scores = {k: float(v) for judge in judges for k, v in judge(trained).items()}
+                scores = {k: v for judge in judges for k, v in _numbers(judge(trained)).items()}
                 rows[-1] |= metrics.prefixed("eval", scores)
             history += rows
             if on_round is not None:
@@ -300,16 +311,13 @@ def _examples_meet(per_example_loss: PerExampleLoss, data: FederatedData, params
     return _MEET[per_example_loss]
 
 
-def _check_judge(name: str, judge: Any, arguments: int, wanted: str) -> None:
-    """Refuses what cannot be called with so many arguments, such as a loss."""
-    if judge is None:
-        return
+def _numbers(scores: Any) -> Row:
+    """What an evaluation gave, if that is numbers by name."""
+    checks.kind("What an evaluation returns", scores, Mapping, "numbers by name")
     try:
-        inspect.signature(judge).bind(*[None] * arguments)
-    except ValueError:  # it does not say what it takes
-        return
-    except TypeError:
-        raise InvalidInput(f"{name} must be a function of {wanted} makes one.") from None
+        return {name: float(value) for name, value in scores.items()}
+    except (TypeError, ValueError):
+        raise InvalidInput(f"An evaluation must return one number for each name, not {checks.shown(scores)}.") from None
 
 
 def client_states(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
@@ -340,6 +348,7 @@ def evaluator(
     """
 
     check_sets("sets", sets)
+    batch_size = checks.count("batch_size", batch_size)
 
     @jax.jit
     def batch_report(params, batch, weights):

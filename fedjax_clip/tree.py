@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from fedjax_clip import checks
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 
@@ -201,6 +202,25 @@ def leaf_name(path: Sequence[Any], separator: str = "/") -> str:
     while end > 1 and path[end - 1] == jax.tree_util.GetAttrKey("value"):
         end -= 1
     return jax.tree_util.keystr(tuple(path[:end]), simple=True, separator=separator)
+
+
+def parameters(params: PyTree) -> PyTree:
+    """The parameters with arrays as leaves.
+
+    Raises:
+      InvalidInput: no leaves, or one that is not numbers, such as a function.
+    """
+    leaves = named_leaves(params)
+    if not leaves:
+        raise InvalidInput("params hold nothing to train: give a model's parameters, such as model.init(key, x).")
+    for name, x in leaves:
+        try:
+            numbers = isinstance(x, jax.Array) or jnp.issubdtype(np.asarray(x).dtype, jnp.number)
+        except (TypeError, ValueError):
+            numbers = False
+        if not numbers:
+            raise InvalidInput(f"Parameter {name or 'params'!r} must be an array of numbers, not {checks.shown(x)}.")
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)
 
 
 def named_leaves(tree: PyTree, separator: str = "/") -> list[tuple[str, Any]]:

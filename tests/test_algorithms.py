@@ -262,6 +262,33 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
         (lambda: loss_of(lambda p, b, k: [*softmax_loss(p, b, k)]), "one loss for each example, shape (20,), not list"),
         (lambda: loss_of(lambda p, b, k: None), "one loss for each example, shape (20,), not NoneType"),
         (lambda: loss_of(lambda p, b, k: (b["x"][:, 0], b["y"])), "must return losses[B], or (losses[B], {name"),
+        (lambda: loss_of(lambda p, b: b["x"][:, 0]), "per_example_loss must be a function of (params, batch, key)"),
+        (lambda: loss_of("loss"), "per_example_loss must be a function of (params, batch, key)"),
+        (lambda: fc.train(softmax_loss, population(), parameters(), rounds=1), "not the function softmax_loss"),
+        (lambda: train_from({}), "params hold nothing to train"),
+        (lambda: train_from({"w": "a"}), "Parameter 'w' must be an array of numbers, not 'a'"),
+        (lambda: train_from(lambda key: parameters()), "Parameter 'params' must be an array of numbers, not <function"),
+        (lambda: train_from({"w": np.zeros((4, 3), int), "b": np.zeros(3)}), "Parameter 'w' holds int32"),
+        (lambda: train(population(), rounds=2.5), "rounds must be a whole number of at least 1, not 2.5"),
+        (lambda: train(population(), clients_per_chunk=-3), "clients_per_chunk must be a whole number"),
+        (lambda: train(population(), devices=[]), "devices must be one or more different devices"),
+        (lambda: train(population(), devices=["cpu"]), "A device must be one of jax.local_devices(), not str"),
+        (lambda: train(population(), local_epochs=2, local_steps=3), "local_epochs and local_steps both say"),
+        (
+            lambda: train(population(), evaluate=lambda params: 3.0),
+            "What an evaluation returns must be numbers by name",
+        ),
+        (lambda: train(population(), evaluate=lambda params: {"a": "b"}), "one number for each name, not {'a': 'b'}"),
+        (lambda: train(population(), on_round=3), "on_round must be a function of a row"),
+        (lambda: train(population(), checkpoints="here"), "checkpoints must be fc.checkpoint.Checkpoints(directory)"),
+        (
+            lambda: fc.sweep(3, {"lr": [0.1]}, population(), parameters(), softmax_loss, rounds=1),
+            "build must be a function",
+        ),
+        (
+            lambda: fc.sweep(abs, [0.1], population(), parameters(), softmax_loss, rounds=1),
+            "points must be values by name",
+        ),
         (lambda: loss_of(reporting("round")), "reports 'round', a name that the library fills itself"),
         (lambda: loss_of(reporting("seconds")), "Taken are bytes_down"),
         (lambda: loss_of(reporting("eval/x")), "begin with client_norm/"),
@@ -278,12 +305,27 @@ def loss_of(per_example_loss):
     return fc.train(fc.fedavg(per_example_loss, optax.sgd(0.1)), population(), parameters(), rounds=1)
 
 
+def train_from(params):
+    return fc.train(fc.fedavg(softmax_loss, optax.sgd(0.1)), population(), params, rounds=1)
+
+
 def reporting(name):
     return lambda params, batch, key: (softmax_loss(params, batch, key)[0], {name: batch["x"][:, 0]})
 
 
 def train(data, uplink=None, **options):
-    return fc.train(fc.fedavg(softmax_loss, optax.sgd(0.1), uplink=uplink), data, parameters(), rounds=1, **options)
+    algorithm = fc.fedavg(softmax_loss, optax.sgd(0.1), uplink=uplink)
+    return fc.train(algorithm, data, parameters(), **{"rounds": 1, **options})
+
+
+def test_parameters_may_be_numbers_of_python():
+    """As arrays of no axes."""
+
+    def loss(params, batch, key):
+        return 0.5 * (batch["x"][:, 0] * params["w"] - 1) ** 2
+
+    runs = [fc.train(fc.fedavg(loss, optax.sgd(0.1)), population(), {"w": w}, rounds=1) for w in (0.5, np.float32(0.5))]
+    assert runs[0].params["w"] == runs[1].params["w"] != 0.5
 
 
 def link(encode=lambda u, s, c, ctx: (u, c, {}), decode=lambda a, s, r, ctx: (a, s, {})):

@@ -195,7 +195,10 @@ BAD_FLAGS = {
     "a sketch of a terabyte": ("--uplink=count_sketch(5, 1000000000)", "are a sketch of more than 1 GiB"),
     "a plan of gigabytes": ("--algorithm=fedavg(local_steps=1000000000)", "are too many to plan: lower local_epochs"),
     "a model of terabytes": ("--task=digits(hidden=(1000000, 1000000))", "GiB of parameters, and the machine"),
-    "a layer without end": ("--task=digits(hidden=(1000000000,))", "a width, must be a whole number between 1 and 1048576"),
+    "a layer without end": (
+        "--task=digits(hidden=(1000000000,))",
+        "a width, must be a whole number between 1 and 1048576",
+    ),
     "past models without end": ("--algorithm=fedbuff(max_staleness=1000000000)", "between 0 and 100000"),
     "a file without end": ("--task=csv('/dev/zero', target='x')", "/dev/zero is no file"),
     "a file whose name is not UTF-8": ("--task=npz('\udcff.npz')", "has bytes that are not UTF-8"),

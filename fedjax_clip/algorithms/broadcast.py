@@ -39,6 +39,7 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
     Source: Tang et al. (2019), "DoubleSqueeze", Algorithm 1, the server's side; Caldas et al. (2018), "Expanding the
     Reach of Federated Learning by Reducing Client Resource Requirements", for ``relative=False``.
     """
+    checks.kind("algorithm", algorithm, Algorithm, "one such as fc.fedavg(...)")
     checks.kind("compressor", compressor, Compressor, "of fc.compression, such as fc.compression.qsgd(8)")
     if not algorithm.broadcasts:
         raise InvalidInput(

@@ -105,10 +105,13 @@ def groups(patterns: Mapping[str, str]) -> Scope:
       >>> groups({"head": "Dense_1", "body": "."}).label("params/Dense_1/kernel")
       'head'
     """
+    checks.kind(
+        "groups", patterns, Mapping, 'patterns by the names of groups, such as {"head": "Dense_1", "body": "."}'
+    )
     for pattern in patterns.values():
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (TypeError, re.error) as error:
             raise InvalidInput(f"groups: {pattern!r} is not a regular expression: {error}.") from error
     return Scope(lambda name: next((group for group, p in patterns.items() if re.search(p, name)), "rest"))
 
@@ -213,6 +216,8 @@ def fixed(threshold: float | Array | Mapping[str, float]) -> Rule:
             raise InvalidInput(f"There is no threshold for the group {label!r}; there are {sorted(threshold)}.")
         return threshold[label]
 
+    if isinstance(threshold, Mapping) and not threshold:
+        raise InvalidInput("A clip's thresholds by group are none: give one for each group.")
     for value in threshold.values() if isinstance(threshold, Mapping) else [threshold]:
         checks.positive("A clip's threshold", value)
     return Rule(lambda norms: (), lambda norms, state, _: ({k: jnp.asarray(of(k)) for k in norms}, state))
@@ -326,8 +331,8 @@ def z_score(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> Ru
     Source: Kumar et al. (2025), "ZClip".
     """
     checks.positive("z_score", z)
+    warmup = checks.count("warmup", warmup, 0)
     checks.within("decay", decay, 0, 1)
-    checks.within("warmup", warmup, 0)
 
     def init(norms):
         return {k: (n * 0, n * 0, jnp.zeros(n.shape, jnp.int32)) for k, n in norms.items()}

@@ -58,6 +58,9 @@ def clip(
     Example:
       >>> tx = optax.chain(clip(z_score(), scope=layer()), optax.sgd(0.1))
     """
+    checks.kind("norm", norm, Norm | None, "one of fc.clipping, such as fc.clipping.linf()")
+    checks.kind("scope", scope, Scope | None, "one of fc.clipping, such as fc.clipping.layer()")
+    checks.kind("shape", shape, Callable | None, "one of fc.clipping, such as fc.clipping.hard()")
     norm, scope, shape = norm or parts.l2(), scope or parts.whole(), shape or parts.hard()
     rule = rule if isinstance(rule, Rule) else parts.fixed(rule)
 
@@ -93,6 +96,7 @@ def watch(tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]) ->
     Example:
       >>> tx = watch(optax.clip(1.0), lambda g: optax.tree.norm(g, ord=jnp.inf) > 1.0)
     """
+    checks.kind("tx", tx, optax.GradientTransformation, "an optax transform")
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
@@ -355,6 +359,7 @@ def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
 
     Source: Elesedy and Hutter (2023), "U-Clip: On-Average Unbiased Stochastic Gradient Clipping", Algorithm 1.
     """
+    checks.kind("tx", tx, optax.GradientTransformation, "an optax transform")
     tx = optax.with_extra_args_support(tx)
 
     def init(params):

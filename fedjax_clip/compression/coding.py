@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
+from fedjax_clip import checks
 from fedjax_clip.typing import Array, InvalidInput
 
 ABSENT = np.uint32(2**32 - 1)
@@ -68,8 +69,8 @@ def find(name: str) -> "Coding":
     Raises:
       InvalidInput: a name that none has.
     """
-    if name not in CODINGS:
-        raise InvalidInput(f"There is no coding {name!r}; there are {', '.join(CODINGS)}.")
+    if not isinstance(name, str) or name not in CODINGS:
+        raise InvalidInput(f"There is no coding {checks.shown(name)}; there are {', '.join(CODINGS)}.")
     return CODINGS[name]
 
 

@@ -92,7 +92,7 @@ def synchronous(
     """
     if keep is not None:
         keep = checks.count("keep", keep)
-    _check(speeds, dropout)
+    _check(sampler, speeds, dropout)
     checks.positive("deadline, in seconds,", deadline)
 
     def turn(world: World, now: float, round: int) -> tuple[Turn, float]:
@@ -159,7 +159,7 @@ def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency:
     """
     buffer_size = checks.count("buffer_size", buffer_size)
     concurrency = checks.count("concurrency", concurrency)
-    _check(speeds, dropout)
+    _check(sampler, speeds, dropout)
     if concurrency < buffer_size:
         raise InvalidInput(f"{concurrency} clients at work cannot fill a buffer of {buffer_size}.")
 
@@ -245,6 +245,7 @@ def _answers(world: World, speeds: Speeds, ids: np.ndarray, dropout: float, *wor
     return seconds, draws.uniform(world.seed, *words, _LOST, ids) < dropout
 
 
-def _check(speeds: Speeds, dropout: float) -> None:
+def _check(sampler: Sampler, speeds: Speeds, dropout: float) -> None:
+    checks.kind("sampler", sampler, Sampler, "one of fc.sampling, such as fc.sampling.uniform(10)")
     checks.kind("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
     checks.fraction("dropout, a probability,", dropout, zero=True)

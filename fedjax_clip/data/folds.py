@@ -42,6 +42,7 @@ def clients(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
       >>> [f.held_out.tolist() for f in clients(data, 3)]
       [[4, 5], [0, 1, 2], [3]]
     """
+    checks.kind("data", data, FederatedData, "a FederatedData")
     num_folds = checks.count("num_folds, of clients,", num_folds, 2, data.num_clients)
     fold_of = np.empty(data.num_clients, np.int64)
     order = np.random.default_rng(checks.seed("seed", seed)).permutation(data.num_clients)
@@ -64,7 +65,9 @@ def examples(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
     Raises:
       InvalidInput: more folds than examples, or fewer than 2.
     """
+    checks.kind("data", data, FederatedData, "a FederatedData")
     num_folds = checks.count("num_folds, of examples,", num_folds, 2, data.num_examples)
+    seed = checks.seed("seed", seed)
     place = draws.shuffles(data.sizes, seed, np.arange(data.num_clients)) + np.repeat(data.offsets[:-1], data.sizes)
     return _folds(place % num_folds, num_folds)
 

@@ -352,6 +352,7 @@ def _fill_empty(client_of: np.ndarray, num_clients: int, rng: np.random.Generato
 
 
 def _field(examples: Examples, name: str) -> np.ndarray:
+    checks.kind("A field", name, str, "the name of one")
     if name not in examples:
         raise no_field(name, examples)
     return as_array(f"Field {name!r}", examples[name])

@@ -170,9 +170,14 @@ def plan_rounds(
       >>> cohorts = fc.plan_rounds(data, ids, fc.LocalWork(20), seed=0, first_round=0)
     """
     length = len(cohorts) if length is None else length
-    counts = np.array([len(ids) for ids in cohorts])
-    seed = checks.seed("seed", seed)
-    ids = np.concatenate([checks.client_numbers("The cohort's ids", ids, data.num_clients, True) for ids in cohorts])
+    checks.kind("data", data, FederatedData, "a FederatedData")
+    checks.kind("work", work, LocalWork, "an fc.LocalWork")
+    seed, first_round = checks.seed("seed", seed), checks.count("The round", first_round, 0)
+    num_devices, width = checks.count("num_devices", num_devices), checks.count("width", width)
+    cohorts = [checks.client_numbers("The cohort's ids", ids, data.num_clients, twice=True) for ids in cohorts]
+    counts, ids = np.array([len(ids) for ids in cohorts]), np.concatenate(cohorts)
+    if staleness is not None:
+        staleness = [checks.counts("staleness", stale, n, 0) for stale, n in zip(staleness, counts, strict=True)]
     round = np.repeat(np.arange(len(cohorts)), counts)
     batch_size = work.batch_sizes(ids, data.sizes, seed)
     per_epoch = -(-data.sizes[ids] // batch_size)

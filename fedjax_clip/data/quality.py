@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import check_field, check_labels, label_counts, moments, quantiles
@@ -47,8 +48,7 @@ def winsorise(tail: float = 0.01, columns: Columns = slice(None), field: str = "
 
     Source: Tukey (1962), "The Future of Data Analysis".
     """
-    if not 0 <= tail < 0.5:
-        raise InvalidInput(f"The tail to winsorise must lie between 0 and 0.5, not {tail}.")
+    checks.within("tail", tail, 0, np.nextafter(0.5, 0))
 
     def fit(data):
         low, high = quantiles(_narrow(data, field, columns), [tail, 1 - tail], field)
@@ -230,6 +230,7 @@ def add_outliers(
 
     Arguments as for ``drop_values``; see ``winsorise``.
     """
+    checks.number("scale", scale)
     return _spoil(data, rate, field, clients, seed, 4, lambda x: scale * x)
 
 
@@ -242,17 +243,18 @@ def _spoil(data, rate, field, clients, seed, purpose, spoilt) -> FederatedData:
 
 
 def _hit(data: FederatedData, rate: float, clients: Sequence[int] | None, words: tuple) -> np.ndarray:
-    if not 0 <= rate <= 1:
-        raise InvalidInput(f"The rate must lie between 0 and 1, not {rate}.")
+    checks.within("rate", rate, 0, 1)
+    checks.seed("seed", words[0])
     hit = draws.uniform(*words) < rate
     if clients is None:
         return hit
-    chosen = np.isin(_owner(data), np.asarray(clients))
+    chosen = np.isin(_owner(data), checks.client_numbers("clients", clients, data.num_clients, twice=True))
     return hit & chosen.reshape(-1, *[1] * (hit.ndim - 1))
 
 
 def _resample(data, num_classes, label, per_client, seed, goal) -> FederatedData:
     labels, owner = check_labels(data, num_classes, label), _owner(data)
+    seed = checks.seed("seed", seed)
     counts = _counts(data, labels, num_classes)
     if per_client:
         present = np.ma.masked_equal(counts, 0)

@@ -1,6 +1,5 @@
 """How fast clients are: seconds a local step and seconds a message, each client's own and the same throughout."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,8 +51,7 @@ def lognormal(step: float = 1.0, message: float = 0.0, sigma: float = 1.0) -> Sp
       [2.0, 2.0]
     """
     _check_seconds(step=step, message=message)
-    if not 0 <= sigma < math.inf:
-        raise InvalidInput(f"sigma must be at least 0 and finite, not {sigma}.")
+    checks.within("sigma", sigma, 0, finite=True)
 
     def one(median: float, seed: int, stream: int, ids: np.ndarray) -> np.ndarray:
         u, v = (draws.uniform(seed, stream, i, ids) for i in range(2))
@@ -79,8 +77,8 @@ def two_tier(step: float = 1.0, message: float = 0.0, slowdown: float = 5.0, slo
       [5.0]
     """
     _check_seconds(step=step, message=message)
-    if not (1 <= slowdown < math.inf and 0 <= slow <= 1):
-        raise InvalidInput(f"Two tiers need slowdown >= 1 and 0 <= slow <= 1, not {slowdown} and {slow}.")
+    checks.within("slowdown", slowdown, 1, finite=True)
+    checks.within("slow", slow, 0, 1)
 
     def seconds(ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         factor = np.where(draws.uniform(seed, _TIER, ids) < slow, slowdown, 1.0)
@@ -141,7 +139,7 @@ def budget(speeds: Speeds, seconds: float, most: int) -> Callable[[np.ndarray, i
     """
     checks.kind("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
     _check_seconds(step=seconds)
-    checks.count("most", most)
+    most = checks.count("most", most)
 
     def steps(ids: np.ndarray, seed: int) -> np.ndarray:
         step, message = speeds.seconds(ids, seed)
@@ -170,7 +168,7 @@ def batch_budget(speeds: Speeds, seconds: float, most: int) -> BatchSizes:
     """
     checks.kind("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
     _check_seconds(step=seconds)
-    checks.count("most", most)
+    most = checks.count("most", most)
 
     def sizes(ids: np.ndarray, seed: int) -> np.ndarray:
         return np.clip(np.floor(most * seconds / speeds.seconds(ids, seed)[0]), 1, most).astype(np.int64)

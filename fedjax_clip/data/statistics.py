@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.data import partition
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.typing import InvalidInput, PyTree
@@ -141,6 +142,7 @@ def label_counts(data: FederatedData, num_classes: int, label: str = "y") -> np.
       [1, 3]
     """
     check_labels(data, num_classes, label)
+    num_classes = int(num_classes)
     return federated_sums(data, lambda examples: np.bincount(examples[label], minlength=num_classes))
 
 
@@ -154,6 +156,8 @@ def check_field(data: FederatedData, field: str) -> np.ndarray:
     Raises:
       InvalidInput: no such field.
     """
+    checks.kind("data", data, FederatedData, "a FederatedData")
+    checks.kind("A field", field, str, "the name of one")
     if not isinstance(data.examples, Mapping) or field not in data.examples:
         raise partition.no_field(field, data.fields())
     return data.examples[field]
@@ -170,7 +174,7 @@ def check_labels(data: FederatedData, num_classes: int, label: str) -> np.ndarra
     Raises:
       InvalidInput: other labels than that; it names the client that holds them.
     """
-    labels = check_field(data, label)
+    labels, num_classes = check_field(data, label), checks.count("num_classes", num_classes)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise InvalidInput(f"Labels {label!r} must be whole numbers [N], not {labels.dtype} of shape {labels.shape}.")
     if (bad := np.flatnonzero((labels < 0) | (labels >= num_classes))).size:

@@ -72,6 +72,7 @@ def epsilon(
     sampling without replacement; Meiser and Mohammadi (2018), Koskela et al. (2020) for privacy loss distributions;
     Denisov et al. (2022) for correlated noise, and that rounds may depend on the noise before them.
     """
+    num_clients, rounds = checks.count("num_clients", num_clients), checks.count("rounds", rounds, 0)
     if callable(noise_multiplier):
         _check_accountant(accountant)
         return float(epsilons(noise_multiplier, sampler, num_clients, rounds, delta)[-1]) if rounds else 0.0
@@ -133,6 +134,7 @@ def noise_multiplier(
       InvalidInput: a target that no noise up to 10,000 reaches, or none that a grid has room for; as ``epsilon``.
     """
     checks.positive("target_epsilon", target_epsilon)
+    num_clients, rounds = checks.count("num_clients", num_clients), checks.count("rounds", rounds, 0)
     scale, sampler = _alone(sampler, num_clients, rounds, mechanism)
     count = rounds if mechanism is None else 1
 

@@ -47,6 +47,9 @@ def record_epsilons(
     Source: Abadi et al. (2016), Algorithm 1, at each client; Mironov (2017) for the composition.
     """
     checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
+    checks.kind("data", data, FederatedData, "a FederatedData")
+    checks.kind("work", work, LocalWork, "an fc.LocalWork")
+    rounds, seed = checks.count("rounds", rounds, 0), checks.seed("seed", seed)
     clients = np.arange(data.num_clients)
     drawn = [sampler.draw(data.sizes, seed, round) for round in range(rounds)]
     took_part = np.bincount(np.concatenate([*drawn, clients[:0]]), minlength=data.num_clients)

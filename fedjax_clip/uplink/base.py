@@ -245,6 +245,9 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
     Example:
       >>> link = at_client(optax.clip(0.01))
     """
+    checks.kind("at_client's tx", tx, optax.GradientTransformation, "an optax transform, such as a clip")
+    if bound is not None:
+        checks.positive("at_client: bound", bound)
 
     def init(params):
         if not keep_state and jax.tree.leaves(bare_state(tx.init(params))):

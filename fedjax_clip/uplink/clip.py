@@ -70,6 +70,8 @@ def quantile_clip(
     """
     checks.positive("quantile_clip: initial", initial)
     _check_quantile("quantile_clip", target_unclipped_quantile, rate)
+    if bits_noise is not None:
+        checks.within("quantile_clip: bits_noise", bits_noise, 0, finite=True)
 
     def encode(update, bound, client_state, ctx):
         norm = tree.norm(update)
@@ -126,6 +128,9 @@ def zeroing(
     """
     checks.positive("zeroing: initial", initial)
     _check_quantile("zeroing", target_unclipped_quantile, rate)
+    checks.positive("zeroing: multiplier", multiplier)
+    checks.within("zeroing: increment", increment, 0)
+    checks.kind("zeroing: norm", norm, Norm | None, "one of fc.clipping, such as fc.clipping.linf()")
 
     def encode(update, quantile, client_state, ctx):
         size = tree.norm(update) if norm is None else measure(whole(), norm, update)[""]

@@ -121,7 +121,7 @@ def skellam(noise_multiplier: float | Array, bits: int = 32, rotate: bool = Fals
 
 
 def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
-    if bits not in TYPES:
+    if (bits := checks.count("bits", bits)) not in TYPES:
         raise InvalidInput(f"An integer grid has 8, 16 or 32 bits, not {bits!r}.")
     checks.within("noise_multiplier", z, 0)
     unsigned, signed = TYPES[bits]
