@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip import checks, files
 from fedjax_clip.data.population import FederatedData, as_array, count_examples, text
 from fedjax_clip.labels import drawable
 from fedjax_clip.typing import InvalidInput, PyTree
@@ -264,7 +264,7 @@ def plot(
         _heat_map(figure, counts, [str(c) for c in classes])
     if path is not None:
         try:
-            figure.savefig(path)
+            figure.savefig(files.expanded(path))
         except (OSError, ValueError) as e:
             raise InvalidInput(f"The plot cannot be saved as {os.fspath(path)}: {e}.") from e
     return figure

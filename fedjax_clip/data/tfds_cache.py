@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_clip import files as paths
 from fedjax_clip.data import partition
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.typing import InvalidInput
@@ -70,8 +71,8 @@ def tfds(
       >>> tfds("fedjax_digits", data_dir="/tmp/tfds", by="client_id", cache_dir="/tmp/cache").num_clients
       14
     """
-    data_dir = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
-    cache_dir = Path(cache_dir or os.environ.get("FEDJAX_CLIP_CACHE") or "~/.cache/fedjax_clip").expanduser()
+    data_dir = paths.expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").absolute()
+    cache_dir = paths.expanded(cache_dir or os.environ.get("FEDJAX_CLIP_CACHE") or "~/.cache/fedjax_clip")
     fields = None if fields is None else sorted(fields)
     request = {"name": name, "split": split, "data_dir": str(data_dir), "by": by, "fields": fields, "layout": 1}
     digest = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]

@@ -1,13 +1,12 @@
 """Text: the next character of Shakespeare's roles, or of one's own files; the mood of tweets; LoRA."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import models, tree
+from fedjax_clip import files, models, tree
 from fedjax_clip.data import partition, sources, text
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.lora import lora
@@ -175,7 +174,7 @@ def _characters(
 
 def _load(path: str, task: Task) -> Params:
     """A run's ``params.npz`` in the structure of the task's own parameters."""
-    if not (file := Path(path).expanduser()).exists():
+    if not (file := files.expanded(path)).exists():
         preset = "experiments/presets/shakespeare_transformer.flags"
         raise InvalidInput(
             f"There is no base model {path}: train one, by python -m experiments.run --flagfile={preset}."
