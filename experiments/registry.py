@@ -6,13 +6,24 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 import fedjax_clip as fc
 from experiments import spec
-from fedjax_clip import attacks, clipping, clock, compression, mechanism, reduce, sampling, speeds, tasks, uplink
+from fedjax_clip import (
+    attacks,
+    checks,
+    clipping,
+    clock,
+    compression,
+    mechanism,
+    reduce,
+    sampling,
+    speeds,
+    tasks,
+    uplink,
+)
 from fedjax_clip.typing import InvalidInput
 
 TASKS: Mapping[str, Callable[..., tasks.Task]] = {
@@ -325,15 +336,12 @@ def _checked(optimizer: Callable[..., optax.GradientTransformation]) -> Callable
     @functools.wraps(optimizer)
     def build(*args, **kwargs):
         for name, value in inspect.signature(optimizer).bind(*args, **kwargs).arguments.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if isinstance(value, str):
-                raise InvalidInput(f"{name} must be a number, not {value!r}")
-            scheduled = callable(value) or isinstance(value, jax.Array)
-            if name == "learning_rate" and not (0 < value < math.inf if number else scheduled):
-                raise InvalidInput(f"the learning rate must be positive and finite, not {value}")
-            fraction = isinstance(value, jax.core.Tracer) or (number and 0 <= value < 1)
-            if name in _FRACTIONS and value is not None and not fraction:
-                raise InvalidInput(f"{name} must lie between 0 and 1, not {value}")
+                checks.number(name, value)
+            if name == "learning_rate" and not callable(value):  # a schedule
+                checks.positive("the learning rate", value, finite=True)
+            if name in _FRACTIONS and value is not None:
+                checks.fraction(name, value, zero=True)
         return optimizer(*args, **kwargs)
 
     return build
@@ -391,11 +399,11 @@ def _optimizers(
     return chain
 
 
-def behind_optimizer(text: str) -> list[str]:
-    """The names of the clips that stand behind the optimiser of ``--client``, and so bound steps, not gradients."""
-    names = [call.name for call in spec.parse(text, "--client")]
+def behind_optimizer(text: str, flag: str) -> list[str]:
+    """The names of the clips that stand behind the optimiser of a flag, and so bound steps, not gradients."""
+    names = [call.name for call in spec.parse(text, flag)]
     steps = [name for name in names if "learning_rate" in inspect.signature(OPTIMIZERS[name]).parameters]
-    return [name for name in names[names.index(steps[0]) :] if "clip" in name]
+    return [name for name in names[names.index(steps[0]) :] if "clip" in name or name == "normalised"]
 
 
 def _at_round(schedule: Callable[..., optax.Schedule], round: Any) -> Callable[..., Any]:

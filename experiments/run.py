@@ -131,11 +131,7 @@ def main() -> None:
     for line in (directory.about, directory.extends):
         if line:
             print(line, file=sys.stderr)
-    for name in registry.behind_optimizer(FLAGS.client):
-        print(
-            f"--client: {name} stands behind the optimiser and bounds its steps; to clip gradients put it in front.",
-            file=sys.stderr,
-        )
+    say_what_clips_bound()
     stopping = binary.Stopping()
     with directory:
         progress = Progress(rounds)
@@ -193,6 +189,16 @@ MOST: Mapping[str, int] = {  # of more, rows and plans fit into no memory
     "cohort_size": 2**31 - 1,
     "clients_per_chunk": 2**20,
 }
+
+
+def say_what_clips_bound() -> None:
+    """Says of each clip behind an optimiser that it bounds steps, on stderr."""
+    for flag in ("--client", "--server"):
+        for name in registry.behind_optimizer(str(FLAGS[flag[2:]].value), flag):
+            print(
+                f"{flag}: {name} stands behind the optimiser and bounds its steps; to clip gradients put it in front.",
+                file=sys.stderr,
+            )
 
 
 def check_numbers() -> None:

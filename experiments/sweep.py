@@ -135,6 +135,7 @@ def main() -> None:
     todo = sum(n * (b - a) for n, a, b in zip(kept, [0, *stops], stops)) * lanes
     about = run.describe(task, cohort_size, run.initial(task, 0), devices)
     print(f"{about}, {kept[0] * lanes} trainings", file=sys.stderr)
+    run.say_what_clips_bound()
     stopping = binary.Stopping()
     with directory:
         done = directory.trials()

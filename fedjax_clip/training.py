@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks, identity, interrupts, metrics, placement, tree
+from fedjax_clip import checks, classes, identity, interrupts, metrics, placement, tree
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData, check_fields, check_sets
@@ -190,6 +190,9 @@ def train(
     devices = placement.local(devices)
     if algorithm.loss is not None and work.pads(data.sizes) and _examples_meet(algorithm.loss, data, params, work):
         warnings.warn(MEET, stacklevel=2)
+    suspected = algorithm.loss  # of labels that are no class
+    if suspected is not None and classes.negative(data):
+        classes.refuse_unknown(suspected, params, data)
 
     run: dict[str, Any] = {} if checkpoints is None else identity.identify(algorithm, data, sampler, work, seed)
     state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients), run)
@@ -247,6 +250,9 @@ def train(
             server, finish = dispatcher.start(server, state.clients, block)
             next_block = upcoming()  # while the devices work
             columns = finish()
+            if suspected is not None and not _sound(columns):
+                classes.refuse_unknown(suspected, params, data)
+                suspected = None  # once is enough
             _stop_at(columns, block.rounds, data)
             if block.rounds.start == 0:
                 for name in ("bytes_down", "bytes_up", "steps"):
@@ -309,6 +315,11 @@ def _examples_meet(per_example_loss: PerExampleLoss, data: FederatedData, params
     except TypeError:  # a callable object that has no place for weak references
         return False
     return _MEET[per_example_loss]
+
+
+def _sound(columns: Mapping[str, np.ndarray]) -> bool:
+    """Whether all losses are finite, and nobody was dropped."""
+    return bool(np.all(np.isfinite(columns.get("loss", 0))) and not np.any(columns.get("dropped", 0)))
 
 
 def _numbers(scores: Any) -> Row:

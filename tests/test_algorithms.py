@@ -189,7 +189,7 @@ def test_hyperparameters_may_be_traced():
 
 def test_a_loss_that_is_not_one_number_an_example_is_refused():
     algorithm = fc.fedavg(lambda p, b, k: jnp.mean(softmax_loss(p, b, k)[0]), optax.sgd(0.1))
-    with pytest.raises(fc.InvalidInput, match=r"one loss for each example, shape \(20,\), not \(\)"):
+    with pytest.raises(fc.InvalidInput, match=r"one loss for each example, shape \(12,\), not \(\)"):
         fc.train(algorithm, population(), parameters(), rounds=1)
 
 
@@ -259,8 +259,8 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
         (lambda: fc.fedavg(softmax_loss, optax.sgd(0.1), reducer=fc.uniform_mean), "not the function uniform_mean"),
         (lambda: loss_of(lambda p, b, k: b["y"] == 1), "floating-point losses, not bool"),
         (lambda: loss_of(lambda p, b, k: b["y"]), "floating-point losses, not int32"),
-        (lambda: loss_of(lambda p, b, k: [*softmax_loss(p, b, k)]), "one loss for each example, shape (20,), not list"),
-        (lambda: loss_of(lambda p, b, k: None), "one loss for each example, shape (20,), not NoneType"),
+        (lambda: loss_of(lambda p, b, k: [*softmax_loss(p, b, k)]), "one loss for each example, shape (12,), not list"),
+        (lambda: loss_of(lambda p, b, k: None), "one loss for each example, shape (12,), not NoneType"),
         (lambda: loss_of(lambda p, b, k: (b["x"][:, 0], b["y"])), "must return losses[B], or (losses[B], {name"),
         (lambda: loss_of(lambda p, b: b["x"][:, 0]), "per_example_loss must be a function of (params, batch, key)"),
         (lambda: loss_of("loss"), "per_example_loss must be a function of (params, batch, key)"),

@@ -21,7 +21,7 @@ LAYERS = [
     {"typing", "checks", "tree", "keys", "metrics", "files", "interrupts", "labels"},
     {"clipping", "cohort", "compression", "reduce", "convolution", "mechanism", "optimiser"},
     {"data", "uplink"},
-    {"attacks", "fedopt", "local", "lora", "per_example", "secure", "homomorphic"},
+    {"attacks", "classes", "fedopt", "local", "lora", "per_example", "secure", "homomorphic"},
     {"exchange"},
     {"algorithms", "placement", "models", "dispatch", "lanes", "identity"},
     {"evaluation"},

@@ -87,10 +87,12 @@ def test_stopped_it_goes_on_and_its_best_flags_are_a_run(cli, binaries, monkeypa
 def test_folds_and_halving_of_a_random_set(cli, tmp_path):
     points = "--points=random(4, lr=log(0.01, 1), clip=linear(0.1, 2))"
     default_cohort = (flag for flag in QUICK[:-1] if "cohort_size" not in flag)
-    code, out, err = cli(*default_cohort, points, "--folds=2", "--halving=2")
+    server = "--server=sgd(1.0)|clip_by_global_norm(1e6)"
+    code, out, err = cli(*default_cohort, points, "--folds=2", "--halving=2", server)
     assert code == 0, err
     assert err.startswith("The smallest fold trains 3 clients: cohorts are of 3, not 6.\n")
     assert "3 a round" in err
+    assert "--server: clip_by_global_norm stands behind the optimiser and bounds its steps" in err
     entries = lines()
     assert {e["fold"] for e in entries} == {0, 1}
     assert {e["metrics"]["round"] for e in entries} == {2, 3}
@@ -115,7 +117,10 @@ BAD = {
     ),
     "seeds without end": ((*QUICK[4:], "--seeds=100000000000"), "--seeds must be a whole number between 1 and 10000"),
     "an unknown kind of set": ((QUICK[4], "--points=gird(lr=(1, 2))"), 'did you mean "grid"'),
-    "a rate below zero": ((QUICK[4], "--points=grid(lr=(-1, 2), clip=(1, 2))"), "learning rate must be positive"),
+    "a rate below zero": (
+        (QUICK[4], "--points=grid(lr=(-1, 2), clip=(1, 2))"),
+        "learning rate must be a positive, finite number",
+    ),
     "a whole number swept": (
         ("--algorithm=fedavg(local_steps={n})", "--points=grid(n=(1, 2))"),
         "local_steps must be a whole number",
@@ -181,5 +186,5 @@ def test_placeholders_are_found_and_filled():
 
 def test_every_placeholder_may_stand_where_a_component_takes_a_number():
     registry.server_tx("sgd({r}, momentum={m})", {"r": 0.1, "m": 0.9})
-    with pytest.raises(InvalidInput, match="momentum must lie between 0 and 1"):
+    with pytest.raises(InvalidInput, match="momentum must be a number of at least 0 and below 1"):
         registry.server_tx("sgd({r}, momentum={m})", {"r": 0.1, "m": 1.5})

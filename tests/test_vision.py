@@ -21,17 +21,32 @@ def trained(task, learning_rate=0.3, **settings):
     return fc.train(algorithm, task.data, task.init(jax.random.key(0)), evaluate=evaluate, **settings).history[-1]
 
 
-def test_a_label_of_no_class_drops_its_client():
-    labels = {"ann": [0, 1], "bob": [-1, 1], "eve": [3, 1]}
+@pytest.mark.parametrize("labels", [[-1, 1], [3, 1], [1, 2**31 - 1]])
+def test_a_label_of_no_class_is_named(labels):
+    """With optax's own loss, which trains the last class on -1, and with the library's."""
+    clients = {"ann": [0, 1], "bob": labels}
     data = fc.FederatedData.from_clients(
-        {name: {"x": np.eye(2, dtype=np.float32), "y": np.array(y)} for name, y in labels.items()}
+        {name: {"x": np.eye(2, dtype=np.float32), "y": np.array(y)} for name, y in clients.items()}
     )
     model = models.MLP((), 3)
-    algorithm = fc.fedavg(tasks.classifier(model), optax.sgd(1.0))
+
+    def plain(params, batch, key):
+        return optax.losses.softmax_cross_entropy_with_integer_labels(model.apply(params, batch["x"]), batch["y"])
+
     params = model.init(jax.random.key(0), data.examples["x"][:1])
-    rows = [fc.train(algorithm, part, params, rounds=1, batch_size=2) for part in (data, data.select([0]))]
-    assert rows[0].history[-1]["dropped"] == 2
-    jax.tree.map(np.testing.assert_array_equal, rows[0].params, rows[1].params)
+    for loss in (plain, tasks.classifier(model)):
+        with pytest.raises(InvalidInput, match=f"Client 'bob' has y={min(labels) if -1 in labels else max(labels)}"):
+            fc.train(fc.fedavg(loss, optax.sgd(1.0)), data, params, rounds=1, batch_size=2)
+    losses, _ = tasks.classifier(model)(params, data.client(1), None)
+    assert np.isnan(losses).sum() == 1
+
+
+def test_negative_numbers_may_be_a_regression_s():
+    data = fc.FederatedData({"x": np.ones((4, 2), np.float32), "y": np.array([-3, 2, 1, 0])}, [0, 2, 4])
+    model = models.MLP((), 1)
+    params = model.init(jax.random.key(0), data.examples["x"])
+    algorithm = fc.fedavg(tasks.regressor(model), optax.sgd(0.1))
+    assert fc.train(algorithm, data, params, rounds=1, batch_size=2).history[0]["dropped"] == 0
 
 
 def test_mnist_reads_its_package(tmp_path):

@@ -234,6 +234,7 @@ def plot(
     Example:
       >>> figure = plot(dirichlet({"y": np.arange(100) % 10}, num_clients=5, alpha=0.1))
     """
+    checks.kind("data", data, FederatedData, "a FederatedData")
     try:
         from matplotlib.figure import Figure
     except ImportError as e:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedjax_clip import files
+from fedjax_clip import checks, files
 from fedjax_clip.data import partition
 from fedjax_clip.data.population import FederatedData, count_examples
 from fedjax_clip.data.text import shakespeare, text_files, tweets
@@ -185,6 +185,7 @@ def save_npz(data: FederatedData, path: PathLike) -> None:
     Example:
       >>> save_npz(data, "mine.npz")
     """
+    checks.kind("data", data, FederatedData, "a FederatedData")
     path = files.expanded(path)
     fields = _flatten(data.examples)
     for name, x in fields.items():

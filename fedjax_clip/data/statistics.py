@@ -35,6 +35,8 @@ def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> 
       >>> int(count), float(total)
       (3, 8.0)
     """
+    checks.kind("data", data, FederatedData, "a FederatedData")
+    checks.takes("message", message, 1, "the examples of one client")
     total: Any = None
     for client in range(data.num_clients):
         sent = jax.tree.map(np.asarray, message(data.client(client)))
@@ -109,9 +111,9 @@ def quantiles(data: FederatedData, q: Sequence[float], field: str = "x") -> np.n
     x = check_field(data, field)
     if x.dtype != np.float32:
         raise InvalidInput(f"Field {field!r} must hold float32 numbers, not {x.dtype}.")
+    for level in np.ravel(np.asarray(q, object)):
+        checks.within("A quantile", level, 0, 1)
     levels = np.asarray(q, np.float64).reshape(-1, *[1] * (x.ndim - 1))
-    if not np.all((levels >= 0) & (levels <= 1)):
-        raise InvalidInput(f"Quantiles lie between 0 and 1, not {q}.")
     count = federated_sums(data, lambda e: (~np.isnan(e[field])).sum(0))
     wanted = np.maximum(1, np.ceil(levels * count))
     shape = np.broadcast_shapes(levels.shape, count.shape)

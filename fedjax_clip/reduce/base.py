@@ -125,6 +125,8 @@ def together(*reducers: Reducer) -> Reducer:
     Example:
       >>> reducer = fc.together(fc.weighted_mean(), fc.uniform_mean())  # for messages (update, change)
     """
+    for reducer in reducers:
+        checks.kind("A reducer", reducer, Reducer, "one such as fc.uniform_mean()")
 
     def zero(message, roster):
         return tuple(r.zero(m, roster) for r, m in zip(reducers, message, strict=True))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedjax_clip import models
+from fedjax_clip import checks, models
 from fedjax_clip.data import partition, sources
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.tasks.base import Task, classifier, make, widths
@@ -109,6 +109,7 @@ def classification(
     Example:
       >>> task = fc.tasks.classification(fc.partition.dirichlet(examples, 100, alpha=0.1))
     """
+    checks.kind("data", data, FederatedData, "a FederatedData")
     fields = data.fields()
     if missing := {"x", "y"} - set(fields):
         raise InvalidInput(

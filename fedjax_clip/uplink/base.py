@@ -275,6 +275,7 @@ def on_update(link: Uplink) -> Uplink:
     Example:
       >>> link = fc.uplink.on_update(fc.uplink.clip_by_global_norm(1.0))  # for messages (update, change)
     """
+    checks.kind("link", link, Uplink, "an fc.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
 
     def encode(message, state, client_state, ctx):
         update, client_state, report = link.encode(message[0], state, client_state, ctx)

@@ -163,7 +163,12 @@ def by_group(link: Uplink, groups: Mapping[str, Sequence[int]]) -> Uplink:
       >>> small = np.flatnonzero(data.sizes < 20)
       >>> link = by_group(clip_by_global_norm(1.0), {"small": small, "large": np.flatnonzero(data.sizes >= 20)})
     """
-    members = {name: np.asarray(ids, np.int32) for name, ids in groups.items()}
+    checks.kind("link", link, Uplink, "an fc.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
+    checks.kind("groups", groups, Mapping, 'clients\' numbers by group, such as {"few": [0, 3]}')
+    members = {
+        name: checks.client_numbers(f"groups[{name!r}]", ids, 2**31, twice=True).astype(np.int32)
+        for name, ids in groups.items()
+    }
 
     def encode(update, state, client_state, ctx):
         message, client_state, report = link.encode(update, state, client_state, ctx)

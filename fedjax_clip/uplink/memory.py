@@ -118,6 +118,7 @@ def with_bias(link: Uplink) -> Uplink:
     Example:
       >>> link = fc.uplink.with_bias(fc.uplink.quantile_clip(0.1))
     """
+    checks.kind("link", link, Uplink, "an fc.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
 
     def encode(update, state, client_state, ctx):
         message, client_state, report = link.encode(update, state, client_state, ctx)
