@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedjax_clip as fc
+from experiments.tuning import Range
 from fedjax_clip import models, tasks
 from fedjax_clip.keys import seeded
 from fedjax_clip.typing import Params, PerExampleLoss
@@ -16,10 +17,32 @@ from fedjax_clip.typing import Params, PerExampleLoss
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """``mean of of(params, examples) over the last window rounds``, after each round's step."""
+    """``mean of of(params, judged) over the last window rounds``, after each round's step.
+
+    ``judged`` are the examples that the run is judged on; padded ones have the ``"weight"`` 0.
+    """
 
     of: Callable[[Params, Any], Any]
     window: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training from which a score comes.
+
+    Attributes:
+      seed: of start, cohorts and noise.
+      clients: ``[N]`` numbers of those that train; ``None``: all.
+      judged: examples that the measures see; ``None``: those of all clients.
+    """
+
+    seed: int
+    clients: np.ndarray | None = None
+    judged: Mapping[str, np.ndarray] | None = None
+
+
+TUNING = tuple(Run(1000 + i) for i in range(4))
+MEASURING = tuple(Run(i) for i in range(16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +54,14 @@ class Track:
       data, loss: the clients and what they minimise.
       start: ``seed -> params``.
       measures: what is measured, by name; rules are ranked by the first.
-      thresholds: the grid, for rules that have none of their own.
-      client_lr, rounds, cohort_size, work: of the training.
-      accuracy: whether more is better.
-      median: whether the middle one of the seeds counts, not their mean.
-      random: whether seeds differ at all.
-      fewest_seeds: with fewer, intervals would say nothing.
+      ranges: where ``client_lr``, ``threshold`` and ``server_lr`` are searched, by rules without a range of their own.
+      rounds, cohort_size, work: of the training.
+      accuracy: whether more is better, and differences count; else less is, and ratios do.
       resolution: errors below it are none.
       sampler: ``cohort_size -> sampler``.
       width: how many clients train side by side; all of them by default.
+      tuning, measuring: the runs from which knobs are chosen, and the others, which are reported.
+      trials: points of its knobs that each rule may try; an even number.
     """
 
     name: str
@@ -47,24 +69,34 @@ class Track:
     loss: PerExampleLoss
     start: Callable[[int], Params]
     measures: Mapping[str, Measure]
-    thresholds: Sequence[float]
-    client_lr: float
+    ranges: Mapping[str, Range]
     rounds: int
     cohort_size: int
     work: fc.LocalWork
     accuracy: bool = False
-    median: bool = False
-    random: bool = True
-    fewest_seeds: int = 1
     resolution: float = 1e-6
     sampler: Callable[[int], fc.sampling.Sampler] = fc.sampling.uniform
     width: int | None = None
+    tuning: Sequence[Run] = TUNING
+    measuring: Sequence[Run] = MEASURING
+    trials: int = 128
 
     def quick(self) -> "Track":
-        """The same on few rounds."""
+        """The same on few rounds, seeds and trials."""
         rounds = min(self.rounds, 40)
         measures = {k: Measure(m.of, min(m.window, rounds // 4)) for k, m in self.measures.items()}
-        return dataclasses.replace(self, rounds=rounds, measures=measures, fewest_seeds=1)
+        tuning, measuring = self.tuning[:2], self.measuring[:2]
+        return dataclasses.replace(self, rounds=rounds, measures=measures, trials=4, tuning=tuning, measuring=measuring)
+
+    @property
+    def steps(self) -> int:
+        """Local steps of each client in a round."""
+        assert isinstance(self.work.steps, int)
+        return self.work.steps
+
+    def cost(self, values: np.ndarray) -> np.ndarray:
+        """What is averaged over runs, the lower the better: ``1 - accuracy``, or the logarithm of an error."""
+        return 1 - values if self.accuracy else np.log(np.maximum(values, self.resolution))
 
 
 def _one_each(**fields: Any) -> fc.FederatedData:
@@ -90,7 +122,11 @@ def _quartic_distance(params, examples):
     return jnp.abs(params["x"] - examples["optimum"][0])
 
 
-def _quartics(name: str, coefficients: Any, noise: float, start: float, window: int, **options: Any) -> Track:
+def _ranges(client_lr: tuple[float, float], threshold: tuple[float, float]) -> dict[str, Range]:
+    return {"client_lr": Range(*client_lr), "threshold": Range(*threshold), "server_lr": Range(0.1, 10.0)}
+
+
+def _quartics(name: str, coefficients: Any, noise: float, start: Callable[[int], float], **options: Any) -> Track:
     """``f_i(x) = x^4 - 3 x^3 + c_i x^2 + x``, and noise ~ U(-noise, noise) on every gradient."""
     slope = [4, -9, 2 * float(np.mean(coefficients)), 1]
     optimum = float(np.max(np.roots(slope).real))  # the right one of two valleys, and the deeper
@@ -99,9 +135,9 @@ def _quartics(name: str, coefficients: Any, noise: float, start: float, window: 
         name,
         _one_each(c=coefficients, noise=noise * same, optimum=optimum * same),
         _quartic_loss,
-        lambda seed: {"x": np.float32(start)},
-        {"gap": Measure(_quartic_gap, window), "distance": Measure(_quartic_distance)},
-        thresholds=(0.625, 1.25, 2.5, 5.0, 10.0, 20.0, 40.0),
+        lambda seed: {"x": np.float32(start(seed))},
+        {"gap": Measure(_quartic_gap, max(1, options["rounds"] // 10)), "distance": Measure(_quartic_distance)},
+        work=fc.LocalWork(batch_size=1, steps=8, shuffle=False),
         **options,
     )
 
@@ -111,48 +147,53 @@ def quartic(heterogeneity: float, noise: float = 1.0, start: float = 1.0) -> Tra
 
     Source: Crawshaw, Bao and Liu (2023), "EPISODE", the synthetic problem of its experiments.
     """
-    work = fc.LocalWork(batch_size=1, steps=8, shuffle=False)
-    coefficients = (heterogeneity, -2 * heterogeneity)
-    options = {
-        "client_lr": 0.01,
-        "rounds": 500,
-        "cohort_size": 2,
-        "work": work,
-        "random": noise > 0,
-        "fewest_seeds": 10,
-    }
-    return _quartics(f"quartic, H={heterogeneity:g}", coefficients, noise, start, window=50, **options)
+    return _quartics(
+        f"quartic, H={heterogeneity:g}",
+        (heterogeneity, -2 * heterogeneity),
+        noise,
+        lambda seed: start,
+        ranges=_ranges((1e-5, 0.1), (0.1, 100.0)),
+        rounds=500,
+        cohort_size=2,
+    )
 
 
-def client_sampling(heterogeneity: float = 4.0, client_lr: float = 0.002, rounds: int = 1000) -> Track:
+def quartic_far(heterogeneity: float = 4.0) -> Track:
+    """The same from 50 to 100 in place of 1: curvature grows with the square of x, so that plain steps must be tiny."""
+    return dataclasses.replace(
+        quartic(heterogeneity),
+        name="quartic_far",
+        start=lambda seed: {"x": np.float32(np.random.default_rng(seed).uniform(50, 100))},
+        ranges=_ranges((1e-6, 0.1), (1.0, 1e4)),
+    )
+
+
+def client_sampling(heterogeneity: float = 4.0, rounds: int = 1000) -> Track:
     """Eight quartics, two of them drawn in each round; no other noise."""
-    work = fc.LocalWork(batch_size=1, steps=8, shuffle=False)
-    coefficients = -heterogeneity * np.linspace(-1, 2, 8)
-    options: dict[str, Any] = {
-        "client_lr": client_lr,
-        "rounds": rounds,
-        "cohort_size": 2,
-        "work": work,
-        "fewest_seeds": 10,
-    }
-    return _quartics("client_sampling", coefficients, 0.0, 1.0, window=rounds // 4, **options)
+    return _quartics(
+        "client_sampling",
+        -heterogeneity * np.linspace(-1, 2, 8),
+        0.0,
+        lambda seed: 1.0,
+        ranges=_ranges((1e-5, 0.05), (0.1, 100.0)),
+        rounds=rounds,
+        cohort_size=2,
+    )
 
 
-def three_numbers(numbers: Sequence[float] = (3.0, -3.0, -3.0), client_lr: float = 0.05, rounds: int = 1500) -> Track:
-    """``f_i(x) = (x - a_i)^2 / 2`` from 0: all that is left in the end is the clip's bias."""
+def three_numbers(numbers: Sequence[float] = (3.0, -3.0, -3.0), rounds: int = 1500) -> Track:
+    """``f_i(x) = (x - a_i)^2 / 2`` from anywhere between -3 and 3: what is left in the end is the clip's bias."""
     optimum = float(np.mean(numbers))
     return Track(
         "three_numbers",
         _one_each(a=numbers),
         lambda params, batch, key: 0.5 * (params["x"] - batch["a"]) ** 2,
-        lambda seed: {"x": np.float32(0)},
+        lambda seed: {"x": np.float32(np.random.default_rng(seed).uniform(-3, 3))},
         {"distance": Measure(lambda params, _: jnp.abs(params["x"] - optimum))},
-        thresholds=(0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
-        client_lr=client_lr,
+        ranges=_ranges((3e-3, 1.0), (0.1, 30.0)),
         rounds=rounds,
         cohort_size=len(numbers),
         work=fc.LocalWork(batch_size=1, steps=1, shuffle=False),
-        random=False,
         resolution=1e-4,
     )
 
@@ -169,7 +210,7 @@ def heavy_tails(df: float = 1.5, rounds: int = 400) -> Track:
     centres = np.random.default_rng(0).normal(size=(5, 10))
 
     def student(key, shape):
-        u, v = jax.random.uniform(key, (2, *shape), minval=jnp.finfo(jnp.float32).tiny)
+        u, v = jax.random.uniform(key, (2, *shape), minval=2.0**-24)  # of a smaller u the noise would be infinite
         return jnp.sqrt(df * (u ** (-2 / df) - 1)) * jnp.cos(2 * jnp.pi * v)
 
     def loss(params, batch, key):
@@ -183,64 +224,91 @@ def heavy_tails(df: float = 1.5, rounds: int = 400) -> Track:
         loss,
         lambda seed: {"x": np.full(10, 10, np.float32)},
         {"squared distance": Measure(lambda params, _: jnp.sum((params["x"] - 5) ** 2), rounds // 4)},
-        thresholds=(0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 51.2),
-        client_lr=0.05,
+        ranges=_ranges((3e-4, 0.3), (0.03, 100.0)),
         rounds=rounds,
         cohort_size=5,
         work=fc.LocalWork(batch_size=1, steps=10, shuffle=False),
-        median=True,
-        fewest_seeds=6,  # the extremes of six are a 97% interval of their median
     )
 
 
 def digits() -> Track:
-    """Handwritten digits by the form on which they were written; accuracy on forms that never train."""
-    task = tasks.digits()
-    held_out = task.evaluation["clients"].examples
+    """Handwritten digits by the form on which they were written: 10 forms train, 4 others are measured on.
 
-    def accuracy(params, examples):
-        return jnp.mean(task.per_example_loss(params, held_out, None)[1]["accuracy"])
-
-    return Track(
+    Knobs are chosen on five folds of the ten: 8 forms train, 2 are judged.
+    """
+    everybody = fc.sources.digits()
+    train, held_out = everybody.split_clients(4 / everybody.num_clients)
+    model = models.MLP((128,), 10)
+    return _classified(
         "digits",
-        task.data,
-        task.per_example_loss,
-        lambda seed: task.init(seeded(seed)),
-        {"accuracy": Measure(accuracy, window=10)},
-        thresholds=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-        client_lr=0.1,
+        train,
+        dict(held_out.examples),
+        model,
+        folds=5,
         rounds=100,
-        cohort_size=8,
-        work=fc.LocalWork(batch_size=20),
-        accuracy=True,
-        fewest_seeds=5,
+        cohort_size=6,
+        work=fc.LocalWork(batch_size=20, steps=6),
     )
 
 
 def fashion_mnist() -> Track:
-    """6000 pictures of Fashion-MNIST dealt to 50 clients of skewed labels; accuracy on 2000 test pictures."""
+    """6000 pictures of Fashion-MNIST dealt to 50 clients of skewed labels, measured on 2000 pictures of the test split.
+
+    Knobs are chosen on five folds of the fifty: 40 clients train, 10 are judged.
+    """
     examples = {k: x[:6000] for k, x in fc.sources.fashion_mnist("train").items()}
     test = {k: x[:2000] for k, x in fc.sources.fashion_mnist("test").items()}
-    model = models.MLP((32,), 10)
-    loss = tasks.classifier(model)
-    return Track(
+    data = fc.partition.dirichlet(examples, num_clients=50, alpha=0.1, seed=0)
+    return _classified(
         "fashion_mnist",
-        fc.partition.dirichlet(examples, num_clients=50, alpha=0.1, seed=0),
-        loss,
-        lambda seed: model.init(seeded(seed), jnp.zeros((1, 28, 28, 1))),
-        {"accuracy": Measure(lambda params, _: jnp.mean(loss(params, test, None)[1]["accuracy"]), window=10)},
-        thresholds=(0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
-        client_lr=0.1,
+        data,
+        test,
+        models.MLP((32,), 10),
+        folds=5,
         rounds=60,
         cohort_size=10,
         work=fc.LocalWork(batch_size=20, steps=5),
+    )
+
+
+def _classified(name: str, train: fc.FederatedData, test: Mapping[str, Any], model: Any, folds: int, **options: Any):
+    """A track of classification: knobs are chosen on folds of the training clients, ``test`` is for measuring."""
+    loss = tasks.classifier(model)
+
+    def accuracy(params, judged):
+        return jnp.average(loss(params, judged, None)[1]["accuracy"], weights=judged["weight"])
+
+    found = []
+    for fold in fc.folds.clients(train, folds):
+        clients, others = (np.unique(np.searchsorted(train.offsets, i, side="right") - 1) for i in fold)
+        assert len(clients) + len(others) == train.num_clients
+        found.append((clients, {k: x[fold.held_out] for k, x in train.examples.items()}))
+    most = max(len(judged["y"]) for judged in [test, *(judged for _, judged in found)])
+
+    def padded(judged):
+        rows = np.arange(most)
+        weight = (rows < len(judged["y"])).astype(np.float32)
+        return {k: x[np.where(weight > 0, rows, 0)] for k, x in judged.items()} | {"weight": weight}
+
+    shape = (1, *train.examples["x"].shape[1:])
+    return Track(
+        name,
+        train,
+        loss,
+        lambda seed: model.init(seeded(seed), jnp.zeros(shape)),
+        {"accuracy": Measure(accuracy, window=10)},
+        ranges=_ranges((0.01, 3.0), (0.03, 30.0)),
         accuracy=True,
-        fewest_seeds=5,
+        tuning=tuple(Run(1000 + i, clients, padded(judged)) for i, (clients, judged) in enumerate(found)),
+        measuring=tuple(Run(seed, None, padded(test)) for seed in range(10)),
+        trials=32,
+        **options,
     )
 
 
 TRACKS: dict[str, Callable[[], list[Track]]] = {
     "quartic": lambda: [quartic(1.0), quartic(4.0)],
+    "quartic_far": lambda: [quartic_far()],
     "three_numbers": lambda: [three_numbers()],
     "heavy_tails": lambda: [heavy_tails()],
     "client_sampling": lambda: [client_sampling()],

@@ -4,29 +4,31 @@
   python -m experiments.commbench --tracks=digits
   python -m experiments.commbench
 
+Each entry has the same number of trials for its learning rate, on folds of the clients, and is measured on others.
 The working directory gets results.jsonl (a line for each track and entry), report.md, and a picture of each track.
 Stopped in any way, the same command goes on from there. Bytes are those of the metrics, which are those of real codes.
 """
 
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import optax
-import tqdm
 from absl import flags
 
 import fedjax_clip as fc
 from experiments import binary, privacy, registry, rundir, spec
-from experiments.clipbench import Results, check_names
-from experiments.clipbench_lanes import fingerprint, probe
-from experiments.clipbench_report import file_name, interval
+from experiments.clipbench_report import compared, file_name, measure
 from experiments.clipbench_tracks import TRACKS, Track
-from experiments.rules import Rule
-from fedjax_clip import checks, files
+from experiments.contest import build_tracks, contest
+from experiments.entries import check_names
+from experiments.rules import RATE, Rule
+from experiments.standings import Standing, interval
+from fedjax_clip import files
+from fedjax_clip.typing import PerExampleLoss
+
+NOTHING = "nothing"  # what no compression is called
 
 # Each entry as --uplink has it, or as --downlink behind ">".
 FAMILIES: Mapping[str, Sequence[str]] = {
@@ -76,17 +78,16 @@ FAMILIES: Mapping[str, Sequence[str]] = {
         "eden(1) > difference(eden(4, unbiased=False))",
     ),
 }
-LAST = 3  # evaluations that are averaged
-EVERY = 5  # rounds from one to the next
+TRIALS = 14  # of the rate alone: seven of a wide range, seven about the best of them
 
 
 def define_flags() -> None:
     """Defines the flags; not on import, for other binaries have flags of the same names."""
-    flags.DEFINE_list("tracks", ["digits", "fashion_mnist"], "Problems to compare on; those whose data are here.")
+    flags.DEFINE_list("tracks", ["digits", "fashion_mnist"], "Problems to compare on.")
     flags.DEFINE_list("families", None, "Families of compressors to compare; by default all.")
-    flags.DEFINE_integer("seeds", 3, "Seeds of each entry.")
+    flags.DEFINE_integer("trials", TRIALS, "Learning rates that each entry may try, an even number.")
     flags.DEFINE_string("workdir", "runs/commbench", "Where results and report are written.")
-    flags.DEFINE_boolean("quick", False, "Few rounds and one seed: to see that it runs.")
+    flags.DEFINE_boolean("quick", False, "Few rounds, seeds and trials: to see that it runs.")
 
 
 def main() -> None:
@@ -95,158 +96,103 @@ def main() -> None:
     binary.configure_jax(1)
     stopping = binary.Stopping()
     families = list(FAMILIES) if values.families is None else values.families
-    bench(values.tracks, families, values.seeds, values.workdir, values.quick, stopping)
+    bench(values.tracks, families, values.trials, values.workdir, values.quick, stopping)
     stopping.leave()
 
 
 def bench(
     tracks: Sequence[str],
     families: Sequence[str],
-    seeds: int,
+    trials: int,
     workdir: str | pathlib.Path,
     quick: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Runs each entry on each track, unless the working directory has it already, and writes the report.
 
+    A line says of each track whose data are not here what it lacks.
+
     Returns:
       How many pairs of a track and an entry were run.
 
     Raises:
-      fc.InvalidInput: an unknown track or family, no seeds, or a directory that cannot be written.
+      fc.InvalidInput: an unknown track or family, no even number of trials, or a directory that cannot be written.
     """
     check_names("--tracks", "track", tracks, TRACKS)
     check_names("--families", "family", families, FAMILIES)
-    checks.count("--seeds", seeds)
-    results = Results(files.expanded(workdir))
-    chosen = []
-    for name in dict.fromkeys(tracks):
-        try:
-            chosen += TRACKS[name]()
-        except fc.InvalidInput as error:
-            print(f"Without the track {name}: {error}", file=sys.stderr)
-    entries = [text for family in dict.fromkeys(families) for text in FAMILIES[family]]
-    programs, problems = {text: program(probe(), text) for text in entries}, {t.name: program(t, "") for t in chosen}
-    pairs = [
-        (t, text, config(t, seeds, quick) | {"program": programs[text], "problem": problems[t.name]})
-        for t in chosen
-        for text in entries
-    ]
-    todo = [pair for pair in pairs if results.find(*pair) is None]
-    done = 0
-    for track, text, entry in tqdm.tqdm(todo, unit="entry", dynamic_ncols=True):
-        if should_stop():
-            break
-        results.add({"track": track.name, "rule": text, "config": entry, **run(track, text, entry)})
-        done += 1
-    standings = []
-    for track in chosen:
-        found = {text: results.find(t, text, c) for t, text, c in pairs if t is track}
-        if rows := [Standing(text, entry) for text, entry in found.items() if entry]:
-            standings.append((track, rows))
-            picture = results.path / f"{file_name(track)}.png"
-            rundir.save_picture(picture, draw(track, rows))
-    files.write(results.path / "report.md", report(standings, quick))
-    print(f"{done} run, {len(pairs) - len(todo)} found; see {results.path / 'report.md'}")
-    return done
+    entries = {text or NOTHING: rule(text) for family in dict.fromkeys(families) for text in FAMILIES[family]}
+    chosen = build_tracks(None, {name: TRACKS[name] for name in dict.fromkeys(tracks)})
+    found = contest(chosen, entries, trials, workdir, quick, should_stop)
+    for track, rows in found.standings:
+        rundir.save_picture(found.path / f"{file_name(track)}.png", draw(track, rows))
+    files.write(found.path / "report.md", report(found.standings, quick))
+    return found.done
 
 
-def config(track: Track, seeds: int, quick: bool) -> dict[str, Any]:
-    """What an entry depends on."""
-    return {
-        "version": fc.__version__,
-        "rounds": 10 if quick else track.rounds,
-        "cohort_size": track.cohort_size,
-        "client_lr": track.client_lr,
-        "seeds": 1 if quick else seeds,
-    }
+def rule(text: str) -> Rule:
+    """An entry as a rule whose one knob is the clients' rate."""
+    return Rule(lambda loss, point: build(loss, text, point["client_lr"]), RATE, note=text)
 
 
-def program(track: Track, text: str) -> str:
-    """A hash of all that is computed: an entry of another is run again."""
-    return fingerprint(track, Rule(lambda loss, threshold, client_lr, num_clients: build(track, text)))
-
-
-def build(track: Track, text: str) -> fc.Algorithm:
+def build(loss: PerExampleLoss, text: str, client_lr: Any) -> fc.Algorithm:
     """FedAvg with plain SGD and what the entry says."""
     up, _, down = (part.strip() for part in text.partition(">"))
-    algorithm = fc.fedavg(track.loss, optax.sgd(track.client_lr), uplink=privacy.chain(up, None))
+    algorithm = fc.fedavg(loss, optax.sgd(client_lr), uplink=privacy.chain(up, None))
     if down:
         algorithm = spec.one(down, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS)(algorithm)
     return algorithm
 
 
-def run(track: Track, text: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy of each seed, and bytes for a client and round: up, down, and at the entropy bound."""
-    algorithm = build(track, text)
-    (name, measure), *_ = track.measures.items()
-    accuracy = jax.jit(lambda params: measure.of(params, track.data.examples))
-    outcome: dict[str, list[float]] = {k: [] for k in ("accuracy", "up", "up_entropy", "down", "down_entropy")}
-    for seed in range(config["seeds"]):
-        result = fc.train(
-            algorithm,
-            track.data,
-            track.start(seed),
-            rounds=config["rounds"],
-            cohort_size=track.cohort_size,
-            batch_size=track.work.batch_size,
-            local_steps=track.work.steps,
-            seed=seed,
-            evaluate=lambda params: {name: accuracy(params)},
-            eval_every=EVERY,
-            devices=jax.local_devices()[:1],
-            clients_per_chunk=1,
-        )
-        rows = result.history
-        asked = sum(row["clients"] + row["dropped"] for row in rows)
-        outcome["accuracy"].append(float(np.mean([r[f"eval/{name}"] for r in rows if f"eval/{name}" in r][-LAST:])))
-        for way in ("up", "down"):
-            outcome[way].append(sum(row[f"bytes_{way}"] for row in rows) / asked)
-            entropy = (row.get(f"bytes_{way}_entropy", row[f"bytes_{way}"]) for row in rows)
-            outcome[f"{way}_entropy"].append(sum(entropy) / asked)
-    return {"measured": {k: [x if np.isfinite(x) else None for x in v] for k, v in outcome.items()}}
-
-
-class Standing:
-    """What came of an entry: accuracy with its 95% interval over seeds, and mean bytes."""
-
-    def __init__(self, text: str, entry: Mapping[str, Any]):
-        self.text = text or "nothing"
-        self.family = next(name for name, texts in FAMILIES.items() if text in texts)
-        self.measured = {k: np.array(v, float) for k, v in entry["measured"].items()}
-        self.accuracy, self.low, self.high = (float(x[0]) for x in interval(self.measured["accuracy"][None], False))
-
-    def bytes(self, name: str) -> float:
-        """Mean over seeds."""
-        return float(self.measured[name].mean())
-
-
 def report(standings: Sequence[tuple[Track, Sequence[Standing]]], quick: bool) -> str:
     """The report in Markdown: a table for each track, by bytes up."""
-    lines = ["# CommBench", "", "Accuracy against bytes" + (" (quick: too few rounds to say)." if quick else ".")]
+    lines = ["# CommBench", "", "Accuracy against bytes" + (" (quick: too few rounds to say)." if quick else "."), ""]
+    lines += HOW
     for track, rows in standings:
-        plain = next((row for row in rows if row.text == "nothing"), None)
+        plain = [row for row in rows if row.name == NOTHING]
+        least = [
+            min((r for r in rows if not r.diverged and r.equals(plain[0], len(rows) - 1)), key=lambda r: r.traffic(way))
+            for way in ("bytes_up", "bytes_down")
+            if plain
+        ]
         lines += ["", f"## {track.name}", "", f"![{track.name}]({file_name(track)}.png)", ""]
+        window = track.measures[measure(track)].window
         lines += [
             f"{track.rounds} rounds of FedAvg, {track.cohort_size} of {track.data.num_clients} clients in each, "
-            f"client's rate {track.client_lr:g}. Accuracy: mean of the last {LAST} evaluations, {EVERY} rounds apart, "
-            "and its 95% interval over seeds. Bytes: of the codes, for a client and round; beside them what an ideal "
-            "coder of the symbols' frequencies would take.",
-            "",
-            "| --uplink > --downlink | accuracy | lost | up, B | entropy bound | down, B | up and down, less by |",
-            "|---|---|---|---|---|---|---|",
+            f"{track.steps} local steps. Measure: {measure(track)} over the last {window} rounds, on "
+            f"{len(track.measuring)} runs. The rate is the best of {track.trials} trials on {len(track.tuning)} other "
+            f"runs, from {track.ranges['client_lr'].low:g} to {track.ranges['client_lr'].high:g}."
         ]
-        for row in sorted(rows, key=lambda row: -row.bytes("up") - row.bytes("down")):
-            cells = [f"`{row.text}`", f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]"]
-            cells += ["–" if plain is None else f"{plain.accuracy - row.accuracy:+.3f}"]
-            cells += [f"{row.bytes(k):,.0f}" for k in ("up", "up_entropy", "down")]
-            if plain is None:
-                cells.append("–")
-            else:
-                ways = [f"{plain.bytes(k) / row.bytes(k):.3g}×" for k in ("up", "down")]
-                cells.append(", ".join(ways))
+        lines += [
+            f"Fewest bytes {way}, and not told apart from no compression: `{row.name}`."
+            for way, row in zip(("up", "down"), least)
+        ]
+        head = ["--uplink > --downlink", measure(track), "to no compression", "rate", "at an end", "failed", "up, B"]
+        head += ["entropy bound", "down, B", "up and down, less by", "s a run"]
+        lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for row in sorted(rows, key=lambda row: -row.traffic("bytes_up") - row.traffic("bytes_down")):
+            cells = [f"`{row.name}`", row.value(), compared(row, [*plain, *(r for r in rows if r not in plain)])]
+            cells += [row.knob("client_lr"), row.ends().removeprefix("client_lr ") or "–"]
+            cells += [f"{row.tried()[0]} of {track.trials}"]
+            cells += [f"{row.traffic(k):,.0f}" for k in ("bytes_up", "bytes_up_entropy", "bytes_down")]
+            ways = [f"{plain[0].traffic(k) / row.traffic(k):.3g}×" for k in ("bytes_up", "bytes_down") if plain]
+            cells += [", ".join(ways) or "–", f"{row.entry['run_seconds']:.2g}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+HOW = [
+    "**How.** Each entry has the same number of trials for the clients' learning rate: half of them are spread over "
+    "its range, half around the best of those. Trials run on folds of the training clients. The best rate is measured "
+    "on other seeds, and on clients or pictures that no trial has seen.",
+    "",
+    "**Accuracy** is a mean over the measuring runs, with its 95% interval. A run has diverged if any update of it was "
+    "not finite. *To no compression*: the difference of accuracies, run by run, and its 95% interval, corrected by "
+    "Bonferroni for all entries of the track; an entry is told apart where it does not hold 0. *At an end*: the best "
+    "rate stands in the outer 5% of its range. *Failed*: trials that diverged.",
+    "",
+    "**Bytes** are those of the codes, for a client and round; beside them what an ideal coder of the symbols' "
+    "frequencies would take. Seconds are processor seconds of one whole run, on a machine with other work.",
+]
 
 
 def draw(track: Track, rows: Sequence[Standing]) -> Any:
@@ -259,36 +205,41 @@ def draw(track: Track, rows: Sequence[Standing]) -> Any:
     colours = matplotlib.colormaps["tab20"](range(20))
     families = [name for name in FAMILIES if name != "downlink"]
     for colour, family in zip(colours, families):
-        mine = sorted((r for r in rows if r.family == family), key=lambda r: r.bytes("up"))
-        if not mine:
-            continue
+        mine = sorted((r for r in rows if r.rule.note in FAMILIES[family]), key=lambda r: r.traffic("bytes_up"))
         for remembered, style in ((False, "o-"), (True, "s--")):
-            some = [r for r in mine if r.text.startswith(("error_feedback", "ef21")) == remembered]
+            some = [r for r in mine if r.name.startswith(("error_feedback", "ef21")) == remembered and not r.diverged]
             if not some:
                 continue
-            x, y = [r.bytes("up") for r in some], [r.accuracy for r in some]
-            error = [[r.accuracy - r.low for r in some], [r.high - r.accuracy for r in some]]
+            centre, low, high = np.array([_ends(row) for row in some]).T
             label = family + " with memory" * remembered
-            axes.errorbar(x, y, error, fmt=style, color=colour, label=label, ms=5, lw=1, elinewidth=0.6, capsize=2)
+            style_of = {"color": colour, "label": label, "ms": 5, "lw": 1, "elinewidth": 0.6, "capsize": 2}
+            x = [row.traffic("bytes_up") for row in some]
+            axes.errorbar(x, centre, (centre - low, high - centre), fmt=style, **style_of)
     axes.set_xscale("log")
-    if track.accuracy:
-        best = max(row.accuracy for row in rows)
-        axes.set_ylim(best - 0.1, best + 0.03)
-        lost = [row.bytes("up") for row in rows if row.accuracy < best - 0.1]
+    scores = [row.score for row in rows if not row.diverged]
+    if track.accuracy and scores:
+        axes.set_ylim(max(scores) - 0.1, max(scores) + 0.03)
+        lost = [row.traffic("bytes_up") for row in rows if row.diverged or row.score < max(scores) - 0.1]
         edge = axes.get_xaxis_transform()
         axes.plot(lost, np.zeros(len(lost)), "x", color="black", transform=edge, clip_on=False)
     axes.set_title(f"{track.name}    squares: with a memory, crosses: below", fontsize=10, loc="left")
     axes.set_xlabel("bytes up, a client and round")
-    axes.set_ylabel(next(iter(track.measures)))
+    axes.set_ylabel(measure(track))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", fontsize=7.5, frameon=False)
     return figure
 
 
+def _ends(row: Standing) -> tuple[float, float, float]:
+    """The score and its 95% interval."""
+    centre, low, high = interval(row.costs)
+    return (1 - centre, 1 - high, 1 - low) if row.track.accuracy else (np.exp(centre), np.exp(low), np.exp(high))
+
+
 def describe() -> str:
     """All families and their entries, for ``--help``."""
-    rows = [f"    {name:<14} {', '.join(text or 'nothing' for text in texts)}" for name, texts in FAMILIES.items()]
+    rows = [f"    {name:<14} {', '.join(text or NOTHING for text in texts)}" for name, texts in FAMILIES.items()]
     return "\n".join(["Families:", *rows])
 
 

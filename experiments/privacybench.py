@@ -22,16 +22,17 @@ from absl import flags
 
 import fedjax_clip as fc
 from experiments import binary, rundir
-from experiments.clipbench import Results
-from experiments.clipbench_lanes import fingerprint, run
-from experiments.clipbench_report import interval
-from experiments.clipbench_tracks import Measure, Track
+from experiments.clipbench_lanes import fingerprint, plan, run
+from experiments.clipbench_tracks import Measure, Run, Track
+from experiments.entries import Results
 from experiments.rules import Rule
+from experiments.standings import interval
 from fedjax_clip import checks, files
 from fedjax_clip.local import batch_gradient
 from fedjax_clip.typing import InvalidInput, PerExampleLoss
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
+RATE = 0.5  # of a client's one step
 BOUND = 0.3  # of an update
 EXAMPLE = 1.0  # of an example's gradient
 BITS = 0.05  # share of quantile_clip's bits in what a round costs, the updates having the rest
@@ -63,7 +64,7 @@ class Private:
         """FedAvg with this noise."""
         link = self.link(z, track)
         parts = {"uplink": link, "reducer": reducer(link, track), "gradient": self.gradient(z)}
-        return fc.fedavg(loss, optax.sgd(track.client_lr), **parts)
+        return fc.fedavg(loss, optax.sgd(RATE), **parts)
 
 
 def reducer(link: fc.Uplink, track: Track) -> fc.Reducer:
@@ -183,8 +184,7 @@ def problem(quick: bool) -> Track:
         loss,
         lambda seed: {"w": np.zeros((196, 10), np.float32), "b": np.zeros(10, np.float32)},
         {"accuracy": Measure(lambda params, _: jnp.mean(loss(params, test, None)[1]["accuracy"]), window=1)},
-        thresholds=(),
-        client_lr=0.5,
+        ranges={},
         rounds=rounds,
         cohort_size=clients // 10,
         work=fc.LocalWork(batch_size=20),
@@ -222,14 +222,15 @@ def bench(
         own = sampled_by(track, private)
         noise = [private.noise(e, own, delta) if math.isfinite(e) else 0.0 for e in epsilons]
 
-        def build(loss, z, client_lr, num_clients, private=private, own=own):
-            return private.algorithm(loss, z, own)
+        def build(loss, point, private=private, own=own):
+            return private.algorithm(loss, point["noise"], own)
 
-        rule = Rule(build)
+        rule = Rule(build, ("noise",))
         config = {"program": fingerprint(own, rule), "noise": noise, "seeds": seeds, "delta": delta}
         entry = results.find(own, name, config)
         if entry is None and not should_stop():
-            outcome = run(own, rule, noise, seeds)
+            bank = plan(own, [Run(seed) for seed in range(seeds)])
+            outcome = run(own, rule, [{"noise": z} for z in noise], bank)
             accuracy = np.where(outcome.diverged, 0, outcome.measured["accuracy"])
             entry = {"track": own.name, "rule": name, "config": config, "accuracy": accuracy.tolist()}
             results.add(entry | {"seconds": outcome.compile_seconds + outcome.run_seconds})
@@ -257,7 +258,7 @@ def report(track: Track, found: Found, epsilons: Sequence[float], delta: float, 
     lines += [
         f"Fashion-MNIST at 14 x 14 pixels, a linear classifier of 1970 parameters, {track.data.num_clients} clients of "
         f"{track.data.sizes[0]} pictures each, {track.cohort_size} in each of {track.rounds} rounds, one local step at "
-        f"rate {track.client_lr:g}; updates are clipped to {BOUND:g} (`quantile`: to the bound that it follows; "
+        f"rate {RATE:g}; updates are clipped to {BOUND:g} (`quantile`: to the bound that it follows; "
         f"`records`: examples' gradients to {EXAMPLE:g}, which costs accuracy before any noise does), and delta is "
         f"{delta:g}. Accuracy on the test split after the last round: mean of {seeds} seeds and half a 95% interval. "
         "Nothing but the noise differs along a row, and nothing is tuned for a column. Epsilons in different units of "
@@ -267,7 +268,7 @@ def report(track: Track, found: Found, epsilons: Sequence[float], delta: float, 
     head = ["mechanism", "epsilon is for", "cohorts", *(f"ε = {e}" for e in shown)]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, (values, _) in found.items():
-        centre, low, _high = interval(values, median=False)
+        centre, low, _high = interval(values)
         cells = [f"{c:.3f} ± {c - lo:.3f}" for c, lo in zip(centre, low, strict=True)]
         private = MECHANISMS[name]
         lines.append(f"| {name} | {private.protects} | {private.sampler.__name__} | " + " | ".join(cells) + " |")
@@ -288,7 +289,7 @@ def draw(found: Found, epsilons: Sequence[float]) -> Any:
     finite = [e for e in epsilons if math.isfinite(e)]
     places = [e if math.isfinite(e) else 2 * max(finite, default=1.0) for e in epsilons]
     for number, (name, (values, _)) in enumerate(found.items()):
-        centre, low, high = interval(values, median=False)
+        centre, low, high = interval(values)
         axes.plot(places, centre, f"C{number}", marker="o", ms=3, lw=1.4, label=name)
         axes.fill_between(places, low, high, color=f"C{number}", alpha=0.12, lw=0)
     axes.set_xscale("log", base=2)

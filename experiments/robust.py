@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 
 import fedjax_clip as fc
 from experiments import binary, rundir
-from experiments.clipbench import Entry, Results, check_names, numbers
-from experiments.clipbench_lanes import run
-from experiments.clipbench_tracks import Measure, Track
+from experiments.clipbench_lanes import plan, run
+from experiments.clipbench_tracks import Measure, Run, Track
+from experiments.entries import Entry, Results, check_names, numbers
 from experiments.robust_problems import ATTACKS, DEFENCES, Attack, Defence, Problem, digits, long_tail, mnist
 from experiments.rules import Rule
 from fedjax_clip import checks, reduce
@@ -106,8 +106,9 @@ def compare(
         if should_stop():
             break
         bar.set_postfix_str(f"{track.name}, {defence}")
-        rule = Rule(_builder(problem, ATTACKS[attack], DEFENCES[defence]))
-        outcome = run(track, rule, problem.clips, seeds)
+        rule = Rule(_builder(problem, ATTACKS[attack], DEFENCES[defence]), ("threshold",))
+        bank = plan(track, [Run(seed) for seed in range(seeds)])
+        outcome = run(track, rule, [{"threshold": clip} for clip in problem.clips], bank)
         ran: Entry = {"track": track.name, "rule": defence, "config": config}
         ran["measured"] = {name: numbers(x) for name, x in outcome.measured.items()}
         results.add(ran | {"compile_seconds": outcome.compile_seconds, "run_seconds": outcome.run_seconds})
@@ -152,8 +153,7 @@ def _track(problem: Problem, attack: Attack, defence: Defence, name: str, quick:
         problem.loss,
         problem.start,
         measures,
-        problem.clips,
-        problem.client_lr,
+        {},
         rounds,
         data.num_clients,
         problem.work,
@@ -167,11 +167,11 @@ def _accuracy(problem: Problem, judged: fc.FederatedData) -> Any:
 
 
 def _builder(problem: Problem, attack: Attack, defence: Defence) -> Any:
-    def build(loss, threshold, client_lr, num_clients):
+    def build(loss, point):
         links = [attack.link(problem), *([fc.uplink.relative_to_last()] if defence.relative else [])]
-        reducer = reduce.norm_bounded(threshold, defence.reducer(problem, problem.data.num_clients))
+        reducer = reduce.norm_bounded(point["threshold"], defence.reducer(problem, problem.data.num_clients))
         reducer = attack.collude(problem, reducer)
-        return fc.fedavg(loss, optax.sgd(client_lr), uplink=fc.uplink.chain(*links), reducer=reducer)
+        return fc.fedavg(loss, optax.sgd(problem.client_lr), uplink=fc.uplink.chain(*links), reducer=reducer)
 
     return build
 
@@ -183,7 +183,7 @@ def _config(track: Track, problem: Problem, seeds: int) -> dict[str, Any]:
         "version": fc.__version__,
         "rounds": track.rounds,
         "seeds": seeds,
-        "client_lr": track.client_lr,
+        "client_lr": problem.client_lr,
         "bad": list(problem.bad),
         "examples": track.data.num_examples,
         "parameters": int(sum(x.size for x in jax.tree.leaves(start))),

@@ -250,16 +250,16 @@ def test_pruning_follows_its_schedule():
 def test_the_benchmark_goes_on_where_it_was_and_its_report_has_all_entries(tmp_path, capsys):
     texts = [text for texts in commbench.FAMILIES.values() for text in texts]
     assert len(set(texts)) == len(texts)
-    track = commbench.TRACKS["three_numbers"]()[0]
     for text in texts:
-        assert isinstance(commbench.build(track, text), fc.Algorithm), text
-    run = functools.partial(commbench.bench, ["three_numbers"], ["floats"], 1, tmp_path, quick=True)
+        assert isinstance(commbench.build(softmax_loss, text, 0.1), fc.Algorithm), text
+    run = functools.partial(commbench.bench, ["three_numbers"], ["none", "floats"], 2, tmp_path, quick=True)
     assert run(should_stop=lambda: True) == 0
-    assert run() == 1
+    assert run() == 2
     assert run() == 0
     report = (tmp_path / "report.md").read_text()
     assert "| `floats(16)` |" in report
+    assert "Fewest bytes up" in report
     assert "| 2 | 0 | 4 |" in report  # one number is always the same symbol of its own
     assert (tmp_path / "three_numbers.png").exists()
     with pytest.raises(InvalidInput, match="did you mean 'top_k'"):
-        commbench.bench(["three_numbers"], ["topk"], 1, tmp_path)
+        commbench.bench(["three_numbers"], ["topk"], 2, tmp_path)

@@ -60,7 +60,7 @@ def test_every_attack_can_be_mounted_on_every_defence():
                 track = robust._track(problem, attack, DEFENCES[name], "tiny", quick=True)
                 assert track.data.num_clients == 9 + DEFENCES[name].trusted
                 build = robust._builder(problem, attack, DEFENCES[name])
-                assert isinstance(build(softmax_loss, 0.1, 0.1, 9), fc.Algorithm)
+                assert isinstance(build(softmax_loss, {"threshold": 0.1}), fc.Algorithm)
 
 
 def test_the_long_tail_is_sorted_and_halves_with_each_class(tmp_path):
