@@ -61,7 +61,7 @@ def with_garbage(cohort: fc.Cohort) -> fc.Cohort:
     assert dead.all(-1).any()
 
     def spoil(x, where):
-        bad = np.nan if np.issubdtype(x.dtype, np.floating) else np.iinfo(x.dtype).max
+        bad = {"f": np.nan, "b": True}.get(x.dtype.kind) or np.iinfo(x.dtype).max
         return np.where(where.reshape(where.shape + (1,) * (x.ndim - where.ndim)), np.asarray(bad, x.dtype), x)
 
     return dataclasses.replace(
