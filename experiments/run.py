@@ -124,7 +124,7 @@ def main() -> None:
     held_out = {name: identity.fingerprint(data) for name, data in task.evaluation.items()}
     directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out)
 
-    devices = jax.local_devices()[: FLAGS.devices]
+    devices = local_devices()
     params = initial(task, FLAGS.seed)
     tree.flatten_with_names(params)  # says at once if params.npz could not hold them
     directory.about = describe(task, cohort_size(task), params, devices)
@@ -244,6 +244,14 @@ def build_algorithm(
         return spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS, values)(algorithm)
 
     return build(loss) if task.frozen is None else fc.partially_frozen(build, loss, task.frozen), work
+
+
+def local_devices() -> list[jax.Device]:
+    """As many devices as ``--devices`` says, or all."""
+    found = jax.local_devices()
+    if (FLAGS.devices or 0) > len(found):
+        raise InvalidInput(f"--devices={FLAGS.devices} is more than there are: {len(found)} of {found[0].platform}.")
+    return found[: FLAGS.devices]
 
 
 def initial(task: tasks.Task, seed: int) -> Params:

@@ -129,7 +129,7 @@ def main() -> None:
     def build(hyper: Mapping[str, Any]) -> fc.Algorithm:
         return built(hyper, hyper["num_clients"])[0]
 
-    devices = jax.local_devices()[: FLAGS.devices]
+    devices = run.local_devices()
     stops, kept = sweeping.rungs(FLAGS.rounds, len(points[next(iter(points))]), FLAGS.halving)
     lanes = len(seeds) * max(1, len(folds))
     todo = sum(n * (b - a) for n, a, b in zip(kept, [0, *stops], stops)) * lanes

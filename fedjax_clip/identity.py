@@ -89,9 +89,8 @@ def check(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> 
 
 
 def kind(algorithm: Algorithm) -> str:
-    """Which algorithm it is, as far as its functions say: ``scaffold``, ``compressed_broadcast(scaffold)``."""
-    inner = [kind(x) for x in _held(algorithm.round).values() if isinstance(x, Algorithm)]
-    return _maker(algorithm.round) + (f"({', '.join(inner)})" if inner else "")
+    """Which algorithm it is: its name, or that of the function that made it, such as ``scaffold``."""
+    return algorithm.name or _maker(algorithm.round)
 
 
 def described(value: Any) -> str:

@@ -49,6 +49,7 @@ class Algorithm(NamedTuple):
         clients take part, in cohorts of any size, each client once; ``None`` where there is none. ``fc.train`` and
         ``fc.sweep`` run it; who calls ``round`` directly calls it first.
       loss: the loss that clients train on, of the whole model; ``fc.train`` looks whether it may pad its batches.
+      name: by which a checkpoint tells algorithms apart; by default that of the function that made ``round``.
 
     Example:
       >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, jax.random.key(0))
@@ -63,6 +64,7 @@ class Algorithm(NamedTuple):
     num_clients: int | None = None
     start: Callable[[PyTree, Any, Array], tuple[PyTree, PyTree, Metrics]] | None = None
     loss: PerExampleLoss | None = None
+    name: str = ""
 
 
 class Server(NamedTuple):

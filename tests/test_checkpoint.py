@@ -1,5 +1,6 @@
 """Checkpoints: whose they are, what is wrong with them, and what a Ctrl-C leaves."""
 
+import functools
 import os
 import signal
 
@@ -85,6 +86,19 @@ def test_a_checkpoint_says_what_has_changed_and_what_to_do(saved, case):
     assert words in str(error.value)
     assert f"{saved / '4'}" in str(error.value)
     assert "another directory, or remove this one." in str(error.value)
+
+
+def test_no_two_kinds_of_algorithm_have_one_name():
+    made = {"fedavg": fc.fedavg, "fedsgd": fc.fedsgd, "scaffold": fc.scaffold, "mime": fc.mime}
+    made["feddyn"] = functools.partial(fc.feddyn, alpha=0.1)
+    tx = optax.sgd(0.1)
+    for name, make in made.items():
+        algorithm = make(loss, tx)
+        assert identity.kind(algorithm) == name
+        frozen = fc.partially_frozen(lambda loss, make=make: make(loss, tx), loss, "b")
+        assert identity.kind(frozen) == f"partially_frozen({name})"
+    assert identity.kind(fc.episode_plus(loss, 1.0, tx)) == "episode_plus"
+    assert identity.kind(fc.partially_private(loss, tx, private="b")) == "partially_private"
 
 
 def test_fewer_rounds_than_are_done_are_refused_and_as_many_are_done(saved):

@@ -7,6 +7,7 @@ import optax
 from fedjax_clip import checks, compression, keys, tree
 from fedjax_clip.compression import Compressor
 from fedjax_clip.compression.base import check_memory
+from fedjax_clip.identity import kind
 from fedjax_clip.typing import Algorithm, InvalidInput, Server
 
 
@@ -77,4 +78,5 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
         after, client_states, metrics = algorithm.start(server._replace(own=own), cohort, key)
         return after._replace(own=(last, after.own)), client_states, metrics
 
-    return algorithm._replace(init=init, round=round, start=start if algorithm.start else None)
+    name = f"compressed_broadcast({kind(algorithm)})"
+    return algorithm._replace(name=name, init=init, round=round, start=start if algorithm.start else None)

@@ -66,7 +66,7 @@ def fedavg(
     def own(params):
         return optimiser.init(at_round(client_tx, jnp.zeros((), jnp.int32)), params) if keep_opt_state else ()
 
-    return _averaged(work, filled, own)._replace(loss=per_example_loss)
+    return _averaged(work, filled, own)._replace(loss=per_example_loss, name="fedavg")
 
 
 def fedsgd(
@@ -99,7 +99,7 @@ def fedsgd(
     """
     filled = parts(client_tx, server_tx, uplink, reducer, only_update=True)
     averaged = _averaged(lambda tx: local_gradient(per_example_loss, tx), filled, lambda params: ())
-    return averaged._replace(loss=per_example_loss)
+    return averaged._replace(loss=per_example_loss, name="fedsgd")
 
 
 def _averaged(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from fedjax_clip import tree
+from fedjax_clip.identity import kind
 from fedjax_clip.typing import Algorithm, InvalidInput, PerExampleLoss
 
 
@@ -73,4 +74,5 @@ def partially_frozen(
         return server._replace(params=tree.join(f, server.params)), client_states, metrics
 
     inside = whole._replace(init=init, init_client=init_client, round=round, broadcasts=False, loss=per_example_loss)
+    inside = inside._replace(name=f"partially_frozen({kind(whole)})")
     return inside._replace(personal=personal if whole.personal else None, start=start if whole.start else None)
