@@ -21,7 +21,17 @@ _BEGINNINGS = ("client_norm/", "downlink/", "eval/", "example_", "step_", "uplin
 
 
 def check_names(names: Iterable[Any]) -> None:
-    """Refuses names for what a loss reports that are not text, or that a row has a value of its own for."""
+    """Refuses names for what a loss reports that are not text, or that a row has a value of its own for.
+
+    Args:
+      names: of the values beside the loss.
+
+    Raises:
+      InvalidInput: such a name; the sentence lists those that are taken.
+
+    Example:
+      >>> check_names(["accuracy", "top5"])
+    """
     for name in names:
         if not isinstance(name, str):
             raise InvalidInput(f"per_example_loss must report values by names that are text, not {name!r}.")

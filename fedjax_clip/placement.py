@@ -24,8 +24,17 @@ AXIS = "devices"
 def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
     """The devices to use: these, or all local ones if none are named.
 
+    Args:
+      devices: one or more, or ``None``.
+
+    Returns:
+      A list of them.
+
     Raises:
       InvalidInput: something else than one or more different devices.
+
+    Example:
+      >>> fc.placement.local(None)  # jax.local_devices()
     """
     if devices is None:
         return jax.local_devices()

@@ -191,7 +191,7 @@ def test_a_directory_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("build", "says"),
     [
-        (lambda: tasks.shakespeare_lstm(hidden=0), "hidden must be a whole number of at least 1"),
+        (lambda: tasks.shakespeare_lstm(hidden=0), "hidden must be a whole number between 1 and"),
         (lambda: tasks.shakespeare_transformer(width=10), "width must be a multiple of the 4 heads"),
         (lambda: tasks.tweets(vocabulary=1), "vocabulary must be at least 2"),
     ],

@@ -192,7 +192,7 @@ def bad_tables(tmp_path):
         ),
         "a negative penalty": (f"csv('{good}', 'died', l2=-1.0)", "l2 must be"),
         "an unknown grouping": ("chem97('town')", "'school' or 'lea'"),
-        "no factors": ("insteval(rank=0)", "rank must be a whole number of at least 1"),
+        "no factors": ("insteval(rank=0)", "rank must be a whole number between 1 and"),
         "an unknown hospital": ("heart(only='Ghent')", "no hospital 'Ghent'; there is 'Cleveland'"),
         "an unknown balance": ("heart(balance='all')", "'population' or 'client'"),
     }
