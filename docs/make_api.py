@@ -25,7 +25,7 @@ WIDTH = 100
 # The page of a part of the package (what follows ``fedjax_clip.`` in the module that defines a name), in reading order.
 PAGES = {
     "Training and evaluation": ("training", "evaluation", "checkpoint"),
-    "Algorithms": ("algorithms",),
+    "Algorithms": ("algorithms", "fedopt"),
     "Local work": ("local", "per_example"),
     "Clipping a step": ("clipping",),
     "Clipping what a client sends": ("uplink",),
