@@ -2,6 +2,8 @@
 
 import functools
 import math
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -263,3 +265,21 @@ def test_the_benchmark_goes_on_where_it_was_and_its_report_has_all_entries(tmp_p
     assert (tmp_path / "three_numbers.png").exists()
     with pytest.raises(InvalidInput, match="did you mean 'top_k'"):
         commbench.bench(["three_numbers"], ["topk"], 2, tmp_path)
+
+
+def test_the_advice_quotes_the_report():
+    """```entry` accuracy in N bytes`` and the table's rows in docs/compression.md are of docs/commbench/report.md."""
+    docs = pathlib.Path(__file__).parents[1] / "docs"
+    text = " ".join((docs / "compression.md").read_text().split())
+    text = text[text.index("## Which one") : text.index("Sources stand in")]
+    found: dict[str, list[list[str]]] = {}
+    for line in (docs / "commbench" / "report.md").read_text().splitlines():
+        if line.startswith("| `"):
+            cells = [cell.strip() for cell in line.split("|")[1:-1]]
+            found.setdefault(cells[0].strip("`"), []).append([cells[1].split()[0], cells[6], cells[8]])
+    quoted = re.findall(r"`([^`]+)` (0\.\d{4})(?: in ([\d,]+) bytes)?", text)
+    rows = re.findall(r"\| `([^`]+)`[^|]* \| ([\d,]+) \| (0\.\d{4}) \|", text)
+    quoted += [(entry, accuracy, size) for entry, size, accuracy in rows]
+    assert len(quoted) > 25
+    for entry, accuracy, size in quoted:
+        assert any(accuracy == row[0] and size in ("", *row[1:]) for row in found[entry]), (entry, accuracy, size)
