@@ -115,7 +115,7 @@ def draw(track: Track, rows: Sequence[Standing]) -> Any:
         if row.diverged:
             axes.plot(1.0, y, "x", color="tab:red", transform=axes.get_yaxis_transform(), clip_on=False)
     axes.set_yticks(places, [row.name for row in rows], fontsize=8)
-    if not track.accuracy:
+    if not track.accuracy and ranked:
         axes.set_xscale("log")
     elif ranked:
         axes.set_xlim(left=max(0.0, rows[0].score - 0.2))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -338,7 +339,9 @@ def _checked(optimizer: Callable[..., optax.GradientTransformation]) -> Callable
         for name, value in inspect.signature(optimizer).bind(*args, **kwargs).arguments.items():
             if isinstance(value, str):
                 checks.number(name, value)
-            if name == "learning_rate" and not callable(value):  # a schedule
+            if (
+                name == "learning_rate" and not callable(value) and not isinstance(value, jax.Array)
+            ):  # a schedule's, now
                 checks.positive("the learning rate", value, finite=True)
             if name in _FRACTIONS and value is not None:
                 checks.fraction(name, value, zero=True)

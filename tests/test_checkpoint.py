@@ -165,6 +165,15 @@ def test_leaves_without_elements_and_with_confusing_names_are_kept_apart(tmp_pat
     assert Checkpoints(tmp_path / "nothing").restore(nothing)[0] == 1
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which a process begun in the background lacks."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_saves_the_last_whole_state_and_goes_on(tmp_path):
     def on_round(row):
         if row["round"] == 3:
@@ -179,6 +188,7 @@ def test_control_c_saves_the_last_whole_state_and_goes_on(tmp_path):
     assert resumed.params["w"].tobytes() == undisturbed.params["w"].tobytes()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_control_c_ends_at_once(tmp_path):
     def on_round(row):
         signal.raise_signal(signal.SIGINT)

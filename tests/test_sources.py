@@ -172,7 +172,7 @@ def saved(**arrays):
     ("write", "sentence"),
     [
         (lambda path: None, "There is no file"),
-        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.mkdir(), "is no file"),
         (lambda path: path.write_bytes(b""), "not a whole .npz file"),
         (lambda path: path.write_bytes(b"PK\x03\x04 no archive"), "not a whole .npz file"),
         (lambda path: path.write_bytes(b"some text"), "not plain arrays"),
