@@ -341,7 +341,7 @@ def _checked(optimizer: Callable[..., optax.GradientTransformation]) -> Callable
                 checks.number(name, value)
             if (
                 name == "learning_rate" and not callable(value) and not isinstance(value, jax.Array)
-            ):  # a schedule's, now
+            ):  # of a schedule
                 checks.positive("the learning rate", value, finite=True)
             if name in _FRACTIONS and value is not None:
                 checks.fraction(name, value, zero=True)
