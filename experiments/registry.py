@@ -339,9 +339,7 @@ def _checked(optimizer: Callable[..., optax.GradientTransformation]) -> Callable
         for name, value in inspect.signature(optimizer).bind(*args, **kwargs).arguments.items():
             if isinstance(value, str):
                 checks.number(name, value)
-            if (
-                name == "learning_rate" and not callable(value) and not isinstance(value, jax.Array)
-            ):  # of a schedule
+            if name == "learning_rate" and not callable(value) and not isinstance(value, jax.Array):  # of a schedule
                 checks.positive("the learning rate", value, finite=True)
             if name in _FRACTIONS and value is not None:
                 checks.fraction(name, value, zero=True)

@@ -142,29 +142,31 @@ def main() -> None:
             directory.add(row)
             progress(row)
 
-        result = fc.train(
-            algorithm,
-            task.data,
-            params,
-            rounds=rounds,
-            sampler=sampler,
-            batch_size=batch_size(),
-            seed=FLAGS.seed,
-            evaluate_clients=fc.client_evaluator(
-                algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise
-            ),
-            eval_every=FLAGS.eval_every,
-            checkpoints=directory.checkpoints,
-            checkpoint_every=FLAGS.checkpoint_every,
-            on_round=on_round,
-            should_stop=stopping,
-            devices=devices,
-            clients_per_chunk=FLAGS.clients_per_chunk,
-            rounds_per_dispatch=FLAGS.rounds_per_dispatch,
-            non_finite=FLAGS.non_finite,
-            **work,
-        )
-        progress.close()
+        try:
+            result = fc.train(
+                algorithm,
+                task.data,
+                params,
+                rounds=rounds,
+                sampler=sampler,
+                batch_size=batch_size(),
+                seed=FLAGS.seed,
+                evaluate_clients=fc.client_evaluator(
+                    algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise
+                ),
+                eval_every=FLAGS.eval_every,
+                checkpoints=directory.checkpoints,
+                checkpoint_every=FLAGS.checkpoint_every,
+                on_round=on_round,
+                should_stop=stopping,
+                devices=devices,
+                clients_per_chunk=FLAGS.clients_per_chunk,
+                rounds_per_dispatch=FLAGS.rounds_per_dispatch,
+                non_finite=FLAGS.non_finite,
+                **work,
+            )
+        finally:
+            progress.close()
 
         rows = directory.rows()
         if stopping.signal and rows[-1]["round"] < rounds:

@@ -285,7 +285,7 @@ def train(
 def _stop_at(columns: dict[str, np.ndarray], rounds: range, data: FederatedData) -> None:
     """Raises if a client's update was not finite, where a run is to stop then (``dropped_ids`` are there then)."""
     for round, ids in zip(rounds, columns.pop("dropped_ids", ())):
-        if named := [data.name(i) for i in ids if i >= 0]:
+        if named := [data.name(i) for i in sorted(ids) if i >= 0]:
             more = " and perhaps more" if len(named) == len(ids) else ""
             raise InvalidInput(
                 f"Round {round + 1}: the updates of clients {', '.join(named)}{more} are not finite. Lower the "

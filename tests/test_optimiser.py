@@ -80,7 +80,7 @@ def test_updates_that_are_not_finite_are_dropped_kept_or_end_the_run(tmp_path):
     assert (kept.history[0]["dropped"], kept.history[0]["clients"]) == (0, 4)
     assert np.all(np.isnan(kept.params["w"]))
     checkpoints = fc.checkpoint.Checkpoints(tmp_path / "run")
-    with pytest.raises(fc.InvalidInput, match=r"Round 1: the updates of clients d, b are not finite\. Lower the"):
+    with pytest.raises(fc.InvalidInput, match=r"Round 1: the updates of clients b, d are not finite\. Lower the"):
         fc.train(algorithm, NAN, START, **settings, non_finite="stop", checkpoints=checkpoints)
     assert checkpoints.restore(dropped.state) is None
     fine = fc.train(algorithm, DATA, START, **settings, non_finite="stop")

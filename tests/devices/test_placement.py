@@ -101,7 +101,7 @@ def test_a_start_and_what_is_not_finite_are_the_same_over_devices():
 
     data = fc.FederatedData({"x": np.array([1, np.nan, 1, np.inf], np.float32)}, np.arange(5), list("abcd"))
     algorithm = fc.fedavg(lambda params, batch, key: batch["x"] * params["w"], optax.sgd(1.0))
-    with pytest.raises(fc.InvalidInput, match="Round 1: the updates of clients d, b are not finite"):
+    with pytest.raises(fc.InvalidInput, match="Round 1: the updates of clients b, d are not finite"):
         fc.train(algorithm, data, {"w": np.float32(0)}, rounds=1, devices=jax.local_devices()[:4], non_finite="stop")
 
 
