@@ -19,7 +19,7 @@ import scipy.stats
 from test_sources import write_fashion_mnist
 
 import fedjax_clip as fc
-from experiments import clipbench, contest, standings, tuning
+from experiments import clipbench, clipbench_report, contest, rundir, standings, tuning
 from experiments import clipbench_lanes as lanes
 from experiments import clipbench_tracks as tracks
 from experiments.rules import RULES, Rule
@@ -423,6 +423,12 @@ def test_what_diverges_is_shown(tmp_path, monkeypatch):
     summary = next(line for line in report.splitlines() if line.startswith("| three_numbers |"))
     assert summary.startswith("| three_numbers | blow_up |")
     assert summary.endswith("| never |")
+
+
+def test_rules_that_all_diverge_are_drawn(tmp_path):
+    rows = [standing((1.0, 1.0), [True, False], accuracy=False, trials=[(0.1, None), (9.0, None)])]
+    rundir.save_picture(tmp_path / "lost.png", clipbench_report.draw(rows[0].track, rows))
+    assert (tmp_path / "lost.png").exists()
 
 
 def test_trials_by_quarter_of_the_range_and_how_many_are_near():
