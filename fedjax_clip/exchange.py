@@ -51,7 +51,7 @@ def exchange(
       Among the metrics: ``bytes_down``, what all clients are sent (``shared``, not a link's state), and ``bytes_up``,
       their messages as arrays, or the bytes of the codes that stand for them, with ``bytes_up_entropy`` beside them
       (see ``fc.uplink.compress``); reports do not count. With ``cohort.non_finite == "stop"`` also ``dropped_ids``
-      ``int32 [8]``, the first of the clients whose updates were not finite, -1 behind them.
+      ``int32 [8]``, up to eight of the clients whose updates were not finite, -1 behind them.
 
     Example:
       >>> update, link, client_states, metrics = exchange(
@@ -111,7 +111,8 @@ def exchange(
         states = jax.tree.map(
             lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, x, index * cohort.width, 0), states, state
         )
-        return reducer.add(acc, message, weight), states, _first(bad, new_bad), metrics.add(report, new_report)
+        bad = _most(bad, new_bad) if cohort.non_finite == "stop" else bad
+        return reducer.add(acc, message, weight), states, bad, metrics.add(report, new_report)
 
     message = jax.tree.map(lambda m: m[0], messages)
     roster = Roster(jnp.asarray(cohort.ids), jax.random.fold_in(key, 3))  # the key beside the three it was split into
@@ -184,13 +185,13 @@ def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Arra
     return metrics["clients"] / num_clients
 
 
-def _first(*ids: Array) -> Array:
+def _most(*ids: Array) -> Array:
     """The largest ``NAMED`` of these client numbers, -1 for nobody."""
     return jnp.sort(jnp.concatenate(ids), descending=True)[:NAMED]
 
 
 def _everywhere(ids: Array, axis_name: str | None) -> Array:
-    return ids if axis_name is None else _first(*jax.lax.all_gather(ids, axis_name))
+    return ids if axis_name is None else _most(*jax.lax.all_gather(ids, axis_name))
 
 
 def traffic(*exchanges: Metrics) -> Metrics:
