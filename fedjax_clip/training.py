@@ -120,8 +120,8 @@ def train(
       evaluate_clients: ``(params, what the clients keep [M, ...]) -> {name: value}``, called when ``evaluate`` is: for
         models of the clients' own. See ``fc.client_evaluator``.
       eval_every: rounds from one evaluation to the next.
-      checkpoints: where to resume from and save to, ``fc.checkpoint.Checkpoints(directory)``. A checkpoint is gone on
-        with if these agree: the kind of algorithm and the shapes of all that it keeps, all of ``data``, the sampler,
+      checkpoints: where to resume from and save to, ``fc.checkpoint.Checkpoints(directory)``. A run resumes if these
+        agree with it: the kind of algorithm and the shapes of all that it keeps, all of ``data``, the sampler,
         the local work and the seed. ``rounds`` may grow; all other arguments may change. What is inside the loss, the
         optimisers and the links, such as a learning rate, cannot be seen: do not change it. With checkpoints, a first
         Ctrl-C saves the state when the rounds that are under way end, and is then raised; a second one ends at once.

@@ -47,7 +47,7 @@ class Algorithm(NamedTuple):
       num_clients: N as the algorithm was told it, which must be the population's; ``None``: it was not told.
       start: ``(server, cohort, key) -> (server, client_states, metrics)``, a round before the first one in which ALL
         clients take part, in cohorts of any size, each client once; ``None`` where there is none. ``fc.train`` and
-        ``fc.sweep`` run it; who calls ``round`` directly calls it first.
+        ``fc.sweep`` run it. If you call ``round`` yourself, call it first.
       loss: the loss that clients train on, of the whole model; ``fc.train`` looks whether it may pad its batches.
       name: by which a checkpoint tells algorithms apart; by default that of the function that made ``round``.
 

@@ -133,7 +133,6 @@ def feddyn(
             client_fn, built.uplink, built.reducer, server.params, server.uplink, cohort, key
         )
         share = population_share(built.reducer, cohort, metrics)
-        assert share is not None
         h = tree.add_scaled(server.own, -alpha * share, mean)
         came = metrics["clients"] > 0
         update = jax.tree.map(lambda m, h: jnp.where(came, m - h / alpha, 0), mean, h)

@@ -30,7 +30,7 @@ def fedavg(
     Round: every client c of the cohort starts from x, takes its local steps to y_c and sends y_c - x through the
     uplink; the server takes ``server_tx``'s step with ``-reduce(y_c - x)`` for a gradient. With a clip in front of
     the client's SGD it is clipped FedAvg (CELGC); ``optax.sgd(1.0)`` at the server is FedAvg, ``optax.sgd(1.0,
-    momentum=0.9)`` FedAvgM, ``fc.fedopt`` has FedAdam, FedYogi and FedAdagrad.
+    momentum=0.9)`` is FedAvgM. ``fc.fedopt`` has FedAdam, FedYogi and FedAdagrad.
 
     Args:
       per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``.

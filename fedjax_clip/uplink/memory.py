@@ -26,8 +26,8 @@ def memory(
     Guarantee: each message is as small as the clip makes it (its sensitivity), while g converges to the mean of
     updates that stand still: no bias is left. g is the mean of the v_i of ALL N clients, whoever came, up to rounding:
     a mean over those who came counts ``|S| / N`` times. ``weighted_mean`` weighs clients by their examples in g, too;
-    ``uniform_mean`` is the papers'. Behind a robust reducer g is what that rule makes of the messages, and noise or
-    rounding behind the memory stays in g.
+    ``uniform_mean`` is the papers'. A robust reducer makes g what its rule makes of the messages. Noise or rounding
+    behind the memory stays in g.
 
     Args:
       tx: a clip, or a link such as a compressor, without a state of its own.
