@@ -1,12 +1,15 @@
 """What noise is worth: epsilon of a run, and the noise or the rounds that an epsilon allows. Needs ``[privacy]``."""
 
 from fedjax_clip.privacy.accounting import epsilon, epsilons, noise_multiplier, rounds, split, together
+from fedjax_clip.privacy.audit import Audit, audit
 from fedjax_clip.privacy.distributed import distributed
 from fedjax_clip.privacy.participation import Separated, sensitivities, sensitivity
 from fedjax_clip.privacy.records import record_epsilons
 
 __all__ = [
+    "Audit",
     "Separated",
+    "audit",
     "distributed",
     "epsilon",
     "epsilons",

@@ -162,7 +162,7 @@ def audit(
         return Audit(bound, accounted[at], at, claim.neighbours, attack, estimator, attempts)
 
     trials = trials_of(claim)
-    attempts = len(trials[:-1]) * 3 * len(deltas) + 1 + claim.gaussian
+    attempts = sum(1 + claim.gaussian if trial.several else scores.SCORES * len(deltas) for trial in trials)
     significance = (1 - confidence) / attempts
     found: list[Audit] = []
     for trial in trials:

@@ -12,7 +12,6 @@ import optax
 
 from fedjax_clip import lanes
 from fedjax_clip.cohort import Cohort
-from fedjax_clip.data.planning import LocalWork, plan_rounds
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.keys import seeded
@@ -22,7 +21,7 @@ from fedjax_clip.typing import Algorithm, Array, Metrics, Params, PyTree
 HUGE = 1e4  # a canary's gradient: any clip is far below
 EXAMPLES = 8  # of a canary; other clients have one, so that weights would show
 CANARIES = 4  # of which there are several, or only the first
-CHUNK = 500  # replays of one call of the compiled program
+CHUNK = 1000  # replays of one call of the compiled program
 
 Build = Callable[..., Algorithm]
 
@@ -118,15 +117,18 @@ class Stage:
         return FederatedData(examples, first)
 
     @functools.cached_property
-    def drawn(self) -> list[list[np.ndarray]]:
-        """``[L][R]`` cohorts; which replays share them does not matter as long as no trial has them twice."""
+    def drawn(self) -> np.ndarray:
+        """``[L, R, C]``: each replay's cohorts, -1 behind the last client. All trials share them."""
         if self.messages:
-            return [[np.arange(min(2, self.num_clients))] * self.rounds] * self.replays
-        sizes, first = np.ones(self.num_clients), self.seed % 2**16 * 2**15
-        return [
-            [np.asarray(self.sampler.draw(sizes, (first + lane) % 2**32, r)) for r in range(self.rounds)]
-            for lane in range(self.replays)
-        ]
+            pair = np.arange(min(2, self.num_clients))
+            return np.broadcast_to(pair, (self.replays, self.rounds, len(pair)))
+        sizes, alike = np.ones(self.num_clients), self.sampler.scheme == "round_robin"
+        seeds = (self.seed * 2**20 + np.arange(1 if alike else self.replays)) % 2**32
+        drawn = [self.sampler.draw(sizes, int(seed), r) for seed in seeds for r in range(self.rounds)]
+        padded = np.full((len(drawn), max(1, max(map(len, drawn)))), -1)
+        for row, ids in zip(padded, drawn):
+            row[: len(ids)] = ids
+        return np.broadcast_to(padded.reshape(len(seeds), self.rounds, -1), (self.replays, self.rounds, len(padded[0])))
 
     @functools.cached_property
     def program(self) -> Callable[..., tuple[Array, Array, Metrics]]:
@@ -162,34 +164,45 @@ class Stage:
             present[:, 1:], times[:, 1:] = False, 0.0
         directions = self.directions[: self.canaries]
         gradients = (times[:, :, None] * directions).astype(np.float32)
-        cohorts = [[self._cohort(ids, trial, there) for ids in rounds] for rounds, there in zip(self.drawn, present)]
         keys = jax.random.split(jax.random.fold_in(seeded(self.seed), int(rng.integers(2**31))), self.replays)
-        updates, beside, shown = self._run(gradients, trial, cohorts, keys)
-        chance = np.mean([[np.isin(range(self.canaries), ids) for ids in rounds] for rounds in self.drawn], axis=0).T
-        moved = np.einsum("lrd,cd->lcr", np.nan_to_num(updates, nan=0, posinf=0, neginf=0), directions)
-        return Seen(present, chance, moved, np.concatenate([updates, beside], axis=-1), shown)
-
-    def _cohort(self, ids: np.ndarray, trial: Trial, there: np.ndarray) -> np.ndarray:
-        if trial.quiet and "poisson" in self.sampler.scheme and not self.messages:
-            ids = ids[ids < self.canaries]
-        if trial.absent is None:
-            ids = ids[(ids >= self.canaries) | there[np.minimum(ids, self.canaries - 1)]]
-        return ids
-
-    def _run(self, gradients: np.ndarray, trial: Trial, cohorts: list[list[np.ndarray]], keys: Array) -> Any:
-        largest = max(1, max(len(ids) for rounds in self.drawn for ids in rounds))
         parts = []
         for begin in range(0, self.replays, CHUNK):
-            chosen = np.minimum(np.arange(begin, begin + CHUNK), self.replays - 1)  # the last one again, in its place
-            ids = [ids for lane in chosen for ids in cohorts[lane]]
-            options: dict[str, Any] = {"width": largest, "least": (largest, largest), "population": ()}
-            plan = plan_rounds(self.data, ids, LocalWork(EXAMPLES), seed=0, first_round=0, **options)
-            plan = jax.tree.map(lambda x: x[0].reshape(CHUNK, self.rounds, *x.shape[2:]), plan)
+            chosen = np.minimum(np.arange(begin, begin + CHUNK), self.replays - 1)  # the last one again, to fill a call
             others = np.full(CHUNK, 0.0 if trial.quiet else 1.0, np.float32)
             contrast = np.full(CHUNK, trial.contrast, np.float32)
-            out = self.program(gradients[chosen], others, contrast, plan, keys[chosen])
-            parts.append(jax.tree.map(np.asarray, out))
-        return jax.tree.map(lambda *xs: np.concatenate(xs)[: self.replays].astype(np.float64), *parts)
+            cohorts = self._cohorts(self.drawn[chosen], trial, present[chosen])
+            shown = self.program(gradients[chosen], others, contrast, cohorts, keys[chosen])
+            parts.append(jax.tree.map(np.asarray, shown))
+        joined = jax.tree.map(lambda *xs: np.concatenate(xs)[: self.replays].astype(np.float64), *parts)
+        updates, beside, published = joined
+        chance = np.array([(self.drawn == canary).any(-1).mean(0) for canary in range(self.canaries)])
+        moved = np.einsum("lrd,cd->lcr", np.nan_to_num(updates, nan=0, posinf=0, neginf=0), directions)
+        return Seen(present, chance, moved, np.concatenate([updates, beside], axis=-1), published)
+
+    def _cohorts(self, ids: np.ndarray, trial: Trial, present: np.ndarray) -> Cohort:
+        """Of a chunk's replays ``[L, R]``: each client takes one step on all of its examples."""
+        canary = (ids >= 0) & (ids < self.canaries)
+        if trial.quiet and "poisson" in self.sampler.scheme and not self.messages:
+            ids = np.where(canary, ids, -1)
+        if trial.absent is None:
+            there = np.take_along_axis(present[:, None, :], np.where(canary, ids, 0), axis=2)
+            ids = np.where(canary & ~there, -1, ids)
+        ids = np.take_along_axis(ids, np.argsort(ids < 0, axis=-1, kind="stable"), axis=-1)
+        sizes = np.where(ids < 0, 0, self.data.sizes[ids])
+        place = np.arange(EXAMPLES)
+        weight = (place < sizes[..., None]).astype(np.float32)
+        here = np.ones(ids.shape[:2])
+        return Cohort(
+            ids=ids.astype(np.int32),
+            weight=sizes.astype(np.float32),
+            first=np.broadcast_to(np.arange(ids.shape[-1], dtype=np.int32), ids.shape),
+            num_steps=(ids >= 0).astype(np.int32),
+            batches=(self.data.offsets[ids][..., None] + place * (weight > 0)).astype(np.int32),
+            example_weight=weight,
+            num_clients=(here * self.num_clients).astype(np.int32),
+            total_weight=(here * self.data.sizes.sum()).astype(np.float32),
+            width=ids.shape[-1],
+        )
 
 
 def flat(params: PyTree) -> Array:

@@ -7,6 +7,7 @@ import numpy as np
 
 from fedjax_clip.privacy.replays import Seen
 
+SCORES = 4  # that ``scores`` gives
 FIT = 1 / 3  # of the replays, to which a score is fitted
 CHOOSE = 1 / 4  # of the canaries of one run, by which the threshold is chosen
 
@@ -63,7 +64,8 @@ def discriminant(features: np.ndarray, present: np.ndarray, fit: np.ndarray) -> 
       features: ``[L, F]``.
       present, fit: bool ``[L]``: with the canary, and whether to fit.
     """
-    x = features / np.maximum(np.std(features[fit], axis=0), 1e-30)
+    spread = np.std(features[fit], axis=0)
+    x = (features - np.mean(features[fit], axis=0)) / np.where(spread > 0, spread, 1.0)
     means = [np.mean(x[fit & which], axis=0) for which in (present, ~present)]
     within = x[fit] - np.where(present[fit, None], *means)
     covariance = within.T @ within / len(within) + 1e-9 * np.eye(x.shape[1])
@@ -91,6 +93,20 @@ def exact_values(values: np.ndarray, present: np.ndarray, fit: np.ndarray) -> np
     return evidence[place].sum(1)
 
 
+def support(values: np.ndarray, present: np.ndarray, fit: np.ndarray) -> np.ndarray:
+    """``[L]``: how many numbers lie where none lay without the canary, less those that lie where none lay with it.
+
+    Args:
+      values, present, fit: as for ``exact_values``.
+    """
+
+    def outside(which: np.ndarray) -> np.ndarray:
+        low, high = np.min(values[fit & which], axis=0), np.max(values[fit & which], axis=0)
+        return np.sum((values < low) | (values > high), axis=1)
+
+    return outside(~present) - outside(present)
+
+
 def scores(seen: Seen, law: Law) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """``(name, score [K], present [K])`` of each attack on the first canary; higher means that it was rather there.
 
@@ -105,6 +121,7 @@ def scores(seen: Seen, law: Law) -> Iterator[tuple[str, np.ndarray, np.ndarray]]
     broken = np.sum(~np.isfinite(seen.updates), axis=(1, 2))[:, None]
     features = [updates.reshape(length, -1), sizes, broken, *published]
     yield "linear discriminant", discriminant(np.concatenate(features, axis=1), present, fit)[~fit], present[~fit]
+    yield "support", support(updates.reshape(length, -1), present, fit)[~fit], present[~fit]
     exact = [exact_values(x.reshape(length, -1), present, fit) for x in (updates, *published)]
     yield "exact values", np.sum(exact, axis=0)[~fit], present[~fit]
 
