@@ -88,13 +88,16 @@ def by_messages(*links: fc.Uplink, z: float = 8.0) -> Case:
 
 
 def with_noise(draw: Callable[[Any, Any, Any, Any], Any], z: float = 2.0) -> fc.Uplink:
-    """``gaussian(z)`` by its promises; ``draw(key, aggregate, std, ctx)`` is what it adds."""
+    """``gaussian(z)`` by its promises; ``draw(key, aggregate, std, ctx)`` is what it adds to the mean."""
+
+    def encode(update, state, client_state, ctx):
+        return update, client_state, {}
 
     def decode(aggregate, state, report, ctx):
         std = z * ctx.bound / ctx.denominator
         return jax.tree.map(jnp.add, aggregate, draw(ctx.key, aggregate, std, ctx)), state, {}
 
-    return uplink.gaussian(z)._replace(decode=decode)
+    return uplink.gaussian(z)._replace(encode=encode, decode=decode)
 
 
 def normal(key: Any, like: Any, std: Any) -> Any:
@@ -186,18 +189,35 @@ def weights_by_size() -> Case:
     fixed = fc.fixed_mean(4)
 
     def add(acc, messages, weights):
-        weighted = jax.tree.map(lambda m: jnp.einsum("c,c...->c...", weights, m), messages)
+        weighted = jax.tree.map(lambda m: jnp.einsum("c,c...->c...", weights.astype(m.dtype), m), messages)
         return fixed.add(acc, weighted, weights)
 
     return of(clip(), uplink.gaussian(2.0), reducer=fixed._replace(add=add))
 
 
 def mean_over_those_who_came() -> Case:
-    return sampled(clip(), uplink.gaussian(2.0), reducer=fc.uniform_mean()._replace(denominator=4.0))
+    fixed = fc.fixed_mean(4)
+
+    def add(acc, messages, weights):
+        return fixed.add(acc[0], messages, weights), acc[1] + jnp.sum(weights > 0)
+
+    def finish(acc, axis_name):
+        total, came = fixed.finish(acc[0], axis_name), jnp.maximum(acc[1], 1)
+        return jax.tree.map(lambda t: (t * (4 / came)).astype(t.dtype), total)
+
+    def zero(message, roster):
+        return fixed.zero(message, roster), jnp.zeros((), jnp.int32)
+
+    return sampled(clip(), uplink.gaussian(2.0), reducer=fixed._replace(zero=zero, add=add, finish=finish))
 
 
 def half_the_denominator() -> Case:
-    return of(clip(), uplink.gaussian(2.0), reducer=fc.fixed_mean(2)._replace(denominator=4.0))
+    fixed = fc.fixed_mean(4)
+
+    def add(acc, messages, weights):
+        return fixed.add(acc, jax.tree.map(lambda m: 2 * m, messages), weights)
+
+    return of(clip(), uplink.gaussian(2.0), reducer=fixed._replace(add=add))
 
 
 def a_client_counts_twice() -> Case:
@@ -466,23 +486,66 @@ def a_tree_that_forgets_a_node() -> Case:
 
 BOUND = ("uplink/0/threshold",)  # of quantile_clip, which clients are told
 
-MUTANTS: tuple[Callable[[], Case], ...] = (
-    *(no_clip, clip_by_layer, clip_by_value, clip_to_twice_the_bound, momentum_behind_the_clip),
-    *(error_feedback_behind_the_clip, memory_added_again, weights_by_size, mean_over_those_who_came),
-    *(half_the_denominator, a_client_counts_twice, noise_divided_twice, variance_for_standard_deviation),
-    *(a_wrapper_loses_the_noise, noise_on_one_leaf, one_key_for_all_leaves, one_number_for_a_leaf, float16_noise),
-    *(noise_without_tails, uniform_noise, noise_in_proportion_to_the_update, noise_in_proportion_to_those_who_came),
-    *(no_noise_where_nobody_came, noise_from_a_fixed_seed, the_same_noise_in_every_round, noise_once_for_two_rounds),
-    *(noise_in_proportion_to_the_first_bound, bits_without_noise, bits_with_a_tenth_of_the_noise),
-    *(the_number_of_clients_published, who_is_dropped_published, exact_norms_published, empty_rounds_that_show),
-    *(shares_of_half_the_cohort, shares_of_every_second_client),
-    *(local_noise_in_front_of_the_clip, all_clients_draw_the_same_local_noise, no_local_noise_on_zeros),
-    *(half_of_the_local_noise, records_clipped_by_batch, records_not_clipped, record_noise_divided_twice),
-    *(in_turn_accounted_as_poisson, twice_the_rate_of_poisson, one_sample_for_all_rounds, in_turn_with_a_favourite),
-    *(replacing_accounted_as_joining, half_of_the_rounds_accounted, one_round_accounted),
-    *(a_tenth_of_the_rate_accounted, delta_of_each_round, epsilon_is_half_of_rho, bands_that_overlap),
-    *(correlated_noise_accounted_as_independent, a_tree_that_forgets_a_node),
-)
+MUTANTS: Mapping[str, Callable[[], Case]] = {
+    case.__name__.replace("_", " "): case
+    for case in (
+        no_clip,
+        clip_by_layer,
+        clip_by_value,
+        clip_to_twice_the_bound,
+        momentum_behind_the_clip,
+        error_feedback_behind_the_clip,
+        memory_added_again,
+        weights_by_size,
+        mean_over_those_who_came,
+        half_the_denominator,
+        a_client_counts_twice,
+        noise_divided_twice,
+        variance_for_standard_deviation,
+        a_wrapper_loses_the_noise,
+        noise_on_one_leaf,
+        one_key_for_all_leaves,
+        one_number_for_a_leaf,
+        float16_noise,
+        noise_without_tails,
+        uniform_noise,
+        noise_in_proportion_to_the_update,
+        noise_in_proportion_to_those_who_came,
+        no_noise_where_nobody_came,
+        noise_from_a_fixed_seed,
+        the_same_noise_in_every_round,
+        noise_once_for_two_rounds,
+        noise_in_proportion_to_the_first_bound,
+        bits_without_noise,
+        bits_with_a_tenth_of_the_noise,
+        the_number_of_clients_published,
+        who_is_dropped_published,
+        exact_norms_published,
+        empty_rounds_that_show,
+        shares_of_half_the_cohort,
+        shares_of_every_second_client,
+        local_noise_in_front_of_the_clip,
+        all_clients_draw_the_same_local_noise,
+        no_local_noise_on_zeros,
+        half_of_the_local_noise,
+        records_clipped_by_batch,
+        records_not_clipped,
+        record_noise_divided_twice,
+        in_turn_accounted_as_poisson,
+        twice_the_rate_of_poisson,
+        one_sample_for_all_rounds,
+        in_turn_with_a_favourite,
+        replacing_accounted_as_joining,
+        half_of_the_rounds_accounted,
+        one_round_accounted,
+        a_tenth_of_the_rate_accounted,
+        delta_of_each_round,
+        epsilon_is_half_of_rho,
+        bands_that_overlap,
+        correlated_noise_accounted_as_independent,
+        a_tree_that_forgets_a_node,
+    )
+}
 
 
 def right() -> dict[str, Callable[[], Case]]:

@@ -15,7 +15,7 @@ from fedjax_clip.privacy.accounting import epsilon as epsilon_of
 from fedjax_clip.privacy.accounting import together
 from fedjax_clip.privacy.distributed import distributed
 from fedjax_clip.privacy.participation import Separated
-from fedjax_clip.privacy.replays import HUGE, Build, Stage, Trial
+from fedjax_clip.privacy.canaries import HUGE, Build, Stage, Trial
 from fedjax_clip.typing import Algorithm, InvalidInput, Params
 from fedjax_clip.uplink.promises import Noise
 
@@ -193,8 +193,10 @@ def claimed(
         raise InvalidInput("Only built-in algorithms say what they are made of, and so what noise they claim to add.")
     promises, everyone = parts.uplink.promises, sampler.cohort_size == num_clients
     replaced = sampler.scheme == "uniform" and not everyone
+    present = "data" if replaced else "zeros" if sampler.scheme == "truncated_poisson" else "presence"
 
-    def account(z: Any, sampler: Sampler | Separated = sampler, tight: bool = not replaced) -> Callable[[float], float]:
+    def account(z: Any, sampler: Sampler | Separated = sampler) -> Callable[[float], float]:
+        tight = not callable(z) and not replaced
         run = sampler, num_clients, rounds
         return lambda delta: epsilon_of(z, *run, delta, "pld" if tight else "rdp", promises.mechanism)
 
@@ -203,16 +205,16 @@ def claimed(
             raise InvalidInput("Say noise_multiplier=, of local_gaussian or of private_gradient: no promise tells it.")
         z = noise_multiplier if records else noise_multiplier / 2
         messages = parts.reducer.threshold is None
-        return Claim(account(z, Separated(1), True), "zeros" if records else "data", z, True, messages)
+        return Claim(account(z, Separated(1)), "zeros" if records else "data", z, True, messages)
     if promises.noise is Noise.SERVER:
         z = together([float(z) for z in parts.noise_multipliers])
         known = sampler.scheme == "round_robin" or everyone
-        return Claim(account(z), "data" if replaced else "presence", z, known, mechanism=promises.mechanism)
+        return Claim(account(z), present, z, known, mechanism=promises.mechanism)
     if promises.noise is Noise.SHARES:
         grid = promises.grid(tree.size(params), parts.reducer.denominator, parts.reducer.threshold)
         z = float(grid.stddev * np.sqrt(grid.clients) / grid.l2)
         curve = distributed(parts.uplink, params, parts.reducer)
-        return Claim(account(curve, tight=False), "data" if replaced else "zeros", z, False)
+        return Claim(account(curve), "data" if replaced else "zeros", z, False)
     raise InvalidInput(
         "There is no noise to audit: put gaussian(1.0), skellam(1.0) or local_gaussian(1.0) behind a clip, or audit "
         "private_gradient by records=True."

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_clip.privacy.replays import Seen
+from fedjax_clip.privacy.canaries import Seen
 
 SCORES = 4  # that ``scores`` gives
 FIT = 1 / 3  # of the replays, to which a score is fitted

@@ -182,7 +182,7 @@ class Stage:
     def _cohorts(self, ids: np.ndarray, trial: Trial, present: np.ndarray) -> Cohort:
         """Of a chunk's replays ``[L, R]``: each client takes one step on all of its examples."""
         canary = (ids >= 0) & (ids < self.canaries)
-        if trial.quiet and "poisson" in self.sampler.scheme and not self.messages:
+        if trial.absent is None and trial.quiet and self.sampler.scheme == "poisson":
             ids = np.where(canary, ids, -1)
         if trial.absent is None:
             there = np.take_along_axis(present[:, None, :], np.where(canary, ids, 0), axis=2)
