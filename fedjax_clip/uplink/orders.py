@@ -64,14 +64,13 @@ def check_chain(links: Sequence[Promises]) -> None:
         )
 
 
-def check_ends(promises: Promises, reducer: Any, covers_all: bool, algorithm: str = "This algorithm") -> None:
+def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
     """Refuses an uplink and a reducer that do not go together, or an algorithm that sends more than the uplink covers.
 
     Args:
       promises: of the whole chain.
       reducer: what becomes of its messages.
       covers_all: whether clients send nothing but what passes the uplink.
-      algorithm: its name, for the sentence.
 
     Raises:
       InvalidInput: says what to put in the place of what.
@@ -90,8 +89,8 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool, algorithm: st
     if not covers_all and (promises.noise or reducer.hides):
         covered, purpose = ("secure sum", "secure aggregation") if reducer.hides else ("uplink's noise", "privacy")
         raise InvalidInput(
-            f"{algorithm}'s clients send a gradient or a variate beside the update, which the {covered} does not "
-            f"cover: for {purpose} take fedavg or fedsgd."
+            f"This algorithm's clients send a gradient or a variate beside the update, which the {covered} does not "
+            f"cover: for {purpose} take fedavg or fedsgd, or give scaffold a variate_uplink with noise, too."
         )
     if promises.grid is not None and reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)
