@@ -100,7 +100,7 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
             or f"{promises.trusts} tells the server single clients' bits, which the secure sum hides: put "
             "clip_by_global_norm in its place."
         )
-    if reducer.forges and promises.noise:
+    if reducer.forges and promises.noise in (Noise.SERVER, Noise.SHARES):
         raise InvalidInput(
             f"{reducer.forges} replaces messages behind the clip by what depends on other clients', so the noise is in "
             "proportion to no bound: study attacks without noise, or put the attack in front of the clip as a link."
