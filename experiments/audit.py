@@ -108,9 +108,9 @@ def local_noise() -> float | None:
 
 def bounds_that_move() -> tuple[str, ...]:
     """The metrics that tell a clip's bound of the round: clients are told it, so that it is no secret."""
-    links = privacy.links(FLAGS.uplink, 1.0)
-    where = [f"{i}/" for i in range(len(links))] if len(links) > 1 else [""]
-    return tuple(f"uplink/{i}threshold" for i, link in zip(where, links) if link.promises.moves)
+    calls = spec.parse(FLAGS.uplink, "--uplink")
+    where = [f"{i}/" for i in range(len(calls))] if len(calls) > 1 else [""]
+    return tuple(f"uplink/{i}threshold" for i, call in zip(where, calls) if call.name == "quantile_clip")
 
 
 def shrunk(task: tasks.Task) -> Any:

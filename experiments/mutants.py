@@ -171,8 +171,8 @@ def momentum_behind_the_clip() -> Case:
 
 
 def error_feedback_behind_the_clip() -> Case:
-    lossy = uplink.error_feedback(compression.threshold(0.5))
-    return everyone(clip(), lossy.promising(contracts=True), uplink.gaussian(4.0))
+    lossy = uplink.error_feedback(compression.threshold(0.6))
+    return everyone(clip(), lossy.promising(contracts=True), uplink.gaussian(2.0))
 
 
 def memory_added_again() -> Case:
@@ -346,8 +346,8 @@ def empty_rounds_that_show() -> Case:
 
 
 def shares_of_half_the_cohort() -> Case:
-    half = uplink.skellam(2.0 / np.sqrt(2))
-    return in_shares(clip(), half._replace(promises=uplink.skellam(2.0).promises), reducer=fc.reduce.modular_sum(4, 4))
+    half = uplink.skellam(1.0 / np.sqrt(2))
+    return in_shares(clip(), half._replace(promises=uplink.skellam(1.0).promises), reducer=fc.reduce.modular_sum(4, 4))
 
 
 def shares_of_every_second_client() -> Case:
@@ -380,6 +380,12 @@ def no_local_noise_on_zeros() -> Case:
         return tree.where(tree.norm(update) > 0, message, update), *rest
 
     return by_messages(clip(), link._replace(encode=encode))
+
+
+def variates_without_noise() -> Case:
+    """Of SCAFFOLD, whose clients send them beside the update."""
+    silent = uplink.chain(clip(), with_noise(lambda key, x, std, ctx: optax.tree.zeros_like(x), 4.0))
+    return of(clip(), uplink.gaussian(4.0), make=functools.partial(fc.scaffold, variate_uplink=silent))
 
 
 def half_of_the_local_noise() -> Case:
@@ -456,8 +462,7 @@ def delta_of_each_round() -> Case:
     return of(clip(), uplink.gaussian(2.0), epsilon=lambda delta: right(min(100 * delta, 0.9)))
 
 
-def epsilon_is_half_of_rho() -> Case:
-    """zCDP's rho taken for epsilon."""
+def rho_taken_for_epsilon() -> Case:
     return of(clip(), uplink.gaussian(2.0), epsilon=lambda delta: 2 / (2 * 2.0**2))
 
 
@@ -527,6 +532,7 @@ MUTANTS: Mapping[str, Callable[[], Case]] = {
         local_noise_in_front_of_the_clip,
         all_clients_draw_the_same_local_noise,
         no_local_noise_on_zeros,
+        variates_without_noise,
         half_of_the_local_noise,
         records_clipped_by_batch,
         records_not_clipped,
@@ -540,7 +546,7 @@ MUTANTS: Mapping[str, Callable[[], Case]] = {
         one_round_accounted,
         a_tenth_of_the_rate_accounted,
         delta_of_each_round,
-        epsilon_is_half_of_rho,
+        rho_taken_for_epsilon,
         bands_that_overlap,
         correlated_noise_accounted_as_independent,
         a_tree_that_forgets_a_node,
@@ -573,6 +579,20 @@ def right() -> dict[str, Callable[[], Case]]:
         ),
         "clip of each layer": lambda: of(
             uplink.at_client(clipping.clip(0.5, scope=clipping.layer())), gaussian(2.0)
+        ),
+        "quantile_clip by layer": lambda: of(
+            uplink.quantile_clip(1.0, 0.5, bits_noise=4.0, scope=clipping.layer(), allocation="equal"), gaussian(2.0)
+        ),
+        "FedExP": lambda: of(clip(), uplink.fedexp(8.0), gaussian(2.0)),
+        "SCAFFOLD": lambda: of(
+            clip(), gaussian(3.0), make=functools.partial(fc.scaffold, variate_uplink=uplink.chain(clip(), gaussian(3.0)))
+        ),
+        "SCAFFOLD, records": lambda: by_records(private, make=fc.scaffold),
+        "Clip21-SGD2M": lambda: everyone(
+            uplink.memory(clipping.clip_by_global_norm(1.0), 0.6, 0.5), gaussian(4.0), make=fc.fedsgd
+        ),
+        "alpha-NormEC": lambda: everyone(
+            uplink.memory(clipping.smoothed_clip(0.5, 1.0)), gaussian(4.0), make=fc.fedsgd
         ),
         "normalised": lambda: of(uplink.at_client(clipping.normalised(1.0)), gaussian(2.0)),
         "compressed": lambda: of(clip(), top_k, gaussian(2.0)),

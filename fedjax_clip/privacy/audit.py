@@ -118,7 +118,7 @@ def audit(
       noise_multiplier: z of noise that no promise tells: that of ``local_gaussian``, or of ``private_gradient``.
       records: whether the canary is one record of a client, as ``private_gradient`` protects them.
       epsilon: what is claimed for these rounds, ``delta -> epsilon``; by default what ``fc.privacy`` says.
-      published: names of metrics that are made public with the model, such as ``clients``.
+      published: names of metrics that are made public with the model, such as ``clients``; all that begin so.
       params: of the model, ``{"a": [4], "b": [2, 4], "c": [4]}`` by default; only shapes and names matter.
       replays: of each canary.
       confidence: that the lower bound holds: of right implementations one in ``1 / (1 - confidence)`` is called broken.
@@ -153,7 +153,7 @@ def audit(
         claim = claim._replace(epsilon=epsilon)
     deltas = (delta, *(x for x in DELTAS if x > delta))
     accounted = {x: claim.epsilon(x) for x in deltas}
-    chosen = sampler, num_clients, rounds, params, tuple(published), records, claim.messages
+    chosen = sampler, num_clients, rounds, params, tuple(f"{name}/" for name in published), records, claim.messages
     stage = Stage(build, *chosen, replays, seed)
     strategy = np.eye(rounds) if claim.mechanism is None else np.asarray(claim.mechanism.strategy(rounds), np.float64)
     law = scores.Law(claim.noise_multiplier, strategy, claim.neighbours == "data")
@@ -162,7 +162,7 @@ def audit(
         return Audit(bound, accounted[at], at, claim.neighbours, attack, estimator, attempts)
 
     trials = trials_of(claim)
-    attempts = sum(1 + claim.gaussian if trial.several else scores.SCORES * len(deltas) for trial in trials)
+    attempts = sum(1 if trial.several else scores.SCORES * len(deltas) for trial in trials)
     significance = (1 - confidence) / attempts
     found: list[Audit] = []
     for trial in trials:
@@ -170,8 +170,8 @@ def audit(
         if trial.several:
             ratios = [scores.likelihood_ratio(law, seen, canary) for canary in range(stage.canaries)]
             pooled = np.concatenate(ratios), seen.present.T.ravel()
-            bounds = scores.one_run(*pooled, significance, delta, claim.gaussian, seed)
-            found += [outcome(bound, delta, f"{trial.name}; likelihood ratio", by) for by, bound in bounds]
+            by, bound = scores.one_run(*pooled, significance, delta, claim.gaussian, seed)
+            found.append(outcome(bound, delta, f"{trial.name}; likelihood ratio", by))
             continue
         for name, *judged in scores.scores(seen, law):
             bounds = [(at, scores.bound(*judged, significance, at, seed)) for at in deltas]
@@ -207,7 +207,7 @@ def claimed(
         messages = parts.reducer.threshold is None
         return Claim(account(z, Separated(1)), "zeros" if records else "data", z, True, messages)
     if promises.noise is Noise.SERVER:
-        z = together([float(z) for z in parts.noise_multipliers])
+        z = together([float(z) for z in promises.noise_multipliers])
         known = sampler.scheme == "round_robin" or everyone
         return Claim(account(z), present, z, known, mechanism=promises.mechanism)
     if promises.noise is Noise.SHARES:

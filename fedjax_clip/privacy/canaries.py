@@ -72,7 +72,7 @@ class Stage:
       build: ``(loss, client_tx, server_tx) -> Algorithm``; with ``reducer=`` where ``messages``.
       sampler, num_clients, rounds: who takes part.
       params: of the model.
-      published: names of metrics.
+      published: names of metrics, which stand for all under them, each with a slash at its end.
       records: whether a canary is one record of its client.
       messages: whether the attacker sees every message: that of the canary, which is in every round.
       replays: L.
@@ -92,8 +92,8 @@ class Stage:
 
     @functools.cached_property
     def canaries(self) -> int:
-        """How many there are: some clients must be none."""
-        return 1 if self.messages else max(1, min(CANARIES, self.num_clients // 2))
+        """How many there are: some clients and directions must be left for others."""
+        return 1 if self.messages else max(1, min(CANARIES, self.num_clients // 2, len(self.directions) // 2))
 
     @functools.cached_property
     def directions(self) -> np.ndarray:
@@ -147,7 +147,7 @@ class Stage:
             def round(state: PyTree, cohort: Cohort) -> Any:
                 after, metrics = lanes.one_round(algorithm.round, state, cohort, population, key)
                 moves = [public(s[0]) for s in (state, after)]
-                shown = {name: metrics[name] for name in self.published if name in metrics}
+                shown = {name: x for name, x in metrics.items() if f"{name}/".startswith(self.published)}
                 return after, (moves[1][0] - moves[0][0], moves[1][1] - moves[0][1], shown)
 
             state = lanes.init_state(algorithm, self.params, self.num_clients)
