@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import test_pairs as pairs
-from problems import softmax_loss
+from problems import Run, parameters, population, softmax_loss
 
 import fedjax_clip as fc
 from experiments import privacy as flags
@@ -337,3 +337,17 @@ def test_a_round_of_nobody_looks_like_any_other_whatever_the_order_of_links():
         assert all(np.all(np.asarray(x) != 0) and np.all(np.isfinite(x)) for x in jax.tree.leaves(update)), names
         seen += 1
     assert seen > 30
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedsgd", "feddyn", "partially_private", "fedbuff", "scaffold"])
+def test_a_round_of_nobody_is_noise_under_every_algorithm_that_takes_it(name):
+    """All that the server keeps and sends moves as in any round: parameters, and SCAFFOLD's variate."""
+    beside = {"variate_uplink": BARE["server"]} if name == "scaffold" else {}
+    algorithm = build(f"fc.{name}", uplink=BARE["server"], reducer=FIXED, **beside)
+    server, _, history = Run(algorithm, population()).rounds(parameters(), [[]])
+    sent = {k: x for k, x in server.params.items() if (name, k) != ("partially_private", "b")}
+    for x, before in zip(jax.tree.leaves(sent), jax.tree.leaves({k: parameters()[k] for k in sent}), strict=True):
+        assert np.all(np.asarray(x) != before)
+    if name == "scaffold":
+        assert all(np.all(np.asarray(x) != 0) for x in jax.tree.leaves(server.own))
+    assert history[0]["clients"] == 0
