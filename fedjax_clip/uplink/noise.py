@@ -4,11 +4,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, tree
+from fedjax_clip import checks
 from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import Array, InvalidInput, PyTree
+from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.uplink import lattice
 from fedjax_clip.uplink.base import Context, Uplink
 from fedjax_clip.uplink.orders import NO_BOUND
+
+NEEDS_EXACT_SUM = (
+    "gaussian adds its noise to an exact sum of integers, and this reducer makes no such sum: make fixed_mean the "
+    "reducer, alone."
+)
 
 
 def gaussian(
@@ -49,24 +55,36 @@ def gaussian(
     if noise_cohort is not None:
         checks.positive("gaussian: noise_cohort", noise_cohort)
     checks.kind("gaussian: mechanism", mechanism, Mechanism | None, "one such as fc.mechanism.tree(64)")
+    silent = lattice.is_zero(noise_multiplier)
+    rescaled = {} if noise_cohort is None else {"noise_cohort": jnp.float32(noise_cohort)}
 
-    def decode(aggregate, state, report, ctx):
+    unit = 1.0 if mechanism is None else lattice.diagonal(mechanism)
+
+    def on(ctx):
         if ctx.denominator is None:
             raise InvalidInput("gaussian needs a mean with a fixed denominator: make fixed_mean the reducer.")
-        cohort = ctx.denominator if noise_cohort is None else noise_cohort
-        std = noise_multiplier * _bound(ctx) / cohort
-        rescaled = {} if noise_cohort is None else {"noise_cohort": jnp.float32(noise_cohort)}
-        noise = optax.tree.random_like(ctx.key, aggregate, sampler=jax.random.normal)
-        if mechanism is not None:
-            noise, state = mechanism.next(noise, state)
-        return _plus(aggregate, std, noise), state, {"noise_std": jnp.float32(std)} | rescaled
+        rescale = 1 if noise_cohort is None else ctx.denominator / noise_cohort
+        z = jnp.float32(noise_multiplier) * jnp.float32(rescale) / unit
+        return lattice.lattice(_bound(ctx), z, ctx.denominator)
 
     def encode(update, state, client_state, ctx):
-        return update, client_state, {}
+        return update if silent else lattice.truncated(update, on(ctx)), client_state, {}
+
+    def decode(aggregate, state, report, ctx):
+        steps = on(ctx)
+        seen = {"noise_std": unit * steps.stddev / jnp.float32(ctx.denominator)} | rescaled
+        if silent:
+            return aggregate, state, seen
+        if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(aggregate)):
+            raise InvalidInput(NEEDS_EXACT_SUM)
+        noise = lattice.noise(ctx.key, aggregate, steps)
+        if mechanism is not None:
+            noise, state = lattice.correlated(mechanism, noise, state)
+        total = jax.tree.map(jnp.add, aggregate, noise)  # modulo 2^32
+        return lattice.values(total, steps.step / jnp.float32(ctx.denominator)), state, seen
 
     def init(params):
-        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, tree.wide_type(x)), params)
-        return () if mechanism is None else mechanism.init(wide)
+        return () if mechanism is None else lattice.init_correlated(mechanism, params)
 
     link = Uplink(init, lambda params: (), encode, decode, contracts=True, noise="central", mechanism=mechanism)
     return link._replace(noise_multipliers=(noise_multiplier,), needs_bound=True, wire="keeps")
@@ -88,13 +106,20 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
     Source: Dwork and Roth (2014), section 12.1 (the local model) and appendix A (the Gaussian mechanism).
     """
     checks.within("local_gaussian: noise_multiplier", noise_multiplier, 0)
+    silent = lattice.is_zero(noise_multiplier)
+
+    def on(ctx):
+        return lattice.lattice(_bound(ctx), noise_multiplier, 1)
 
     def encode(update, state, client_state, ctx):
-        noise = optax.tree.random_like(ctx.key, update, sampler=jax.random.normal)
-        return _plus(update, noise_multiplier * _bound(ctx), noise), client_state, {}
+        if silent:
+            return update, client_state, {}
+        steps = on(ctx)
+        noised = jax.tree.map(jnp.add, lattice.truncated(update, steps), lattice.noise(ctx.key, update, steps))
+        return optax.tree.cast_like(lattice.values(noised, steps.step), update), client_state, {}
 
     def decode(aggregate, state, report, ctx):
-        return aggregate, state, {"noise_std": jnp.float32(noise_multiplier * _bound(ctx))}
+        return aggregate, state, {"noise_std": on(ctx).stddev}
 
     return Uplink(lambda params: (), lambda params: (), encode, decode, noise="local", needs_bound=True)
 
@@ -103,7 +128,3 @@ def _bound(ctx: Context) -> Array:
     if ctx.bound is None:
         raise InvalidInput(NO_BOUND)
     return ctx.bound
-
-
-def _plus(values: PyTree, std: float | Array, noise: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, n: x + tree.scaled(jnp.asarray(std), n).astype(x.dtype), values, noise)
