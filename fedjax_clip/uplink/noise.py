@@ -8,8 +8,9 @@ from fedjax_clip import checks
 from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink import lattice
-from fedjax_clip.uplink.base import Context, Uplink
+from fedjax_clip.uplink.base import Context, Uplink, nothing
 from fedjax_clip.uplink.orders import NO_BOUND
+from fedjax_clip.uplink.promises import Noise, Promises, Wire
 
 NEEDS_EXACT_SUM = (
     "gaussian adds its noise to an exact sum of integers, and this reducer makes no such sum: make fixed_mean the "
@@ -57,7 +58,6 @@ def gaussian(
     checks.kind("gaussian: mechanism", mechanism, Mechanism | None, "one such as fc.mechanism.tree(64)")
     silent = lattice.is_zero(noise_multiplier)
     rescaled = {} if noise_cohort is None else {"noise_cohort": jnp.float32(noise_cohort)}
-
     unit = 1.0 if mechanism is None else lattice.diagonal(mechanism)
 
     def on(ctx):
@@ -86,8 +86,16 @@ def gaussian(
     def init(params):
         return () if mechanism is None else lattice.init_correlated(mechanism, params)
 
-    link = Uplink(init, lambda params: (), encode, decode, contracts=True, noise="central", mechanism=mechanism)
-    return link._replace(noise_multipliers=(noise_multiplier,), needs_bound=True, wire="keeps")
+    promises = Promises(
+        contracts=True,
+        noise=Noise.SERVER,
+        noise_multipliers=(noise_multiplier,),
+        needs_bound=True,
+        mechanism=mechanism,
+        deployment=noise_cohort,
+        wire=Wire.KEEPS,
+    )
+    return Uplink(init, nothing, encode, decode, promises)
 
 
 def local_gaussian(noise_multiplier: float | Array) -> Uplink:
@@ -121,7 +129,7 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
     def decode(aggregate, state, report, ctx):
         return aggregate, state, {"noise_std": on(ctx).stddev}
 
-    return Uplink(lambda params: (), lambda params: (), encode, decode, noise="local", needs_bound=True)
+    return Uplink(nothing, nothing, encode, decode, Promises(noise=Noise.CLIENT, needs_bound=True))
 
 
 def _bound(ctx: Context) -> Array:
