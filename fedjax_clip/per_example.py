@@ -72,7 +72,11 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
 
     B is the number of examples in the batch, and C the clip's bound: it is said once. Guarantee: each step is a
     Gaussian mechanism of noise multiplier z for what one record adds; ``fc.privacy.record_epsilons`` says what that is
-    worth over a run. Examples count alike, whatever they weigh. Takes the memory of a batch of gradients.
+    worth over a run. Examples count alike, whatever they weigh. A record whose gradient is not finite adds zero, noised
+    like any other: nothing shows it. Takes the memory of a batch of gradients.
+
+    As in ``fc.uplink.gaussian``, clipped gradients are truncated to whole steps of a lattice, and integer noise is added
+    to their sum of integers, so that the guarantee holds for the bits that leave and not for real numbers only.
 
     Args:
       max_norm: C, on the norm of each example's gradient; positive, may be traced.
@@ -87,7 +91,7 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
     Example:
       >>> fc.fedavg(per_example_loss, optax.sgd(0.1), gradient=fc.private_gradient(1.0, 2.0))
 
-    Source: Abadi et al. (2016), "Deep Learning with Differential Privacy", Algorithm 1.
+    Source: Abadi et al. (2016), "Deep Learning with Differential Privacy", Algorithm 1; ``uplink/lattice.py``.
     """
     checks.within("private_gradient: noise_multiplier", noise_multiplier, 0)
     clip = clipping.clip_by_global_norm(max_norm)

@@ -55,7 +55,8 @@ def discrete_gaussian(key: Array, shape: tuple[int, ...], stddev: float | Array)
 
 
 def _by_table(key: Array, shape: tuple[int, ...], stddev: float) -> Array:
-    spread = math.ceil(math.sqrt(max((stddev / alias.widest()) ** 2 - 1, 0)))
+    wide = stddev > alias.widest()
+    spread = math.floor(math.sqrt(stddev / 2 - 1)) if wide else 0  # the most that smooths: the smallest table
     table = alias.gaussian_table(stddev / math.sqrt(1 + spread**2))
     first, *second = alias.draw(key, math.prod(shape), table, 2 if spread else 1)
     return sum((spread * x for x in second), first).reshape(shape)

@@ -38,7 +38,7 @@ from fedjax_clip.typing import Array, PyTree
 from fedjax_clip.uplink import alias
 
 WIDTH = 1024  # standard deviation of each of the two draws
-SPREAD = 512  # at most, so that the first smooths the steps of the second
+SPREAD = 511  # at most, so that the first smooths the steps of the second
 SMOOTH = 2.0
 ROOM = 2.0**30  # steps for a sum of messages: half of int32, and the noise has 2^23
 MARGIN = 1e-5  # what float32 may measure too little of a norm
