@@ -80,8 +80,8 @@ def server_noise(link, rounds):
     for round in range(rounds):
         key = jax.random.key(round)
         ctx = Context(key, key, jnp.int32(-1), jnp.float32(5), denominator=8.0)
-        _, _, report = link.encode(zeros, state, link.init_client(zeros), ctx)
-        out, state, metrics = link.decode(zeros, state, fc.metrics.finish(report), ctx)
+        sent, _, report = link.encode(zeros, state, link.init_client(zeros), ctx)
+        out, state, metrics = link.decode(sent, state, fc.metrics.finish(report), ctx)
         noise.append(np.asarray(out["w"]))
     return np.stack(noise), float(metrics["1/noise_std"])
 
@@ -114,11 +114,11 @@ def test_a_strategy_of_ones_is_independent_noise_to_the_last_bit(made):
 
 
 def test_half_precision_parameters_keep_their_noise_exact():
-    link = uplink.chain(CLIP, uplink.gaussian(1.0, mechanism=mechanism.tree(4)))
-    assert {x.dtype for x in jax.tree.leaves(link.init({"w": jnp.zeros(3, jnp.bfloat16)}))} == {
-        jnp.dtype("float32"),
-        jnp.dtype("int32"),
-    }
+    """A tree's in whole steps, which it adds and subtracts exactly; others' in float32."""
+    for made, dtype in ((mechanism.tree(4), jnp.int32), (mechanism.toeplitz([1.0, 0.5]), jnp.float32)):
+        link = uplink.chain(CLIP, uplink.gaussian(1.0, mechanism=made))
+        kept = jax.tree.leaves(link.init({"w": jnp.zeros((3, 2), jnp.bfloat16)}))
+        assert {x.dtype for x in kept if x.ndim} == {jnp.dtype(dtype)}
 
 
 def largest_by_hand(matrix, patterns):

@@ -26,12 +26,12 @@ def context(denominator=8.0, key=0, weight=5.0):
 
 
 def noise_of(link, denominator=8.0, report=None):
-    """What the server adds to a mean of zeros, over the standard deviation that is wanted; and the metrics."""
+    """What the server adds to a mean of zeros, its state and the metrics."""
     zeros = {"w": jnp.zeros(SIZE)}
     state = link.init(zeros)
-    _, _, seen = link.encode(zeros, state, link.init_client(zeros), context(denominator))
+    sent, _, seen = link.encode(zeros, state, link.init_client(zeros), context(denominator))
     seen = fc.metrics.finish(seen) | (report or {})
-    out, state, metrics = link.decode(zeros, state, seen, context(denominator))
+    out, state, metrics = link.decode(sent, state, seen, context(denominator))
     return np.asarray(out["w"]), state, metrics
 
 

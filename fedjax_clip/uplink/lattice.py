@@ -1,0 +1,158 @@
+"""Noise of which no bit tells what it was added to: whole steps of a lattice on whole steps of the same lattice.
+
+A sum of floating-point numbers tells more than real numbers would. Noise drawn in float32 takes a few million values, so
+that an output which is no such value away from a candidate excludes it (Mironov 2012). Here all that happens before the
+noise is added is exact. A message is truncated to multiples of ``step``, sums are of int32, and noise is a discrete
+Gaussian by exact arithmetic. What follows, the way back to floating point, only processes what is private already.
+
+**Why it is worth z.** Truncation toward zero lengthens no vector, so a message of norm C is one of C / step at most. The
+noise is ``x1 + spread x2``, both discrete Gaussians of standard deviation ``WIDTH``. Up to a factor of 1 +- 1e-34, that is
+
+- a discrete Gaussian of variance ``WIDTH^2 (1 + spread^2)``, since ``WIDTH / sqrt(1 + spread^2)`` is 2 or more
+  (Micciancio and Walter 2017, from Micciancio and Peikert 2013, Theorem 3.3), and
+- a normal variable y of variance ``WIDTH^2 (1 + spread^2) - SMOOTH^2``, rounded at random: to the integer k with
+  probability in proportion to ``exp(-(k - y)^2 / (2 SMOOTH^2))`` (Peikert 2010, Theorem 3.1).
+
+Both are Poisson's summation formula: ``sum_k exp(-(k - y)^2 / (2 s^2))`` depends on y by a factor of ``1 +- 2 exp(-2 pi^2
+s^2)``, here with s = 2. Rounding commutes with adding whole steps. So a release IS the Gaussian mechanism, whose
+normal variable has standard deviation z C, processed: each accountant of Gaussian mechanisms holds as it is.
+
+**What is lost.** The table's statistical distance of 2^-95 for each of two draws and those factors: under 1e-28 a
+coordinate, so that a thousand rounds of a million coordinates add 1e-19 to delta. float32 measures and shortens messages,
+by clips and here; messages are made shorter by 1e-5 (more in half precision) to make up for it. And all of it is only as
+random as the bits of the key.
+
+Source: Canonne, Kamath and Steinke (2020), "The Discrete Gaussian for Differential Privacy"; Mironov (2012), "On
+Significance of the Least Significant Bits for Differential Privacy".
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_clip import tree
+from fedjax_clip.mechanism import Mechanism
+from fedjax_clip.typing import Array, PyTree
+from fedjax_clip.uplink import alias
+
+WIDTH = 1024  # standard deviation of each of the two draws
+SPREAD = 511  # at most, so that the first smooths the steps of the second
+SMOOTH = 2.0
+ROOM = 2.0**30  # steps for a sum of messages: half of int32, and the noise has 2^23
+MARGIN = 1e-5  # what float32 may measure too little of a norm
+
+
+class Lattice(NamedTuple):
+    """Steps for a sum of bounded messages and its noise.
+
+    Attributes:
+      bound: C, L2 norm of one message.
+      levels: steps in C.
+      spread: of the noise, whose standard deviation is ``WIDTH sqrt(1 + spread^2)`` steps.
+      noisy: whether there is noise.
+    """
+
+    bound: Array
+    levels: Array
+    spread: Array
+    noisy: Array
+
+    @property
+    def step(self) -> Array:
+        """Length of a step, in the units of the messages."""
+        return self.bound / self.levels
+
+    @property
+    def stddev(self) -> Array:
+        """Standard deviation of the noise, in the units of the messages."""
+        return jnp.where(self.noisy, _width(self.spread) * self.step, 0)
+
+
+def lattice(bound: float | Array, noise_multiplier: float | Array, count: float | Array) -> Lattice:
+    """The finest lattice, up to 2^19 steps in the noise, on which the sum of a cohort does not wrap around.
+
+    int32 wraps around where more than ``2 (n + 6 sqrt(n) + 6)`` messages of norm C point into one and the same
+    coordinate; the sum is then wrong, and as private as any. Noise under ``1e-6 (n + 6 sqrt(n) + 6)`` bounds would be too
+    narrow for the table: it is that large then.
+
+    Args:
+      bound: C, norm of a message.
+      noise_multiplier: z, of the sum's noise; may be traced.
+      count: n, of messages that are expected.
+    """
+    bound, z, count = (jnp.asarray(x, jnp.float32) for x in (bound, noise_multiplier, count))
+    most = ROOM / (count + 6 * jnp.sqrt(count) + 6)
+    wanted = jnp.square(most * z / WIDTH) - 1
+    spread = jnp.clip(jnp.floor(jnp.sqrt(jnp.maximum(wanted, 0))), 0, SPREAD).astype(jnp.int32)
+    levels = jnp.where(z > 0, jnp.minimum(most, _width(spread) / tree.or_one(z)), most)
+    return Lattice(bound, levels, spread, z > 0)
+
+
+def is_zero(noise_multiplier: float | Array) -> bool:
+    """Whether there is known to be no noise, and so no lattice; a traced zero leaves the lattice without its noise."""
+    return not isinstance(noise_multiplier, jax.core.Tracer) and float(noise_multiplier) == 0
+
+
+def _width(spread: Array) -> Array:
+    """Standard deviation, in steps, of the normal variable that the noise is a rounding of."""
+    return jnp.sqrt(WIDTH**2 * (1 + jnp.square(spread.astype(jnp.float32))) - SMOOTH**2)
+
+
+def truncated(messages: PyTree, on: Lattice) -> PyTree:
+    """Whole steps, int32, none of them longer than what they stand for; zero for what is no number."""
+
+    def truncate(x: Array) -> Array:
+        narrow = float(jnp.finfo(x.dtype).eps) if x.dtype.itemsize < 4 else 0.0
+        levels = on.levels * jnp.where(on.noisy, 1 - MARGIN - narrow, 1)
+        steps = x.astype(jnp.float32) / on.bound * levels
+        return jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -on.levels, on.levels)).astype(jnp.int32)
+
+    return jax.tree.map(truncate, messages)
+
+
+def noise(key: Array, like: PyTree, on: Lattice) -> PyTree:
+    """Discrete Gaussian noise, int32 in the shapes of ``like``; zeros where there is none."""
+    _, restore = tree.ravel(like)
+    fine, coarse = alias.draw(key, tree.size(like), alias.gaussian_table(float(WIDTH)), 2)
+    return restore(jax.lax.optimization_barrier(jnp.where(on.noisy, fine + on.spread * coarse, 0)))
+
+
+def values(steps: PyTree, step: Array) -> PyTree:
+    """float32 ``step`` times steps: what the world sees."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) * step.astype(jnp.float32), steps)
+
+
+def diagonal(mechanism: Mechanism) -> float:
+    """``C[0, 0]``: ``C^-1 Z`` has whole steps of independent noise in it where Z is so many times whole steps."""
+    return float(np.asarray(mechanism.strategy(1))[0, 0])
+
+
+def init_correlated(mechanism: Mechanism, params: PyTree) -> PyTree:
+    """The mechanism's state before round 0."""
+    return mechanism.init(_rows(mechanism, params))
+
+
+def correlated(mechanism: Mechanism, steps: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    """``C^-1 Z`` in whole steps, Z being ``diagonal`` times these: this round's steps plus a rounded past.
+
+    The past is a function of earlier noise alone, so that for each value of the messages there is exactly one Z that
+    makes an output: no output excludes a value. A mechanism that makes integers of integers (``tree``) is exact. One
+    that computes in floating point (``toeplitz``, ``banded``) errs by e, less than a step in each coordinate and round:
+    its messages have the sensitivity of ``C (x + e)``, more than that of ``C x`` by at most ``2 ||C|| sqrt(d T)`` steps of
+    d coordinates and T rounds, where z C has up to 2^19.
+    """
+    rows = _rows(mechanism, steps)
+    past, _ = mechanism.next(jax.tree.map(jnp.zeros_like, rows), state)
+    unit = diagonal(mechanism)
+    _, state = mechanism.next(jax.tree.map(lambda z, r: z if z.dtype == r.dtype else unit * z.astype(r.dtype), steps, rows), state)
+    return jax.tree.map(lambda z, p: z + jnp.round(p).astype(jnp.int32), steps, past), state
+
+
+def _rows(mechanism: Mechanism, like: PyTree) -> PyTree:
+    """Zeros of the type in which the mechanism computes: integers, if it makes integers of integers."""
+    whole = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), like)
+    made, _ = jax.eval_shape(lambda z: mechanism.next(z, mechanism.init(z)), whole)
+    exact = diagonal(mechanism) == 1 and all(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(made))
+    return whole if exact else jax.tree.map(lambda x: x.astype(jnp.float32), whole)
