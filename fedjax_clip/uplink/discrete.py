@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_clip import keys
 from fedjax_clip.typing import Array
 
 LEAST_STDDEV = 0.2  # below, acceptance gets rare: noise is then a little larger than asked for
@@ -66,7 +67,7 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
     def small(key):
         plus, minus = jax.random.split(key)
         mean = jnp.minimum(variance, LARGE) / 2
-        return jax.random.poisson(plus, mean, shape, jnp.int32) - jax.random.poisson(minus, mean, shape, jnp.int32)
+        return _poisson(plus, mean, shape) - _poisson(minus, mean, shape)
 
     def large(key):
         mu = jnp.maximum(variance, LARGE)
@@ -89,6 +90,21 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
         return jnp.round(jnp.sqrt(square) * (z + z * bend)).astype(jnp.int32)
 
     return _choose(known, (LARGE, WIDE_SKELLAM), (small, large, wide), key)
+
+
+def _poisson(key: Array, mean: Array, shape: tuple[int, ...]) -> Array:
+    """By Knuth: how many exponential waiting times fit into ``mean``. JAX's own is quicker, and of Threefry only."""
+    if not keys.is_secret(key):
+        return jax.random.poisson(key, mean, shape, jnp.int32)
+
+    def wait(carry):
+        key, left, count = carry
+        key, waiting = jax.random.split(key)
+        left = left - jax.random.exponential(waiting, shape, jnp.float32)
+        return key, left, count + (left > 0)
+
+    start = key, jnp.broadcast_to(jnp.float32(mean), shape), jnp.zeros(shape, jnp.int32)
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1] > 0), wait, start)[2]
 
 
 def _choose(
