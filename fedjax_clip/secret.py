@@ -90,7 +90,7 @@ class Secret:
             if not os.path.lexists(file):
                 _write(beside, os.urandom(SIZE))
                 os.rename(beside, file)
-                _sync(file.parent)
+                files.sync(file.parent)
             return cls(_read(file))
         except OSError as error:
             raise InvalidInput(f"The secret key {file} cannot be read or made: {error.strerror}.") from None
@@ -129,7 +129,7 @@ def remove(path: files.PathLike) -> None:
     for name in (file.with_name(file.name + ".new"), file):
         name.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
-        _sync(file.parent)
+        files.sync(file.parent)
 
 
 def _write(path: os.PathLike[str], content: bytes) -> None:
@@ -150,12 +150,3 @@ def _read(path: os.PathLike[str]) -> bytes:
                 "secret: begin a run of another directory, on a disk that keeps permissions."
             )
         return file.read()
-
-
-def _sync(directory: os.PathLike[str]) -> None:
-    """Until a directory is on disk, a file that was renamed or removed may come back after a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
