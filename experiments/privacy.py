@@ -52,11 +52,11 @@ def build_uplink(
         return uplink, epsilons[:allowed]
     unit = chain(text, 1.0)
     allowance = functools.partial(fc.privacy.noise_multiplier, target_epsilon, sampler, num_clients, rounds, delta)
-    bits = unit.noise_multipliers[:-1] if unit.noise == "central" else unit.noise_multipliers  # updates come last
-    if bits or unit.noise == "central":
-        z = allowance(mechanism=unit.mechanism)
+    if unit.promises.noise is fc.uplink.Noise.SERVER:
+        z = allowance(mechanism=unit.promises.mechanism)
+        *bits, _ = unit.promises.noise_multipliers  # the noise on the updates comes last
         z = fc.privacy.split(z, fc.privacy.together(bits) / 2) if bits else z
-    if unit.grid:
+    if unit.promises.grid:
         z = allowance(curve=lambda z: on_grid(chain(text, z)))
     uplink = chain(text, z)
     return uplink, spent(uplink, delta, rounds, sampler, num_clients, on_grid)
@@ -67,7 +67,7 @@ def protects(uplink: fc.Uplink, sampler: fc.sampling.Sampler, num_clients: int) 
     whole = "one client, all its data in all rounds"
     if sampler.scheme == "uniform" and sampler.cohort_size < num_clients:
         return f"{whole} (replace: another one in its place)"
-    if sampler.scheme == "poisson" and not uplink.grid:
+    if sampler.scheme == "poisson" and not uplink.promises.grid:
         return f"{whole} (add or remove)"
     return f"{whole} (zero out: its updates count as zero)"
 
@@ -108,13 +108,13 @@ def spent(
     on_grid: Callable[[fc.Uplink], Any],
 ) -> np.ndarray:
     """Epsilon after each round, ``[rounds]``."""
-    if uplink.noise not in ("central", "distributed"):
+    if uplink.promises.noise not in (fc.uplink.Noise.SERVER, fc.uplink.Noise.SHARES):
         raise InvalidInput(
             "--delta asks for epsilon, but no link of --uplink is noise on the sum: gaussian(1.0), skellam(1.0)."
         )
-    central = uplink.noise == "central"
-    noise = fc.privacy.together(uplink.noise_multipliers) if central else on_grid(uplink)
-    return fc.privacy.epsilons(noise, sampler, num_clients, rounds, delta, uplink.mechanism)
+    central = uplink.promises.noise is fc.uplink.Noise.SERVER
+    noise = fc.privacy.together(uplink.promises.noise_multipliers) if central else on_grid(uplink)
+    return fc.privacy.epsilons(noise, sampler, num_clients, rounds, delta, uplink.promises.mechanism)
 
 
 COMPUTABLE = "not private: its noise can be computed from {}"
@@ -160,7 +160,7 @@ def claim(
       private_seed: what the secret key was made from, if it is known.
       withheld: whether metrics of clients' data are.
     """
-    shares = uplink.noise == "distributed"
+    shares = uplink.promises.noise is fc.uplink.Noise.SHARES
     size, everyone = f"{sampler.cohort_size:g}", sampler.cohort_size >= num_clients
     drawn = {
         "poisson": f"Poisson cohorts of {size} expected",
@@ -169,7 +169,7 @@ def claim(
     }.get(sampler.scheme, sampler.scheme)
     return {
         "delta": delta,
-        "deployment": None if (of := deployment(uplink)) is None else float(of),
+        "deployment": None if (of := uplink.promises.deployment) in (None, sampler.cohort_size) else float(of),
         "protects": protects(uplink, sampler, num_clients),
         "from": "who sees the sums of all rounds, but no message, nor who took part; the server too"
         if shares
@@ -179,11 +179,6 @@ def claim(
         "private_seed": private_seed,
         "withheld": withheld,
     }
-
-
-def deployment(uplink: fc.Uplink) -> Any:
-    """The cohort of a deployment whose noise a link simulates, if one does: epsilon is then not the run's own."""
-    return getattr(getattr(uplink, "promises", None), "deployment", None)
 
 
 def statement(claim: Mapping[str, Any], last: Mapping[str, float], complete: bool) -> list[tuple[str, str]]:
@@ -203,6 +198,7 @@ def statement(claim: Mapping[str, Any], last: Mapping[str, float], complete: boo
         else f"of a deployment with cohorts of {claim['deployment']:g}, whose noise is simulated; NOT of this run"
     )
     if claim["private_seed"] is not None:
+        whose = "of a run whose noise nobody can compute; this one is not private"
         key = COMPUTABLE.format(f"--private_seed={claim['private_seed']}")
     elif complete:
         key = "noise and cohorts come from a secret key of 256 bits, which was removed"

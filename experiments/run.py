@@ -135,7 +135,7 @@ def main() -> None:
         claim = privacy.claim(uplink, *told)
     if FLAGS.target_epsilon is not None:
         config |= {"target_epsilon": FLAGS.target_epsilon, "rounds": FLAGS.rounds}
-        config["noise_multipliers"] = list(uplink.noise_multipliers)
+        config["noise_multipliers"] = list(uplink.promises.noise_multipliers)
     workdir = FLAGS.workdir or rundir.default_path(config)
     sets = {name: data for name, data in task.evaluation.items() if not withheld or strangers(data, task.data)}
     held_out = {name: identity.fingerprint(data) for name, data in sets.items()}
@@ -152,7 +152,7 @@ def main() -> None:
     stopping = binary.Stopping()
     shown = privacy.publishable(FLAGS.uplink) if withheld else lambda name: True
     spent = "epsilon" if claim is None or claim["deployment"] is None else "deployment_epsilon"
-    noisy = uplink.noise != ""
+    noisy = uplink.promises.noise is not None
     with directory:
         if directory.sealed:
             print(f"Complete already ({len(directory.rows())} rounds); remove {directory.path} to run it again.")
@@ -256,11 +256,6 @@ def check_numbers() -> None:
             raise InvalidInput(f"--{name} is for runs that claim an epsilon: give --delta, too.")
     if FLAGS.private_seed is not None:
         checks.seed("--private_seed", FLAGS.private_seed)
-    if FLAGS.delta is not None and FLAGS.non_finite != "drop":
-        raise InvalidInput(
-            f"--non_finite={FLAGS.non_finite} shows whose update is not finite, which no epsilon covers: leave it out, "
-            "or leave out --delta."
-        )
 
 
 def build_algorithm(
@@ -332,8 +327,7 @@ def batch_size() -> int | speeds.BatchSizes | None:
 
 def build_reducer(uplink: fc.Uplink, cohort_size: int) -> fc.Reducer | None:
     """What ``--reducer`` says, or what the uplink needs; ``None`` leaves it to the algorithm."""
-    needed = "fixed_mean" if uplink.noise == "central" else "modular_sum" if uplink.grid else None
-    text = FLAGS.reducer or needed
+    text = FLAGS.reducer or registry.needed_reducer(uplink)
     if not text:
         return None
     reducers = registry.reducers(cohort_size)
