@@ -95,8 +95,8 @@ def summary(directory: rundir.RunDirectory, noisy: bool) -> str:
     simulated = f", {last['simulated_seconds']:,.0f} s of the clients' time" if "simulated_seconds" in last else ""
     lines.append(f"training           {last['round']:.0f} rounds{seconds}{simulated}")
     pictures = [path.name for path in directory.path.glob("*.png")]
-    scores = [name for name in ("clients.npz",) if (directory.path / name).exists()]
-    files = ["report.html", *sorted(pictures), "metrics.jsonl", "params.npz", *scores, "tensorboard"]
+    served = ["clients.npz"] * (directory.path / "clients.npz").exists()
+    files = ["report.html", *sorted(pictures), "metrics.jsonl", "params.npz", *served, "tensorboard"]
     lines.append(f"run directory      {directory.path}: {', '.join(files)}")
     if claim is not None:
         lines += [f"{name:<18} {text}" for name, text in privacy.statement(claim, last, complete=True)]

@@ -48,7 +48,7 @@ def threefry(key: Array) -> Array:
 
 def chacha(words: Array | np.ndarray) -> Array:
     """A ChaCha20 key of ``uint32 [8]`` words; such a key as it is."""
-    if jnp.issubdtype(words.dtype, jax.dtypes.prng_key):
+    if isinstance(words, jax.Array) and jnp.issubdtype(words.dtype, jax.dtypes.prng_key):
         return words
     return jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl=CHACHA20)
 
@@ -77,8 +77,8 @@ def block(key: Array, counter: Array, nonce: Array) -> Array:
     Returns:
       uint32 ``[n, 16]``: laid end to end as little-endian bytes they are the key stream of the RFC.
     """
-    rows = [CONSTANT, key[:4], key[4:], nonce]
-    a, b, c, d = (jnp.broadcast_to(jnp.asarray(x, jnp.uint32)[-4:, None], (len(x), len(counter))) for x in rows)
+    a, b, c, d = (jnp.asarray(x, jnp.uint32)[:, None] for x in (CONSTANT, key[:4], key[4:], nonce))
+    a, b, c, d = (jnp.broadcast_to(x, (x.shape[0], counter.shape[0])) for x in (a, b, c, d))
     start = jnp.stack([a, b, c, jnp.concatenate([counter[None], d])])  # [4, 4, n]
 
     def double_round(_: Array, rows: Array) -> Array:
@@ -89,7 +89,7 @@ def block(key: Array, counter: Array, nonce: Array) -> Array:
         return jnp.stack([a, b, c, d])
 
     mixed = start + jax.lax.fori_loop(0, 10, double_round, start)
-    return jnp.moveaxis(mixed, -1, 0).reshape(len(counter), 16)
+    return jnp.moveaxis(mixed, -1, 0).reshape(-1, 16)
 
 
 def _quarter_rounds(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, ...]:
@@ -121,7 +121,7 @@ def _split(key: Array, shape: tuple[int, ...]) -> Array:
     return children[:, :WORDS].reshape(*shape, WORDS)
 
 
-def _fold_in(key: Array, data: Array) -> Array:
+def _fold_in(key: Array, data: Array | int) -> Array:
     return block(key, jnp.zeros(1, jnp.uint32), _nonce(FOLD, data))[0, :WORDS]
 
 

@@ -46,7 +46,8 @@ class Secret:
       InvalidInput: not 32 bytes.
 
     Example:
-      >>> fc.train(algorithm, data, params, rounds=100, sampler=fc.sampling.poisson(50), secret=fc.privacy.Secret.fresh())
+      >>> sampler, secret = fc.sampling.poisson(50), fc.privacy.Secret.fresh()
+      >>> fc.train(algorithm, data, params, rounds=100, sampler=sampler, secret=secret)
     """
 
     __slots__ = ("_content", "known")

@@ -100,8 +100,8 @@ def train(
     Training the same ``algorithm`` object again, on another seed say, compiles nothing again. Its programs go when it
     goes.
 
-    The result is a function of (algorithm, data, params, seed, secret): resuming changes no bit of it, and client order,
-    chunks and the number of devices change it by rounding only.
+    The result is a function of (algorithm, data, params, seed, secret): resuming changes no bit of it, and client
+    order, chunks and the number of devices change it by rounding only.
 
     Args:
       algorithm: ``fc.fedavg(...)`` or any other.

@@ -23,7 +23,7 @@ def mix(*words: Word) -> np.ndarray:
 
     Behind a secret seed: words of which the last may be an array, into uint64.
     """
-    if isinstance(words[0], SecretSeed):
+    if words and isinstance(words[0], SecretSeed):
         return _secret(words[0], *words[1:])
     h = np.zeros((1,), np.uint32)  # an array, not a scalar: arrays wrap round without a warning
     for word in words:
@@ -89,11 +89,11 @@ def _secret(seed: SecretSeed, *words: Word) -> np.ndarray:
 
     SHAKE-256 of one secret and a text of fixed length is a stream that is told from a random one by nobody without it.
     """
-    *scalars, last = (np.asarray(word).astype(np.uint64) for word in words)
-    place = np.atleast_1d(last)
-    name = seed + b"".join(np.uint64(word).tobytes() for word in (len(scalars), *scalars))
+    *scalars, last = words
+    place = np.atleast_1d(np.asarray(last)).astype(np.int64)
+    name = seed + np.array([len(scalars), *scalars], "<u8").tobytes()
     stream = hashlib.shake_256(name).digest(8 * (int(place.max()) + 1) if place.size else 0)
-    return np.frombuffer(stream, "<u8")[place.astype(np.int64)]
+    return np.frombuffer(stream, "<u8")[place]
 
 
 def _finish(h: np.ndarray) -> np.ndarray:
