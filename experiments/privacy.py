@@ -167,13 +167,16 @@ def claim(
         "uniform": f"cohorts of {size}",
         "round_robin": f"cohorts of {size}, in turn",
     }.get(sampler.scheme, sampler.scheme)
+    seen = "who sees the models of all rounds; not from the server, which sees updates and adds the noise"
+    if shares:
+        seen = "who sees the sums of all rounds and no message: the server, too"
+        if sampler.scheme in ("poisson", "uniform") and not everyone:
+            seen = "who sees the sums of all rounds and no message, nor who took part, as a server does"
     return {
         "delta": delta,
         "deployment": None if (of := uplink.promises.deployment) in (None, sampler.cohort_size) else float(of),
         "protects": protects(uplink, sampler, num_clients),
-        "from": "who sees the sums of all rounds, but no message, nor who took part; the server too"
-        if shares
-        else "who sees the models of all rounds; not from the server, which sees updates and adds the noise",
+        "from": seen,
         "noise": "the clients' own, a share of each" if shares else "the server's, on each round's sum",
         "cohorts": f"everyone of {num_clients}" if everyone else f"{drawn}, of {num_clients} clients",
         "private_seed": private_seed,
@@ -207,7 +210,7 @@ def statement(claim: Mapping[str, Any], last: Mapping[str, float], complete: boo
     trusted = (
         "clients that add their noise and tell it to nobody"
         if "share" in claim["noise"]
-        else "a server that adds the noise and keeps it and the updates to itself"
+        else "a server that adds the noise and keeps it, the cohorts and the updates to itself"
     )
     return [
         ("epsilon", f"{spent:.3f} at delta {claim['delta']:g}, {whose}"),

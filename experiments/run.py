@@ -87,7 +87,9 @@ flags.DEFINE_enum(
     ["drop", "keep", "stop"],
     "What happens to an update with a NaN or an infinity; stop ends the run.",
 )
-flags.DEFINE_integer("seed", 0, "Seed of the initial parameters and the batches; without --delta, of all else, too.")
+flags.DEFINE_integer(
+    "seed", 0, "Seed of the initial parameters, the cohorts, the batches and all noise that need not be private."
+)
 flags.DEFINE_string("workdir", None, "Run directory; by default one under runs/ named after the configuration.")
 flags.DEFINE_integer("eval_every", 10, "Rounds from one evaluation to the next.")
 flags.DEFINE_integer("checkpoint_every", 25, "Rounds from one checkpoint to the next.")

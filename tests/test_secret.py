@@ -25,7 +25,7 @@ from test_run import kills  # noqa: F401 (a fixture)
 
 import fedjax_clip as fc
 from experiments import privacy, run, rundir
-from fedjax_clip import files, keys, secret
+from fedjax_clip import files, keys, secret, tree
 from fedjax_clip.data import draws
 from fedjax_clip.dispatch import Dispatcher
 from fedjax_clip.privacy import Secret
@@ -272,29 +272,28 @@ def replay():
     return public, secrets
 
 
-def recovered(published, public_seed, guesses):
-    """``[(guess, noiseless update)]``: those guesses under which what is left is no larger than clipped updates are."""
-    public, secrets = replay()
-    most = 0.3 * CLIENTS / N
+def recovered(published, public_seed, guesses, ways=("public", "known")):
+    """``[(way, guess, noiseless update)]``: guesses under which what is left is no larger than clipped updates are."""
     hits = []
     for part in np.array_split(np.asarray(guesses), max(1, len(guesses) // 2**13)):
-        known = np.stack([Secret.of_seed(int(g)).words() for g in part])
-        for noise in (public(part.astype(np.uint32)), secrets(public_seed, known)):
+        for way in ways:
+            known = np.stack([Secret.of_seed(int(g)).words() for g in part]) if way == "known" else None
+            noise = replay()[0](part.astype(np.uint32)) if known is None else replay()[1](public_seed, known)
             left = published - np.asarray(noise)
-            hits += [(int(part[i]), left[i]) for i in np.flatnonzero(np.linalg.norm(left, axis=1) <= most)]
+            found = np.flatnonzero(np.linalg.norm(left, axis=1) <= 0.3 * CLIENTS / N)
+            hits += [(way, int(part[i]), left[i]) for i in found]
     return hits
 
 
 def test_noise_is_recovered_by_a_search_of_seeds_and_not_from_a_secret():
     """F1 of 7d26893: a run's noise is a function of a seed of 32 bits, and clipped updates are much smaller."""
     guesses = np.arange(2**16)
-    truth = train(noise=0.0).params["w"]
-    (guess, left), *others = recovered(train().params["w"], 40_000, guesses)  # the old way: no secret
-    assert (guess, others) == (40_000, [])
-    np.testing.assert_allclose(left, truth, atol=1e-5)
-    known = Secret.of_seed(54_321)  # what --private_seed makes: said not to be private
-    (guess, left), *others = recovered(train(secret=known).params["w"], 40_000, guesses)
-    assert (guess, others) == (54_321, [])
+    ((_, guess, left),) = recovered(train().params["w"], 40_000, guesses, ["public"])  # the old way: no secret
+    assert guess == 40_000
+    np.testing.assert_allclose(left, train(noise=0.0).params["w"], atol=1e-5)
+    known = Secret.of_seed(54_321)  # what --private_seed makes, and is said not to be private
+    ((_, guess, left),) = recovered(train(secret=known).params["w"], 40_000, guesses, ["known"])
+    assert guess == 54_321
     np.testing.assert_allclose(left, train(noise=0.0, secret=known).params["w"], atol=1e-5)
     assert recovered(train(secret=Secret.fresh()).params["w"], 40_000, guesses) == []
 
@@ -475,39 +474,62 @@ def test_a_private_run_keeps_its_key_until_it_is_complete_and_in_no_other_file(c
     assert "here/secret.key, from which the noise of 4 rounds was drawn, is gone" in err
 
 
-def test_withheld_metrics_depend_on_no_data_and_on_no_draw(cli, tmp_path):
+def a_run(cli, directory, size, *flags):
+    """A private run on data of its own in ``directory``; what it says."""
+    x = np.random.default_rng(size).normal(size=(6 * size, DIM))
+    np.savez(directory.with_suffix(".npz"), x=x, y=np.arange(6 * size) % 2, offsets=np.arange(0, 6 * size + 1, size))
+    task = f"--task=npz({str(directory.with_suffix('.npz'))!r}, hidden=())", "--cohort_size=2", "--sampler=poisson"
+    private = "--delta=0.01", "--uplink=clip_by_global_norm(0.3)|gaussian(8.0)", "--eval_every=2", "--rounds=2"
+    code, out, err = cli(*task, *private, *flags, f"--workdir={directory}")
+    assert code == 0, err
+    return out, err
+
+
+def updates_in(directory):
+    """F1 on a directory: for each whole number in its configuration, the updates' sum if all noise came from it."""
+    config = json.loads((directory / "config.json").read_text())["config"]
+    task = fc.tasks.npz(re.search("'(.*)'", config["task"])[1], hidden=())
+    links = privacy.chain(config["uplink"], None)
+    here = fc.fedavg(task.per_example_loss, optax.sgd(0.1), uplink=links, reducer=fc.fixed_mean(config["cohort_size"]))
+    start = jax.tree.map(np.asarray, task.init(keys.seeded(config["seed"])))
+    with np.load(directory / "params.npz") as arrays:
+        published = np.concatenate([arrays[name].ravel() for name in sorted(arrays.files)])
+    numbers = {int(n) for n in re.findall(r"\b\d{1,9}\b", json.dumps(config))}
+    nobody = fc.sampling.Sampler(lambda sizes, seed, round: np.zeros(0, int))
+    for hidden in [None, *map(Secret.of_seed, sorted(numbers))]:
+        seeds = sorted(numbers) if hidden is None else [config["seed"]]
+        for seed in seeds:
+            noise = fc.train(
+                here, task.data, start, rounds=2, sampler=nobody, seed=seed, secret=hidden, rounds_per_dispatch=2
+            )
+            yield np.linalg.norm(
+                published - np.concatenate([x.ravel() for _, x in sorted(tree.named_leaves(noise.params))])
+            )
+
+
+def test_withheld_metrics_depend_on_no_data_and_no_draw_and_noise_is_not_recovered(cli, tmp_path):
     """Two runs of one known key, on different data, differ in what epsilon covers, and in nothing else."""
-    rng, rows, files = np.random.default_rng(0), [], []
-    for name, size in (("a", 4), ("b", 9)):
-        x = rng.normal(size=(6 * size, 3))
-        np.savez(tmp_path / "d.npz", x=x, y=np.arange(6 * size) % 2, offsets=np.arange(0, 6 * size + 1, size))
-        flags = (f"--task=npz({str(tmp_path / 'd.npz')!r}, hidden=())", "--cohort_size=2", "--sampler=poisson")
-        private = (
-            "--delta=0.01",
-            "--uplink=clip_by_global_norm(0.5)|gaussian(2.0)",
-            "--private_seed=3",
-            "--eval_every=2",
-        )
-        code, out, err = cli(*flags, *private, "--rounds=4", f"--workdir={name}")
-        assert code == 0, err
-        rows.append([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
-        files.append({path.name for path in (tmp_path / name).iterdir()})
-        assert "not private: its noise can be computed from --private_seed=3" in out
-        assert (
-            "not private: its noise can be computed from --private_seed=3"
-            in (tmp_path / name / "report.html").read_text()
-        )
-        assert "examples" not in err.splitlines()[0]
+    told = {
+        name: a_run(cli, tmp_path / name, size, *flags)
+        for name, size, flags in (("a", 4, ["--private_seed=3"]), ("b", 9, ["--private_seed=3"]), ("secret", 4, []))
+    }
+    rows = {name: rundir.read_rows(tmp_path / name) for name in told}
+    files = {name: {path.name for path in (tmp_path / name).iterdir()} for name in told}
     allowed = {"round", "epsilon", "uplink/1/noise_std"}
-    new = {"eval/clients/accuracy", "eval/clients/loss"}
-    assert all(set(row) - new == allowed for row in rows[0])
+    assert all(set(row) - {"eval/clients/accuracy", "eval/clients/loss"} == allowed for row in rows["a"])
     for key in allowed:
-        assert [row[key] for row in rows[0]] == [row[key] for row in rows[1]]
-    assert files[0] == files[1]
-    assert "clients.npz" not in files[0]
+        assert [row[key] for row in rows["a"]] == [row[key] for row in rows["b"]]
+    assert files["a"] == files["b"] == files["secret"] | {"checkpoints"}
+    assert "clients.npz" not in files["a"]
     (events,) = (tmp_path / "a" / "tensorboard").iterdir()
     assert b"noise_std" in events.read_bytes()
     assert b"client_norm" not in events.read_bytes()
+    assert "examples" not in told["a"][1].splitlines()[0]
+    most = 2 * 0.3 * 6 / 2  # two rounds of six clients at most
+    for name, found in (("a", True), ("secret", False)):
+        said = "not private: its noise can be computed from --private_seed=3"
+        assert (said in told[name][0]) == (said in (tmp_path / name / "report.html").read_text()) == found
+        assert (min(updates_in(tmp_path / name)) <= most) == found
 
 
 def test_exact_metrics_are_marked_and_flags_of_privacy_need_a_claim(cli):
