@@ -51,6 +51,7 @@ def build(runs: Sequence[Run]) -> str:
             _served(runs),
         ),
         _section("Clipping", "", panels.clipping(runs)),
+        _section("Privacy", "", (), _privacy(runs)),
         _section(
             "Communication and time",
             "Bytes are those of the arrays that are sent, of all clients together.",
@@ -98,7 +99,8 @@ def _outcome(run: Run) -> dict[str, str]:
     facts["rounds"] = f"{run.rows[-1]['round']:.0f}"
     if dropped := run.cumulative("dropped")[-1]:
         facts["updates dropped"] = f"{dropped:.0f}"
-    facts |= {"training time": _duration(run.cumulative("seconds")[-1])}
+    if "seconds" in run.rows[-1]:
+        facts["training time"] = _duration(run.cumulative("seconds")[-1])
     if "simulated_seconds" in run.rows[-1]:
         facts["simulated time"] = _duration(run.rows[-1]["simulated_seconds"])
     if sent := run.cumulative("bytes_down", "bytes_up")[-1]:
@@ -134,7 +136,7 @@ def _cost(runs: Sequence[Run]) -> str:
         "a round",
     ]
     rows = []
-    for run in runs:
+    for run in (run for run in runs if "seconds" in run.rows[-1]):  # or it is withheld
         asked = run.cumulative("clients", "dropped")[-1]
         down, up = (run.cumulative(key)[-1] for key in ("bytes_down", "bytes_up"))
         seconds = run.cumulative("seconds")[-1]
@@ -142,6 +144,14 @@ def _cost(runs: Sequence[Run]) -> str:
         median = np.median([row.get("seconds", np.nan) for row in run.rows])
         rows.append([run.name, f"{asked:.0f}", *each, *map(_bytes, (down, up)), _duration(seconds), _duration(median)])
     return _table(["run", *head], rows) if len(runs) > 1 else _table(head, [row[1:] for row in rows])
+
+
+def _privacy(runs: Sequence[Run]) -> str:
+    """What is private, for whom, from whom, and what that assumes."""
+    private = [(run.name, run.private) for run in runs if run.private]
+    names = list(dict.fromkeys(name for _, lines in private for name in lines))
+    rows = [[name, *(lines.get(name, "–") for _, lines in private)] for name in names]
+    return _table(["", *(name for name, _ in private)] if len(runs) > 1 else ["", "this run"], rows)
 
 
 def _settings(runs: Sequence[Run]) -> str:

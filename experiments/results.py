@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fedjax_clip as fc
-from experiments import rundir
+from experiments import privacy, rundir
 from fedjax_clip.typing import InvalidInput
 
 PRIMARY = ("accuracy", "auroc", "loss")
@@ -23,16 +23,24 @@ class Run(NamedTuple):
       record: ``config.json``.
       rows: of ``metrics.jsonl``.
       clients: ``{"set/metric": [M]}`` of ``clients.npz``; empty while the run is not complete.
+      complete: whether no secret key is kept for more rounds.
     """
 
     name: str
     record: dict[str, Any]
     rows: list[fc.training.Row]
     clients: dict[str, np.ndarray]
+    complete: bool = True
 
     @property
     def config(self) -> dict[str, Any]:
         return self.record["config"]
+
+    @property
+    def private(self) -> dict[str, str]:
+        """What is private in the run, as ``privacy.statement`` says it; nothing if nothing is."""
+        claim = self.record.get("privacy")
+        return dict(privacy.statement(claim, self.rows[-1], self.complete)) if claim else {}
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """``(rounds, values)`` of a metric, where there is one."""
@@ -116,7 +124,12 @@ def _load(directory: pathlib.Path) -> Run:
         )
     if not rounds:
         raise InvalidInput(f"{directory} holds a run without a round: there is nothing to show.")
-    return Run("", record, rows, clients)
+    run = Run("", record, rows, clients, not (directory / rundir.KEY).exists())
+    try:
+        _ = run.private
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InvalidInput(f"{directory / 'config.json'} is not a run's configuration.") from None
+    return run
 
 
 def _check_clients(clients: Mapping[str, np.ndarray]) -> None:

@@ -45,7 +45,9 @@ def exchange(
       uplink_state: the uplink's state at the server.
       cohort: this device's clients.
       key: PRNG key of the round; each client folds its own number in, so its place does not matter. A key that is
-        none of Threefry's (``rbg``) is turned into one: its numbers would change with ``cohort.width``.
+        none of Threefry's (``rbg``) is turned into one: its numbers would change with ``cohort.width``. With a
+        ``cohort.secret`` it only says which round it is: clients' keys and links' own are ChaCha20's, of the secret and
+        of this key, and links' ``round_key`` and the reducer's roster alone are still functions of it.
 
     Returns:
       ``(update, uplink_state, client_states [C, ...], metrics)``, the same on every device but for client_states.
@@ -67,6 +69,9 @@ def exchange(
         )
     key = keys.threefry(key)
     work_key, link_key, decode_key = jax.random.split(key, 3)
+    own_links = link_key
+    if cohort.secret is not None:  # noise that nobody can compute; what is shared by all stays a function of the key
+        work_key, own_links, decode_key = jax.random.split(keys.folded(keys.chacha(cohort.secret), key), 3)
 
     def one_client(id, weight, first, num_steps, state, staleness):
         present = id >= 0
@@ -77,7 +82,7 @@ def exchange(
         norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
         if hidden:  # then nobody may see that it is not finite
             update = tree.where(jnp.isfinite(norm), update, optax.tree.zeros_like(update))
-        own_key = jax.random.fold_in(link_key, number)
+        own_key = jax.random.fold_in(own_links, number)
         ctx = Context(
             own_key, link_key, id, weight, reducer.denominator, staleness=staleness, threshold=reducer.threshold
         )

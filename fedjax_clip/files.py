@@ -54,6 +54,15 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def sync(path: PathLike) -> None:
+    """Waits until a file, or the names in a directory, are on disk: a power cut then loses none of it."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write(path: pathlib.Path, text: str) -> None:
     """Writes a UTF-8 file whole, or not at all; names of files that are not UTF-8 keep their bytes."""
     with replacing(path) as file:

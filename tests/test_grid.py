@@ -374,9 +374,17 @@ def test_flags_solve_for_the_noise_that_a_target_allows(noise):
 def test_what_epsilon_is_for_is_what_neighbours_differ_in():
     clipped = "clip_by_global_norm(1.0)|gaussian(1.0)"
     for links, sampler, words in (
-        (clipped, sampling.poisson(8), "one client's presence"),
-        (clipped, sampling.uniform(100), "one client's presence"),
-        (clipped, sampling.uniform(8), "one client's data, in another's place"),
-        ("clip_by_global_norm(1.0)|skellam(1.0)", sampling.poisson(8), "one client's data, from who sees sums only"),
+        (clipped, sampling.poisson(8), "(add or remove)"),
+        (clipped, sampling.uniform(100), "(zero out: "),
+        (clipped, sampling.round_robin(8), "(zero out: "),
+        (clipped, sampling.uniform(8), "(replace: "),
+        ("clip_by_global_norm(1.0)|skellam(1.0)", sampling.poisson(8), "(zero out: "),
+        ("clip_by_global_norm(1.0)|skellam(1.0)", sampling.uniform(8), "(replace: "),
     ):
-        assert flags.protects(flags.chain(links, None), sampler, 100) == words
+        link = flags.chain(links, None)
+        assert words in flags.protects(link, sampler, 100)
+        seen = flags.claim(link, sampler, 100, 1e-5, None, True)["from"]
+        assert ("not from the server" in seen) == ("gaussian" in links)
+        assert ("nor who took part, as a server does" in seen) == ("skellam" in links)
+    seen = flags.claim(link, sampling.round_robin(8), 100, 1e-5, None, True)["from"]
+    assert seen == "who sees the sums of all rounds and no message: the server, too"

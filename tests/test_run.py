@@ -554,7 +554,7 @@ def test_a_target_epsilon_is_met_in_the_last_row(cli, tmp_path):
     code, out, _ = cli(*QUICK, *private, "--target_epsilon=5", "--workdir=run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert code == 0
-    assert " at delta 0.01, for one client's presence" in out
+    assert " at delta 0.01, of this run" in out
     spent = [row["epsilon"] for row in rows]
     assert spent == sorted(spent)
     assert 4.99 < spent[-1] <= 5
@@ -573,7 +573,7 @@ def test_only_what_is_sent_is_accounted_for_on_a_grid(cli, tmp_path):
         *QUICK, *private, "--client=sgd(0.1)|clip_by_global_norm(1.0)", "--delta=0.01", "--workdir=run"
     )
     assert code == 0
-    assert "one client's data, from who sees sums only" in out
+    assert "who sees the sums of all rounds and no message, nor who took part" in out
     assert "--client: clip_by_global_norm stands behind the optimiser and bounds its steps" in err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.skellam(0.4, 8))

@@ -1,14 +1,16 @@
-"""Which clients take part in a round: pure functions of (seed, round)."""
+"""Which clients take part in a round: pure functions of (seed, round), the seed being public or a secret one."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedjax_clip import checks
 from fedjax_clip.data import draws
+from fedjax_clip.secret import SecretSeed
 from fedjax_clip.typing import InvalidInput
 
+Seed = int | SecretSeed
 _UNIFORM, _POISSON, _SIZE, _WINDOW, _AVAILABLE = range(5)  # separates the samplers' streams
 
 
@@ -16,7 +18,8 @@ class Sampler(NamedTuple):
     """Chooses a cohort.
 
     Attributes:
-      sample: ``(sizes[M], seed, round) -> ids``, client numbers; deterministic in its arguments.
+      sample: ``(sizes[M], seed, round) -> ids``, client numbers; deterministic in its arguments. The seed is a whole
+        number below 2^32; or 32 bytes, of which cohorts must tell nothing, in a run with ``fc.train(secret=...)``.
       replacement: whether one client may stand twice in a cohort (then clients cannot keep a state).
       scheme: its name, if ``fc.privacy`` knows what its choice of clients is worth.
       cohort_size: clients a round, or their expected number.
@@ -27,14 +30,22 @@ class Sampler(NamedTuple):
       [0, 1, 2]
     """
 
-    sample: Callable[[np.ndarray, int, int], np.ndarray]
+    sample: Callable[[np.ndarray, Any, int], np.ndarray]
     replacement: bool = False
     scheme: str = ""
     cohort_size: float = 0
 
-    def draw(self, sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def draw(self, sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         """What ``sample`` gives, if it is a cohort: clients' numbers, none of them twice but with ``replacement``."""
-        return checks.client_numbers("The sampler's ids", self.sample(sizes, seed, round), len(sizes), self.replacement)
+        try:
+            ids = self.sample(sizes, seed, round)
+        except TypeError:
+            if not isinstance(seed, SecretSeed):
+                raise
+            raise InvalidInput(
+                "The sampler's sample(sizes, seed, round) must take 32 bytes for its seed in a run with a secret."
+            ) from None
+        return checks.client_numbers("The sampler's ids", ids, len(sizes), self.replacement)
 
 
 def uniform(cohort_size: int) -> Sampler:
@@ -52,7 +63,7 @@ def uniform(cohort_size: int) -> Sampler:
     """
     cohort_size = checks.count("cohort_size", cohort_size)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
         return draws.choose(cohort_size, len(sizes), seed, round, _UNIFORM)
 
@@ -77,7 +88,7 @@ def poisson(cohort_size: float) -> Sampler:
     """
     checks.positive("cohort_size, of which as many are expected,", cohort_size, finite=True)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
         return np.flatnonzero(draws.uniform(seed, round, _POISSON, np.arange(len(sizes))) < cohort_size / len(sizes))
 
@@ -104,7 +115,7 @@ def by_size(cohort_size: int, replacement: bool = False) -> Sampler:
     """
     cohort_size = checks.count("cohort_size", cohort_size)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         if replacement:
             u = draws.uniform(seed, round, _SIZE, np.arange(cohort_size))
             return np.searchsorted(np.cumsum(sizes), u * np.sum(sizes), side="right")
@@ -131,7 +142,7 @@ def round_robin(cohort_size: int) -> Sampler:
     """
     cohort_size = checks.count("cohort_size", cohort_size)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
         return (round * cohort_size + np.arange(cohort_size)) % len(sizes)
 
@@ -160,7 +171,7 @@ def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np
     checks.positive("duty", duty)
     checks.within("duty", duty, 0, 1)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         num_clients = len(sizes)
         _check_fits(cohort_size, num_clients)
         if windows is None:

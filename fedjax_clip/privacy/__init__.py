@@ -4,8 +4,10 @@ from fedjax_clip.privacy.accounting import epsilon, epsilons, noise_multiplier, 
 from fedjax_clip.privacy.distributed import distributed
 from fedjax_clip.privacy.participation import Separated, sensitivities, sensitivity
 from fedjax_clip.privacy.records import record_epsilons
+from fedjax_clip.secret import Secret
 
 __all__ = [
+    "Secret",
     "Separated",
     "distributed",
     "epsilon",
