@@ -211,7 +211,7 @@ def test_rounds_are_those_of_the_clipped_mean_and_masks_change_no_bit():
 
 def test_fewer_clients_than_the_threshold_stay_closed():
     message, reducer = jnp.full((2, 3), 7, jnp.uint16), modular_sum(3)
-    acc = reducer.zero(message[0], 2)
+    acc = reducer.zero(message[0], fc.reduce.Roster(jnp.arange(3), None))
     assert not np.any(reducer.finish(reducer.add(acc, message * jnp.uint16([[1], [0]]), jnp.array([1.0, 0.0])), None))
     assert np.all(reducer.finish(reducer.add(acc, message, jnp.array([1.0, 0.5])), None) == 14)
     _, mean, metrics = send(uplink.integer_grid(), vectors(5, 9), context(threshold=6, weight=5))
