@@ -71,9 +71,7 @@ class Ckks:
             encryption_type=tenseal.ENCRYPTION_TYPE.SYMMETRIC,
         )
         self._context.global_scale = self.SCALE
-        keyless = dict.fromkeys(
-            ("save_public_key", "save_secret_key", "save_galois_keys", "save_relin_keys"), False
-        )
+        keyless = dict.fromkeys(("save_public_key", "save_secret_key", "save_galois_keys", "save_relin_keys"), False)
         self.public = tenseal.context_from(self._context.serialize(**keyless))  # what the server has
         self.error = n * self.DEGREE * self.NOISE / self.SCALE + 2 * self.FLOAT
         self.step = 2.0 ** math.ceil(math.log2(2 * self.error))

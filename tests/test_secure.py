@@ -95,7 +95,9 @@ def party(n, threshold, neighbours=None):
     """Clients that know each other's signing keys."""
     identities = [Ed25519PrivateKey.generate() for _ in range(n)]
     registry = {u: key.public_key().public_bytes_raw() for u, key in enumerate(identities)}
-    near = [None if neighbours is None else (graph, neighbours[1]) for graph in (neighbours[0] if neighbours else registry)]
+    near = [
+        None if neighbours is None else (graph, neighbours[1]) for graph in (neighbours[0] if neighbours else registry)
+    ]
     return [secure.Client(u, threshold, identities[u], registry, b"7", near[u]) for u in range(n)]
 
 
@@ -122,14 +124,30 @@ def others(signed, u):
 
 FOREIGN = party(4, 3)[1].advertise()  # of another registry
 LIES = {  # what the server says to client 0 of four, and what the client says to it
-    "out of order": (Stage.SHARE, lambda c, seen: c.confirm({0, 1, 2}), "asked to confirm, and its next step is to share"),
+    "out of order": (
+        Stage.SHARE,
+        lambda c, seen: c.confirm({0, 1, 2}),
+        "asked to confirm, and its next step is to share",
+    ),
     "advertised twice": (Stage.SHARE, lambda c, seen: c.advertise(), "each step comes once"),
     "shared twice": (Stage.MASK, lambda c, seen: c.share(seen.keys), "asked to share, and its next step is to mask"),
-    "a second mask": (Stage.CONFIRM, lambda c, seen: c.mask(MESSAGES[0], inbox(seen, 0)), "asked to mask, and its next"),
-    "a second set": (Stage.REVEAL, lambda c, seen: c.confirm({0, 1, 2}), "asked to confirm, and its next step is to reveal"),
+    "a second mask": (
+        Stage.CONFIRM,
+        lambda c, seen: c.mask(MESSAGES[0], inbox(seen, 0)),
+        "asked to mask, and its next",
+    ),
+    "a second set": (
+        Stage.REVEAL,
+        lambda c, seen: c.confirm({0, 1, 2}),
+        "asked to confirm, and its next step is to reveal",
+    ),
     "a roster without it": (Stage.SHARE, lambda c, seen: c.share(others(seen.keys, 0)), "lacks client 0"),
     "other keys for it": (Stage.SHARE, lambda c, seen: c.share({**seen.keys, 0: FOREIGN}), "or has other keys for it"),
-    "a roster of two": (Stage.SHARE, lambda c, seen: c.share({v: seen.keys[v] for v in (0, 1)}), "2 clients in the roster"),
+    "a roster of two": (
+        Stage.SHARE,
+        lambda c, seen: c.share({v: seen.keys[v] for v in (0, 1)}),
+        "2 clients in the roster",
+    ),
     "a key twice": (Stage.SHARE, lambda c, seen: c.share({**seen.keys, 2: seen.keys[1]}), "same key twice"),
     "two keys that are one": (
         Stage.SHARE,
@@ -142,8 +160,16 @@ LIES = {  # what the server says to client 0 of four, and what the client says t
         lambda c, seen: c.share({**seen.keys, 1: seen.keys[1]._replace(sealing=b"x")}),
         "not signed by it for this sum",
     ),
-    "a stranger in the roster": (Stage.SHARE, lambda c, seen: c.share({**seen.keys, 9: FOREIGN}), "roster hold client 9"),
-    "an empty inbox": (Stage.MASK, lambda c, seen: c.mask(MESSAGES[0], {}), "1 shares in its inbox. 1 clients are left"),
+    "a stranger in the roster": (
+        Stage.SHARE,
+        lambda c, seen: c.share({**seen.keys, 9: FOREIGN}),
+        "roster hold client 9",
+    ),
+    "an empty inbox": (
+        Stage.MASK,
+        lambda c, seen: c.mask(MESSAGES[0], {}),
+        "1 shares in its inbox. 1 clients are left",
+    ),
     "a thin inbox": (Stage.MASK, lambda c, seen: c.mask(MESSAGES[0], {1: seen.sealed[1, 0]}), "2 shares in its inbox"),
     "an inbox from nowhere": (
         Stage.MASK,
@@ -152,7 +178,9 @@ LIES = {  # what the server says to client 0 of four, and what the client says t
     ),
     "changed shares": (
         Stage.MASK,
-        lambda c, seen: c.mask(MESSAGES[0], {**inbox(seen, 0), 1: bytes([seen.sealed[1, 0][0] ^ 1]) + seen.sealed[1, 0][1:]}),
+        lambda c, seen: c.mask(
+            MESSAGES[0], {**inbox(seen, 0), 1: bytes([seen.sealed[1, 0][0] ^ 1]) + seen.sealed[1, 0][1:]}
+        ),
         "from client 1 to client 0 were changed on the way",
     ),
     "swapped shares": (
@@ -171,7 +199,11 @@ LIES = {  # what the server says to client 0 of four, and what the client says t
     "survivors without it": (Stage.CONFIRM, lambda c, seen: c.confirm({1, 2, 3}), "survivors lack client 0"),
     "few survivors": (Stage.CONFIRM, lambda c, seen: c.confirm({0, 1}), "2 survivors. 2 clients are left"),
     "no signatures": (Stage.REVEAL, lambda c, seen: c.reveal({}), "1 signatures of the survivors"),
-    "a stranger's signature": (Stage.REVEAL, lambda c, seen: c.reveal({**seen.confirmed, 7: b""}), "signatures hold client 7"),
+    "a stranger's signature": (
+        Stage.REVEAL,
+        lambda c, seen: c.reveal({**seen.confirmed, 7: b""}),
+        "signatures hold client 7",
+    ),
     "swapped signatures": (
         Stage.REVEAL,
         lambda c, seen: c.reveal({1: seen.confirmed[2], 2: seen.confirmed[1]}),
@@ -400,10 +432,16 @@ def test_every_round_of_ckks_has_a_fresh_key():
         patch.setattr(fc.homomorphic, "Ckks", Watched)
         came = jnp.array([1.0, 1.0, 0.0, 0.0])
         messages = jnp.asarray([[0.5], [0.25], [0.0], [0.0]])
-        for present, weights, mean in (([0, 1, 2, -1], came, 0.25), ([0, 1, 2, -1], came, 0.25), ([0, 1, 2, -1], came * 0, 0)):
+        for present, weights, mean in (
+            ([0, 1, 2, -1], came, 0.25),
+            ([0, 1, 2, -1], came, 0.25),
+            ([0, 1, 2, -1], came * 0, 0),
+        ):
             acc = reducer.zero(messages[0], fc.reduce.Roster(jnp.array(present), None))
             assert reducer.finish(reducer.add(acc, messages, weights), None)[0] == mean
-        one = reducer.add(reducer.zero(messages[0], fc.reduce.Roster(jnp.arange(4), None)), messages, jnp.array([1.0, 0, 0, 0]))
+        one = reducer.add(
+            reducer.zero(messages[0], fc.reduce.Roster(jnp.arange(4), None)), messages, jnp.array([1.0, 0, 0, 0])
+        )
         assert reducer.finish(one, None)[0] == 0  # the sum of one is its message
     assert [n for n, _ in drawn] == [3, 3]  # of who is in the round, not of the places there are
     assert drawn[0][1] != drawn[1][1]
@@ -427,7 +465,9 @@ def test_large_poisson_rounds_need_a_majority_in_the_protocol_too(came):
 def skellam_curve(colluding, threshold=6):
     link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.skellam(0.8, bits=8))
     params = {"w": np.zeros(15, np.float32)}
-    return fc.privacy.distributed(link, params, fc.reduce.modular_sum(8, threshold), colluding), link.grid(15, 8.0, threshold)
+    return fc.privacy.distributed(link, params, fc.reduce.modular_sum(8, threshold), colluding), link.grid(
+        15, 8.0, threshold
+    )
 
 
 def test_colluding_clients_take_their_noise_out():

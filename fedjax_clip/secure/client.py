@@ -104,8 +104,8 @@ class Client:
       >>> client.advertise()
 
     Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preserving Machine Learning", Figure 4
-    with the steps of the malicious setting, and Theorem 6.5 for t. Bell et al. (2020), "Secure Single-Server Aggregation
-    with (Poly)Logarithmic Overhead", Algorithm 2, for ``neighbours``.
+    with the steps of the malicious setting, and Theorem 6.5 for t. Bell et al. (2020), "Secure Single-Server
+    Aggregation with (Poly)Logarithmic Overhead", Algorithm 2, for ``neighbours``.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Client:
         """
         self._known("The signatures", signatures, self._survivors & self._shares.keys())
         for v, signature in signatures.items():
-            if not verified(self._registry[v], signature, self._of_survivors()):
+            if not self._agrees(v, signature):
                 raise InvalidInput(f"Client {v} has not signed the survivors that client {self.number} was told of.")
         self._enough("signatures of the survivors", len({self.number, *signatures}), self._shares_needed)
         halves = {v: (text[:SHARE], text[SHARE:]) for v, text in self._shares.items()}
@@ -203,17 +203,29 @@ class Client:
         if roster.get(self.number) != self._own:
             raise InvalidInput(f"The roster lacks client {self.number}, or has other keys for it.")
         self._enough("clients in the roster", len(roster), self._shares_needed)
-        if self._near is None and 2 * self.threshold <= len(roster):
+        self._check_majority(len(roster))
+        self._check_distinct(roster)
+        for v, keys in roster.items():
+            if not self._authentic(v, keys):
+                raise InvalidInput(f"The keys that the roster has for client {v} are not signed by it for this sum.")
+
+    def _check_majority(self, count: int) -> None:
+        if self._near is None and 2 * self.threshold <= count:
             raise InvalidInput(
-                f"A threshold of {self.threshold} is no majority of the {len(roster)} clients in the roster, so a "
-                "server that lies could open two sums: take a higher threshold."
+                f"A threshold of {self.threshold} is no majority of the {count} clients in the roster, so a server "
+                "that lies could open two sums: take a higher threshold."
             )
+
+    def _check_distinct(self, roster: Mapping[int, Keys]) -> None:
         public = [key for keys in roster.values() for key in keys[:2]]
         if len(set(public)) < len(public):
             raise InvalidInput("The roster has the same key twice: each client has two of its own.")
-        for v, keys in roster.items():
-            if not verified(self._registry[v], keys.signature, self._of_keys(keys.sealing, keys.masking)):
-                raise InvalidInput(f"The keys that the roster has for client {v} are not signed by it for this sum.")
+
+    def _authentic(self, v: int, keys: Keys) -> bool:
+        return verified(self._registry[v], keys.signature, self._of_keys(keys.sealing, keys.masking))
+
+    def _agrees(self, v: int, signature: bytes) -> bool:
+        return verified(self._registry[v], signature, self._of_survivors())
 
     def _opened(self, v: int, text: bytes) -> bytes:
         try:

@@ -43,8 +43,8 @@ class Transcript:
         sealed = sum(len(text) for (sender, _), text in self.sealed.items() if sender == client)
         masked = self.masked[client].nbytes if client in self.masked else 0
         signature = len(self.confirmed.get(client, b""))
-        return sum(map(len, self.keys[client])) + sealed + masked + signature + SHARE * len(
-            self.revealed.get(client, ())
+        return (
+            sum(map(len, self.keys[client])) + sealed + masked + signature + SHARE * len(self.revealed.get(client, ()))
         )
 
 
@@ -144,9 +144,7 @@ def unmask(seen: Transcript, threshold: int) -> np.ndarray:
     return total
 
 
-def pairwise_masks(
-    cohort_size: int, threshold: int | None = None, neighbours: Neighbourhood | None = None
-) -> Reducer:
+def pairwise_masks(cohort_size: int, threshold: int | None = None, neighbours: Neighbourhood | None = None) -> Reducer:
     """``fc.reduce.modular_sum`` by the protocol: the same bits, with real keys and masks, at the protocol's price.
 
     Messages go to the host in each round. A client of the round whose message was dropped is one that fell silent.
