@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_clip import checks, tree
-from fedjax_clip.algorithms.base import init_server, parts, step_server, told, zeros_like
+from fedjax_clip.algorithms.base import init_server, on_update, parts, step_server, told, zeros_like
 from fedjax_clip.exchange import exchange, population_share, traffic
 from fedjax_clip.local import at_round, batch_gradient, full_gradient, local_steps
 from fedjax_clip.reduce import Reducer, together, uniform_mean
 from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, PerExampleLoss
-from fedjax_clip.uplink.base import Uplink, identity, on_update
+from fedjax_clip.uplink.base import Uplink, identity
 
 
 def fednova(
@@ -43,8 +43,8 @@ def fednova(
 
     Source: Wang et al. (2020), "Tackling the Objective Inconsistency Problem", equation 8 with a_i = 1.
     """
-    built = parts(client_tx, server_tx, uplink, reducer)
-    link, reduce = on_update(built.uplink), together(built.reducer, built.reducer)
+    built = parts(client_tx, server_tx, on_update(uplink), reducer)
+    reduce = together(built.reducer, built.reducer)
 
     def init(params):
         return init_server(params, built)
@@ -65,12 +65,12 @@ def fednova(
             )
 
         (mean, steps), state, client_states, metrics = exchange(
-            client_fn, link, reduce, server.params, server.uplink, cohort, key
+            client_fn, built.uplink, reduce, server.params, server.uplink, cohort, key
         )
         update = jax.tree.map(lambda d: tree.scaled(steps, d), mean)
         return step_server(server, built, update, state), client_states, metrics | {"update_norm": tree.norm(update)}
 
-    return Algorithm(init, init_client, round, population=built.population, loss=per_example_loss)
+    return Algorithm(init, init_client, round, population=built.population, parts=built, loss=per_example_loss)
 
 
 def feddyn(
@@ -108,7 +108,7 @@ def feddyn(
     Source: Acar et al. (2021), "Federated Learning Based on Dynamic Regularization", Algorithm 1.
     """
     checks.positive("feddyn's alpha", alpha)
-    built = parts(client_tx, server_tx, uplink, uniform_mean() if reducer is None else reducer)
+    built = parts(client_tx, server_tx, uplink, uniform_mean() if reducer is None else reducer, only_update=True)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -134,12 +134,24 @@ def feddyn(
         )
         share = population_share(built.reducer, cohort, metrics)
         h = tree.add_scaled(server.own, -alpha * share, mean)
-        came = metrics["clients"] > 0
-        update = jax.tree.map(lambda m, h: jnp.where(came, m - h / alpha, 0), mean, h)
+        # Under a fixed denominator a round of nobody looks like any other, or noise could not hide it.
+        came = True if built.reducer.denominator is not None else metrics["clients"] > 0
+
+        def corrected(m, h):
+            dtype = tree.common_type(m, h)
+            return jnp.where(came, m.astype(dtype) - (h / alpha).astype(dtype), 0)
+
+        update = jax.tree.map(corrected, mean, h)
         return step_server(server, built, update, state, h), client_states, metrics | {"update_norm": tree.norm(update)}
 
     return Algorithm(
-        init, init_client, round, population=built.population, num_clients=told(num_clients), loss=per_example_loss
+        init,
+        init_client,
+        round,
+        population=built.population,
+        parts=built,
+        num_clients=told(num_clients),
+        loss=per_example_loss,
     )
 
 
@@ -178,8 +190,7 @@ def mime(
     Algorithms 1 and 3, with SGD and momentum for the base optimiser.
     """
     checks.within("beta", beta, 0, 1)
-    built = parts(client_tx, server_tx, uplink, reducer)
-    link = on_update(built.uplink)
+    built = parts(client_tx, server_tx, on_update(uplink), reducer)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -216,7 +227,7 @@ def mime(
             )
         shared = server.params, server.own, mean
         (update, at_x), state, client_states, metrics = exchange(
-            client_fn, link, together(built.reducer, built.reducer), shared, server.uplink, cohort, work_key
+            client_fn, built.uplink, together(built.reducer, built.reducer), shared, server.uplink, cohort, work_key
         )
         came = metrics["clients"] > 0
         m = jax.tree.map(lambda m, g: jnp.where(came, (1 - beta) * g + beta * m, m), server.own, at_x if lite else mean)
@@ -224,4 +235,4 @@ def mime(
         metrics |= {"update_norm": tree.norm(update)} | traffic(first, metrics)
         return step_server(server, built, update, state, m), client_states, metrics
 
-    return Algorithm(init, init_client, round, population=built.population, loss=per_example_loss)
+    return Algorithm(init, init_client, round, population=built.population, parts=built, loss=per_example_loss)

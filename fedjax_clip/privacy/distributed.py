@@ -6,11 +6,10 @@ import numpy as np
 
 from fedjax_clip import checks
 from fedjax_clip.privacy import renyi
-from fedjax_clip.privacy.accounting import together
 from fedjax_clip.reduce import Reducer
 from fedjax_clip.tree import size
 from fedjax_clip.typing import InvalidInput, Params
-from fedjax_clip.uplink import Uplink
+from fedjax_clip.uplink import Noise, Uplink
 
 
 def distributed(uplink: Uplink, params: Params, reducer: Reducer, colluding: int = 0) -> renyi.Curve:
@@ -40,7 +39,8 @@ def distributed(uplink: Uplink, params: Params, reducer: Reducer, colluding: int
 
     Source: Kairouz, Liu and Steinke (2021), Proposition 14; Agarwal, Kairouz and Liu (2021), Theorem 3.5.
     """
-    if uplink.grid is None or uplink.noise != "distributed" or reducer.threshold is None:
+    promises = uplink.promises
+    if promises.grid is None or promises.noise is not Noise.SHARES or reducer.threshold is None:
         raise InvalidInput(
             "No noise on a grid: let the uplink end on discrete_gaussian(z) or skellam(z), under a modular sum."
         )
@@ -50,16 +50,13 @@ def distributed(uplink: Uplink, params: Params, reducer: Reducer, colluding: int
             f"With {colluding} colluding clients and a threshold of {reducer.threshold}, a sum may hold one other "
             "client's message, or none: give the modular sum a threshold above colluding."
         )
-    grid = uplink.grid(size(params), reducer.denominator, reducer.threshold)
+    grid = promises.grid(size(params), reducer.denominator, reducer.threshold)
     l2, l1, stddev = float(grid.l2), float(grid.l1), float(grid.stddev)
     honest = grid.clients - colluding
-    z = together([float(z) for z in uplink.noise_multipliers])
-    if stddev == 0 or z == 0:
+    if stddev == 0:
         return lambda orders, sensitivity: np.full(len(orders), math.inf)
     if grid.noise == "gaussian" and stddev < 0.5:
         raise renyi.TooNarrow(f"discrete_gaussian is {stddev:.2g} steps wide here, under 1/2: give the grid more bits.")
     if grid.noise == "gaussian":
-        curve = renyi.discrete_gaussian(l2, l1, stddev, honest, grid.dim)
-    else:
-        curve = renyi.skellam(l2, l1, honest * stddev**2)
-    return curve if z == math.inf else lambda orders, change: curve(orders, change) + renyi.gaussian(z)(orders, change)
+        return renyi.discrete_gaussian(l2, l1, stddev, honest, grid.dim)
+    return renyi.skellam(l2, l1, honest * stddev**2)

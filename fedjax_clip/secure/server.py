@@ -166,4 +166,4 @@ def pairwise_masks(cohort_size: int, threshold: int | None = None, neighbours: N
         near = neighbours if neighbours is not None and neighbours.size < n - 1 else None
         return aggregate(messages, majority(n, threshold), came, neighbours=near)[0]
 
-    return on_host(protocol, cohort_size, threshold, modular=True)
+    return on_host(protocol, cohort_size, threshold, modular=True)._replace(hides="pairwise_masks")
