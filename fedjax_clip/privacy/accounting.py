@@ -244,9 +244,9 @@ def _alone(sampler: Any, num_clients: int, rounds: int, mechanism: Mechanism | N
 
 def _sampled(curve: renyi.Curve, event: Any) -> np.ndarray:
     if isinstance(event, dp_accounting.PoissonSampledDpEvent) and event.sampling_probability < 1:
-        return renyi.poisson_sampled(curve, event.sampling_probability)
+        return renyi.in_sight(curve, event.sampling_probability)
     if isinstance(event, dp_accounting.SampledWithoutReplacementDpEvent):
-        return renyi.fixed_size_sampled(curve, event.sample_size / event.source_dataset_size)
+        return renyi.in_sight(curve, event.sample_size / event.source_dataset_size)
     return curve(renyi.ORDERS, 1)
 
 

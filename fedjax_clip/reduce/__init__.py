@@ -1,7 +1,7 @@
 """How the messages of a cohort become one: means, and what bad clients cannot lead astray."""
 
 from fedjax_clip.reduce.base import Reducer, Roster, fixed_mean, together, uniform_mean, weighted_mean
-from fedjax_clip.reduce.modular import modular_sum, on_host, secure_threshold
+from fedjax_clip.reduce.modular import majority, modular_sum, on_host, secure_threshold
 from fedjax_clip.reduce.robust import (
     centered_mean,
     fltrust,
@@ -23,6 +23,7 @@ __all__ = [
     "fltrust",
     "geometric_median",
     "krum",
+    "majority",
     "median",
     "modular_sum",
     "norm_bounded",
