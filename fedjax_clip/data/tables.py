@@ -1,5 +1,6 @@
 """Tables: columns of numbers and of words, from CSV files and installed packages, as matrices of features."""
 
+import collections
 import csv
 import difflib
 import importlib.util
@@ -57,8 +58,8 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
             f"{path}: entries must be separated by commas, and its header {header[0]!r} separates by {others[0]!r}: "
             "save it with commas, and with points in its numbers."
         )
-    if twice := {name for name in header if header.count(name) > 1}:
-        raise InvalidInput(f"{path}: column {min(twice)!r} occurs more than once.")
+    if twice := [name for name, times in collections.Counter(header).items() if times > 1]:
+        raise InvalidInput(f"{path}: column {twice[0]!r} occurs more than once.")
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(header):
             raise InvalidInput(f"{path}: row {number} has {len(row)} entries, the header {len(header)}.")
