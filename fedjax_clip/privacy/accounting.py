@@ -195,7 +195,7 @@ def together(noise_multipliers: Sequence[float]) -> float:
     """The noise multiplier of several Gaussian mechanisms at once: ``(sum_i z_i^-2)^(-1/2)``.
 
     Args:
-      noise_multipliers: ``uplink.noise_multipliers``, for example.
+      noise_multipliers: ``uplink.promises.noise_multipliers``, for example.
 
     Returns:
       It; 0 if one of them has no noise, infinite if there are none.
