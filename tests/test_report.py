@@ -199,7 +199,7 @@ def test_infinite_scores_make_a_page(tmp_path):
     names = {"clients/client": np.array([f"c{i}" for i in range(12)]), "clients/examples": np.arange(12)}
     np.savez(make(tmp_path / "run") / "clients.npz", **{"clients/loss": endless} | names)
     page.write(tmp_path / "report.html", [tmp_path / "run"])
-    assert "c1" in Reader((tmp_path / "report.html").read_text()).words
+    assert any("(c" in word for word in Reader((tmp_path / "report.html").read_text()).words)
 
 
 def test_names_that_are_no_mathematics_and_no_utf_8_are_drawn(cli, tmp_path):
