@@ -1,5 +1,7 @@
 """What may lie on a disk: files that promise more than there is memory for, and damage of a byte or of a whole file."""
 
+import contextlib
+import errno
 import functools
 import gc
 import gzip
@@ -8,15 +10,17 @@ import os
 import random
 import shutil
 import struct
+import sys
+import threading
 import zipfile
 
 import numpy as np
 import pytest
 
 import fedjax_clip as fc
-from experiments import registry, spec
+from experiments import registry, rundir, spec
 from fedjax_clip import checkpoint as checkpoint_module
-from fedjax_clip import sources
+from fedjax_clip import files, sources
 from fedjax_clip.checkpoint import Checkpoints
 
 
@@ -156,3 +160,82 @@ def test_a_checkpoint_of_zeros_without_end_is_refused_before_they_are_read(tmp_p
 def only_the_record(self, read, step, item, *how):
     assert item == "record"
     return read(self, step, item, *how)
+
+
+def test_a_kill_in_the_middle_of_a_checkpoints_write_leaves_the_one_before(checkpoint, tmp_path, monkeypatch):
+    """Orbax writes beside and renames: whatever a kill leaves there, of any length, is no checkpoint."""
+    for number, size in enumerate((0, 1, 3, 8)):
+        copy = shutil.copytree(checkpoint, tmp_path / str(number))
+        half = shutil.copytree(checkpoint / "1", copy / f"2.orbax-checkpoint-tmp-{number}")
+        for file in sorted(p for p in half.rglob("*") if p.is_file())[size:]:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        assert Checkpoints(copy).restore(STATE)[0] == 1
+        Checkpoints(copy).save(2, STATE)
+        step, found = Checkpoints(copy).restore(STATE)
+        assert (step, found.server["w"].tobytes()) == (2, STATE.server["w"].tobytes())
+
+
+ROW = {"loss": 1.0, "clients": 2.0, "dropped": 0.0, "seconds": 0.1, "update_norm": 1.0, "clipped_steps": 0.5}
+CONFIG = {"task": "digits", "algorithm": "fedavg", "client": "sgd(0.1)"}
+WHOLE = {"config.json", "metrics.jsonl", "params.npz", "clients.npz", "curves.png", "clipping.png", "tensorboard"}
+
+
+def run_of_two_rounds(path):
+    """What ``experiments.run`` does with a directory, without its training; goes on where it was."""
+    with rundir.RunDirectory(path, CONFIG, rounds=2) as directory:
+        for number in range(len(directory.rows()) + 1, 3):
+            directory.add({"round": float(number), **ROW})
+        directory.finish({"w": np.ones(3)}, {"examples/loss": np.ones(2)})
+
+
+@pytest.mark.parametrize("writes", range(7))
+def test_a_disk_that_is_full_after_so_many_writes_is_one_sentence_and_the_same_command_goes_on(
+    writes, tmp_path, monkeypatch
+):
+    replacing, done = files.replacing, []
+
+    @contextlib.contextmanager
+    def full(path):
+        with replacing(path) as file:
+            yield file
+            if len(done) == writes:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        done.append(path.name)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "replacing", full)
+        if writes < 6:
+            with pytest.raises(
+                fc.InvalidInput, match="here cannot be written: No space left on device. What was saved"
+            ):
+                run_of_two_rounds(tmp_path / "here")
+        else:
+            run_of_two_rounds(tmp_path / "here")
+    assert len(done) == writes
+    run_of_two_rounds(tmp_path / "here")
+    assert {path.name for path in (tmp_path / "here").iterdir()} == WHOLE
+    assert [row["round"] for row in rundir.read_rows(tmp_path / "here")] == [1, 2]
+
+
+def test_each_damage_of_a_run_directorys_files_is_refused_or_made_good(tmp_path, monkeypatch):
+    for picture in ("curves", "clipping"):  # quick ones
+        monkeypatch.setattr(fc.plots, picture, lambda rows, title, name=picture: name)
+    monkeypatch.setattr(rundir, "save_picture", files.write)
+    good = tmp_path / "good"
+    run_of_two_rounds(good)
+    outcomes = set()
+    for name in sorted(WHOLE - {"tensorboard"}):
+        for number, content in enumerate(damages((good / name).read_bytes())):
+            copy = shutil.copytree(good, tmp_path / f"{name}{number}")
+            (copy / name).unlink() if content is None else (copy / name).write_bytes(content)
+            try:
+                run_of_two_rounds(copy)
+            except fc.InvalidInput as error:
+                outcomes.add((name, "\n" in str(error)))
+            else:
+                assert [row["round"] for row in rundir.read_rows(copy)] == [1, 2]
+                for kept in ("params.npz", "clients.npz"):
+                    assert (copy / kept).read_bytes() == (good / kept).read_bytes()
+    assert outcomes == {("config.json", False), ("metrics.jsonl", False)}
