@@ -292,8 +292,9 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
     files.check_fits(path, sum(member.file_size for member in archive.infolist()))
     for member in archive.infolist():
         with archive.open(member) as file:
-            if not file.peek(6).startswith(np.lib.format.MAGIC_PREFIX):
+            if file.read(6) != np.lib.format.MAGIC_PREFIX:
                 continue
+            file.seek(0)
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)

@@ -18,6 +18,7 @@ Table: TypeAlias = dict[str, np.ndarray]  # columns [N] of float64, NaN where mi
 Bounds: TypeAlias = Mapping[str, Sequence[float] | Sequence[str]]  # what is publicly known of columns, see ``within``
 
 _INSTALL = 'pip install "fedjax_clip[tabular]"'
+_MOST = float(np.finfo(np.float32).max)
 _MISSING = "", "NA", "NaN", "nan", "?"
 
 
@@ -170,7 +171,7 @@ def read_bounds(given: Bounds | str) -> dict[str, tuple[float, float] | tuple[st
         if words or len(of) != 2:
             raise InvalidInput(f"bounds: {name!r} needs two numbers, the lowest and the highest, or words, none twice.")
         for number in of:
-            checks.within(f"bounds: a bound of {name!r}", number, -np.finfo(np.float32).max, np.finfo(np.float32).max)
+            checks.within(f"bounds: a bound of {name!r}", number, -_MOST, _MOST)
         low, high = map(float, of)
         if not low < high:
             raise InvalidInput(f"bounds: {name!r} runs from {low:g} to {high:g}: its bounds must rise.")
@@ -199,7 +200,8 @@ def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
       >>> names, x.tolist()
       (['age', 'age=missing'], [[0.5, 0.0], [0.0, 1.0]])
     """
-    columns, names = [], []
+    columns: list[np.ndarray] = []
+    names: list[str] = []
     for name, known in bounds.items():
         values = named(table, name)
         if isinstance(known[0], str):
@@ -216,14 +218,31 @@ def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
 
 
 def scale(values: np.ndarray, bounds: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers ``[N]`` clipped to two bounds and scaled to ``[-1, 1]``, 0 where missing, and which are missing."""
+    """Numbers clipped to two bounds and scaled to ``[-1, 1]``, 0 where missing, and which are missing.
+
+    Args:
+      values: ``[N]``, NaN where missing.
+      bounds: the lowest and the highest.
+
+    Example:
+      >>> scale(np.array([30.0, 150.0, np.nan]), (0, 120))[0].tolist()
+      [-0.5, 1.0, 0.0]
+    """
     low, high = bounds
     missing = np.isnan(values)
     return np.where(missing, 0, 2 * (np.clip(values, low, high) - low) / (high - low) - 1), missing
 
 
 def numbers(values: np.ndarray) -> np.ndarray:
-    """A column as float64, entry by entry; NaN for what is no number."""
+    """A column as float64, entry by entry; NaN for what is no number.
+
+    Args:
+      values: ``[N]`` of float64 or text.
+
+    Example:
+      >>> numbers(np.array(["1.5", "old", ""])).tolist()
+      [1.5, nan, nan]
+    """
     return values if values.dtype.kind == "f" else np.array([_number(value) for value in values.tolist()], np.float64)
 
 
@@ -238,7 +257,7 @@ def column(table: Table, name: str) -> np.ndarray:
       InvalidInput: no such column, and the sentence names the nearest; an infinite number, or beyond float32.
     """
     values = named(table, name)
-    if values.dtype.kind == "f" and (beyond := np.flatnonzero(np.abs(values) > np.finfo(np.float32).max)).size:
+    if values.dtype.kind == "f" and (beyond := np.flatnonzero(np.abs(values) > _MOST)).size:
         number = values[beyond[0]]
         raise InvalidInput(
             f"Column {name!r} holds {number:g} in row {beyond[0] + 2}: a number must be finite in float32."
@@ -247,7 +266,15 @@ def column(table: Table, name: str) -> np.ndarray:
 
 
 def named(table: Table, name: str) -> np.ndarray:
-    """A column as it is; a name that there is not is refused, and the nearest are said."""
+    """A column as it is.
+
+    Args:
+      table: columns by name.
+      name: of one of them.
+
+    Raises:
+      InvalidInput: no such column, and the sentence names the nearest.
+    """
     if name not in table:
         near = difflib.get_close_matches(name, table, 3, 0.5) or list(table)[:8]
         raise InvalidInput(f"There is no column {name!r}; there is {' or '.join(map(repr, near))}.")

@@ -235,7 +235,7 @@ def _linear(
 ) -> Task:
     """A linear model, with whole clients held out and examples of the others; nothing is fitted without numbers."""
     train, clients = data.split_clients(held_out, seed)
-    populations = *train.split_examples(held_out, seed), clients
+    populations: tuple[FederatedData, ...] = *train.split_examples(held_out, seed), clients
     fitted = tabular.FITTED.format("public=True") if num_numbers else ""
     if num_numbers:
         populations = tabular.prepare(populations, num_numbers, tail)
