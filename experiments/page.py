@@ -22,13 +22,19 @@ def write(path: pathlib.Path, directories: Sequence[pathlib.Path]) -> None:
     Raises:
       InvalidInput: what ``results.load`` raises; a path that cannot be written, or that holds something else.
     """
-    text = build(results.load(directories))
+    with np.errstate(invalid="ignore"):  # a mean of losses that are infinite is shown as no number
+        text = build(results.load(directories))
     try:
-        if path.exists() and not path.read_bytes().startswith(MARK.encode()):
+        if path.exists() and not _is_page(path):
             raise InvalidInput(f"--out: {path} is no page of a run, so it is not overwritten; name another file.")
         files.write(path, text.encode("utf-8", "backslashreplace").decode())  # a name that is not UTF-8 is shown so
     except OSError as error:
         raise InvalidInput(f"--out: {path} cannot be written: {error.strerror}.") from None
+
+
+def _is_page(path: pathlib.Path) -> bool:
+    with files.regular(path).open("rb") as file:
+        return file.read(len(MARK)) == MARK.encode()
 
 
 def build(runs: Sequence[Run]) -> str:
@@ -93,7 +99,7 @@ def _outcome(run: Run) -> dict[str, str]:
         for name in sets:
             of = panels.SETS.get(name, name)
             facts[f"{metric}, {of}"] = svg.number(run.series(f"eval/{name}/{metric}")[1][-1])
-            if metric == run.primary(name):
+            if metric and metric == run.primary(name):
                 tenth = f"worst tenth of {of}" if name == "clients" else f"{of} of the worst tenth of clients"
                 facts[f"{metric}, {tenth}"] = svg.number(results.worst_tenth(run.clients[f"{name}/{metric}"], metric))
     facts["rounds"] = f"{run.rows[-1]['round']:.0f}"

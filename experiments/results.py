@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,8 @@ import numpy as np
 
 import fedjax_clip as fc
 from experiments import privacy, rundir
+from fedjax_clip import files
+from fedjax_clip.data import sources
 from fedjax_clip.typing import InvalidInput
 
 PRIMARY = ("accuracy", "auroc", "loss")
@@ -101,18 +102,17 @@ def _named(key: str, setting: Any) -> str:
 def _load(directory: pathlib.Path) -> Run:
     path = directory / "config.json"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(files.regular(path).read_bytes())
         path = directory / "metrics.jsonl"
         rows = rundir.read_rows(directory)
         rounds = [float(row["round"]) for row in rows]
         clients: dict[str, np.ndarray] = {}
         if (path := directory / "clients.npz").exists():
-            with path.open("rb") as file, np.load(file) as arrays:
-                clients = dict(arrays)
+            clients = sources.read_npz(path)
         _check_clients(clients)
     except (FileNotFoundError, NotADirectoryError):
         raise InvalidInput(f"{directory} holds no run: there is no {path.name}.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InvalidInput(f"{path} cannot be read: it is not what a run writes.") from None
     kinds: tuple[tuple[str, type, Any], ...] = ("config", dict, None), ("versions", dict, {}), ("devices", list, [])
     if not isinstance(record, dict) or any(not isinstance(record.get(k, x), kind) for k, kind, x in kinds):
@@ -137,7 +137,11 @@ def _check_clients(clients: Mapping[str, np.ndarray]) -> None:
     for name in {key.split("/")[0] for key in clients}:
         names, _ = clients[f"{name}/client"], clients[f"{name}/examples"]
         scores = [x for key, x in clients.items() if key.split("/")[0] == name and key != f"{name}/client"]
-        if not len(names) or any(x.shape != names.shape or x.dtype.kind not in "biuf" for x in scores):
+        if (
+            names.ndim != 1
+            or not len(names)
+            or any(x.shape != names.shape or x.dtype.kind not in "iuf" for x in scores)
+        ):
             raise ValueError(name)
         if not any(f"{name}/{metric}" in clients for metric in PRIMARY):
             raise KeyError(name)

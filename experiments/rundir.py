@@ -295,7 +295,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
       InvalidInput: there is none, or it is not what a run writes.
     """
     try:
-        record = json.loads((path / "config.json").read_bytes())
+        record = json.loads(files.regular(path / "config.json").read_bytes())
     except FileNotFoundError:
         raise InvalidInput(f"--workdir: {path} holds files but no run (no config.json); choose another.") from None
     except (OSError, ValueError, RecursionError):
@@ -313,7 +313,7 @@ def read_rows(path: pathlib.Path) -> list[fc.training.Row]:
     """
     file = path / "metrics.jsonl"
     try:
-        lines = file.read_bytes().splitlines(keepends=True)
+        lines = files.regular(file).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     rows: list[fc.training.Row] = []

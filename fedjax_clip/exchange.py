@@ -34,8 +34,9 @@ def exchange(
     somewhere, or beyond 1e19, which float32 cannot square) is dropped: it adds nothing, keeps its old state and is
     counted. So is a client that would keep a NaN or an infinity from now on. Under noise or a secure sum nobody may see
     that: such a client sends a zero update through the uplink like any other, and still counts as ``dropped``. With
-    ``cohort.non_finite == "keep"`` such clients are kept like any other. A round that a modular sum does not open,
-    since too few clients came, leaves all clients' states as they were.
+    ``cohort.non_finite == "keep"`` such clients are kept like any other. A round of fewer clients than the reducer
+    needs (``fewest``, or the ``threshold`` of a modular sum) has the update zero, leaves all clients' states as they
+    were, and is counted as ``too_few``.
 
     Args:
       client_fn: ``(shared, client, key) -> (update, client_state, report)``, written for ONE client.
@@ -139,8 +140,10 @@ def exchange(
     aggregate = reducer.finish(acc, cohort.axis_name)
     if cohort.axis_name is not None:
         report = jax.lax.psum(report, cohort.axis_name)
-    if reducer.threshold is not None:
-        client_states = tree.where(report["clients"] >= reducer.threshold, client_states, cohort.state)
+    fewest = reducer.fewest if reducer.threshold is None else reducer.threshold
+    too_few = report["clients"] < fewest  # the aggregate is zero, so nothing has happened
+    if fewest > 1:
+        client_states = tree.where(too_few, cohort.state, client_states)
     ctx = Context(
         *(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"], reducer.denominator),
         threshold=reducer.threshold,
@@ -160,6 +163,7 @@ def exchange(
                 "clients": report["clients"],
                 "weight": report["weight"],
                 "dropped": report["dropped"],
+                **({"too_few": too_few.astype(jnp.float32)} if fewest > 1 else {}),
                 **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
                 "bytes_down": asked * float(tree.nbytes(shared)),
                 "bytes_up": report["sent"].get("bytes", asked * float(tree.nbytes(message))),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks, classes, identity, interrupts, metrics, placement, tree
+from fedjax_clip import checks, classes, identity, interrupts, metrics, placement, reduce, tree
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData, check_fields, check_sets
@@ -193,6 +193,8 @@ def train(
         )
     params = tree.parameters(params)
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
+    if algorithm.parts is not None and isinstance(sampler, sampling.Sampler):
+        reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
     devices = placement.local(devices)
     if algorithm.loss is not None and work.pads(data.sizes) and _examples_meet(algorithm.loss, data, params, work):

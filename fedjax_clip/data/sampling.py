@@ -124,7 +124,7 @@ def by_size(cohort_size: int, replacement: bool = False) -> Sampler:
         keys = -np.log1p(-u) / sizes  # exponential clocks of rate `sizes`: the first to ring take part
         return np.argsort(keys, kind="stable")[:cohort_size]
 
-    return Sampler(sample, replacement)
+    return Sampler(sample, replacement, cohort_size=cohort_size)
 
 
 def round_robin(cohort_size: int) -> Sampler:
@@ -185,7 +185,7 @@ def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np
         ids = np.flatnonzero(is_open)
         return ids[draws.choose(min(cohort_size, len(ids)), len(ids), seed, round, _AVAILABLE)]
 
-    return Sampler(sample)
+    return Sampler(sample, cohort_size=cohort_size)
 
 
 def _check_fits(cohort_size: float, num_clients: int) -> None:

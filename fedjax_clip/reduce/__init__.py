@@ -11,7 +11,7 @@ from fedjax_clip.reduce.robust import (
     norm_bounded,
     trimmed_mean,
 )
-from fedjax_clip.reduce.stack import Stack, bucketing, restacked, stacking
+from fedjax_clip.reduce.stack import Stack, bucketing, check_cohort, restacked, stacking
 
 __all__ = [
     "Reducer",
@@ -19,6 +19,7 @@ __all__ = [
     "Stack",
     "bucketing",
     "centered_mean",
+    "check_cohort",
     "fixed_mean",
     "fltrust",
     "geometric_median",

@@ -36,7 +36,7 @@ class Reducer(NamedTuple):
       linear: whether the aggregate is linear in the messages, so that masks and sums commute with it and the
         accumulator does not grow with the cohort.
       denominator: what sums are divided by whoever comes; ``None`` if by what came.
-      fewest: clients in a round below which its guarantee says nothing.
+      fewest: clients in a round below which its guarantee says nothing, and the aggregate is zero.
       threshold: of a modular sum, which adds integers: with fewer clients it gives nothing but zeros. ``None``: a
         reducer of real numbers.
       population: fewest clients that there must be, since it names one by number.
