@@ -50,6 +50,7 @@ def fedexp(noise_multiplier: float | Array | None = None, epsilon: float = 1e-3)
             raise InvalidInput("Noise on fedexp's squares needs a fixed mean: make fixed_mean the reducer.")
         if ctx.bound is None:
             raise InvalidInput(NO_BOUND)
+        assert noise_multiplier is not None
         return lattice.lattice(jnp.square(ctx.bound), noise_multiplier, ctx.denominator)
 
     def encode(update, state, client_state, ctx):
