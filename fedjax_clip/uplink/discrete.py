@@ -108,8 +108,8 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
 def _by_inversion(key: Array, shape: tuple[int, ...], mu: Array) -> Array:
     """A Skellam variable of variance at most ``LARGE``: a sign, and how many k >= 0 there are with ``u < P(|X| > k)``.
 
-    ``P(X = k) ~ I_k(mu)``, from ``I_k / I_(k - 1) = mu / (2 k + mu I_(k + 1) / I_k)`` and sums that begin at the far end:
-    tails keep their relative precision.
+    ``P(X = k) ~ I_k(mu)``, from ``I_k / I_(k - 1) = mu / (2 k + mu I_(k + 1) / I_k)`` and sums that begin at the far
+    end: tails keep their relative precision.
     """
 
     def up(ratio, k):

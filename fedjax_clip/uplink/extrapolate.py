@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from fedjax_clip import checks, tree
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.uplink import lattice
 from fedjax_clip.uplink.base import Uplink, nothing
 from fedjax_clip.uplink.orders import NO_BOUND
 from fedjax_clip.uplink.promises import Promises, Wire
@@ -54,8 +55,8 @@ def fedexp(noise_multiplier: float | Array | None = None, epsilon: float = 1e-3)
                 raise InvalidInput("Noise on fedexp's squares needs a fixed mean: make fixed_mean the reducer.")
             if ctx.bound is None:
                 raise InvalidInput(NO_BOUND)
-            noise = noise_multiplier * jnp.square(ctx.bound) * jax.random.normal(ctx.key, (), jnp.float32)
-            squares = (squares * ctx.weight + noise) / ctx.denominator
+            total, most = squares * ctx.weight, jnp.square(ctx.bound)
+            squares = lattice.noised(ctx.key, total, most, noise_multiplier, ctx.denominator) / ctx.denominator
         eta = jnp.maximum(1, squares / (2 * (jnp.square(tree.norm(aggregate)) + epsilon)))
         return jax.tree.map(lambda x: tree.scaled(eta, x), aggregate), state, {"extrapolation": eta}
 
