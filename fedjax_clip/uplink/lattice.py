@@ -5,7 +5,7 @@ so that an output which is no such value away from a candidate excludes it (Miro
 noise is added: a message is truncated to multiples of ``step``, sums are of int32, and noise is a discrete Gaussian by
 exact arithmetic. What follows, the way back to floating point, only processes what is private already.
 
-**Why it is worth z.** Truncation toward zero lengthens no vector, so a message of norm C has at most ``C / step`` steps.
+**Why it is worth z.** Truncation toward zero lengthens no vector, so a message of norm C has at most C / step steps.
 The noise is ``x1 + spread x2``, both discrete Gaussians of standard deviation ``WIDTH``. By Poisson's summation formula
 ``sum_k exp(-(k - y)^2 / (2 s^2))`` depends on y by a factor of ``1 +- 2 exp(-2 pi^2 s^2)``, which is 1e-34 from s = 2
 on. Up to such factors the noise therefore is
@@ -157,7 +157,7 @@ def correlated(mechanism: Mechanism, steps: PyTree, state: PyTree) -> tuple[PyTr
     """``C^-1 Z`` in whole steps, Z being ``diagonal`` times these: this round's steps plus a rounded past.
 
     The past is a function of earlier noise alone, so that for each value of the messages there is exactly one Z that
-    makes an output: no output excludes a value. A mechanism that makes integers of integers (``tree``) is exact.
+    makes an output: no output excludes a value. A mechanism of whole numbers (``tree``) is exact.
 
     One that computes in floating point (``toeplitz``, ``banded``) is not. Its past is rounded, by e in each coordinate
     and round, so the messages' sensitivity is that of ``C (x + e - e')``: above that of ``C x`` by about ``||C|| sqrt(d
@@ -172,8 +172,6 @@ def correlated(mechanism: Mechanism, steps: PyTree, state: PyTree) -> tuple[PyTr
 
 
 def _rows(mechanism: Mechanism, like: PyTree) -> PyTree:
-    """Zeros of the type in which the mechanism computes: integers, if it makes integers of integers."""
-    whole = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), like)
-    made, _ = jax.eval_shape(lambda z: mechanism.next(z, mechanism.init(z)), whole)
-    exact = diagonal(mechanism) == 1 and all(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(made))
-    return whole if exact else jax.tree.map(lambda x: x.astype(jnp.float32), whole)
+    """Zeros of the type in which the mechanism computes."""
+    dtype = jnp.int32 if mechanism.whole else jnp.float32
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), like)
