@@ -24,6 +24,7 @@ class Mechanism(NamedTuple):
       init: ``params -> state`` before round 0.
       next: ``(row of Z, state) -> (row of C^-1 Z, state)``, rows like params.
       strategy: ``rounds -> C [rounds, rounds]``, lower triangular; ``fc.privacy`` reads it.
+      whole: whether ``next`` takes rows of int32, too, and then is exact: C has whole numbers, ones on its diagonal.
 
     Example:
       >>> noise = fc.uplink.gaussian(1.0, mechanism=fc.mechanism.tree(64))
@@ -34,6 +35,7 @@ class Mechanism(NamedTuple):
     init: Callable[[Params], PyTree]
     next: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
     strategy: Callable[[int], Any]
+    whole: bool = False
 
 
 def tree(rounds: int) -> Mechanism:
@@ -70,7 +72,7 @@ def tree(rounds: int) -> Mechanism:
             return mask.reshape(-1, *(1,) * (x.ndim - 1))
 
         levels = jnp.arange(depth, dtype=jnp.int32)
-        below = jax.tree.map(lambda x: jnp.sum(jnp.where(shaped(levels < level, x), x, 0), axis=0), nodes)
+        below = jax.tree.map(lambda x: jnp.sum(jnp.where(shaped(levels < level, x), x, 0), 0, x.dtype), nodes)
         kept = (levels > level) & (count < rounds)
         fresh = (levels == level) & (count < rounds)
         nodes = jax.tree.map(
@@ -85,7 +87,7 @@ def tree(rounds: int) -> Mechanism:
         count = index % rounds + 1
         return (index <= index[:, None]) & (index > (index - (count & -count))[:, None])
 
-    return Mechanism(init, step, strategy)
+    return Mechanism(init, step, strategy, whole=True)
 
 
 def toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:

@@ -75,8 +75,8 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
     worth over a run. Examples count alike, whatever they weigh. A record whose gradient is not finite adds zero, noised
     like any other: nothing shows it. Takes the memory of a batch of gradients.
 
-    As in ``fc.uplink.gaussian``, clipped gradients are truncated to whole steps of a lattice, and integer noise is added
-    to their sum of integers, so that the guarantee holds for the bits that leave and not for real numbers only.
+    As in ``fc.uplink.gaussian``, clipped gradients are truncated to whole steps of a lattice, and integer noise is
+    added to their sum of integers, so that the guarantee holds for the bits that leave and not for real numbers only.
 
     Args:
       max_norm: C, on the norm of each example's gradient; positive, may be traced.

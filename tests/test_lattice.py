@@ -165,7 +165,9 @@ def test_later_words_decide_where_earlier_ones_are_equal(monkeypatch):
     """With words of two bits in place of 32, a quarter of the draws is undecided after each."""
     monkeypatch.setattr(alias, "_bits", lambda key, size: jax.random.bits(key, (size,), jnp.uint32) & 3)
     numbers = np.array([37, 0, 63, 22])  # in base 4, thresholds out of 64
-    table = alias.Table(np.stack([numbers >> 4, numbers >> 2 & 3, numbers & 3]).astype(np.uint32), np.array([1, 2, 3, 0]))
+    table = alias.Table(
+        np.stack([numbers >> 4, numbers >> 2 & 3, numbers & 3]).astype(np.uint32), np.array([1, 2, 3, 0])
+    )
     x = np.asarray(alias.draw(jax.random.key(0), 200_000, table._replace(aliases=table.aliases.astype(np.int32)))[0])
     masses = numbers.astype(float)
     np.add.at(masses, table.aliases, 64 - numbers)

@@ -330,10 +330,10 @@ def test_a_round_of_nobody_looks_like_any_other_whatever_the_order_of_links():
     for names, link in orders():
         state = link.init(params)
         ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, share=jnp.float32(0.5))
-        message, _, report = link.encode(params, state, link.init_client(params), ctx)
-        sums = jax.tree.map(jnp.zeros_like, report)  # as they add up over nobody
+        sent, _, report = link.encode(params, state, link.init_client(params), ctx)
+        total, sums = jax.tree.map(jnp.zeros_like, (sent, report))  # as they add up over nobody
         server = ctx._replace(client_id=jnp.int32(-1), weight=jnp.float32(0))
-        update, _, _ = link.decode(jax.tree.map(jnp.zeros_like, message), state, fc.metrics.finish(sums), server)
+        update, _, _ = link.decode(total, state, fc.metrics.finish(sums), server)
         assert all(np.all(np.asarray(x) != 0) and np.all(np.isfinite(x)) for x in jax.tree.leaves(update)), names
         seen += 1
     assert seen > 30

@@ -120,9 +120,10 @@ def quantile_clip(
         if bits_noise is not None:
             if ctx.denominator is None:
                 raise InvalidInput("Noise on quantile_clip's bits needs a fixed mean: make fixed_mean the reducer.")
-            std = bits_noise * math.sqrt(len(bounds))
-            counts = _noised_counts(ctx.key, jnp.stack([*within.values()]), ctx.weight, std, ctx.denominator)
-            within = {k: 0.5 + counts[i] / ctx.denominator for i, k in enumerate(within)}
+            centred = jnp.stack([jnp.where(ctx.weight > 0, (b - 0.5) * ctx.weight, 0) for b in within.values()])
+            together = math.sqrt(len(bounds)) / 2  # what one client's bits, less one half, are long
+            noised = lattice.noised(ctx.key, centred, together, 2 * bits_noise, ctx.denominator)
+            within = {k: 0.5 + x / ctx.denominator for k, x in zip(within, noised, strict=True)}
         moved = {k: _towards_quantile(c, within[k], target_unclipped_quantile, rate) for k, c in bounds.items()}
         if equal:
             aggregate = spread(groups, bounds, aggregate)
@@ -245,22 +246,6 @@ def _towards_quantile(bound: Array, within: Array, target: float | Array, rate: 
     within = jnp.where(jnp.isnan(within), target, within)  # nobody came
     moved = bound * jnp.exp(-rate * (within - target)).astype(bound.dtype)
     return jnp.maximum(moved, jnp.finfo(moved.dtype).tiny)  # zero would be the bound for ever
-
-
-def _noised_counts(key: Array, within: Array, came: Array, noise: float | Array, count: float | Array) -> Array:
-    """``sum_i (b_i - 1/2) + N(0, noise^2)`` of the bits of each group, on a lattice of whole steps (``lattice.py``).
-
-    Args:
-      key: of the noise.
-      within: ``[K]`` mean bit of each group; NaN if nobody came.
-      came: clients that sent bits.
-      noise: its standard deviation, in bits.
-      count: clients that are expected.
-    """
-    on = lattice.lattice(1.0, 2 * noise, count)  # twice a bit minus one is 1 or -1
-    bit = jnp.floor(on.levels).astype(jnp.int32)
-    doubled = jnp.where(came > 0, jnp.round((2 * within - 1) * came), 0).astype(jnp.int32)
-    return (doubled * bit + lattice.noise(key, doubled, on)).astype(jnp.float32) / (2 * bit.astype(jnp.float32))
 
 
 def _seen(bound: Array, report: dict) -> dict:

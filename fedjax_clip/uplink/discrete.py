@@ -108,16 +108,16 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
 def _by_inversion(key: Array, shape: tuple[int, ...], mu: Array) -> Array:
     """A Skellam variable of variance at most ``LARGE``: a sign, and how many k >= 0 there are with ``u < P(|X| > k)``.
 
-    ``P(X = k) ~ I_k(mu)``, from ``I_k / I_(k - 1) = mu / (2 k + mu I_(k + 1) / I_k)`` and sums that begin at the far end:
-    tails keep their relative precision.
+    ``P(X = k) ~ I_k(mu)``, from ``I_k / I_(k - 1) = mu / (2 k + mu I_(k + 1) / I_k)`` and sums that begin at the far
+    end: tails keep their relative precision.
     """
 
-    def up(ratio, k):
-        ratio = mu / (2 * k + mu * ratio)
-        return ratio, ratio
+    def down(i, ratios):
+        k = FARTHEST - i
+        return ratios.at[k].set(mu / (2 * jnp.float32(k) + mu * ratios[k + 1]))
 
-    _, ratios = jax.lax.scan(up, jnp.zeros((), jnp.float32), jnp.arange(FARTHEST, 0, -1, dtype=jnp.float32))
-    weights = jnp.cumprod(ratios[::-1])  # of 1, 2 ... over that of 0
+    ratios = jax.lax.fori_loop(0, FARTHEST, down, jnp.zeros(FARTHEST + 2, jnp.float32))[1:-1]
+    weights = jnp.cumprod(ratios)  # of 1, 2 ... over that of 0
     beyond = jnp.cumsum(weights[::-1])  # P(|X| > k) up to a factor, the largest k first
     bits = jax.random.bits(key, shape, jnp.uint32)
     u = ((bits >> 1).astype(jnp.float32) + 0.5) * 2.0**-31 * (beyond[-1] + 0.5)

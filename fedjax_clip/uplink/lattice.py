@@ -1,29 +1,31 @@
 """Noise of which no bit tells what it was added to: whole steps of a lattice on whole steps of the same lattice.
 
-A sum of floating-point numbers tells more than real numbers would. Noise drawn in float32 takes a few million values, so
-that an output which is no such value away from a candidate excludes it (Mironov 2012). Here all that happens before the
-noise is added is exact. A message is truncated to multiples of ``step``, sums are of int32, and noise is a discrete
-Gaussian by exact arithmetic. What follows, the way back to floating point, only processes what is private already.
+A sum of floating-point numbers tells more than real numbers would. Noise drawn in float32 takes a few million values,
+so that an output which is no such value away from a candidate excludes it (Mironov 2012). Here all is exact until the
+noise is added: a message is truncated to multiples of ``step``, sums are of int32, and noise is a discrete Gaussian by
+exact arithmetic. What follows, the way back to floating point, only processes what is private already.
 
-**Why it is worth z.** Truncation toward zero lengthens no vector, so a message of norm C is one of C / step at most. The
-noise is ``x1 + spread x2``, both discrete Gaussians of standard deviation ``WIDTH``. Up to a factor of 1 +- 1e-34, that is
+**Why it is worth z.** Truncation toward zero lengthens no vector, so a message of norm C has at most C / step steps.
+The noise is ``x1 + spread x2``, both discrete Gaussians of standard deviation ``WIDTH``. By Poisson's summation formula
+``sum_k exp(-(k - y)^2 / (2 s^2))`` depends on y by a factor of ``1 +- 2 exp(-2 pi^2 s^2)``, which is 1e-34 from s = 2
+on. Up to such factors the noise therefore is
 
-- a discrete Gaussian of variance ``WIDTH^2 (1 + spread^2)``, since ``WIDTH / sqrt(1 + spread^2)`` is 2 or more
-  (Micciancio and Walter 2017, from Micciancio and Peikert 2013, Theorem 3.3), and
-- a normal variable y of variance ``WIDTH^2 (1 + spread^2) - SMOOTH^2``, rounded at random: to the integer k with
+- a discrete Gaussian of variance ``WIDTH^2 (1 + spread^2)``, with ``s = WIDTH / sqrt(1 + spread^2)`` (Micciancio and
+  Walter 2017, after Micciancio and Peikert 2013, Theorem 3.3), and so
+- a normal variable y of variance ``WIDTH^2 (1 + spread^2) - SMOOTH^2``, rounded at random, to the whole number k with
   probability in proportion to ``exp(-(k - y)^2 / (2 SMOOTH^2))`` (Peikert 2010, Theorem 3.1).
 
-Both are Poisson's summation formula: ``sum_k exp(-(k - y)^2 / (2 s^2))`` depends on y by a factor of ``1 +- 2 exp(-2 pi^2
-s^2)``, here with s = 2. Rounding commutes with adding whole steps. So a release IS the Gaussian mechanism, whose
-normal variable has standard deviation z C, processed: each accountant of Gaussian mechanisms holds as it is.
+Such rounding commutes with adding whole steps. So a release IS the Gaussian mechanism whose normal variable has
+standard deviation z C, processed: each accountant of Gaussian mechanisms holds as it is, with sampling, over rounds.
 
-**What is lost.** The table's statistical distance of 2^-95 for each of two draws and those factors: under 1e-28 a
-coordinate, so that a thousand rounds of a million coordinates add 1e-19 to delta. float32 measures and shortens messages,
-by clips and here; messages are made shorter by 1e-5 (more in half precision) to make up for it. And all of it is only as
-random as the bits of the key.
+**What is lost.** Each of two draws is 2^-95 from its distribution, by the table. With those factors it is under 1e-28 a
+coordinate, so that a thousand rounds of a million coordinates add 1e-19 to delta. float32 measures norms and shortens
+messages, in clips and here; so messages are made shorter by 1e-5, and by one part in 2^7 more in bfloat16 (2^10 in
+float16), to make up for its errors. And all of it is only as random as the bits of the key.
 
 Source: Canonne, Kamath and Steinke (2020), "The Discrete Gaussian for Differential Privacy"; Mironov (2012), "On
-Significance of the Least Significant Bits for Differential Privacy".
+Significance of the Least Significant Bits for Differential Privacy"; Micciancio and Walter (2017), "Gaussian Sampling
+over the Integers".
 """
 
 from typing import NamedTuple
@@ -74,8 +76,8 @@ def lattice(bound: float | Array, noise_multiplier: float | Array, count: float 
     """The finest lattice, up to 2^19 steps in the noise, on which the sum of a cohort does not wrap around.
 
     int32 wraps around where more than ``2 (n + 6 sqrt(n) + 6)`` messages of norm C point into one and the same
-    coordinate; the sum is then wrong, and as private as any. Noise under ``1e-6 (n + 6 sqrt(n) + 6)`` bounds would be too
-    narrow for the table: it is that large then.
+    coordinate; the sum is then wrong, and as private as any. Noise under ``1e-6 (n + 6 sqrt(n) + 6)`` bounds would be
+    too narrow for the table: it is that large then.
 
     Args:
       bound: C, norm of a message.
@@ -119,6 +121,23 @@ def noise(key: Array, like: PyTree, on: Lattice) -> PyTree:
     return restore(jax.lax.optimization_barrier(jnp.where(on.noisy, fine + on.spread * coarse, 0)))
 
 
+def noised(key: Array, totals: Array, bound: float | Array, z: float | Array, count: float | Array) -> Array:
+    """A few sums that were added up in floating point, in float32 with noise: they are rounded to whole steps first.
+
+    That moves each by half a step at most, of which the bound has up to ``2^19 / z``. Bits and other whole numbers lose
+    nothing else; what float32 lost in adding up others stays lost.
+
+    Args:
+      totals: sums of a cohort.
+      bound: L2 norm by which one client moves all of them together.
+      z: standard deviation of the noise over the bound; ``totals`` stay as they are where it is 0.
+      count: n, of clients that are expected.
+    """
+    on = lattice(bound, z, count)
+    steps = jnp.clip(jnp.round(totals / on.step), -ROOM, ROOM).astype(jnp.int32)
+    return jnp.where(on.noisy, values(steps + noise(key, totals, on), on.step), totals)
+
+
 def values(steps: PyTree, step: Array) -> PyTree:
     """float32 ``step`` times steps: what the world sees."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) * step.astype(jnp.float32), steps)
@@ -138,21 +157,21 @@ def correlated(mechanism: Mechanism, steps: PyTree, state: PyTree) -> tuple[PyTr
     """``C^-1 Z`` in whole steps, Z being ``diagonal`` times these: this round's steps plus a rounded past.
 
     The past is a function of earlier noise alone, so that for each value of the messages there is exactly one Z that
-    makes an output: no output excludes a value. A mechanism that makes integers of integers (``tree``) is exact. One
-    that computes in floating point (``toeplitz``, ``banded``) errs by e, less than a step in each coordinate and round:
-    its messages have the sensitivity of ``C (x + e)``, more than that of ``C x`` by at most ``2 ||C|| sqrt(d T)`` steps of
-    d coordinates and T rounds, where z C has up to 2^19.
+    makes an output: no output excludes a value. A mechanism of whole numbers (``tree``) is exact.
+
+    One that computes in floating point (``toeplitz``, ``banded``) is not. Its past is rounded, by e in each coordinate
+    and round, so the messages' sensitivity is that of ``C (x + e - e')``: above that of ``C x`` by about ``||C|| sqrt(d
+    T)`` steps at most, for d coordinates and T rounds, where the noise has up to 2^19 steps. Roundings that are like
+    independent ones add no more than ``||C||^2 d T / 4`` to its square. Accounting does not count it.
     """
-    rows = _rows(mechanism, steps)
+    rows, unit = _rows(mechanism, steps), diagonal(mechanism)
     past, _ = mechanism.next(jax.tree.map(jnp.zeros_like, rows), state)
-    unit = diagonal(mechanism)
-    _, state = mechanism.next(jax.tree.map(lambda z, r: z if z.dtype == r.dtype else unit * z.astype(r.dtype), steps, rows), state)
+    now = jax.tree.map(lambda z, r: z if z.dtype == r.dtype else unit * z.astype(r.dtype), steps, rows)
+    _, state = mechanism.next(now, state)
     return jax.tree.map(lambda z, p: z + jnp.round(p).astype(jnp.int32), steps, past), state
 
 
 def _rows(mechanism: Mechanism, like: PyTree) -> PyTree:
-    """Zeros of the type in which the mechanism computes: integers, if it makes integers of integers."""
-    whole = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.int32), like)
-    made, _ = jax.eval_shape(lambda z: mechanism.next(z, mechanism.init(z)), whole)
-    exact = diagonal(mechanism) == 1 and all(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(made))
-    return whole if exact else jax.tree.map(lambda x: x.astype(jnp.float32), whole)
+    """Zeros of the type in which the mechanism computes."""
+    dtype = jnp.int32 if mechanism.whole else jnp.float32
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), like)

@@ -30,10 +30,10 @@ def gaussian(
     mechanism of noise multiplier z for the presence of one client; ``fc.privacy`` says what that is worth over a run.
 
     It holds for the bits that are released, not for real numbers only. Messages are truncated toward zero to whole
-    steps of a lattice (``lattice.py``: up to ``2^19 / z`` steps in C), added as integers, and the noise is an integer by
-    exact arithmetic. In a sum the truncation is at most n steps, where the noise has 2^19 for ``n / z`` up to 2000. A z of
-    0 that is known when the algorithm is built leaves messages as they are; one that is traced leaves them on the
-    lattice, without noise.
+    steps of a lattice (``lattice.py``: up to ``2^19 / z`` steps in C), added as integers, and the noise is an integer
+    by exact arithmetic. Truncation moves a sum by at most n steps, where the noise has 2^19 for ``n / z`` up to 2000.
+    With a z of 0 that is known when the algorithm is built, messages are left as they are; with one that is traced,
+    they stay on the lattice without noise.
 
     With a ``mechanism`` it is DP-FTRL: the noise of the rounds is ``C^-1 Z``, Z as above, so that later rounds take
     back noise of earlier ones. All rounds together then are one Gaussian mechanism, whose noise multiplier is z over
