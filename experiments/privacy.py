@@ -132,14 +132,15 @@ def publishable(text: str) -> Callable[[str], bool]:
     Args:
       text: what ``--uplink`` says.
     """
-    names = {"round", "epsilon", "deployment_epsilon"}
+    names, thresholds = {"round", "epsilon", "deployment_epsilon"}, []
     for position, call in enumerate(spec.parse(text, "--uplink")):
         given = inspect.signature(registry.UPLINKS[call.name]).bind_partial(*call.args, **call.kwargs).arguments
         if call.name == "gaussian":
             names |= {f"uplink/{position}/noise_std", f"uplink/{position}/noise_cohort"}
         elif call.name == "quantile_clip" and given.get("bits_noise"):
-            names |= {f"uplink/{position}/threshold"}
-    return lambda name: name in names or name.startswith("eval/")
+            thresholds.append(f"uplink/{position}/threshold")
+    allowed = ("eval/", *(f"{name}/" for name in thresholds))  # of layers, a threshold each
+    return lambda name: name in (*names, *thresholds) or name.startswith(allowed)
 
 
 def claim(
@@ -166,11 +167,11 @@ def claim(
         "poisson": f"Poisson cohorts of {size} expected",
         "uniform": f"cohorts of {size}",
         "round_robin": f"cohorts of {size}, in turn",
-    }.get(sampler.scheme, sampler.scheme)
+    }.get(sampler.scheme, f"cohorts of {size} ({sampler.scheme.replace('_', ' ')})")
     seen = "who sees the models of all rounds; not from the server, which sees updates and adds the noise"
     if shares:
         seen = "who sees the sums of all rounds and no message: the server, too"
-        if sampler.scheme in ("poisson", "uniform") and not everyone:
+        if sampler.scheme != "round_robin" and not everyone:
             seen = "who sees the sums of all rounds and no message, nor who took part, as a server does"
     return {
         "delta": delta,

@@ -35,6 +35,9 @@ class Secret:
     neither the model nor all other numbers that a run publishes say anything of them. ``repr`` shows nothing, and
     ``pickle`` and ``copy`` are refused. The bytes are in the memory of the process, where a debugger finds them.
 
+    A secret is for ONE run. Two runs of the same secret and seed, on other data say, have the same noise: what they
+    publish differs by what the noise hid.
+
     Args:
       content: 32 bytes, as ``os.urandom`` makes them: take ``Secret.fresh()`` or ``Secret.kept(path)``.
       known: whether somebody knows them.

@@ -17,7 +17,7 @@ import pytest
 from test_run import kills  # noqa: F401 (a fixture)
 
 import fedjax_clip as fc
-from experiments import privacy, run, rundir
+from experiments import privacy, results, run, rundir
 from fedjax_clip import files, keys, secret, tree
 from fedjax_clip.privacy import Secret
 
@@ -186,6 +186,9 @@ def test_what_may_be_published_is_named():
     assert [name for name in sorted(names) if shown(name)] == ["uplink/0/threshold"]
     shown = privacy.publishable("quantile_clip(0.5)|skellam(1.0)")
     assert not any(map(shown, (*names, "uplink/1/noise_std")))  # of a grid: it tells how many came
+    shown = privacy.publishable("quantile_clip(bits_noise=2.0, by_layer=True)|gaussian(1.0)")
+    assert shown("uplink/0/threshold/w")
+    assert not shown("uplink/0/clipped/w")
 
 
 def test_exact_metrics_are_marked_and_flags_of_privacy_need_a_claim(cli):
@@ -194,6 +197,12 @@ def test_exact_metrics_are_marked_and_flags_of_privacy_need_a_claim(cli):
     assert privacy.EXACT in out
     assert privacy.EXACT in pathlib.Path("here/report.html").read_text()
     assert "loss" in json.loads(pathlib.Path("here/metrics.jsonl").read_text().splitlines()[0])
+    here = pathlib.Path("here")
+    record = json.loads((here / "config.json").read_text())
+    for broken in ("yes", {"delta": 0.01}, record["privacy"] | {"delta": "x"}):
+        (here / "config.json").write_text(json.dumps(record | {"privacy": broken}))
+        with pytest.raises(fc.InvalidInput, match=r"config\.json is not a run's configuration"):
+            results.load([here])
     without = [flag for flag in PRIVATE if "delta" not in flag]
     code, out, _ = cli(*without, "--rounds=2", "--workdir=claims-nothing")
     assert code == 0
