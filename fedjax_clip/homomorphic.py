@@ -1,16 +1,16 @@
 """Homomorphic aggregation: the server adds real numbers that it cannot read (CKKS, by TenSEAL).
 
-**Whom it protects.** The clients of a round from each other's eyes only as far as the server keeps their ciphertexts:
-all hold one secret key, drawn for the round. From the server, if it follows the protocol and no client helps it: it
-learns the sum. A server that lies reads everything, by giving one client's ciphertext for the sum; so does one that a
-single client has told the key. Where that may happen, take ``fc.secure.pairwise_masks``.
+**Whom it protects:** the clients of a round, from a server that follows the protocol and that none of them helps. It
+learns the sum. All clients of a round hold one secret key, drawn for the round. A server that lies therefore reads
+everything, by handing them one client's ciphertext for the sum; so does one to whom a single client tells the key.
+Where that may happen, take ``fc.secure.pairwise_masks``. TenSEAL has no threshold keys, which would mend the second.
 
-**Why sums are rounded.** A CKKS decryption is the message plus an error, and who holds the ciphertext and both knows the
-secret key: ``s = (m + e - c0) / c1``. Clients therefore round their messages to a grid whose step is twice the largest
-error of a sum, and what was decrypted to the same grid before it leaves: the error is gone, always and all of it, and
-what leaves is the exact sum of the rounded messages, which the ciphertexts and the key have no part in. Noise that
-floods the error, the other cure, would be drawn in float64, whose 53 bits do not hold 40 bits of security beside a
-message.
+**Why sums are rounded:** a CKKS decryption is the message and an error, and who holds the ciphertext and both has the
+secret key, ``s = (m + e - c0) / c1``. Clients therefore round their messages to a grid whose step is over twice the
+largest error of a sum, and round what they decrypt to the same grid before it leaves them. The error is then gone,
+always and all of it. What leaves is the exact sum of the rounded messages, in which key and ciphertexts have no part.
+(The other cure floods the error with noise. That noise would be drawn in float64, whose 53 bits do not hold 40 bits of
+security beside a message.)
 
 Needs the extra ``secure``.
 """
@@ -34,11 +34,11 @@ except ImportError:
 class Ckks:
     """A secret key of a round's clients, and what encrypts, adds and decrypts with it.
 
-    One prime of 60 bits is all that sums need, in rings of degree N = 4096 with 128 bits of security. Numbers are stored
-    at a scale of 2^48, and sums must stay below 2^10. The error of one fresh ciphertext is at most 21 in each
-    coefficient (SEAL's binomial noise) and 1/2 by rounding, so ``N 21.5 / 2^48`` in each number; that of float64 in a
-    transform is taken as ``2^-32``. A sum of n has at most n of the first and two of the second; the grid's step is the
-    power of two at or above twice that: 2^-27 for 8 clients, 2^-23 for 100.
+    One prime of 60 bits is all that sums need, in rings of degree N = 4096 with 128 bits of security. Numbers are
+    stored at a scale of 2^48, and sums stay below 2^10. The error of one ciphertext is at most 21 in each coefficient
+    (SEAL's noise is binomial, of 21 bits either way) and 1/2 by rounding: ``N 21.5 / 2^48`` in each number, at
+    worst. A transform in float64 adds at most 2^-32. The step of the grid is the power of two at or above twice n of
+    the first and two of the second: 2^-27 for 8 clients, 2^-23 for 100. Errors that occur are some 500 times smaller.
 
     Args:
       num_clients: n, most that are added up. An element of theirs beyond ``2^10 / n`` is cut there.

@@ -165,6 +165,9 @@ LIES = {  # what the server says to client 0 of four, and what the client says t
         lambda c, seen: c.share({**seen.keys, 9: FOREIGN}),
         "roster hold client 9",
     ),
+    "a roster that is none": (Stage.SHARE, lambda c, seen: c.share([1, 2, 3]), "has not the form of it"),
+    "keys that are none": (Stage.SHARE, lambda c, seen: c.share({**seen.keys, 1: None}), "has not the form of it"),
+    "survivors that are none": (Stage.CONFIRM, lambda c, seen: c.confirm([0, "1", None]), "has not the form of it"),
     "an empty inbox": (
         Stage.MASK,
         lambda c, seen: c.mask(MESSAGES[0], {}),
@@ -420,6 +423,12 @@ def test_the_server_does_not_get_the_key_from_a_decrypted_sum(scale):
     assert sum(a == b for a, b in zip(guessed, true, strict=True)) < 3
 
 
+def test_a_server_that_lies_reads_a_ckks_message():
+    """It hands the clients one message for the sum: documented, since they cannot tell."""
+    scheme, x = fc.homomorphic.Ckks(8), np.arange(5) / 8
+    assert np.array_equal(scheme.decrypt(scheme.add([scheme.encrypt(x)])), x)
+
+
 def test_every_round_of_ckks_has_a_fresh_key():
     reducer, drawn = fc.homomorphic.ckks_mean(3), []
 
@@ -465,7 +474,7 @@ def test_large_poisson_rounds_need_a_majority_in_the_protocol_too(came):
 def skellam_curve(colluding, threshold=6):
     link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.skellam(0.8, bits=8))
     params = {"w": np.zeros(15, np.float32)}
-    return fc.privacy.distributed(link, params, fc.reduce.modular_sum(8, threshold), colluding), link.grid(
+    return fc.privacy.distributed(link, params, fc.reduce.modular_sum(8, threshold), colluding), link.promises.grid(
         15, 8.0, threshold
     )
 

@@ -63,7 +63,14 @@ def _in(stage: Stage, then: Stage) -> Callable[[Callable], Callable]:
                     f"Client {self.number} is asked to {stage.value}, and {now}: each step comes once, in the order "
                     "advertise, share, mask, confirm, reveal, and none after a refusal."
                 )
-            result = method(self, *args)
+            try:
+                result = method(self, *args)
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as fault:
+                if isinstance(fault, InvalidInput):
+                    raise
+                raise InvalidInput(
+                    f"What client {self.number} was told in order to {stage.value} has not the form of it: {fault}."
+                ) from None
             self.stage = then
             return result
 

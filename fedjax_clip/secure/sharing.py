@@ -65,9 +65,7 @@ def agree(own: X25519PrivateKey, other: bytes) -> bytes:
     try:
         secret = own.exchange(X25519PublicKey.from_public_bytes(other))
     except (TypeError, ValueError):
-        raise InvalidInput(
-            "A public key must be 32 bytes, a point of X25519 that is not of small order."
-        ) from None
+        raise InvalidInput("A public key must be 32 bytes, a point of X25519 that is not of small order.") from None
     return HKDF(hashes.SHA256(), 32, None, b"fedjax_clip").derive(secret)
 
 
