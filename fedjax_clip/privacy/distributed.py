@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from fedjax_clip.privacy import renyi
-from fedjax_clip.privacy.accounting import together
+from fedjax_clip.privacy.gaussians import together
 from fedjax_clip.reduce import Reducer
 from fedjax_clip.tree import size
 from fedjax_clip.typing import InvalidInput, Params
@@ -41,7 +41,8 @@ def distributed(uplink: Uplink, params: Params, reducer: Reducer) -> renyi.Curve
         )
     grid = uplink.grid(size(params), reducer.denominator, reducer.threshold)
     l2, l1, stddev = float(grid.l2), float(grid.l1), float(grid.stddev)
-    z = together([float(z) for z in uplink.noise_multipliers])
+    bits = [float(z) for z in uplink.noise_multipliers]  # what the server adds to a quantile's
+    z = together(bits) if bits else math.inf
     if stddev == 0 or z == 0:
         return lambda orders, sensitivity: np.full(len(orders), math.inf)
     if grid.noise == "gaussian" and stddev < 0.5:
