@@ -75,8 +75,8 @@ def main() -> None:
     def fedavg(text: str = "") -> fc.Algorithm:
         links, _, reducer = (part.strip() for part in text.partition("&"))
         uplink = privacy.chain(links, None) if links else fc.uplink.identity()
-        needed = "fixed_mean" if uplink.noise == "central" else "modular_sum" if uplink.grid else "weighted_mean"
         reducers = registry.reducers(cohort_size)
+        needed = registry.needed_reducer(uplink) or "weighted_mean"
         reduced = spec.one(reducer or needed, reducers, "--only", reducers)
         return fc.fedavg(loss(task), optax.sgd(task.lr), uplink=uplink, reducer=reduced)
 

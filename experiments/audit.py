@@ -84,12 +84,12 @@ def audit(
     checks.count("replays", replays, 20, 10**8)  # half of them choose the threshold, the others are judged by it
     checks.count("clients", num_clients, most=10**6)
     seed = checks.seed("seed", seed)
-    if uplink.noise != "central":
+    if uplink.promises.noise is not fc.uplink.Noise.SERVER:
         raise InvalidInput("Only the server's noise is audited: --uplink needs gaussian(...) behind a clip.")
     if not 0.5 < confidence < 1:
         raise InvalidInput(f"confidence must lie between 0.5 and 1, not {confidence}.")
     sampler = fc.sampling.round_robin(cohort_size)
-    z, made = fc.privacy.together(uplink.noise_multipliers), uplink.mechanism
+    z, made = fc.privacy.together(uplink.promises.noise_multipliers), uplink.promises.mechanism
     epsilon = fc.privacy.epsilon(z, sampler, num_clients, rounds, delta, "pld", made)
     ids = [sampler.sample(np.ones(num_clients), 0, r) for r in range(rounds)]
     moved = replay(uplink, reducer or fc.fixed_mean(cohort_size), ids, num_clients, replays, seed)
@@ -142,7 +142,7 @@ def without_clip(link: fc.Uplink) -> fc.Uplink:
     def encode(update, state, client_state, ctx):
         return update, *link.encode(update, state, client_state, ctx)[1:]
 
-    return link if link.bound is None else link._replace(encode=encode)
+    return link if link.promises.bound is None else link._replace(encode=encode)
 
 
 def with_noise_divided_twice(link: fc.Uplink) -> fc.Uplink:
@@ -151,7 +151,7 @@ def with_noise_divided_twice(link: fc.Uplink) -> fc.Uplink:
     def decode(aggregate, state, report, ctx):
         return link.decode(aggregate, state, report, ctx._replace(denominator=ctx.denominator**2))
 
-    return link if link.noise != "central" else link._replace(decode=decode)
+    return link if link.promises.noise is not fc.uplink.Noise.SERVER else link._replace(decode=decode)
 
 
 def weighted_by_examples(denominator: float) -> fc.Reducer:

@@ -51,11 +51,11 @@ def build_uplink(
         return uplink, epsilons[:allowed]
     unit = chain(text, 1.0)
     allowance = functools.partial(fc.privacy.noise_multiplier, target_epsilon, sampler, num_clients, rounds, delta)
-    bits = unit.noise_multipliers[:-1] if unit.noise == "central" else unit.noise_multipliers  # updates come last
-    if bits or unit.noise == "central":
-        z = allowance(mechanism=unit.mechanism)
+    if unit.promises.noise is fc.uplink.Noise.SERVER:
+        z = allowance(mechanism=unit.promises.mechanism)
+        *bits, _ = unit.promises.noise_multipliers  # the noise on the updates comes last
         z = fc.privacy.split(z, fc.privacy.together(bits) / 2) if bits else z
-    if unit.grid:
+    if unit.promises.grid:
         z = allowance(curve=lambda z: on_grid(chain(text, z)))
     uplink = chain(text, z)
     return uplink, spent(uplink, delta, rounds, sampler, num_clients, on_grid)
@@ -63,7 +63,7 @@ def build_uplink(
 
 def protects(uplink: fc.Uplink, sampler: fc.sampling.Sampler, num_clients: int) -> str:
     """What epsilon is for: what neighbours differ in, as the accounting has them."""
-    if uplink.grid:
+    if uplink.promises.grid:
         return "one client's data, from who sees sums only"
     replaced = sampler.scheme == "uniform" and sampler.cohort_size < num_clients
     return "one client's data, in another's place" if replaced else "one client's presence"
@@ -105,10 +105,10 @@ def spent(
     on_grid: Callable[[fc.Uplink], Any],
 ) -> np.ndarray:
     """Epsilon after each round, ``[rounds]``."""
-    if uplink.noise not in ("central", "distributed"):
+    if uplink.promises.noise not in (fc.uplink.Noise.SERVER, fc.uplink.Noise.SHARES):
         raise InvalidInput(
             "--delta asks for epsilon, but no link of --uplink is noise on the sum: gaussian(1.0), skellam(1.0)."
         )
-    central = uplink.noise == "central"
-    noise = fc.privacy.together(uplink.noise_multipliers) if central else on_grid(uplink)
-    return fc.privacy.epsilons(noise, sampler, num_clients, rounds, delta, uplink.mechanism)
+    central = uplink.promises.noise is fc.uplink.Noise.SERVER
+    noise = fc.privacy.together(uplink.promises.noise_multipliers) if central else on_grid(uplink)
+    return fc.privacy.epsilons(noise, sampler, num_clients, rounds, delta, uplink.promises.mechanism)

@@ -69,9 +69,9 @@ class Private:
 
 def reducer(link: fc.Uplink, track: Track) -> fc.Reducer:
     """What adds the messages of a link; on a grid only those of a whole cohort."""
-    if link.grid:
+    if link.promises.grid:
         return fc.reduce.modular_sum(track.cohort_size, threshold=track.cohort_size)
-    return fc.fixed_mean(track.cohort_size) if link.noise == "central" else fc.uniform_mean()
+    return fc.fixed_mean(track.cohort_size) if link.promises.noise is fc.uplink.Noise.SERVER else fc.uniform_mean()
 
 
 MakeMechanism = Callable[[Track], fc.mechanism.Mechanism | None]

@@ -204,6 +204,13 @@ def reducers(cohort_size: int) -> Mapping[str, Callable[..., fc.Reducer]]:
     return {**REDUCERS, **secure, "fixed_mean": lambda denominator=cohort_size: fc.fixed_mean(denominator)}
 
 
+def needed_reducer(link: fc.Uplink) -> str:
+    """The name of the reducer without which a link says nothing; empty where any will do."""
+    if link.promises.noise is uplink.Noise.SERVER:
+        return "fixed_mean"
+    return "modular_sum" if link.promises.grid else ""
+
+
 Made = tuple[Callable[..., fc.Algorithm], dict[str, Any]]  # what builds an algorithm, and how much its clients train
 
 

@@ -119,7 +119,7 @@ def main() -> None:
         config["delta"] = FLAGS.delta
     if FLAGS.target_epsilon is not None:
         config |= {"target_epsilon": FLAGS.target_epsilon, "rounds": FLAGS.rounds}
-        config["noise_multipliers"] = list(uplink.noise_multipliers)
+        config["noise_multipliers"] = list(uplink.promises.noise_multipliers)
     workdir = FLAGS.workdir or rundir.default_path(config)
     held_out = {name: identity.fingerprint(data) for name, data in task.evaluation.items()}
     directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out)
@@ -286,8 +286,7 @@ def batch_size() -> int | speeds.BatchSizes | None:
 
 def build_reducer(uplink: fc.Uplink, cohort_size: int) -> fc.Reducer | None:
     """What ``--reducer`` says, or what the uplink needs; ``None`` leaves it to the algorithm."""
-    needed = "fixed_mean" if uplink.noise == "central" else "modular_sum" if uplink.grid else None
-    text = FLAGS.reducer or needed
+    text = FLAGS.reducer or registry.needed_reducer(uplink)
     if not text:
         return None
     reducers = registry.reducers(cohort_size)

@@ -20,7 +20,8 @@ from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import check_field, check_labels
 from fedjax_clip.reduce import Reducer, Stack, restacked
 from fedjax_clip.typing import Array, InvalidInput, PyTree
-from fedjax_clip.uplink.base import Uplink
+from fedjax_clip.uplink.base import Uplink, at_server, nothing
+from fedjax_clip.uplink.promises import Promises
 
 Clients = Sequence[int] | np.ndarray
 
@@ -132,10 +133,7 @@ def replaced(clients: Clients, change: Callable[[PyTree, Array], PyTree]) -> Upl
         forged = jax.tree.map(lambda new, old: new.astype(old.dtype), change(update, ctx.key), update)
         return tree.where(bad, forged, update), client_state, {}
 
-    link = Uplink(
-        lambda params: (), lambda params: (), encode, lambda aggregate, state, report, ctx: (aggregate, state, {})
-    )
-    return link._replace(population=_population(ids))
+    return Uplink(nothing, nothing, encode, at_server, Promises(population=_population(ids)))
 
 
 def sign_flip(clients: Clients) -> Uplink:
@@ -221,7 +219,7 @@ def colluding(reducer: Reducer, clients: Clients, forge: Callable[[Stack, Array]
         return stack._replace(messages=jax.tree.map(put, stack.messages, forged))
 
     attacked = restacked(change, reducer)
-    return attacked._replace(population=max(attacked.population, _population(ids)))
+    return attacked._replace(population=max(attacked.population, _population(ids)), forges="The attack")
 
 
 def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> Reducer:

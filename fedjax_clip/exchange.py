@@ -32,9 +32,10 @@ def exchange(
     memory does not grow with the cohort. The loop ends with the last client, and each client's own loop with its
     last step: padding costs nothing. A client whose update or message has no finite norm (a NaN or an infinity
     somewhere, or beyond 1e19, which float32 cannot square) is dropped: it adds nothing, keeps its old state and is
-    counted. So is a client that would keep a NaN or an infinity from now on. With ``cohort.non_finite == "keep"`` such
-    clients are kept like any other. A round that a modular sum does not open, since too few clients came, leaves all
-    clients' states as they were.
+    counted. So is a client that would keep a NaN or an infinity from now on. Under noise or a secure sum nobody may see
+    that: such a client sends a zero update through the uplink like any other, and still counts as ``dropped``. With
+    ``cohort.non_finite == "keep"`` such clients are kept like any other. A round that a modular sum does not open,
+    since too few clients came, leaves all clients' states as they were.
 
     Args:
       client_fn: ``(shared, client, key) -> (update, client_state, report)``, written for ONE client.
@@ -58,6 +59,12 @@ def exchange(
       ...     local_update(loss, client_tx), uplink, reducer, server.params, server.uplink, cohort, key
       ... )
     """
+    hidden = uplink.promises.noise is not None or bool(reducer.hides)
+    if hidden and cohort.non_finite != "drop":
+        raise InvalidInput(
+            f"non_finite={cohort.non_finite!r} shows that a client's update is not finite, which the uplink's noise or "
+            "the secure sum hides: leave it at 'drop', and such clients send zeros."
+        )
     key = keys.threefry(key)
     work_key, link_key, decode_key = jax.random.split(key, 3)
 
@@ -67,6 +74,9 @@ def exchange(
         staleness = jnp.zeros((), jnp.int32) if staleness is None else staleness
         client = Client(id, weight, first, num_steps, state, staleness, cohort)
         update, own, report = client_fn(shared, client, jax.random.fold_in(work_key, number))
+        norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
+        if hidden:  # then nobody may see that it is not finite
+            update = tree.where(jnp.isfinite(norm), update, optax.tree.zeros_like(update))
         own_key = jax.random.fold_in(link_key, number)
         ctx = Context(
             own_key, link_key, id, weight, reducer.denominator, staleness=staleness, threshold=reducer.threshold
@@ -75,22 +85,22 @@ def exchange(
         sent = {name: link_report[name] for name in SENT if name in link_report}
         in_time = present & ~link_report.get(LATE, jnp.zeros((), bool))
         link_report = {name: x for name, x in link_report.items() if name not in (*SENT, LATE)}
-        norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
         kept = clipping.bare_state(ClientState(own, link))  # what clips keep for the metrics may be infinite
         sound = tree.stays_finite(kept, clipping.bare_state(state))
         finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message)) & sound
-        arrived = in_time if cohort.non_finite == "keep" else in_time & finite
-        report = {
-            **{"client": report, "uplink": link_report, "clients": jnp.ones((), jnp.float32), "weight": weight},
-            "norms": metrics.Histogram.of(norm),
-        }
+        sound = in_time if cohort.non_finite == "keep" else in_time & finite
+        arrived = in_time if hidden else sound
+        seen = {"client": report, "norms": metrics.Histogram.of(norm)}
+        came = {"uplink": link_report, "clients": jnp.ones((), jnp.float32), "weight": weight}
         return (
             tree.where(arrived, message, optax.tree.zeros_like(message)),
             jnp.where(arrived, weight, 0),
-            tree.where(arrived, ClientState(own, link), state),
+            # A link that sent zeros has done so; what the client keeps besides would hold the NaN.
+            ClientState(tree.where(sound, own, state.own), tree.where(arrived, link, state.uplink)),
             jnp.where(in_time & ~finite, number, -1),
-            tree.where(arrived, report, optax.tree.zeros_like(report))
-            | {"dropped": (present & ~arrived).astype(jnp.float32)}
+            tree.where(sound, seen, optax.tree.zeros_like(seen))
+            | tree.where(arrived, came, optax.tree.zeros_like(came))
+            | {"asked": present.astype(jnp.float32), "dropped": (present & ~sound).astype(jnp.float32)}
             | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), sent)},  # who is dropped has answered
         )
 
@@ -132,7 +142,7 @@ def exchange(
         share=None if cohort.num_clients is None else population_share(reducer, cohort, report),
     )
     update, uplink_state, link_metrics = decoded(uplink, aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
-    asked = report["clients"] + report["dropped"]
+    asked = report["asked"]
     return (
         update,
         uplink_state,

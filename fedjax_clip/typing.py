@@ -48,6 +48,8 @@ class Algorithm(NamedTuple):
       start: ``(server, cohort, key) -> (server, client_states, metrics)``, a round before the first one in which ALL
         clients take part, in cohorts of any size, each client once; ``None`` where there is none. ``fc.train`` and
         ``fc.sweep`` run it. If you call ``round`` yourself, call it first.
+      parts: what a built-in algorithm is made of, ``fc.algorithms.base.Parts``: the accounting of privacy reads it.
+        ``None``: nobody can say what its clients send.
       loss: the loss that clients train on, of the whole model; ``fc.train`` looks whether it may pad its batches.
       name: by which a checkpoint tells algorithms apart; by default that of the function that made ``round``.
 
@@ -65,6 +67,7 @@ class Algorithm(NamedTuple):
     start: Callable[[PyTree, Any, Array], tuple[PyTree, PyTree, Metrics]] | None = None
     loss: PerExampleLoss | None = None
     name: str = ""
+    parts: Any = None
 
 
 class Server(NamedTuple):

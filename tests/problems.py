@@ -121,7 +121,7 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
     "fedavg, on a grid": lambda: fc.fedavg(
         softmax_loss,
         clipped_sgd,
-        uplink=fc.uplink.chain(fc.uplink.quantile_clip(0.2, bits_noise=0.5), fc.uplink.skellam(0.1, rotate=True)),
+        uplink=fc.uplink.chain(fc.uplink.clip_by_global_norm(0.2), fc.uplink.skellam(0.1, rotate=True)),
         reducer=fc.reduce.modular_sum(3),
     ),
     "fedavg, centered": lambda: fc.fedavg(

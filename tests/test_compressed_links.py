@@ -39,7 +39,7 @@ def test_error_feedback_loses_nothing():
 
 def test_a_clip_inside_of_error_feedback_bounds_the_message():
     link = uplink.error_feedback(uplink.clip_by_global_norm(0.5), c.top_k(3))
-    assert float(link.bound(link.init(UPDATE))) == 0.5
+    assert float(link.promises.bound(link.init(UPDATE), UPDATE)) == 0.5
     fc.fedavg(softmax_loss, clipped_sgd, uplink=uplink.chain(link, uplink.gaussian(1.0)), reducer=fc.fixed_mean(3))
     kept = link.init_client(UPDATE)
     encode = jax.jit(lambda kept: link.encode(UPDATE, link.init(UPDATE), kept, CONTEXT)[:2])
@@ -220,7 +220,7 @@ def test_what_means_nothing_is_refused_with_a_sentence(build, sentence):
 def test_noise_may_follow_a_compressor_that_enlarges_nothing(text):
     texts = {"": c.floats(), "sign": c.sign(), "top_k(values=sign())": c.top_k(3, c.sign()), "kmeans(4)": c.kmeans(4)}
     chosen = texts.get(text, c.random_k(0.1, unbiased=False))
-    assert uplink.chain(CLIP, uplink.compress(chosen), NOISE).noise == "central"
+    assert uplink.chain(CLIP, uplink.compress(chosen), NOISE).promises.noise is uplink.Noise.SERVER
 
 
 def test_an_update_that_is_not_finite_stays_so():

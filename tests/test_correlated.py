@@ -234,7 +234,7 @@ def test_a_target_epsilon_is_solved_for_the_noise_or_for_the_rounds():
     link, spent = flags.build_uplink(tree.format(""), 3.0, 1e-3, 8, sampler, 12, on_grid=None)
     assert spent.shape == (8,)
     assert 2.99 < spent[-1] <= 3.0
-    z = link.noise_multipliers[0]
+    z = link.promises.noise_multipliers[0]
     _, fewer = flags.build_uplink(tree.format(f"{z}, "), float(spent[5]), 1e-3, 8, sampler, 12, on_grid=None)
     assert len(fewer) >= 6  # as many rounds as cost no more than the first six
     assert fewer[-1] <= spent[5]

@@ -115,11 +115,40 @@ TRAFFIC = {  # (down, up): floats that a client is sent in a round, and sends, w
 }
 
 
-def test_clients_that_diverge_are_dropped_and_counted(run, name):
+HIDDEN = (  # by noise: nobody may see who diverged
+    "fedavg, private",
+    "fedavg, private for records and clients",
+    "fedavg, on a grid",
+    "fedavg, centered",
+)
+
+
+def poisoned_by(run, value):
     data = run.data
     x = data.examples["x"].copy()
-    x[data.offsets[1] : data.offsets[2]] = np.inf
-    poisoned = dataclasses.replace(run, data=dataclasses.replace(data, examples={**data.examples, "x": x}))
+    x[data.offsets[1] : data.offsets[2]] = value
+    return dataclasses.replace(run, data=dataclasses.replace(data, examples={**data.examples, "x": x}))
+
+
+def test_under_noise_clients_that_diverge_send_zeros_like_any_other_message(run, name):
+    """So a round does not tell whether a client's update was finite: only the metrics do."""
+    if name not in HIDDEN:
+        return
+    rounds = [poisoned_by(run, value).rounds(parameters(), [[4, 1, 3]], run.jitted) for value in (np.inf, np.nan)]
+    for server, clients, history in rounds:
+        assert history[0]["clients"] == 3
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((server, clients)))
+        assert_identical(server, rounds[0][0])
+    as_usual = run.rounds(parameters(), [[4, 1, 3]], run.jitted)[2][0]
+    stds = [name for name in as_usual if name.endswith("noise_std")]  # on a grid, of as many clients as came
+    assert stds
+    assert [rounds[0][2][0][name] for name in stds] == [as_usual[name] for name in stds]
+
+
+def test_clients_that_diverge_are_dropped_and_counted(run, name):
+    if name in HIDDEN:
+        return  # they send zeros
+    poisoned = poisoned_by(run, np.inf)
     server, clients, history = poisoned.rounds(parameters(), [[4, 1, 3]], run.jitted)
     without, _others, expected = run.rounds(parameters(), [[4, 3]])
     assert history[0].pop("dropped") == 1

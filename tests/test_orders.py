@@ -1,5 +1,6 @@
 """Links in an order that breaks a promise are refused when they are built, and the sentence says what to move where."""
 
+import numpy as np
 import optax
 import pytest
 from problems import softmax_loss
@@ -30,6 +31,24 @@ BROKEN = {
         FIXED,
         "put clip_by_global_norm in its place",
     ),
+    "bits that the server sees beside the clients' own noise": (
+        [uplink.quantile_clip(bits_noise=1.0), uplink.local_gaussian(1.0)],
+        FIXED,
+        "put clip_by_global_norm in its place",
+    ),
+    "bits that the server sees beside masks": (
+        [uplink.quantile_clip(bits_noise=1.0), uplink.skellam(1.0)],
+        fc.reduce.modular_sum(8),
+        "put clip_by_global_norm in its place",
+    ),
+    "a quantile that leaks beside masks": (
+        [uplink.quantile_clip(), grid],
+        fc.reduce.modular_sum(8),
+        "give it bits_noise",
+    ),
+    "a bound of infinity under noise": ([uplink.clip_by_global_norm(np.inf), noise], FIXED, "a finite bound"),
+    "attackers behind the clip": ([clip, noise], fc.attacks.alie(FIXED, [0]), "in front of the clip"),
+    "a robust rule under noise": ([clip, noise], fc.reduce.norm_bounded(1.0, FIXED), "make fixed_mean the reducer"),
     "a quantile that leaks beside noise": ([uplink.quantile_clip(), noise], FIXED, "give it bits_noise"),
     "weights under noise": ([clip, noise], fc.weighted_mean(), "make fixed_mean the reducer"),
     "masks under a median": ([clip, grid], fc.reduce.median(), "make modular_sum the reducer"),
@@ -58,7 +77,6 @@ def test_orders_that_keep_their_promises_are_not_refused():
     for links, reducer in [
         ([clip, top, noise], FIXED),
         ([uplink.error_feedback(clip, compression.top_k(0.1)), noise], FIXED),
-        ([uplink.quantile_clip(bits_noise=1.0), uplink.skellam(1.0)], fc.reduce.modular_sum(8)),
         ([clip, qsgd], fc.reduce.median()),
     ]:
         fc.fedavg(softmax_loss, optax.sgd(0.1), uplink=uplink.chain(*links), reducer=reducer)

@@ -78,8 +78,7 @@ def build(algorithm, links="", reducer="", downlink=""):
     """As ``experiments.run`` does, with the reducer that the links need where none is asked for."""
     make, _ = spec.one(written(algorithm), registry.ALGORITHMS, "--algorithm")
     uplink, reducers = privacy.chain(links, None), registry.reducers(len(COHORT))
-    if not reducer and (uplink.grid or uplink.noise == "central"):
-        reducer = "modular_sum()" if uplink.grid else "fixed_mean()"
+    reducer = reducer or registry.needed_reducer(uplink)
     parts = {"uplink": uplink, "reducer": spec.one(reducer, reducers, "--reducer", reducers) if reducer else None}
     optimisers = registry.client_tx("sgd(0.01)"), registry.server_tx("sgd(1.0)")
     made = make(squared_loss, *optimisers, num_clients=len(SIZES), **parts)
@@ -96,8 +95,12 @@ def rounds():
     exclude each other, since FedAvg takes them all.
     """
     links = {name: privacy.chain(written(name), None) for name in registry.UPLINKS}
-    packing = [written(name) for name, link in links.items() if link.wire == "packs"]
-    other = [written(name) for name, link in links.items() if link.wire == "sums" or link.noise or link.grid]
+    packing = [written(name) for name, link in links.items() if link.promises.wire is fc.uplink.Wire.PACKS]
+    other = [
+        written(name)
+        for name, link in links.items()
+        if link.promises.wire is fc.uplink.Wire.SUMS or link.promises.noise or link.promises.grid
+    ]
     plain = [written(name) for name in links if written(name) not in packing + other]
     reducers = registry.reducers(len(COHORT))
     of_reals = [r for r in map(written, reducers) if not spec.one(r, reducers, "--reducer", reducers).threshold]
@@ -161,7 +164,7 @@ def test_a_round_can_be_traced_or_is_refused_with_a_sentence(name):
     for parts in rounds():
         try:
             metrics = trace(build(name, **parts))
-            packs = privacy.chain(parts.get("links", ""), None).wire == "packs"
+            packs = privacy.chain(parts.get("links", ""), None).promises.wire is fc.uplink.Wire.PACKS
             assert ("bytes_up_entropy" in metrics) == packs
             traced += 1
         except fc.InvalidInput as error:

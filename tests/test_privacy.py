@@ -126,7 +126,7 @@ def fedavg(**kwargs):
         (lambda: uplink.chain(NOISE, CLIP), "put a clip"),
         (lambda: uplink.chain(CLIP, uplink.relative_to_last(), NOISE), "nothing between them that may make"),
         (lambda: uplink.chain(uplink.at_client(optax.clip(1.0)), NOISE), "put a clip"),
-        (lambda: uplink.chain(uplink.memory(fc.clipping.clip_by_global_norm(1.0)), NOISE), "put a clip"),
+        (lambda: uplink.chain(uplink.memory(fc.uplink.compress(fc.compression.top_k(0.5))), NOISE), "put a clip"),
         (lambda: uplink.chain(CLIP, NOISE, uplink.relative_to_last()), "move the noise last"),
         (lambda: uplink.chain(CLIP, uplink.local_gaussian(1.0), NOISE), "put a clip"),
         (lambda: uplink.chain(uplink.quantile_clip(0.1), NOISE), "bits_noise=cohort_size / 20"),
@@ -190,7 +190,7 @@ def test_solvers_find_the_edge():
 
 def test_bits_and_updates_together_cost_what_was_meant():
     link = uplink.chain(uplink.quantile_clip(0.1, bits_noise=2.5), uplink.gaussian(privacy.split(1.5, 2.5)))
-    assert privacy.together(link.noise_multipliers) == pytest.approx(1.5)
+    assert privacy.together(link.promises.noise_multipliers) == pytest.approx(1.5)
     assert privacy.together(()) == math.inf
     assert privacy.together((1.0, 0.0)) == 0
     assert privacy.epsilon(0, sampling.poisson(1), 10, 1, 0.1) == math.inf

@@ -44,8 +44,8 @@ def test_each_mechanisms_noise_is_worth_its_epsilon(pictures, name):
         spent = fc.privacy.epsilon(curve, sampler, clients, track.rounds, delta)
     else:
         link = private.link(z, track)
-        both = fc.privacy.together(link.noise_multipliers)
-        spent = fc.privacy.epsilon(both, sampler, clients, track.rounds, delta, mechanism=link.mechanism)
+        both = fc.privacy.together(link.promises.noise_multipliers)
+        spent = fc.privacy.epsilon(both, sampler, clients, track.rounds, delta, mechanism=link.promises.mechanism)
     assert 1.99 < spent <= 2
 
 

@@ -8,24 +8,39 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_clip import checks, optimiser, tree
+from fedjax_clip.local import Gradient, batch_gradient
 from fedjax_clip.reduce import Reducer, weighted_mean
-from fedjax_clip.typing import ClientTx, InvalidInput, Params, PyTree, Server
+from fedjax_clip.typing import Array, ClientTx, InvalidInput, Params, PyTree, Server
 from fedjax_clip.uplink.base import Uplink, identity
 from fedjax_clip.uplink.orders import check_ends
 
 
 class Parts(NamedTuple):
-    """What most algorithms are built of, checked, with defaults filled in."""
+    """What most algorithms are built of, checked, with defaults filled in.
+
+    Attributes:
+      client_tx, server_tx, uplink, reducer, gradient: as ``fc.fedavg``.
+      beside: the link of what clients send beside the update, such as the change of a variate; ``None`` if they send
+        nothing else, or if it passes no link.
+    """
 
     client_tx: ClientTx
     server_tx: optax.GradientTransformation
     uplink: Uplink
     reducer: Reducer
+    gradient: Gradient = batch_gradient
+    beside: Uplink | None = None
+
+    @property
+    def noise_multipliers(self) -> tuple[float | Array, ...]:
+        """Of all that the server adds Gaussian noise to in a round."""
+        beside = () if self.beside is None else self.beside.promises.noise_multipliers
+        return self.uplink.promises.noise_multipliers + beside
 
     @property
     def population(self) -> int:
         """Fewest clients that there must be, since one is named by number."""
-        return max(self.uplink.population, self.reducer.population)
+        return max(self.uplink.promises.population, self.reducer.population)
 
 
 def parts(
@@ -34,6 +49,8 @@ def parts(
     uplink: Uplink | None,
     reducer: Reducer | None,
     only_update: bool = False,
+    gradient: Gradient = batch_gradient,
+    beside: Uplink | None = None,
 ) -> Parts:
     """``server_tx`` is ``optax.sgd(1.0)`` by default, ``reducer`` the weighted mean, ``uplink`` changes nothing.
 
@@ -44,6 +61,8 @@ def parts(
         optax.sgd(1.0) if server_tx is None else server_tx,
         identity() if uplink is None else uplink,
         weighted_mean() if reducer is None else reducer,
+        gradient,
+        beside,
     )
     if isinstance(client_tx, Uplink):
         raise InvalidInput("client_tx is an uplink; clips of a local step are in fc.clipping.")
@@ -61,7 +80,7 @@ def parts(
         "uplink", filled.uplink, Uplink, "an fc.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"
     )
     checks.kind("reducer", filled.reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
-    check_ends(filled.uplink, filled.reducer, only_update)
+    check_ends(filled.uplink.promises, filled.reducer, only_update)
     return filled
 
 

@@ -70,7 +70,7 @@ def fednova(
         update = jax.tree.map(lambda d: tree.scaled(steps, d), mean)
         return step_server(server, built, update, state), client_states, metrics | {"update_norm": tree.norm(update)}
 
-    return Algorithm(init, init_client, round, population=built.population, loss=per_example_loss)
+    return Algorithm(init, init_client, round, population=built.population, parts=built, loss=per_example_loss)
 
 
 def feddyn(
@@ -108,7 +108,7 @@ def feddyn(
     Source: Acar et al. (2021), "Federated Learning Based on Dynamic Regularization", Algorithm 1.
     """
     checks.positive("feddyn's alpha", alpha)
-    built = parts(client_tx, server_tx, uplink, uniform_mean() if reducer is None else reducer)
+    built = parts(client_tx, server_tx, uplink, uniform_mean() if reducer is None else reducer, only_update=True)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -134,12 +134,24 @@ def feddyn(
         )
         share = population_share(built.reducer, cohort, metrics)
         h = tree.add_scaled(server.own, -alpha * share, mean)
-        came = metrics["clients"] > 0
-        update = jax.tree.map(lambda m, h: jnp.where(came, m - h / alpha, 0), mean, h)
+        # Under a fixed denominator a round of nobody looks like any other, or noise could not hide it.
+        came = True if built.reducer.denominator is not None else metrics["clients"] > 0
+
+        def corrected(m, h):
+            dtype = tree.common_type(m, h)
+            return jnp.where(came, m.astype(dtype) - (h / alpha).astype(dtype), 0)
+
+        update = jax.tree.map(corrected, mean, h)
         return step_server(server, built, update, state, h), client_states, metrics | {"update_norm": tree.norm(update)}
 
     return Algorithm(
-        init, init_client, round, population=built.population, num_clients=told(num_clients), loss=per_example_loss
+        init,
+        init_client,
+        round,
+        population=built.population,
+        parts=built,
+        num_clients=told(num_clients),
+        loss=per_example_loss,
     )
 
 
@@ -224,4 +236,4 @@ def mime(
         metrics |= {"update_norm": tree.norm(update)} | traffic(first, metrics)
         return step_server(server, built, update, state, m), client_states, metrics
 
-    return Algorithm(init, init_client, round, population=built.population, loss=per_example_loss)
+    return Algorithm(init, init_client, round, population=built.population, parts=built, loss=per_example_loss)

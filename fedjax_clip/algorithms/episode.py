@@ -99,7 +99,7 @@ def episode(
         metrics |= _decision(mean, threshold) | traffic(first, metrics)
         return step_server(server, built, update, state), client_states._replace(own=()), metrics
 
-    return Algorithm(init, init_client, round, population=built.population, loss=per_example_loss)
+    return Algorithm(init, init_client, round, population=built.population, parts=built, loss=per_example_loss)
 
 
 def episode_plus(
@@ -187,6 +187,7 @@ def episode_plus(
         init_client,
         round,
         population=built.population,
+        parts=built,
         num_clients=told(num_clients),
         start=start,
         loss=per_example_loss,

@@ -58,7 +58,7 @@ def fedavg(
     Source: McMahan et al. (2017), Algorithm 1; Reddi et al. (2021), Algorithms 1 and 2; Liu et al. (2022) for the
     clipped local step.
     """
-    filled = parts(client_tx, server_tx, uplink, reducer, only_update=True)
+    filled = parts(client_tx, server_tx, uplink, reducer, only_update=True, gradient=gradient)
 
     def work(tx):
         return local_update(per_example_loss, tx, gradient, keep_opt_state)
@@ -119,4 +119,4 @@ def _averaged(
         )
         return step_server(server, parts, update, uplink_state), client_states, metrics
 
-    return Algorithm(init, init_client, round, population=parts.population)
+    return Algorithm(init, init_client, round, population=parts.population, parts=parts)

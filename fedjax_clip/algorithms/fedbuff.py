@@ -56,13 +56,13 @@ def fedbuff(
     checks.within("exponent", exponent, 0)
     max_staleness = checks.count("max_staleness", max_staleness, 0, 10**5)
     reducer = uniform_mean() if reducer is None else reducer
-    built = parts(client_tx, server_tx, uplink, reducer, only_update=True)
-    if built.uplink.mirrors:
+    built = parts(client_tx, server_tx, uplink, reducer, only_update=True, gradient=gradient)
+    if mirrors := built.uplink.promises.mirrors:
         raise InvalidInput(
-            f"FedBuff weighs messages by their staleness, and {built.uplink.mirrors} adds them up as they were sent: "
-            f"take fedavg or fedsgd, or {built.uplink.mirrors} out of the uplink."
+            f"FedBuff weighs messages by their staleness, and {mirrors} adds them up as they were sent: "
+            f"take fedavg or fedsgd, or {mirrors} out of the uplink."
         )
-    if built.uplink.grid is not None:
+    if built.uplink.promises.grid is not None:
         raise InvalidInput(
             "FedBuff weighs messages by their staleness, and integers on a grid cannot be weighed: take fedavg, or "
             "the grid out of the uplink."
@@ -92,7 +92,9 @@ def fedbuff(
         one_of_them = {"bytes_down": metrics["bytes_down"] / length}  # a client is sent no ring
         return after._replace(own=ring), client_states, metrics | one_of_them
 
-    return Algorithm(init, init_client, round, broadcasts=False, population=built.population, loss=per_example_loss)
+    return Algorithm(
+        init, init_client, round, broadcasts=False, population=built.population, parts=built, loss=per_example_loss
+    )
 
 
 def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Uplink:

@@ -54,7 +54,7 @@ def partially_private(
         re.compile(private)
     except (re.error, TypeError) as error:
         raise InvalidInput(f"private: {private!r} is not a regular expression: {error}.") from error
-    built = parts(client_tx, server_tx, uplink, reducer, only_update=True)
+    built = parts(client_tx, server_tx, uplink, reducer, only_update=True, gradient=gradient)
 
     def split(params):
         own, shared = tree.split(params, private)
@@ -92,5 +92,12 @@ def partially_private(
         return tree.join(state.own, split(params)[1])
 
     return Algorithm(
-        init, init_client, round, personal, broadcasts=False, population=built.population, loss=per_example_loss
+        init,
+        init_client,
+        round,
+        personal,
+        broadcasts=False,
+        population=built.population,
+        parts=built,
+        loss=per_example_loss,
     )

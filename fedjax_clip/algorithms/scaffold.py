@@ -77,5 +77,11 @@ def scaffold(
         return step_server(server, built, update, state, c), client_states, metrics
 
     return Algorithm(
-        init, init_client, round, population=built.population, num_clients=told(num_clients), loss=per_example_loss
+        init,
+        init_client,
+        round,
+        population=built.population,
+        parts=built,
+        num_clients=told(num_clients),
+        loss=per_example_loss,
     )

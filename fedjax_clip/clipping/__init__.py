@@ -1,5 +1,6 @@
 """Clips: norm × scope × threshold rule × shape, as optax transforms that also say what they did."""
 
+from fedjax_clip.clipping.guarantee import bound_of
 from fedjax_clip.clipping.parts import (
     Norm,
     Rule,
@@ -50,6 +51,7 @@ __all__ = [
     "adaptive_gradient_clip",
     "auto_clip",
     "bare_state",
+    "bound_of",
     "clip",
     "clip_by_global_norm",
     "clip_by_value",

@@ -1,5 +1,6 @@
 """What a clip is made of: a norm, a scope, a rule for the threshold, and a shape."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -21,6 +22,7 @@ class Norm(NamedTuple):
       reduce: how the numbers of a leaf become one.
       join: how two leaves become one.
       finish: what is done in the end.
+      widest: ``n -> the largest L2 norm`` of n numbers whose norm is 1; ``None`` if it is not known.
 
     Example:
       >>> fc.clipping.clip(1.0, norm=fc.clipping.l1())
@@ -30,6 +32,7 @@ class Norm(NamedTuple):
     reduce: Callable[..., Array]
     join: Callable[[Array, Array], Array]
     finish: Callable[[Array], Array]
+    widest: Callable[[int], float] | None = None
 
 
 def l1() -> Norm:
@@ -38,7 +41,7 @@ def l1() -> Norm:
     Example:
       >>> fc.clipping.clip(1.0, norm=fc.clipping.l1())
     """
-    return Norm(jnp.abs, jnp.sum, jnp.add, lambda total: total)
+    return Norm(jnp.abs, jnp.sum, jnp.add, lambda total: total, lambda n: 1.0)
 
 
 def l2() -> Norm:
@@ -47,7 +50,7 @@ def l2() -> Norm:
     Example:
       >>> fc.clipping.clip(1.0, norm=fc.clipping.l2())
     """
-    return Norm(lambda x: jnp.square(jnp.abs(x)), jnp.sum, jnp.add, tree.safe_sqrt)
+    return Norm(lambda x: jnp.square(jnp.abs(x)), jnp.sum, jnp.add, tree.safe_sqrt, lambda n: 1.0)
 
 
 def linf() -> Norm:
@@ -56,7 +59,7 @@ def linf() -> Norm:
     Example:
       >>> fc.clipping.clip(1.0, norm=fc.clipping.linf())
     """
-    return Norm(jnp.abs, jnp.max, jnp.maximum, lambda total: total)
+    return Norm(jnp.abs, jnp.max, jnp.maximum, lambda total: total, math.sqrt)
 
 
 class Scope(NamedTuple):
@@ -135,7 +138,7 @@ def unit() -> Scope:
     return Scope(lambda name: name, "units")
 
 
-def _unit_axes(shape: tuple[int, ...]) -> tuple[int, ...] | None:
+def unit_axes(shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The axes over which a unit reaches; ``None``: over the whole leaf."""
     if sum(n != 1 for n in shape) <= 1:
         return None
@@ -158,7 +161,7 @@ def measure(scope: Scope, norm: Norm, updates: PyTree) -> Norms:
         mapped = norm.map(tree.wide(x))
         if scope.keep == "everything":
             total = mapped
-        elif scope.keep == "units" and (axes := _unit_axes(x.shape)):
+        elif scope.keep == "units" and (axes := unit_axes(x.shape)):
             total = norm.reduce(mapped, axis=axes)
         else:
             total = norm.reduce(tree.by_columns(norm.reduce, mapped)) if x.size else jnp.zeros((), mapped.dtype)
@@ -184,15 +187,20 @@ class Rule(NamedTuple):
       apply: ``(norms, state, weight_norms) -> (thresholds, state)``; ``weight_norms`` are the parameters' own norms,
         for a rule that asks for them.
       uses_params: whether it does.
+      threshold: ``name of a group -> threshold`` where it is always the same; ``None`` elsewhere.
 
     Example:
-      >>> # twice the threshold of another rule
-      >>> wider = rule._replace(apply=lambda n, s, w: (jax.tree.map(lambda t: 2 * t, rule.apply(n, s, w)[0]), s))
+      >>> # twice the threshold of another rule, which then no longer says what it is
+      >>> def apply(norms, state, weights):
+      ...     thresholds, state = rule.apply(norms, state, weights)
+      ...     return {name: 2 * t for name, t in thresholds.items()}, state
+      >>> wider = rule._replace(apply=apply, threshold=None)
     """
 
     init: Callable[[Norms], PyTree]
     apply: Callable[[Norms, PyTree, Norms | None], tuple[Norms, PyTree]]
     uses_params: bool = False
+    threshold: Callable[[str], float | Array] | None = None
 
 
 def fixed(threshold: float | Array | Mapping[str, float]) -> Rule:
@@ -218,9 +226,13 @@ def fixed(threshold: float | Array | Mapping[str, float]) -> Rule:
 
     if isinstance(threshold, Mapping) and not threshold:
         raise InvalidInput("A clip's thresholds by group are none: give one for each group.")
-    for value in threshold.values() if isinstance(threshold, Mapping) else [threshold]:
+    values = [*threshold.values()] if isinstance(threshold, Mapping) else [threshold]
+    for value in values:
         checks.positive("A clip's threshold", value)
-    return Rule(lambda norms: (), lambda norms, state, _: ({k: jnp.asarray(of(k)) for k in norms}, state))
+    known = of if all(isinstance(value, jax.Array) or math.isfinite(value) for value in values) else None
+    return Rule(
+        lambda norms: (), lambda norms, state, _: ({k: jnp.asarray(of(k)) for k in norms}, state), threshold=known
+    )
 
 
 def scheduled(schedule: Callable[[Array], Array]) -> Rule:
@@ -367,6 +379,12 @@ def z_score(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> Ru
 Shape = Callable[[Array, Array], Array]  # (norm, threshold) -> factor
 
 
+def bounding(shape: Shape) -> Shape:
+    """Marks a shape under which no norm exceeds its threshold."""
+    shape.bounds = True  # type: ignore[attr-defined] # a mark, which chains of other functions do not have
+    return shape
+
+
 def hard() -> Shape:
     """``min(1, threshold / norm)``. Guarantee: norm at most the threshold, direction kept.
 
@@ -378,7 +396,7 @@ def hard() -> Shape:
         over = ~(norm <= threshold)  # a NaN too
         return jnp.where(over, threshold / jnp.where(over, norm, 1.0), 1.0)  # whose gradient is finite at zero
 
-    return factor
+    return bounding(factor)
 
 
 def smooth(alpha: float | Array = 1.0) -> Shape:
@@ -394,7 +412,7 @@ def smooth(alpha: float | Array = 1.0) -> Shape:
       >>> fc.clipping.clip(1.0, shape=fc.clipping.smooth(0.5))
     """
     checks.positive("smooth", alpha)
-    return lambda norm, threshold: threshold / (alpha + norm)
+    return bounding(lambda norm, threshold: threshold / (alpha + norm))
 
 
 def normalise() -> Shape:
@@ -403,7 +421,7 @@ def normalise() -> Shape:
     Example:
       >>> fc.clipping.clip(1.0, scope=fc.clipping.layer(), shape=fc.clipping.normalise())
     """
-    return lambda norm, threshold: jnp.where(norm == 0, 0.0, threshold / jnp.where(norm == 0, 1.0, norm))
+    return bounding(lambda norm, threshold: jnp.where(norm == 0, 0.0, threshold / jnp.where(norm == 0, 1.0, norm)))
 
 
 def delta_floor(delta: float | Array) -> Shape:
@@ -448,4 +466,4 @@ def two_sided(lower: float | Array = 0.0) -> Shape:
         safe = jnp.where(norm == 0, 1.0, norm)
         return jnp.where(norm == 0, 0.0, jnp.clip(norm, lower, threshold) / safe)
 
-    return factor
+    return bounding(factor)

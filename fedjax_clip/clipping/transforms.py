@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_clip import checks, tree
-from fedjax_clip.clipping import parts
+from fedjax_clip.clipping import guarantee, parts
 from fedjax_clip.clipping.parts import Norm, Norms, Rule, Scope, Shape
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree
@@ -83,7 +83,9 @@ def clip(
         )
         return parts.spread(scope, factors, updates), ClipState(fired, size, threshold, inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    made = optax.GradientTransformationExtraArgs(init, update)
+    limit = guarantee.bound_by_groups(rule, norm, scope, shape)
+    return made if limit is None else guarantee.bounded(made, limit)
 
 
 def watch(tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]) -> optax.GradientTransformationExtraArgs:
@@ -206,7 +208,10 @@ def clip_by_value(max_value: float | Array) -> optax.GradientTransformationExtra
     Source: ``optax.clip``.
     """
     checks.positive("clip_by_value: max_value", max_value)
-    return watch(optax.clip(max_value), lambda updates: ~(optax.tree.norm(updates, ord=jnp.inf) <= max_value))
+    made = watch(optax.clip(max_value), lambda updates: ~(optax.tree.norm(updates, ord=jnp.inf) <= max_value))
+    limit = guarantee.bound_by_groups(parts.fixed(max_value), parts.l2(), parts.element(), parts.hard())
+    assert limit is not None
+    return guarantee.bounded(made, limit)
 
 
 def auto_clip(percent: float | Array = 10.0, window: int = 1000) -> optax.GradientTransformationExtraArgs:
@@ -373,4 +378,5 @@ def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         payable = jnp.isfinite(owed) & ((paid == 0) | (owed <= 2.0**24 * paid))
         return sent, (tree.where(payable, carry, optax.tree.zeros_like(carry)), inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    made, limit = optax.GradientTransformationExtraArgs(init, update), guarantee.bound_of(tx)
+    return made if limit is None else guarantee.bounded(made, limit)

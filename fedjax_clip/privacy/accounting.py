@@ -17,7 +17,8 @@ from fedjax_clip.typing import Algorithm, InvalidInput, Params
 from fedjax_clip.uplink.promises import Noise
 
 try:
-    from fedjax_clip.privacy import distributed, renyi
+    from fedjax_clip.privacy import renyi
+    from fedjax_clip.privacy.distributed import distributed
     from fedjax_clip.privacy.exposure import exposure, spent
     from fedjax_clip.privacy.gaussians import together
     from fedjax_clip.privacy.participation import Separated
@@ -161,8 +162,14 @@ def _said(algorithm: Algorithm, mechanism: Mechanism | None, params: Params | No
     if promises.grid is not None and promises.noise is Noise.SHARES:
         if params is None:
             raise InvalidInput("What noise on a grid is worth depends on the model's size: give epsilon params=.")
-        return distributed.distributed(parts.uplink, params, parts.reducer), None
-    return together([float(z) for z in promises.noise_multipliers]), promises.mechanism
+        return distributed(parts.uplink, params, parts.reducer), None
+    beside = promises if parts.beside is None else parts.beside.promises
+    if beside.mechanism is not promises.mechanism:
+        raise InvalidInput(
+            "Two parts of a message have noise of different mechanisms, which nobody has accounted for together: give "
+            "both the same, or none."
+        )
+    return together([float(z) for z in parts.noise_multipliers]), promises.mechanism
 
 
 def noise_multiplier(

@@ -5,11 +5,10 @@ import math
 import numpy as np
 
 from fedjax_clip.privacy import renyi
-from fedjax_clip.privacy.gaussians import together
 from fedjax_clip.reduce import Reducer
 from fedjax_clip.tree import size
 from fedjax_clip.typing import InvalidInput, Params
-from fedjax_clip.uplink import Uplink
+from fedjax_clip.uplink import Noise, Uplink
 
 
 def distributed(uplink: Uplink, params: Params, reducer: Reducer) -> renyi.Curve:
@@ -17,8 +16,8 @@ def distributed(uplink: Uplink, params: Params, reducer: Reducer) -> renyi.Curve
 
     Neighbours are two runs in one of which a client's messages are those of a zero update (with noise), or those of
     another client where cohorts are drawn without replacement. A round is counted with the noise of the threshold's
-    clients, the fewest that are ever added up. What the server adds to a quantile's bits is counted, too. For who sees
-    sums only: the amplification by sampling holds for those who are not told who took part, as the server is.
+    clients, the fewest that are ever added up. For who sees sums only: the amplification by sampling holds for those
+    who are not told who took part, as the server is.
 
     Args:
       uplink: a chain that ends on a grid with noise.
@@ -35,20 +34,17 @@ def distributed(uplink: Uplink, params: Params, reducer: Reducer) -> renyi.Curve
     Source: Kairouz, Liu and Steinke (2021), Proposition 14; Agarwal, Kairouz and Liu (2021), Theorem 3.5; Zhu and Wang
     (2019), Theorem 5; Wang, Balle and Kasiviswanathan (2019), Theorem 9.
     """
-    if uplink.grid is None or uplink.noise != "distributed" or reducer.threshold is None:
+    promises = uplink.promises
+    if promises.grid is None or promises.noise is not Noise.SHARES or reducer.threshold is None:
         raise InvalidInput(
             "No noise on a grid: let the uplink end on discrete_gaussian(z) or skellam(z), under a modular sum."
         )
-    grid = uplink.grid(size(params), reducer.denominator, reducer.threshold)
+    grid = promises.grid(size(params), reducer.denominator, reducer.threshold)
     l2, l1, stddev = float(grid.l2), float(grid.l1), float(grid.stddev)
-    bits = [float(z) for z in uplink.noise_multipliers]  # what the server adds to a quantile's
-    z = together(bits) if bits else math.inf
-    if stddev == 0 or z == 0:
+    if stddev == 0:
         return lambda orders, sensitivity: np.full(len(orders), math.inf)
     if grid.noise == "gaussian" and stddev < 0.5:
         raise renyi.TooNarrow(f"discrete_gaussian is {stddev:.2g} steps wide here, under 1/2: give the grid more bits.")
     if grid.noise == "gaussian":
-        curve = renyi.discrete_gaussian(l2, l1, stddev, grid.clients, grid.dim)
-    else:
-        curve = renyi.skellam(l2, l1, grid.clients * stddev**2)
-    return curve if z == math.inf else lambda orders, change: curve(orders, change) + renyi.gaussian(z)(orders, change)
+        return renyi.discrete_gaussian(l2, l1, stddev, grid.clients, grid.dim)
+    return renyi.skellam(l2, l1, grid.clients * stddev**2)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_clip import checks, tree
-from fedjax_clip.typing import Array, PyTree
+from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 
 class Roster(NamedTuple):
@@ -41,6 +41,8 @@ class Reducer(NamedTuple):
         reducer of real numbers.
       population: fewest clients that there must be, since it names one by number.
       weighted: whether a client counts by its weight; otherwise all clients count alike.
+      hides: its name, if it is a secure sum: nobody may look at a single message.
+      forges: its name, if messages are replaced behind the uplink by what depends on other clients' messages.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.uniform_mean())
@@ -55,6 +57,8 @@ class Reducer(NamedTuple):
     threshold: int | None = None
     population: int = 0
     weighted: bool = False
+    hides: str = ""
+    forges: str = ""
 
 
 def weighted_mean() -> Reducer:
@@ -116,6 +120,23 @@ def _mean(weigh: Callable[[Array], Array], denominator: float | Array | None = N
     return Reducer(zero, add, finish, True, denominator)
 
 
+def looks_at_messages(name: str, reducer: Reducer) -> None:
+    """Refuses to wrap a secure sum by what would look at single messages.
+
+    Args:
+      name: of what would.
+      reducer: that it wraps.
+
+    Raises:
+      InvalidInput: a reducer that hides single messages.
+    """
+    if reducer.hides:
+        raise InvalidInput(
+            f"{name} looks at single messages, which {reducer.hides} hides from everybody: take {reducer.hides} alone, "
+            "and let a clip of the uplink bound what one client sends."
+        )
+
+
 def together(*reducers: Reducer) -> Reducer:
     """For messages of several parts: the first part by the first reducer, the second by the second, ...
 
@@ -144,5 +165,7 @@ def together(*reducers: Reducer) -> Reducer:
         finish=finish,
         linear=all(r.linear for r in reducers),
         fewest=max(r.fewest for r in reducers),
+        hides=next((r.hides for r in reducers if r.hides), ""),
+        forges=next((r.forges for r in reducers if r.forges), ""),
         population=max(r.population for r in reducers),
     )

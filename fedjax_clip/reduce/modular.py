@@ -48,7 +48,7 @@ def modular_sum(cohort_size: int, threshold: int | None = None) -> Reducer:
         total, came = acc if axis_name is None else jax.lax.psum(acc, axis_name)
         return jax.tree.map(lambda t: jnp.where(came >= threshold, t, 0), total)
 
-    return Reducer(zero, add, finish, True, float(cohort_size), threshold=threshold)
+    return Reducer(zero, add, finish, True, float(cohort_size), threshold=threshold, hides="modular_sum")
 
 
 def on_host(
@@ -107,7 +107,8 @@ def on_host(
         parts = jnp.split(total, np.cumsum([x[0].size for x in leaves])[:-1])
         return jax.tree.unflatten(structure, [p.reshape(x.shape[1:]) for p, x in zip(parts, leaves, strict=True)])
 
-    return Reducer(zero, add, finish, True, float(cohort_size), threshold=threshold if modular else None)
+    made = Reducer(zero, add, finish, True, float(cohort_size), threshold=threshold if modular else None)
+    return made._replace(hides="a secure sum")
 
 
 PIECE = 2**14  # elements that go to the host at once

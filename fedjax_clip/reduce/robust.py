@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_clip import checks, tree
-from fedjax_clip.reduce.base import Reducer, uniform_mean
+from fedjax_clip.reduce.base import Reducer, looks_at_messages, uniform_mean
 from fedjax_clip.reduce.stack import Stack, stacking
 from fedjax_clip.typing import Array, PyTree
 
@@ -181,6 +181,7 @@ def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Red
     checks.positive("norm_bounded: max_norm", max_norm)
     reducer = uniform_mean() if reducer is None else reducer
     checks.kind("reducer", reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
+    looks_at_messages("norm_bounded", reducer)
 
     def add(acc, messages, weights):
         factors = _within(max_norm, messages)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_clip import checks, tree
-from fedjax_clip.reduce.base import Reducer, Roster
+from fedjax_clip.reduce.base import Reducer, Roster, looks_at_messages
 from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 
@@ -103,6 +103,7 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
     """
 
     checks.kind("reducer", reducer, Reducer, "an fc.Reducer, such as fc.reduce.median()")
+    looks_at_messages("A rule that changes messages", reducer)
 
     def aggregate(stack):
         stack = change(stack)
@@ -111,7 +112,7 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
         return reducer.finish(reducer.add(acc, stack.messages, stack.weights), None)
 
     fewest = reducer.fewest if fewest is None else fewest
-    kept = {name: getattr(reducer, name) for name in ("denominator", "population", "weighted")}
+    kept = {name: getattr(reducer, name) for name in ("denominator", "population", "weighted", "forges")}
     return stacking(aggregate, fewest)._replace(**kept)
 
 

@@ -6,11 +6,15 @@ from fedjax_clip.uplink.compress import compress, count_sketch, error_feedback, 
 from fedjax_clip.uplink.grid import Grid, discrete_gaussian, integer_grid, skellam
 from fedjax_clip.uplink.memory import memory, relative_to_last, with_bias
 from fedjax_clip.uplink.noise import gaussian, local_gaussian
+from fedjax_clip.uplink.promises import Noise, Promises, Wire
 
 __all__ = [
     "Context",
     "Grid",
+    "Noise",
+    "Promises",
     "Uplink",
+    "Wire",
     "at_client",
     "by_group",
     "chain",

@@ -1,19 +1,20 @@
 """What crosses the wire from a client to the server: the one type that optax does not have."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fedjax_clip import checks, optimiser, tree
-from fedjax_clip.clipping import bare_state, clip_report
-from fedjax_clip.mechanism import Mechanism
+from fedjax_clip.clipping import bare_state, bound_of, clip_report
 from fedjax_clip.metrics import prefixed
 from fedjax_clip.typing import Array, InvalidInput, Metrics, Params, PyTree
-from fedjax_clip.uplink.orders import check_chain, last_bound
+from fedjax_clip.uplink.orders import check_chain
+from fedjax_clip.uplink.promises import Promises, joined, last_bound
 
 SENT = ("bytes", "entropy_bytes")  # what a link that packs reports of its message
 LATE = "late"  # what a link reports, true, of a message that comes too late to count
@@ -59,21 +60,8 @@ class Uplink(NamedTuple):
         dict of sums or ``metrics.Mean``s, which add up over the cohort.
       decode: ``(aggregate, state, report, ctx) -> (update, state, metrics)`` at the server, once, with the
         cohort's report.
-      bound: ``state -> L2 norm`` that no message leaving this link exceeds, whatever enters; ``None`` promises nothing.
-      contracts: whether no message leaves with a larger norm than it enters: bounds before it then still hold.
-      noise: ``"central"``, ``"local"`` or ``"distributed"`` (a share at each client), who adds noise, if anybody.
-      noise_multipliers: of all that the server adds Gaussian noise to in a round; ``fc.privacy`` reads them.
-      needs_bound: whether what enters must have a bound.
-      leaks: what it tells the server of the clients besides the message and without noise; nothing by default.
-      moves: its name, if its bound changes from round to round.
-      mirrors: its name, if what a client keeps is a copy of what the server has added up of its messages: then they
-        must be added up as they were sent.
-      mechanism: how its noise depends on that of the rounds before, if it does.
-      wire: what it does to the message on its way: it ``"changes"`` it, or ``"keeps"`` it (what it does, it does at
-        the server), or ``"packs"`` it: nothing may touch it any more, and its report has the ``bytes`` that travel and
-        their ``entropy_bytes``; or it ``"sums"``: the message means something in a sum only; reducers must be linear.
-      grid: ``(dim, cohort_size, threshold) -> Grid`` if messages are integers, which only a modular sum can add.
-      population: fewest clients that there must be, since it names one by number.
+      promises: what holds of every message that leaves the link; nothing by default. Links, reducers and the accounting
+        of privacy rely on it.
 
     Example:
       >>> def encode(update, state, client_state, ctx):  # sends what is larger than a threshold of the server
@@ -86,7 +74,7 @@ class Uplink(NamedTuple):
       ...     init_client=lambda params: jnp.zeros(()),
       ...     encode=encode,
       ...     decode=decode,
-      ...     contracts=True,  # nothing gets larger, so a clip's bound in front of it still holds for noise behind it
+      ...     promises=fc.uplink.Promises(contracts=True),  # nothing gets larger: a clip's bound in front still holds
       ... )
       >>> link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), link)
       >>> halved = fc.uplink.at_client(optax.scale(0.5))  # the shortest way to make one that keeps nothing
@@ -96,18 +84,18 @@ class Uplink(NamedTuple):
     init_client: Callable[[Params], PyTree]
     encode: Callable[[PyTree, PyTree, PyTree, Context], tuple[PyTree, PyTree, Metrics]]
     decode: Callable[[PyTree, PyTree, Metrics, Context], tuple[PyTree, PyTree, Metrics]]
-    bound: Callable[[PyTree], Array] | None = None
-    contracts: bool = False
-    noise: str = ""
-    noise_multipliers: tuple[float | Array, ...] = ()
-    needs_bound: bool = False
-    leaks: str = ""
-    moves: str = ""
-    mirrors: str = ""
-    mechanism: Mechanism | None = None
-    wire: str = "changes"
-    grid: Callable[[int, Any, int], Any] | None = None
-    population: int = 0
+    promises: Promises = Promises()
+
+    def promising(self, **changes: Any) -> "Uplink":
+        """The same link with some promises changed.
+
+        Args:
+          **changes: attributes of ``Promises``.
+
+        Example:
+          >>> link = fc.uplink.at_client(optax.scale(0.5)).promising(contracts=True)
+        """
+        return self._replace(promises=dataclasses.replace(self.promises, **changes))
 
 
 def chain(*links: Uplink) -> Uplink:
@@ -131,16 +119,17 @@ def chain(*links: Uplink) -> Uplink:
             Uplink,
             "an fc.Uplink (fc.uplink.compress makes one of a compressor, at_client of an optax transform)",
         )
-    check_chain(links)
-    bounding = [last_bound(links[:position]) for position in range(len(links) + 1)]
+    promises = [link.promises for link in links]
+    check_chain(promises)
+    if len(links) == 1:
+        return links[0]
+    bounding = [last_bound(promises[:position]) for position in range(len(links))]
 
-    def guarantee(position, state, otherwise=None):
-        bound = None if position is None else links[position].bound
-        return otherwise if bound is None else bound(state[position])
-
-    def contexts(state, ctx):
-        for position in range(len(links)):
-            yield _at(ctx, position)._replace(bound=guarantee(bounding[position], state, ctx.bound))
+    def context(position, state, ctx, like):
+        last = bounding[position]
+        bound = None if last is None else promises[last].bound
+        here = _at(ctx, position)
+        return here if bound is None else here._replace(bound=bound(state[last], like))
 
     def init(params):
         return tuple(link.init(params) for link in links)
@@ -151,8 +140,8 @@ def chain(*links: Uplink) -> Uplink:
     def encode(update, state, client_state, ctx):
         states, reports = [], []
         sent: Metrics = {}
-        for link, s, c, here in zip(links, state, client_state, contexts(state, ctx), strict=True):
-            update, c, report = encoded(link, update, s, c, here)
+        for position, (link, s, c) in enumerate(zip(links, state, client_state, strict=True)):
+            update, c, report = encoded(link, update, s, c, context(position, state, ctx, update))
             report = dict(report)
             states.append(c)
             sent |= {name: report.pop(name) for name in SENT if name in report}
@@ -163,33 +152,14 @@ def chain(*links: Uplink) -> Uplink:
         reports = _unnumbered(report, len(links))
         states: list[PyTree] = []
         metrics: list[Metrics] = []
-        for link, s, r, here in reversed([*zip(links, state, reports, contexts(state, ctx), strict=True)]):
-            aggregate, s, m = decoded(link, aggregate, s, r, here)
+        for position, link in reversed([*enumerate(links)]):
+            here = context(position, state, ctx, aggregate)
+            aggregate, s, m = decoded(link, aggregate, state[position], reports[position], here)
             states.insert(0, s)
             metrics.insert(0, m)
         return aggregate, tuple(states), _numbered(metrics)
 
-    if len(links) == 1:
-        return links[0]
-    last, contracts = bounding[-1], all(link.contracts for link in links)
-    bound = None if last is None else functools.partial(guarantee, last)
-    noise = "central" if any(link.noise == "central" for link in links) else max((k.noise for k in links), default="")
-    multipliers = sum((link.noise_multipliers for link in links), ())
-
-    def said(name: str) -> str:
-        return next((getattr(link, name) for link in links if getattr(link, name)), "")
-
-    mechanism = next((link.mechanism for link in links if link.mechanism), None)
-    joined = Uplink(init, init_client, encode, decode, bound, contracts, noise, multipliers, leaks=said("leaks"))
-    population = max((link.population for link in links), default=0)
-    grid = links[-1].grid if links else None
-    joined = joined._replace(moves=said("moves"), mirrors=said("mirrors"))
-    return joined._replace(mechanism=mechanism, wire=_wire(links), grid=grid, population=population)
-
-
-def _wire(links: Sequence[Uplink]) -> str:
-    """What a chain does to the message: what the last link does that does not keep it."""
-    return next((link.wire for link in reversed(links) if link.wire != "keeps"), "keeps")
+    return Uplink(init, init_client, encode, decode, joined(promises))
 
 
 def encoded(link: Uplink, update: PyTree, state: PyTree, client_state: PyTree, ctx: Context) -> Any:
@@ -238,6 +208,7 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
       keep_state: whether every client keeps the transform's state from its one round to its next, as a clip with a
         history needs.
       bound: L2 norm that nothing which leaves the transform exceeds, for noise to be in proportion to; you promise it.
+        Clips of ``fc.clipping`` with fixed thresholds know theirs (``fc.clipping.bound_of``).
 
     Raises:
       InvalidInput: (when a run begins) a transform with a state that nobody keeps.
@@ -262,12 +233,36 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
         message, after = optimiser.update(tx, update, before)
         return message, after if keep_state else client_state, clip_report(after)
 
-    promise = None if bound is None else lambda state: jnp.float32(bound)
-    return Uplink(init, init_client, encode, lambda aggregate, state, report, ctx: (aggregate, state, report), promise)
+    limit = bound_of(tx) if bound is None else lambda like: jnp.asarray(bound, jnp.float32)
+    if bound is not None and not isinstance(bound, jax.core.Tracer) and not np.isfinite(bound):
+        limit = None
+    promise = None if limit is None else lambda state, like: limit(like)
+    return Uplink(init, init_client, encode, at_server, Promises(bound=promise))
+
+
+def at_server(aggregate: PyTree, state: PyTree, report: Metrics, ctx: Context) -> tuple[PyTree, PyTree, Metrics]:
+    """The ``decode`` of a link that does nothing at the server but to show its report.
+
+    Args:
+      aggregate, state, report, ctx: see ``Uplink``.
+    """
+    return aggregate, state, report
+
+
+def nothing(params: Params) -> tuple[()]:
+    """The ``init`` or ``init_client`` of a link that keeps nothing there.
+
+    Args:
+      params: see ``Uplink``.
+    """
+    return ()
 
 
 def on_update(link: Uplink) -> Uplink:
     """A link for a message of several parts, ``(update, ...)``: it acts on the update, and leaves the rest alone.
+
+    Its promises are the link's, and hold of the update alone: whoever sends more than that says so to the check of
+    its parts (``check_ends``), which refuses noise that does not cover the rest.
 
     Args:
       link: for the first part.
@@ -287,7 +282,9 @@ def on_update(link: Uplink) -> Uplink:
         update, state, metrics = link.decode(aggregate[0], state, report, ctx)
         return (update, *aggregate[1:]), state, metrics
 
-    return Uplink(link.init, link.init_client, encode, decode)
+    bound = link.promises.bound
+    of_update = None if bound is None else lambda state, like: bound(state, like[0])
+    return link._replace(encode=encode, decode=decode).promising(bound=of_update)
 
 
 def _at(ctx: Context, position: int) -> Context:

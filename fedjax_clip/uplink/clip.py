@@ -10,7 +10,8 @@ from fedjax_clip import checks, clipping, tree
 from fedjax_clip.clipping.parts import Norm, hard, measure, whole
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput
-from fedjax_clip.uplink.base import Uplink, at_client
+from fedjax_clip.uplink.base import Uplink, at_client, nothing
+from fedjax_clip.uplink.promises import Promises
 
 LEAKS = "{} tells the server without noise which clients' updates are small, so noise on the updates keeps no secret{}."
 
@@ -37,7 +38,7 @@ def clip_by_global_norm(max_norm: float | Array) -> Uplink:
     clipping); Zhang et al. (2022); Yang, Qiu and Liu (2022), FAT-Clipping-PR.
     """
     checks.positive("clip_by_global_norm: max_norm", max_norm)
-    return at_client(clipping.clip_by_global_norm(max_norm), bound=max_norm)
+    return at_client(clipping.clip_by_global_norm(max_norm))
 
 
 def quantile_clip(
@@ -88,11 +89,12 @@ def quantile_clip(
         moved = _towards_quantile(bound, within, target_unclipped_quantile, rate)
         return aggregate, moved, _seen(bound, report)
 
-    link = Uplink(lambda params: jnp.float32(initial), lambda params: (), encode, decode, lambda bound: bound)
-    link = link._replace(moves="quantile_clip")
+    promises = Promises(bound=lambda bound, like: bound, moves="quantile_clip")
+    link = Uplink(lambda params: jnp.float32(initial), nothing, encode, decode, promises)
     if bits_noise is None:
-        return link._replace(leaks=LEAKS.format("quantile_clip", ": give it bits_noise=cohort_size / 20"))
-    return link._replace(noise_multipliers=(2 * bits_noise,))  # a bit minus one half has sensitivity one half
+        return link.promising(leaks=LEAKS.format("quantile_clip", ": give it bits_noise=cohort_size / 20"))
+    # A bit minus one half has sensitivity one half.
+    return link.promising(noise_multipliers=(2 * bits_noise,), trusts="quantile_clip")
 
 
 def zeroing(
@@ -143,7 +145,8 @@ def zeroing(
         return aggregate, moved, _seen(quantile, report) | {"zeroed": report["zeroed"]}
 
     leaks = LEAKS.format("zeroing", ", and has no form with noise: leave it out")
-    return Uplink(lambda params: jnp.float32(initial), lambda params: (), encode, decode, contracts=True, leaks=leaks)
+    promises = Promises(contracts=True, leaks=leaks)
+    return Uplink(lambda params: jnp.float32(initial), nothing, encode, decode, promises)
 
 
 def by_group(link: Uplink, groups: Mapping[str, Sequence[int]]) -> Uplink:

@@ -14,7 +14,8 @@ from fedjax_clip.compression.base import check_memory
 from fedjax_clip.compression.rotate import unpacked_signs
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree
-from fedjax_clip.uplink.base import Uplink, chain
+from fedjax_clip.uplink.base import Uplink, at_server, chain, nothing
+from fedjax_clip.uplink.promises import Promises, Wire
 
 
 def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
@@ -44,8 +45,7 @@ def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
         message, codes = compression.roundtrip(compressor, whole, ctx.key, by_leaf)
         return _or_nan(finite, message), client_state, _sent(codes) | _error(whole, message)
 
-    link = Uplink(lambda params: (), lambda params: (), encode, _report, contracts=compressor.contracts)
-    return link._replace(wire="packs")
+    return Uplink(nothing, nothing, encode, at_server, Promises(contracts=compressor.contracts, wire=Wire.PACKS))
 
 
 def error_feedback(*links: Uplink | Compressor) -> Uplink:
@@ -75,7 +75,7 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
     for link in links:
         checks.kind("error_feedback's links", link, Uplink | Compressor, "compressors or links, such as top_k(0.01)")
     inner = chain(*(compress(link) if isinstance(link, Compressor) else link for link in links))
-    if inner.wire == "sums" or inner.noise:
+    if inner.promises.wire is Wire.SUMS or inner.promises.noise:
         raise InvalidInput("error_feedback remembers what a message lacks: noise and sketches belong behind it.")
 
     def init_client(params):
@@ -95,7 +95,7 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
         update, state, metrics = inner.decode(aggregate, state, report, ctx)
         return update, state, metrics | {"residual": report["residual"]}
 
-    return inner._replace(init_client=init_client, encode=encode, decode=decode, contracts=False)
+    return inner._replace(init_client=init_client, encode=encode, decode=decode).promising(contracts=False)
 
 
 def power_sgd(rank: int = 4) -> Uplink:
@@ -148,7 +148,7 @@ def power_sgd(rank: int = 4) -> Uplink:
         message = jax.tree.unflatten(structure, leaves)
         return _or_nan(finite, message), kept, _sent(code) | _error(whole, message)
 
-    return Uplink(lambda params: (), init_client, encode, _report, contracts=True, wire="packs")
+    return Uplink(nothing, init_client, encode, at_server, Promises(contracts=True, wire=Wire.PACKS))
 
 
 def count_sketch(
@@ -243,7 +243,7 @@ def count_sketch(
         state = shape, jnp.where(touched, 0, speed), total.at[row, bucket].add(-sign * found[None])
         return optax.tree.cast_like(restore(step), zeros), state, {"missed_norm": tree.norm(state[2])}
 
-    return Uplink(init, lambda params: (), encode, decode, wire="sums")
+    return Uplink(init, nothing, encode, decode, Promises(wire=Wire.SUMS))
 
 
 @jax.tree_util.register_static
@@ -256,10 +256,6 @@ class _Shape:
 
     def zeros(self) -> PyTree:
         return jax.tree.unflatten(self.structure, [jnp.zeros(*leaf) for leaf in self.leaves])
-
-
-def _report(aggregate: PyTree, state: PyTree, report: Metrics, ctx: object) -> tuple[PyTree, PyTree, Metrics]:
-    return aggregate, state, report
 
 
 def _sent(codes: PyTree) -> Metrics:

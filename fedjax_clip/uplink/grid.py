@@ -12,8 +12,9 @@ from fedjax_clip import checks, tree
 from fedjax_clip.compression import hadamard, random_signs
 from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink import discrete
-from fedjax_clip.uplink.base import Context, Uplink
+from fedjax_clip.uplink.base import Context, Uplink, nothing
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM, NO_BOUND
+from fedjax_clip.uplink.promises import Noise, Promises
 
 TYPES = {8: (jnp.uint8, jnp.int8), 16: (jnp.uint16, jnp.int16), 32: (jnp.uint32, jnp.int32)}
 WRAPS = 1e-6  # probability, a round, that a sum of rotated or noisy messages leaves the grid
@@ -34,7 +35,7 @@ class Grid(NamedTuple):
       dim: coordinates.
 
     Example:
-      >>> fc.uplink.skellam(1.0).grid(650, cohort_size=8, threshold=6)
+      >>> fc.uplink.skellam(1.0).promises.grid(650, cohort_size=8, threshold=6)
     """
 
     levels: float | Array
@@ -156,15 +157,8 @@ def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
             metrics["noise_std"] = of_came * jnp.float32(grid.stddev * step / ctx.denominator)
         return restore(jnp.where(aborted, 0, mean)), state, metrics
 
-    return Uplink(
-        lambda params: (),
-        lambda params: (),
-        encode,
-        decode,
-        noise="distributed" if noise else "",
-        needs_bound=True,
-        grid=layout,
-    )
+    promises = Promises(noise=Noise.SHARES if noise else None, needs_bound=True, grid=layout)
+    return Uplink(nothing, nothing, encode, decode, promises)
 
 
 def _layout(

@@ -6,7 +6,8 @@ import optax
 
 from fedjax_clip import checks, tree
 from fedjax_clip.typing import Array, InvalidInput
-from fedjax_clip.uplink.base import Uplink, at_client
+from fedjax_clip.uplink.base import Uplink, at_client, nothing
+from fedjax_clip.uplink.promises import Wire
 
 
 def memory(
@@ -50,7 +51,7 @@ def memory(
     checks.within("momentum", momentum, 0, 1)
     checks.within("step", step, 0, 1)
     link = tx if isinstance(tx, Uplink) else at_client(tx)
-    if link.wire == "sums" or link.noise:
+    if link.promises.wire is Wire.SUMS or link.promises.noise:
         raise InvalidInput("memory keeps what was sent of each update: noise and sketches belong behind it.")
 
     averages = isinstance(momentum, jax.Array) or momentum != 1
@@ -78,7 +79,12 @@ def memory(
             raise InvalidInput("memory takes a link that keeps nothing itself: a compressor, or a clip.")
         return zeros(params) if averages else (), zeros(params)
 
-    return Uplink(zeros, init_client, encode, decode, wire=link.wire, population=link.population, mirrors="memory")
+    of_link = link.promises.bound
+    # A clip of the difference bounds the message, whatever the update is; what only contracts it bounds nothing.
+    bound = None if of_link is None else lambda g, like: of_link(link.init(like), like)
+    return Uplink(zeros, init_client, encode, decode, link.promises).promising(
+        bound=bound, contracts=False, mirrors="memory"
+    )
 
 
 def relative_to_last() -> Uplink:
@@ -99,11 +105,13 @@ def relative_to_last() -> Uplink:
         return jax.tree.map(jnp.subtract, update, m), client_state, {}
 
     def decode(aggregate, m, report, ctx):
-        # Nobody came: then there is no news of m either, and nothing is added to the parameters.
         m = tree.apply_updates(m, aggregate)
+        if ctx.denominator is not None:  # then a round of nobody looks like any other
+            return m, m, {}
+        # Nobody came: then there is no news of m either, and nothing is added to the parameters.
         return jax.tree.map(lambda x: jnp.where(ctx.weight > 0, x, 0), m), m, {}
 
-    return Uplink(lambda params: jax.tree.map(jnp.zeros_like, params), lambda params: (), encode, decode)
+    return Uplink(lambda params: jax.tree.map(jnp.zeros_like, params), nothing, encode, decode)
 
 
 def with_bias(link: Uplink) -> Uplink:
@@ -131,4 +139,8 @@ def with_bias(link: Uplink) -> Uplink:
         cosine = optax.tree.vdot(update, plain) / (norms[0] * norms[1])
         return update, state, metrics | {"bias/cosine": cosine, "bias/norm": norms[0] / norms[1]}
 
-    return Uplink(link.init, link.init_client, encode, decode, wire=link.wire, population=link.population)
+    if link.promises.grid is not None:
+        raise InvalidInput("with_bias sends the plain updates, too, which no secure sum adds: take the grid out of it.")
+    bound = link.promises.bound
+    of_message = None if bound is None else lambda state, like: bound(state, like[0])
+    return link._replace(encode=encode, decode=decode).promising(bound=of_message)

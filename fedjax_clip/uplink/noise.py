@@ -7,8 +7,9 @@ import optax
 from fedjax_clip import checks, tree
 from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.typing import Array, InvalidInput, PyTree
-from fedjax_clip.uplink.base import Context, Uplink
+from fedjax_clip.uplink.base import Context, Uplink, nothing
 from fedjax_clip.uplink.orders import NO_BOUND
+from fedjax_clip.uplink.promises import Noise, Promises, Wire
 
 
 def gaussian(
@@ -68,8 +69,16 @@ def gaussian(
         wide = jax.tree.map(lambda x: jnp.zeros(x.shape, tree.wide_type(x)), params)
         return () if mechanism is None else mechanism.init(wide)
 
-    link = Uplink(init, lambda params: (), encode, decode, contracts=True, noise="central", mechanism=mechanism)
-    return link._replace(noise_multipliers=(noise_multiplier,), needs_bound=True, wire="keeps")
+    promises = Promises(
+        contracts=True,
+        noise=Noise.SERVER,
+        noise_multipliers=(noise_multiplier,),
+        needs_bound=True,
+        mechanism=mechanism,
+        deployment=noise_cohort,
+        wire=Wire.KEEPS,
+    )
+    return Uplink(init, nothing, encode, decode, promises)
 
 
 def local_gaussian(noise_multiplier: float | Array) -> Uplink:
@@ -96,7 +105,7 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
     def decode(aggregate, state, report, ctx):
         return aggregate, state, {"noise_std": jnp.float32(noise_multiplier * _bound(ctx))}
 
-    return Uplink(lambda params: (), lambda params: (), encode, decode, noise="local", needs_bound=True)
+    return Uplink(nothing, nothing, encode, decode, Promises(noise=Noise.CLIENT, needs_bound=True))
 
 
 def _bound(ctx: Context) -> Array:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedjax_clip.typing import InvalidInput
+from fedjax_clip.uplink.promises import Noise, Promises, Wire, last_bound
 
 NO_BOUND = (
-    "Noise needs a bound to be in proportion to: put a clip, such as clip_by_global_norm(1.0), in front of it, and "
-    "nothing between them that may make an update larger. Error feedback behind a clip may: put the clip inside of it, "
-    "error_feedback(clip_by_global_norm(1.0), top_k(0.01))."
+    "Noise needs a finite bound to be in proportion to: put a clip, such as clip_by_global_norm(1.0), in front of it, "
+    "and nothing between them that may make an update larger. Error feedback behind a clip may: put the clip inside of "
+    "it, error_feedback(clip_by_global_norm(1.0), top_k(0.01))."
 )
 NEEDS_MODULAR_SUM = (
     "The uplink ends on an integer grid, and only a modular sum adds such messages (no weighted mean, no median): "
@@ -16,16 +17,22 @@ NEEDS_MODULAR_SUM = (
 )
 
 
-def check_chain(links: Sequence[Any]) -> None:
-    """Refuses links, in the order of a chain, of which one breaks what another promises.
+def check_chain(links: Sequence[Promises]) -> None:
+    """Refuses links, by their promises in the order of a chain, of which one breaks what another promises.
 
     Raises:
       InvalidInput: says which link to move where.
     """
     leaks = next((link.leaks for link in links if link.leaks), "")
-    if leaks and any(link.noise for link in links):
+    if leaks and any(link.noise or link.grid for link in links):
         raise InvalidInput(leaks)
-    if sum(link.noise == "central" for link in links) > 1:
+    trusts = next((link.trusts for link in links if link.trusts), "")
+    if trusts and any(link.noise in (Noise.CLIENT, Noise.SHARES) or link.grid for link in links):
+        raise InvalidInput(
+            f"Clients tell the server {trusts}'s bits without noise, which the server adds, and the noise or the masks "
+            "on their messages protect them from that server: put clip_by_global_norm in its place."
+        )
+    if sum(link.noise is Noise.SERVER for link in links) > 1:
         raise InvalidInput("Two links add the server's noise, and only their sum is seen: keep one, the last.")
     moves = next((link.moves for link in links if link.moves), "")
     if moves and any(link.mechanism for link in links):
@@ -46,9 +53,10 @@ def check_chain(links: Sequence[Any]) -> None:
     for position, link in enumerate(links):
         if link.needs_bound and last_bound(links[:position]) is None:
             raise InvalidInput(NO_BOUND)
-        if link.noise == "central" and not all(behind.contracts for behind in links[position + 1 :]):
+        if link.noise is Noise.SERVER and not all(behind.contracts for behind in links[position + 1 :]):
             raise InvalidInput("A link behind the noise may make a message larger than its bound: move the noise last.")
-    if any(link.wire in ("packs", "sums") for link in [link for link in links if link.wire != "keeps"][:-1]):
+    changing = [link for link in links if link.wire is not Wire.KEEPS]
+    if any(link.wire in (Wire.PACKS, Wire.SUMS) for link in changing[:-1]):
         raise InvalidInput(
             "A link behind the compressor would change what was packed, and other bytes would travel: move the "
             "compressor last (only noise of the server may follow), and a clip in front of it, or inside of its "
@@ -56,47 +64,54 @@ def check_chain(links: Sequence[Any]) -> None:
         )
 
 
-def check_ends(uplink: Any, reducer: Any, only_update: bool) -> None:
+def check_ends(promises: Promises, reducer: Any, covers_all: bool, algorithm: str = "This algorithm") -> None:
     """Refuses an uplink and a reducer that do not go together, or an algorithm that sends more than the uplink covers.
 
     Args:
-      uplink: the whole chain.
+      promises: of the whole chain.
       reducer: what becomes of its messages.
-      only_update: whether clients send nothing but what passes the uplink.
+      covers_all: whether clients send nothing but what passes the uplink.
+      algorithm: its name, for the sentence.
 
     Raises:
       InvalidInput: says what to put in the place of what.
     """
-    if uplink.needs_bound:
+    if promises.needs_bound:
         raise InvalidInput(NO_BOUND)
-    if uplink.wire == "sums" and not reducer.linear:
+    if promises.wire is Wire.SUMS and not reducer.linear:
         raise InvalidInput(
             "The uplink sends sketches, which mean something in a sum only: make weighted_mean, uniform_mean "
             "or fixed_mean the reducer."
         )
-    if uplink.grid is None and reducer.threshold is not None:
+    if promises.grid is None and reducer.threshold is not None:
         raise InvalidInput(
             "A modular sum adds integers: put a clip and integer_grid() last in the uplink, or take a mean."
         )
-    if not only_update and (uplink.grid is not None or uplink.noise):
-        covered, purpose = ("integer grid", "secure aggregation") if uplink.grid else ("uplink's noise", "privacy")
+    if not covers_all and (promises.noise or reducer.hides):
+        covered, purpose = ("secure sum", "secure aggregation") if reducer.hides else ("uplink's noise", "privacy")
         raise InvalidInput(
-            f"This algorithm's clients send a gradient or a variate beside the update, which the {covered} does not "
+            f"{algorithm}'s clients send a gradient or a variate beside the update, which the {covered} does not "
             f"cover: for {purpose} take fedavg or fedsgd."
         )
-    if uplink.grid is not None and reducer.threshold is None:
+    if promises.grid is not None and reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)
-    if uplink.noise == "central" and reducer.denominator is None:
+    if reducer.hides and (promises.leaks or promises.trusts):
+        raise InvalidInput(
+            promises.leaks
+            or f"{promises.trusts} tells the server single clients' bits, which the secure sum hides: put "
+            "clip_by_global_norm in its place."
+        )
+    if reducer.forges and promises.noise:
+        raise InvalidInput(
+            f"{reducer.forges} replaces messages behind the clip by what depends on other clients', so the noise is in "
+            "proportion to no bound: study attacks without noise, or put the attack in front of the clip as a link."
+        )
+    if promises.noise is Noise.SERVER and reducer.denominator is None:
         raise InvalidInput(
             "The server's noise needs a mean with a fixed denominator and without weights: make fixed_mean the reducer."
         )
-
-
-def last_bound(links: Sequence[Any]) -> int | None:
-    """Position of the link whose bound holds after all of these."""
-    for position in reversed(range(len(links))):
-        if links[position].bound is not None:
-            return position
-        if not links[position].contracts:
-            return None
-    return None
+    if promises.noise is Noise.SERVER and not reducer.linear:
+        raise InvalidInput(
+            "The server's noise is in proportion to what one client moves a sum, and this reducer makes no sum of the "
+            "messages as they were sent: make fixed_mean the reducer."
+        )

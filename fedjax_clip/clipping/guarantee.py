@@ -1,0 +1,77 @@
+"""The L2 norm that nothing which leaves a clip exceeds: what noise behind the clip is in proportion to."""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_clip import tree
+from fedjax_clip.clipping.parts import Norm, Rule, Scope, Shape, unit_axes
+from fedjax_clip.typing import Array, PyTree
+
+Bound = Callable[[PyTree], Array]
+
+
+class Bounded(optax.GradientTransformationExtraArgs):
+    """An optax transform that knows its L2 bound, ``like -> norm`` for updates of these shapes, as ``l2_bound``."""
+
+    l2_bound: Bound
+
+
+def bounded(tx: optax.GradientTransformationExtraArgs, l2_bound: Bound) -> optax.GradientTransformationExtraArgs:
+    """The same transform, with its bound."""
+    made = Bounded(tx.init, tx.update)
+    made.l2_bound = l2_bound
+    return made
+
+
+def bound_of(tx: optax.GradientTransformation) -> Bound | None:
+    """``like -> L2 norm`` that no result of a clip of ``fc.clipping`` exceeds; ``None`` if none is known.
+
+    Known for fixed thresholds: with T_k the threshold of group k, ``sqrt(sum_k T_k^2)``, times ``sqrt(n_k)`` for a
+    group of n_k numbers under the L-infinity norm. Any other transform, and a chain, has none.
+
+    Args:
+      tx: an optax transform.
+
+    Example:
+      >>> fc.clipping.bound_of(fc.clipping.clip(0.5, scope=fc.clipping.layer()))(params)  # 0.5 sqrt(layers)
+    """
+    return getattr(tx, "l2_bound", None)
+
+
+def bound_by_groups(rule: Rule, norm: Norm, scope: Scope, shape: Shape) -> Bound | None:
+    """The bound of a clip of these parts, if it has one."""
+    of_group, widest = rule.threshold, norm.widest
+    if of_group is None or widest is None or not getattr(shape, "bounds", False):
+        return None
+
+    def l2_bound(like: PyTree) -> Array:
+        squares = [jnp.square(of_group(k)) * n * widest(size) ** 2 for k, (n, size) in group_sizes(scope, like).items()]
+        return jnp.sqrt(sum(jnp.asarray(s, jnp.float32) for s in squares))
+
+    return l2_bound
+
+
+def group_sizes(scope: Scope, like: PyTree) -> dict[str, tuple[int, int]]:
+    """``{label: (norms, numbers under the largest of them)}`` of a tree of these shapes."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, x in tree.named_leaves(like):
+        shape = np.shape(x)
+        total = math.prod(shape)
+        if scope.keep == "everything":
+            here = total, 1
+        elif scope.keep == "units" and (axes := unit_axes(shape)):
+            each = math.prod(shape[a] for a in axes)
+            here = total // each if each else 0, each
+        else:
+            here = 1, total
+        label = scope.label(name)
+        if label in sizes and scope.keep == "nothing":
+            sizes[label] = 1, sizes[label][1] + here[1]
+        else:
+            before = sizes.get(label, (0, 0))
+            sizes[label] = before[0] + here[0], max(before[1], here[1])
+    return sizes

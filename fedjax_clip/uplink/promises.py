@@ -1,0 +1,130 @@
+"""What a link promises of the messages that leave it, and what a chain of links promises."""
+
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fedjax_clip.mechanism import Mechanism
+from fedjax_clip.typing import Array, PyTree
+
+
+class Noise(enum.Enum):
+    """Who adds noise, and so who sees a message without it.
+
+    Example:
+      >>> fc.uplink.local_gaussian(1.0).promises.noise
+      <Noise.CLIENT: 'each client'>
+    """
+
+    SERVER = "the server"
+    CLIENT = "each client"
+    SHARES = "the clients together"  # a share each: only the sum of a cohort has all of the noise
+
+
+class Wire(enum.Enum):
+    """What a link does to the message on its way.
+
+    Attributes:
+      KEEPS: nothing; what the link does, it does at the server.
+      CHANGES: it may change the message.
+      PACKS: it turns the message into bytes, which no link behind it may touch.
+      SUMS: the message means something in a sum only, so that reducers must be linear.
+
+    Example:
+      >>> fc.uplink.compress(fc.compression.qsgd(4)).promises.wire
+      <Wire.PACKS: 'packs'>
+    """
+
+    KEEPS = "keeps"
+    CHANGES = "changes"
+    PACKS = "packs"
+    SUMS = "sums"
+
+
+@dataclasses.dataclass(frozen=True)
+class Promises:
+    """What holds of every message that leaves a link. Accounting, reducers and other links rely on it.
+
+    A link that wraps another one takes over the other's promises (``link._replace(encode=...)``), or weakens them by
+    ``dataclasses.replace``. ``joined`` makes the promises of a chain. The defaults promise nothing.
+
+    Attributes:
+      bound: ``(state, like) -> L2 norm`` that no message exceeds, whatever enters; ``like`` has the message's shapes.
+      contracts: whether no message leaves with a larger norm than it enters: bounds before it then still hold.
+      noise: who adds noise to the messages or to their sum, if anybody does.
+      noise_multipliers: of all that the SERVER adds Gaussian noise to in a round.
+      needs_bound: whether what enters must have a bound.
+      leaks: a sentence on what the server is told of single clients without noise, and what to do about it.
+      trusts: the link's name, if the server adds the noise to what single clients tell it beside their messages.
+      moves: the link's name, if its bound changes from round to round.
+      mirrors: the link's name, if what a client keeps is a copy of what the server has added up of its messages: they
+        must then be added up as they were sent.
+      mechanism: how its noise depends on the noise of earlier rounds, if it does.
+      deployment: cohort size of the deployment whose noise is simulated; epsilon is then not the run's own.
+      wire: what it does to the message on its way. A link that ``PACKS`` reports the ``bytes`` that travel and their
+        ``entropy_bytes``.
+      grid: ``(dim, cohort_size, threshold) -> Grid`` if messages are integers, which only a modular sum can add.
+      population: fewest clients that there must be, since the link names one by number.
+
+    Example:
+      >>> fc.uplink.gaussian(1.0).promises.noise_multipliers
+      (1.0,)
+    """
+
+    bound: Callable[[PyTree, PyTree], Array] | None = None
+    contracts: bool = False
+    noise: Noise | None = None
+    noise_multipliers: tuple[float | Array, ...] = ()
+    needs_bound: bool = False
+    leaks: str = ""
+    trusts: str = ""
+    moves: str = ""
+    mirrors: str = ""
+    mechanism: Mechanism | None = None
+    deployment: float | Array | None = None
+    wire: Wire = Wire.CHANGES
+    grid: Callable[[int, Any, int], Any] | None = None
+    population: int = 0
+
+
+def joined(promises: Sequence[Promises]) -> Promises:
+    """The promises of a chain, in the order in which a message passes its links."""
+
+    def first(name: str, otherwise: Any) -> Any:
+        return next((value for p in promises if (value := getattr(p, name))), otherwise)
+
+    last = last_bound(promises)
+
+    def bound(state: PyTree, like: PyTree) -> Array:
+        assert last is not None
+        of_link = promises[last].bound
+        assert of_link is not None
+        return of_link(state[last], like)
+
+    noises = [p.noise for p in promises if p.noise is not None]
+    return Promises(
+        bound=None if last is None else bound,
+        contracts=all(p.contracts for p in promises),
+        noise=Noise.SERVER if Noise.SERVER in noises else next(iter(noises), None),
+        noise_multipliers=sum((p.noise_multipliers for p in promises), ()),
+        leaks=first("leaks", ""),
+        trusts=first("trusts", ""),
+        moves=first("moves", ""),
+        mirrors=first("mirrors", ""),
+        mechanism=first("mechanism", None),
+        deployment=next((p.deployment for p in promises if p.deployment is not None), None),
+        wire=next((p.wire for p in reversed(promises) if p.wire is not Wire.KEEPS), Wire.KEEPS),
+        grid=promises[-1].grid if promises else None,
+        population=max((p.population for p in promises), default=0),
+    )
+
+
+def last_bound(promises: Sequence[Promises]) -> int | None:
+    """Position of the link whose bound holds after all of these."""
+    for position in reversed(range(len(promises))):
+        if promises[position].bound is not None:
+            return position
+        if not promises[position].contracts:
+            return None
+    return None
