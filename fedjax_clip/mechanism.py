@@ -206,7 +206,7 @@ def banded_inverse(bands: int) -> Mechanism:
 
 
 def buffered_toeplitz(decays: Sequence[float] | np.ndarray, scales: Sequence[float] | np.ndarray) -> Mechanism:
-    """A buffered linear Toeplitz matrix (BLT): ``C[s, t] = sum_i scales[i] decays[i]^(s - t - 1)`` below a diagonal of 1.
+    """A buffered linear Toeplitz matrix (BLT), ``C[s, t] = sum_i scales[i] decays[i]^(s - t - 1)`` under ones.
 
     Guarantee: it correlates the noise of all rounds, and keeps as many models as there are buffers, whatever their
     number. Sums to at most 1 keep its columns decreasing, of which the sensitivity is known exactly.

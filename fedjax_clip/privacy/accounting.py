@@ -50,10 +50,10 @@ def epsilon(
                        ``ceil(rounds cohort / clients)`` rounds (remove a client)
       ``Separated``    as ``round_robin``, with the rounds that it allows
       ``truncated_poisson``  a Poisson sample of which some are left out (a client's messages are there, or zero)
-      ``cyclic_poisson``     a Poisson sample of a group: a client meets one in ``groups`` rounds
-      ``balls_in_bins``, ``b_min_sep``  the whole run at once, by draws of its privacy loss from a fixed seed: what comes
-                       back is too small with probability 1e-7 at most. Where they would be too many (delta under about
-                       1e-6), no more is claimed than without sampling
+      ``cyclic_poisson``  a Poisson sample of a group: a client meets one in ``groups`` rounds
+      ``balls_in_bins``, ``b_min_sep``  the whole run at once, by draws of its privacy loss from a fixed seed: with
+                       probability 1 - 1e-7 epsilon is no larger. Where too many draws would be needed (delta under
+                       about 1e-6), no more is claimed than without sampling
 
     Sampling never costs: each bound is at most that of the same rounds with the same clients in each.
 
@@ -143,8 +143,8 @@ def _said(algorithm: Algorithm, mechanism: Mechanism | None, params: Params | No
     parts = algorithm.parts
     if parts is None:
         raise InvalidInput(
-            "Nothing is known of what this algorithm adds noise to: give epsilon a noise multiplier that you can answer "
-            "for, or one of fedjax_clip's own algorithms."
+            "Nothing is known of this algorithm's noise: give epsilon one of fedjax_clip's own algorithms, or a noise "
+            "multiplier that you answer for."
         )
     if mechanism is not None:
         raise InvalidInput("The algorithm knows its noise's mechanism: leave mechanism out.")
@@ -228,10 +228,10 @@ def _least(worth: Callable[[float], float], target: float, low: float, high: flo
     ends = {low: math.inf, high: worth(high)}
     while high - low > apart:
         width, guess = high - low, (low + high) / 2
-        if 0 < ends[high] and math.isfinite(ends[low]):
+        if ends[high] > 0 and math.isfinite(ends[low]):
             part = math.log(ends[low] / target) / math.log(ends[low] / ends[high])
             guess = low * (high / low) ** part
-        elif low == 0 and 0 < ends[high]:
+        elif low == 0 and ends[high] > 0:
             guess = high * max(0.1, 0.95 * ends[high] / target)
         for z in (guess + apart / 3, guess - apart / 3, (low + high) / 2):
             if low < z < high and (z != (low + high) / 2 or high - low > width / 2):

@@ -15,7 +15,7 @@ from fedjax_clip import checks
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.privacy import gaussians, renyi, replays
-from fedjax_clip.privacy.participation import Separated, coefficients, separated, sensitivities, strategy_of
+from fedjax_clip.privacy.participation import Separated, coefficients, sensitivities, separated, strategy_of
 from fedjax_clip.typing import InvalidInput
 
 ACCOUNTANTS = ("auto", "rdp", "pld")
@@ -95,9 +95,7 @@ def exposure(
     )
 
 
-def _cyclic(
-    groups: int, rate: float, totals: np.ndarray, mechanism: Mechanism | None, worst: np.ndarray
-) -> Exposure:
+def _cyclic(groups: int, rate: float, totals: np.ndarray, mechanism: Mechanism | None, worst: np.ndarray) -> Exposure:
     """A turn of all groups is one Poisson-sampled Gaussian, if C has no more bands than there are groups."""
     if rate > 1:
         raise InvalidInput(f"{groups} groups are too many for the cohort: not so many clients are in a group.")
@@ -113,7 +111,9 @@ def _rested(
 ) -> Exposure:
     column = coefficients(strategy_of(mechanism, int(totals[-1])))
     if sampler.cohort_size * sampler.period > num_clients:
-        raise InvalidInput(f"{sampler.period} rounds apart are too many for cohorts of {sampler.cohort_size:g} clients.")
+        raise InvalidInput(
+            f"{sampler.period} rounds apart are too many for cohorts of {sampler.cohort_size:g} clients."
+        )
     if column is None or len(column) > sampler.period:
         return Exposure(worst)
     p = 1 / (num_clients / sampler.cohort_size - sampler.period + 1)
@@ -154,7 +154,9 @@ def spent(noise: float | renyi.Curve, met: Exposure, delta: float, accountant: s
     bounds = [*bounds, without] if accountant == "auto" or not met.sample else []
     if met.sample in ("poisson", "truncated") and z >= NARROWEST and (accountant == "pld" or by_renyi[-1] < AFFORDABLE):
         once = _loss(met.sample, z, met.rate, met.clients, met.most)
-        bounds.append(_at_checkpoints(lambda c: once.self_compose(int(c)).get_epsilon_for_delta(delta), met.counts, CHECKPOINTS))
+        bounds.append(
+            _at_checkpoints(lambda c: once.self_compose(int(c)).get_epsilon_for_delta(delta), met.counts, CHECKPOINTS)
+        )
     if met.replay is not None and accountant == "auto":
         replay, places = met.replay, np.arange(len(met.counts))
         bounds.append(_at_checkpoints(lambda i: replay(noise, int(i), delta), places, REPLAYED))

@@ -135,7 +135,5 @@ def _separated(strategy: np.ndarray, apart: Separated, rounds: int) -> np.ndarra
         return np.sqrt(np.cumsum((strategy @ came) ** 2))
     from jax_privacy.matrix_factorization.sensitivity import get_min_sep_sensitivity_upper_bound
 
-    bound = get_min_sep_sensitivity_upper_bound(
-        jnp.asarray(strategy, jnp.float32), apart.rounds, apart.count(rounds)
-    )
+    bound = get_min_sep_sensitivity_upper_bound(jnp.asarray(strategy, jnp.float32), apart.rounds, apart.count(rounds))
     return np.full(rounds, bound)
