@@ -313,8 +313,8 @@ def b_min_sep(cohort_size: float, separation: int) -> Sampler:
 def _check_apart(cohort_size: float, period: int, num_clients: int) -> None:
     if cohort_size * period > num_clients:
         raise InvalidInput(
-            f"{cohort_size:g} clients in each of {period} rounds, and none in two of them, are more than the population's "
-            f"{num_clients}: take a smaller cohort, or fewer rounds apart."
+            f"{cohort_size:g} clients in each of {period} rounds, and none in two of them, are more than there "
+            f"are ({num_clients}): take a smaller cohort, or fewer rounds apart."
         )
 
 

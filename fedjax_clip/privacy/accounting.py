@@ -115,7 +115,7 @@ def epsilons(
 
 
 def _epsilons(
-    noise: float | renyi.Curve | Algorithm,
+    noise: Any,
     sampler: Sampler | Separated,
     num_clients: int,
     rounds: int,
@@ -138,7 +138,9 @@ def _epsilons(
     return spent(noise, met, delta, accountant)
 
 
-def _said(algorithm: Algorithm, mechanism: Mechanism | None, params: Params | None) -> tuple[Any, Mechanism | None]:
+def _said(
+    algorithm: Algorithm, mechanism: Mechanism | None, params: Params | None
+) -> tuple[float | renyi.Curve, Mechanism | None]:
     """The noise that an algorithm adds, and its mechanism."""
     parts = algorithm.parts
     if parts is None:

@@ -83,9 +83,8 @@ def exposure(
     if sampler.scheme == "cyclic_poisson":
         return _cyclic(sampler.period, share * sampler.period, totals, mechanism, worst)
     if sampler.scheme == "balls_in_bins":
-        replay = functools.partial(
-            replays.balls_in_bins, strategy_of(mechanism, rounds), num_clients // int(sampler.cohort_size)
-        )
+        strategy = None if mechanism is None else strategy_of(mechanism, rounds)
+        replay = functools.partial(replays.balls_in_bins, strategy, num_clients // int(sampler.cohort_size))
         return Exposure(worst, replay=lambda z, i, delta: replay(z, int(totals[i]), delta))
     if sampler.scheme == "b_min_sep":
         return _rested(sampler, num_clients, totals, mechanism, worst)
@@ -99,7 +98,7 @@ def _cyclic(groups: int, rate: float, totals: np.ndarray, mechanism: Mechanism |
     """A turn of all groups is one Poisson-sampled Gaussian, if C has no more bands than there are groups."""
     if rate > 1:
         raise InvalidInput(f"{groups} groups are too many for the cohort: not so many clients are in a group.")
-    strategy = strategy_of(mechanism, int(totals[-1]))
+    strategy = np.eye(1) if mechanism is None else strategy_of(mechanism, int(totals[-1]))
     if rate == 1 or np.any(np.tril(strategy, -groups)):
         return Exposure(worst)
     scale = float(np.sqrt(np.max(np.sum(strategy**2, axis=0))))
@@ -109,7 +108,7 @@ def _cyclic(groups: int, rate: float, totals: np.ndarray, mechanism: Mechanism |
 def _rested(
     sampler: Sampler, num_clients: int, totals: np.ndarray, mechanism: Mechanism | None, worst: np.ndarray
 ) -> Exposure:
-    column = coefficients(strategy_of(mechanism, int(totals[-1])))
+    column = np.ones(1) if mechanism is None else coefficients(strategy_of(mechanism, int(totals[-1])))
     if sampler.cohort_size * sampler.period > num_clients:
         raise InvalidInput(
             f"{sampler.period} rounds apart are too many for cohorts of {sampler.cohort_size:g} clients."

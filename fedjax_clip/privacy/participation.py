@@ -108,13 +108,13 @@ def sensitivity(mechanism: Mechanism, sampler: Sampler | Separated, num_clients:
     return float(sensitivities(mechanism, sampler, num_clients, rounds)[-1])
 
 
-def strategy_of(mechanism: Mechanism | None, rounds: int) -> np.ndarray:
-    """C, float64 ``[rounds, rounds]``; the identity without a mechanism.
+def strategy_of(mechanism: Mechanism, rounds: int) -> np.ndarray:
+    """C, float64 ``[rounds, rounds]``.
 
     Raises:
       InvalidInput: negative entries.
     """
-    strategy = np.eye(rounds) if mechanism is None else np.asarray(mechanism.strategy(rounds), np.float64)
+    strategy = np.asarray(mechanism.strategy(rounds), np.float64)
     if np.any(strategy < 0):
         raise InvalidInput("The sensitivity of a strategy with negative entries is not known: use fc.mechanism's.")
     return strategy

@@ -90,8 +90,8 @@ def _uses(data: FederatedData, work: LocalWork, sampler: Sampler, rounds: int, s
     checks.kind("work", work, LocalWork, "an fc.LocalWork")
     if data.weights is not None and np.any((weights := data.weights[data.weights > 0]) != weights[:1]):
         raise InvalidInput(
-            "The data's examples weigh differently, and private_gradient counts all alike: give it data without weights "
-            "(class weights, too), for otherwise the run trains on another objective than is meant."
+            "The data's examples weigh differently, and private_gradient counts all alike: it would train on another "
+            "objective than is meant. Give it data without weights (class weights, too)."
         )
     rounds = checks.count("rounds", rounds, 0)
     clients = np.arange(data.num_clients)

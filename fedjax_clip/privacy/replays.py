@@ -18,11 +18,11 @@ MOST = 2**32  # numbers drawn; of a smaller delta, no more than without sampling
 AT_ONCE = 2**24
 
 
-def balls_in_bins(strategy: np.ndarray, bins: int, z: float, rounds: int, delta: float) -> float:
+def balls_in_bins(strategy: np.ndarray | None, bins: int, z: float, rounds: int, delta: float) -> float:
     """Epsilon of ``fc.sampling.balls_in_bins``: a client's bin is one of many, and the likelihood a mean over them.
 
     Args:
-      strategy: C, ``[R, R]``.
+      strategy: C, ``[R, R]``; the identity by default.
       bins: how many.
       z: noise multiplier.
       rounds: that count, of R.
@@ -32,8 +32,11 @@ def balls_in_bins(strategy: np.ndarray, bins: int, z: float, rounds: int, delta:
     """
     means = np.zeros((bins, rounds))
     for own in range(min(bins, rounds)):
-        means[own] = strategy[:rounds, own:rounds:bins].sum(axis=1) / z
-    projected = np.linalg.qr(means.T, mode="r").T  # [bins, bins]: the losses depend on nothing else
+        if strategy is None:
+            means[own, own::bins] = 1 / z
+        else:
+            means[own] = strategy[:rounds, own:rounds:bins].sum(axis=1) / z
+    projected = np.asarray(np.linalg.qr(means.T, mode="r")).T  # [bins, bins]: the losses depend on nothing else
     squares = np.sum(projected**2, axis=1) / 2
     count = math.ceil(DRAWS / delta)
     if count * projected.size > MOST:

@@ -15,7 +15,8 @@ def preconditioned(decay: float | Array = 0.99, eps: float | Array = 1e-3) -> Up
     front of a clip and noise it is scale-then-privatise: the clip measures, and the noise is added, on the scale of an
     adaptive optimiser, so that a coordinate has noise in proportion to its own size. It costs no privacy: v knows of
     clients only what the noised means tell. The clip's bound is then in units of ``1 / eps`` updates in the first
-    round, and of updates over their root mean squares later.
+    round, and of updates over their root mean squares later. The noise of a mean must be well under 1 in a coordinate,
+    or v grows with what is multiplied back.
 
     Metrics: ``scale``, the mean of s over coordinates.
 
@@ -29,7 +30,8 @@ def preconditioned(decay: float | Array = 0.99, eps: float | Array = 1e-3) -> Up
     Example:
       >>> clip, noise = fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(1.0)
       >>> uplink = fc.uplink.chain(fc.uplink.preconditioned(0.99, eps=1e-3), clip, noise)
-      >>> algorithm = fc.fedavg(loss, optax.sgd(0.1), optax.adam(1e-2, b2=0.99), uplink=uplink, reducer=fc.fixed_mean(50))
+      >>> adam, mean = optax.adam(1e-2, b2=0.99), fc.fixed_mean(50)
+      >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), adam, uplink=uplink, reducer=mean)
 
     Source: Ganesh, McMahan and Thakurta (2025), "On Design Principles for Private Adaptive Optimizers", Algorithm 8.
     """
@@ -47,12 +49,10 @@ def preconditioned(decay: float | Array = 0.99, eps: float | Array = 1e-3) -> Up
 
     def decode(aggregate, state, report, ctx):
         mean = jax.tree.map(lambda x, v: x.astype(v.dtype) * usual(v), aggregate, state)
-        after = jax.tree.map(
-            lambda x, v: tree.scaled(jnp.asarray(decay), v) + tree.scaled(1 - jnp.asarray(decay), x**2), mean, state
-        )
-        leaves = jax.tree.leaves(state)
-        scale = sum(jnp.sum(1 / usual(v)) for v in leaves) / max(1, sum(v.size for v in leaves))
+        kept, new = jnp.asarray(decay), 1 - jnp.asarray(decay)
+        after = jax.tree.map(lambda x, v: tree.scaled(kept, v) + tree.scaled(new, x * x), mean, state)
+        scale = jnp.mean(jnp.concatenate([jnp.ravel(1 / usual(v)).astype(jnp.float32) for v in jax.tree.leaves(state)]))
         back = jax.tree.map(lambda x, a: x.astype(a.dtype), mean, aggregate)
-        return back, after, {"scale": jnp.float32(scale)}
+        return back, after, {"scale": scale}
 
     return Uplink(init, nothing, encode, decode)
