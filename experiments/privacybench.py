@@ -141,8 +141,8 @@ def report(track: Track, found: Found, epsilons: Sequence[float], delta: float, 
         "",
         f"Fashion-MNIST at 14 x 14 pixels, a linear classifier of 1970 parameters, {track.data.num_clients} clients of "
         f"{track.data.sizes[0]} pictures each, {track.cohort_size} expected in each of {track.rounds} rounds, one "
-        f"local step; delta is {delta:g}. Each mechanism has {trials} trials at each epsilon, over the learning rate and "
-        "the bound: half of them spread over their ranges, half around the best of those. Trials run on "
+        f"local step; delta is {delta:g}. Each mechanism has {trials} trials at each epsilon, over the learning rate "
+        "and the bound: half of them spread over their ranges, half around the best of those. Trials run on "
         f"{len(track.tuning)} seeds and are judged on training pictures that no client has. The best pair is run on "
         f"{len(track.measuring)} other seeds. Accuracy on the test split after the last round: their mean and half a "
         "95% interval. Tuning itself is not counted in epsilon. Epsilons in different units of the second column are "

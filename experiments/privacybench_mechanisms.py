@@ -142,8 +142,8 @@ def cyclic_poisson(cohort_size: int) -> fc.sampling.Sampler:
 
 
 def truncated_poisson(cohort_size: int) -> fc.sampling.Sampler:
-    """Poisson samples of which a sixth more than are expected have room."""
-    return fc.sampling.truncated_poisson(cohort_size, cohort_size + cohort_size // 6)
+    """Poisson samples with room for half as many more as are expected."""
+    return fc.sampling.truncated_poisson(cohort_size, cohort_size + cohort_size // 2)
 
 
 MECHANISMS: dict[str, Private] = {
@@ -163,7 +163,7 @@ MECHANISMS: dict[str, Private] = {
         "the same, scale-then-privatise: the bound is on updates over their root mean squares",
         thresholds=Range(1.0, 300.0),
     ),
-    "truncated": _central(truncated_poisson, "the same, in cohorts of 7/6 of the expected size at most"),
+    "truncated": _central(truncated_poisson, "the same, in cohorts of 3/2 of the expected size at most"),
     "gaussian in bins": _central(BINS, "the same, each client in its bin's turns"),
     "amplified bands": _central(cyclic_poisson, f"DP-MF: {GROUPS} bands, samples of {GROUPS} groups", _few_bands),
     "bands in bins": _central(BINS, "DP-MF: as many bands as bins, each client in its bin's turns", _banded),

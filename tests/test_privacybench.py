@@ -40,7 +40,7 @@ def test_trials_are_not_judged_on_what_the_result_is(pictures):
     assert not {run.seed for run in track.tuning} & {run.seed for run in track.measuring}
     pages = [set(map(bytes, runs[0].judged["x"])) for runs in (track.tuning, track.measuring)]
     trained = set(map(bytes, track.data.examples["x"]))
-    assert not pages[0] & pages[1] and not pages[0] & trained
+    assert not pages[0] & (pages[1] | trained)
 
 
 @pytest.mark.parametrize("name", MECHANISMS)

@@ -13,7 +13,8 @@ import numpy as np
 import scipy.special
 
 FALSE = 1e-7
-DRAWS = 400.0  # over delta: so many draws would have a loss beyond epsilon
+DRAWS = 400.0  # over delta, at least: so many have a loss beyond epsilon
+FEWEST = 2**18
 MOST = 2**32  # numbers drawn; of a smaller delta, no more than without sampling is claimed
 AT_ONCE = 2**24
 
@@ -38,7 +39,7 @@ def balls_in_bins(strategy: np.ndarray | None, bins: int, z: float, rounds: int,
             means[own] = strategy[:rounds, own:rounds:bins].sum(axis=1) / z
     projected = np.asarray(np.linalg.qr(means.T, mode="r")).T  # [bins, bins]: the losses depend on nothing else
     squares = np.sum(projected**2, axis=1) / 2
-    count = math.ceil(DRAWS / delta)
+    count = max(FEWEST, math.ceil(DRAWS / delta))
     if count * projected.size > MOST:
         return math.inf
     rng = np.random.default_rng(0)
@@ -71,7 +72,7 @@ def b_min_sep(p: float, separation: int, column: np.ndarray, z: float, rounds: i
     from jax_privacy.experimental.monte_carlo import sample_generation
 
     strategy = BMinSepSampling(sampling_prob=p, iterations=rounds, min_sep=separation)
-    count = math.ceil(DRAWS / delta)
+    count = max(FEWEST, math.ceil(DRAWS / delta))
     if count * rounds > MOST / 4:  # a round of theirs takes longer than a draw
         return math.inf
     rng = np.random.default_rng(0)
