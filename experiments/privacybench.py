@@ -109,6 +109,8 @@ def bench(
     found: Found = {}
     done = 0
     for name in names:
+        if should_stop():
+            break
         own = sampled_by(track, MECHANISMS[name])
         noise = [MECHANISMS[name].noise(e, own, delta) if math.isfinite(e) else 0.0 for e in epsilons]
         made = MECHANISMS[name].rules(own, noise)

@@ -12,7 +12,7 @@ from problems import parameters, softmax_loss
 
 import fedjax_clip as fc
 from fedjax_clip import mechanism, privacy, sampling, uplink
-from fedjax_clip.privacy import replays
+from fedjax_clip.privacy import exposure, replays
 
 CLIP, FIXED = uplink.clip_by_global_norm(1.0), fc.fixed_mean(8)
 FALSE_ALARM = 1e-6  # of each statistical test below, for a right implementation
@@ -69,17 +69,17 @@ def test_gaussians_alone_are_exact():
         sampling.b_min_sep(5, 4),
     ],
 )
-def test_epsilon_by_round_rises_to_the_runs_and_stays_above_it(sampler):
-    by_round = privacy.epsilons(2.0, sampler, 50, 25, 1e-2)
-    assert by_round[-1] == privacy.epsilon(2.0, sampler, 50, 25, 1e-2)
+def test_epsilon_by_round_rises_to_the_runs_and_stays_above_it(sampler, monkeypatch):
+    monkeypatch.setattr(replays, "FEWEST", 1)
+    monkeypatch.setattr(exposure, "REPLAYED", 4)
+    by_round = privacy.epsilons(2.0, sampler, 50, 12, 2e-2)
+    assert by_round[-1] == privacy.epsilon(2.0, sampler, 50, 12, 2e-2)
     assert np.all(np.diff(by_round) >= 0)
-    assert by_round[9] >= privacy.epsilon(2.0, sampler, 50, 10, 1e-2) * (1 - 1e-9)
-    without = privacy.epsilon(
-        1.0 if sampler.scheme == "uniform" else 2.0, privacy.Separated(sampler.period), 50, 25, 1e-2
-    )
-    assert by_round[-1] < without
-    z = privacy.noise_multiplier(1.0, sampler, 50, 25, 1e-2)
-    assert privacy.epsilon(z, sampler, 50, 25, 1e-2) <= 1.0 < privacy.epsilon(z - 0.03, sampler, 50, 25, 1e-2)
+    assert by_round[6] >= privacy.epsilon(2.0, sampler, 50, 7, 2e-2) * (1 - 1e-9)
+    z, apart = 1.0 if sampler.scheme == "uniform" else 2.0, privacy.Separated(sampler.period)
+    assert by_round[-1] < privacy.epsilon(z, apart, 50, 12, 2e-2)
+    z = privacy.noise_multiplier(1.0, sampler, 50, 12, 2e-2)
+    assert privacy.epsilon(z, sampler, 50, 12, 2e-2) <= 1.0 < privacy.epsilon(z - 0.03, sampler, 50, 12, 2e-2)
 
 
 def test_truncation_costs_a_little_and_nothing_where_all_have_room():

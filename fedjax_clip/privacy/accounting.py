@@ -83,7 +83,7 @@ def epsilon(
 
     Example:
       >>> epsilon(1.0, fc.sampling.poisson(50), num_clients=10_000, rounds=1000, delta=1e-5)  # doctest: +SKIP
-      1.0171
+      0.8640
 
     Source: Abadi et al. (2016); Mironov, Talwar and Zhang (2019); Wang, Balle and Kasiviswanathan (2019) for
     sampling without replacement; Meiser and Mohammadi (2018), Koskela et al. (2020) for privacy loss distributions;

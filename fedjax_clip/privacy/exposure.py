@@ -19,7 +19,7 @@ from fedjax_clip.privacy.participation import Separated, coefficients, sensitivi
 from fedjax_clip.typing import InvalidInput
 
 ACCOUNTANTS = ("auto", "rdp", "pld")
-INTERVAL = 1e-3  # of the losses that a distribution tells apart; it errs on the safe side
+INTERVAL = 1e-3  # of the losses that a distribution tells apart, up to 100 rounds; it errs on the safe side
 AFFORDABLE = 300.0  # epsilon by Renyi above which a loss distribution takes too much memory
 NARROWEST = 0.05  # noise multiplier of which a loss distribution is made
 CHECKPOINTS = 48  # numbers of rounds of which a loss distribution is made; the others take the next one's
@@ -152,7 +152,8 @@ def spent(noise: float | renyi.Curve, met: Exposure, delta: float, accountant: s
     without = np.array([alone[c] for c in unsampled])
     bounds = [*bounds, without] if accountant == "auto" or not met.sample else []
     if met.sample in ("poisson", "truncated") and z >= NARROWEST and (accountant == "pld" or by_renyi[-1] < AFFORDABLE):
-        once = _loss(met.sample, z, met.rate, met.clients, met.most)
+        interval = INTERVAL / max(1.0, math.sqrt(met.counts[-1] / 100))  # errors are of its square, and add up
+        once = _loss(met.sample, z, met.rate, met.clients, met.most, interval)
         bounds.append(
             _at_checkpoints(lambda c: once.self_compose(int(c)).get_epsilon_for_delta(delta), met.counts, CHECKPOINTS)
         )
@@ -197,14 +198,14 @@ def _renyi(sample: str, z: float, rate: float, clients: int) -> tuple[np.ndarray
 
 
 @functools.lru_cache(8)
-def _loss(sample: str, z: float, rate: float, clients: int, most: int) -> Any:
+def _loss(sample: str, z: float, rate: float, clients: int, most: int, interval: float) -> Any:
     """One round's distribution of privacy losses."""
     make = pld.privacy_loss_distribution
     if sample == "truncated":
         return make.from_truncated_subsampled_gaussian_mechanism(
-            clients, rate, most, z, value_discretization_interval=INTERVAL
+            clients, rate, most, z, value_discretization_interval=interval
         )
-    return make.from_gaussian_mechanism(z, sampling_prob=rate, value_discretization_interval=INTERVAL)
+    return make.from_gaussian_mechanism(z, sampling_prob=rate, value_discretization_interval=interval)
 
 
 def _at_checkpoints(compute: Callable[[float], float], counts: np.ndarray, most: int) -> np.ndarray:
