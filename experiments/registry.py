@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,18 @@ def _as_link(make: Callable[..., compression.Compressor]) -> Callable[..., fc.Up
     return functools.wraps(make)(lambda *args, **kwargs: uplink.compress(make(*args, **kwargs)))
 
 
+def _quantile_clip(
+    initial: float = 0.1,
+    target_unclipped_quantile: float = 0.5,
+    rate: float = 0.2,
+    bits_noise: float | None = None,
+    by_layer: bool = False,
+    allocation: Literal["global", "equal"] = "global",
+) -> fc.Uplink:
+    scope = clipping.layer() if by_layer else None
+    return uplink.quantile_clip(initial, target_unclipped_quantile, rate, bits_noise, scope, allocation)
+
+
 UPLINKS: Mapping[str, Callable[..., fc.Uplink]] = {
     **{name: _as_link(make) for name, make in COMPRESSORS.items()},
     "auto_clip": lambda percent=10.0, window=1000: uplink.at_client(
@@ -128,13 +140,14 @@ UPLINKS: Mapping[str, Callable[..., fc.Uplink]] = {
     "ef21": lambda compressor, momentum=1.0, step=1.0: uplink.memory(uplink.compress(compressor), momentum, step),
     "discrete_gaussian": uplink.discrete_gaussian,
     "error_feedback": uplink.error_feedback,
+    "fedexp": uplink.fedexp,
     "gaussian": uplink.gaussian,
     "integer_grid": uplink.integer_grid,
     "local_gaussian": uplink.local_gaussian,
     "normec": lambda beta, alpha=1.0: uplink.memory(clipping.smoothed_clip(beta, alpha)),
     "power_sgd": uplink.power_sgd,
     "preconditioned": uplink.preconditioned,
-    "quantile_clip": uplink.quantile_clip,
+    "quantile_clip": _quantile_clip,
     "relative_to_last": uplink.relative_to_last,
     "scaling": attacks.scaling,
     "sign_flip": attacks.sign_flip,

@@ -56,7 +56,6 @@ CALLS = [
     (uplink.integer_grid, {"bits": 16}),
     (uplink.local_gaussian, {"noise_multiplier": 1.0}),
     (uplink.memory, {"tx": TX, "momentum": 0.5, "step": 0.5}),
-    (uplink.on_update, {"link": uplink.clip_by_global_norm(1.0)}),
     (uplink.with_bias, {"link": uplink.clip_by_global_norm(1.0)}),
     (uplink.power_sgd, {"rank": 2}),
     (uplink.quantile_clip, {"initial": 1.0, "target_unclipped_quantile": 0.5, "rate": 0.2, "bits_noise": 1.0}),

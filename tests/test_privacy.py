@@ -82,8 +82,12 @@ def test_the_quantiles_bits_are_noised_about_one_half():
     @jax.vmap
     def moved(key):
         ctx = context()._replace(key=key)
-        report = {"within": jnp.float32(0.8), "norm": jnp.float32(1)}  # 4 of the 5 that came
-        return -jnp.log(link.decode(one, jnp.float32(1.0), report, ctx)[1]) + 0.5
+        report = {
+            "within": jnp.float32(0.8),
+            "norm": jnp.float32(1),
+            "clipped": jnp.float32(0.2),
+        }  # 4 of the 5 that came
+        return -jnp.log(link.decode(one, {"": jnp.float32(1.0)}, report, ctx)[1][""]) + 0.5
 
     within = np.asarray(moved(jax.vmap(jax.random.key)(np.arange(SIZE))))
     assert_normal(within - (0.5 + (4 - 5 / 2) / 8), std)

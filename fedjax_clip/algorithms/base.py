@@ -10,8 +10,8 @@ import optax
 from fedjax_clip import checks, optimiser, tree
 from fedjax_clip.local import Gradient, batch_gradient
 from fedjax_clip.reduce import Reducer, weighted_mean
-from fedjax_clip.typing import Array, ClientTx, InvalidInput, Params, PyTree, Server
-from fedjax_clip.uplink.base import Uplink, identity
+from fedjax_clip.typing import ClientTx, InvalidInput, Params, PyTree, Server
+from fedjax_clip.uplink.base import Uplink, identity, on_parts
 from fedjax_clip.uplink.orders import check_ends
 
 
@@ -19,9 +19,8 @@ class Parts(NamedTuple):
     """What most algorithms are built of, checked, with defaults filled in.
 
     Attributes:
-      client_tx, server_tx, uplink, reducer, gradient: as ``fc.fedavg``.
-      beside: the link of what clients send beside the update, such as the change of a variate; ``None`` if they send
-        nothing else, or if it passes no link.
+      client_tx, server_tx, reducer, gradient: as ``fc.fedavg``.
+      uplink: what a client's whole message passes; ``fc.uplink.on_parts`` where it has several parts.
     """
 
     client_tx: ClientTx
@@ -29,13 +28,6 @@ class Parts(NamedTuple):
     uplink: Uplink
     reducer: Reducer
     gradient: Gradient = batch_gradient
-    beside: Uplink | None = None
-
-    @property
-    def noise_multipliers(self) -> tuple[float | Array, ...]:
-        """Of all that the server adds Gaussian noise to in a round."""
-        beside = () if self.beside is None else self.beside.promises.noise_multipliers
-        return self.uplink.promises.noise_multipliers + beside
 
     @property
     def population(self) -> int:
@@ -50,7 +42,6 @@ def parts(
     reducer: Reducer | None,
     only_update: bool = False,
     gradient: Gradient = batch_gradient,
-    beside: Uplink | None = None,
 ) -> Parts:
     """``server_tx`` is ``optax.sgd(1.0)`` by default, ``reducer`` the weighted mean, ``uplink`` changes nothing.
 
@@ -62,7 +53,6 @@ def parts(
         identity() if uplink is None else uplink,
         weighted_mean() if reducer is None else reducer,
         gradient,
-        beside,
     )
     if isinstance(client_tx, Uplink):
         raise InvalidInput("client_tx is an uplink; clips of a local step are in fc.clipping.")
@@ -82,6 +72,12 @@ def parts(
     checks.kind("reducer", filled.reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
     check_ends(filled.uplink.promises, filled.reducer, only_update)
     return filled
+
+
+def on_update(uplink: Uplink | None, beside: Uplink | None = None) -> Uplink:
+    """The link of a message ``(update, what is sent beside it)``; nothing happens to a part without a link."""
+    links = (identity() if uplink is None else uplink, beside)
+    return on_parts(*(link for link in links if link is not None))
 
 
 def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] = lambda params: ()) -> Server:

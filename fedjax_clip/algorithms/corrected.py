@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_clip import checks, tree
-from fedjax_clip.algorithms.base import init_server, parts, step_server, told, zeros_like
+from fedjax_clip.algorithms.base import init_server, on_update, parts, step_server, told, zeros_like
 from fedjax_clip.exchange import exchange, population_share, traffic
 from fedjax_clip.local import at_round, batch_gradient, full_gradient, local_steps
 from fedjax_clip.reduce import Reducer, together, uniform_mean
 from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, PerExampleLoss
-from fedjax_clip.uplink.base import Uplink, identity, on_update
+from fedjax_clip.uplink.base import Uplink, identity
 
 
 def fednova(
@@ -43,8 +43,8 @@ def fednova(
 
     Source: Wang et al. (2020), "Tackling the Objective Inconsistency Problem", equation 8 with a_i = 1.
     """
-    built = parts(client_tx, server_tx, uplink, reducer)
-    link, reduce = on_update(built.uplink), together(built.reducer, built.reducer)
+    built = parts(client_tx, server_tx, on_update(uplink), reducer)
+    reduce = together(built.reducer, built.reducer)
 
     def init(params):
         return init_server(params, built)
@@ -65,7 +65,7 @@ def fednova(
             )
 
         (mean, steps), state, client_states, metrics = exchange(
-            client_fn, link, reduce, server.params, server.uplink, cohort, key
+            client_fn, built.uplink, reduce, server.params, server.uplink, cohort, key
         )
         update = jax.tree.map(lambda d: tree.scaled(steps, d), mean)
         return step_server(server, built, update, state), client_states, metrics | {"update_norm": tree.norm(update)}
@@ -190,8 +190,7 @@ def mime(
     Algorithms 1 and 3, with SGD and momentum for the base optimiser.
     """
     checks.within("beta", beta, 0, 1)
-    built = parts(client_tx, server_tx, uplink, reducer)
-    link = on_update(built.uplink)
+    built = parts(client_tx, server_tx, on_update(uplink), reducer)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -228,7 +227,7 @@ def mime(
             )
         shared = server.params, server.own, mean
         (update, at_x), state, client_states, metrics = exchange(
-            client_fn, link, together(built.reducer, built.reducer), shared, server.uplink, cohort, work_key
+            client_fn, built.uplink, together(built.reducer, built.reducer), shared, server.uplink, cohort, work_key
         )
         came = metrics["clients"] > 0
         m = jax.tree.map(lambda m, g: jnp.where(came, (1 - beta) * g + beta * m, m), server.own, at_x if lite else mean)

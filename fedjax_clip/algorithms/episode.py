@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_clip import checks, clipping, tree
-from fedjax_clip.algorithms.base import init_server, parts, step_server, told, zeros_like
+from fedjax_clip.algorithms.base import init_server, on_update, parts, step_server, told, zeros_like
 from fedjax_clip.exchange import exchange, population_share, traffic
 from fedjax_clip.local import at_round, full_gradient, local_steps
 from fedjax_clip.reduce import Reducer, together
 from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, PerExampleLoss, PyTree
-from fedjax_clip.uplink.base import Uplink, identity, on_update
+from fedjax_clip.uplink.base import Uplink, identity
 
 
 class Stored(NamedTuple):
@@ -141,8 +141,8 @@ def episode_plus(
     Smoothness", Algorithm 1 (EPISODE++).
     """
     checks.positive("episode_plus: threshold", threshold)
-    built = parts(client_tx, server_tx, uplink, reducer)
-    link, reduce = on_update(built.uplink), together(built.reducer, built.reducer)
+    built = parts(client_tx, server_tx, on_update(uplink), reducer)
+    reduce = together(built.reducer, built.reducer)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -176,7 +176,7 @@ def episode_plus(
             return (optax.tree.sub(y, x), optax.tree.sub(raw, own)), Stored(raw, jnp.ones((), bool)), report
 
         (update, change), state, client_states, metrics = exchange(
-            client_fn, link, reduce, (server.params, server.own), server.uplink, cohort, key
+            client_fn, built.uplink, reduce, (server.params, server.own), server.uplink, cohort, key
         )
         metrics |= _decision(server.own, threshold) | {"update_norm": tree.norm(update)}
         mean = moved(server.own, change, cohort, metrics)

@@ -4,12 +4,12 @@ import jax
 import optax
 
 from fedjax_clip import tree
-from fedjax_clip.algorithms.base import init_server, parts, step_server, told, zeros_like
+from fedjax_clip.algorithms.base import init_server, on_update, parts, step_server, told, zeros_like
 from fedjax_clip.exchange import exchange, population_share
-from fedjax_clip.local import at_round, local_steps
+from fedjax_clip.local import Gradient, at_round, batch_gradient, local_steps
 from fedjax_clip.reduce import Reducer, together
 from fedjax_clip.typing import Algorithm, ClientState, ClientTx, PerExampleLoss
-from fedjax_clip.uplink.base import Uplink, on_update
+from fedjax_clip.uplink.base import Uplink
 
 
 def scaffold(
@@ -19,7 +19,9 @@ def scaffold(
     *,
     num_clients: int | None = None,
     uplink: Uplink | None = None,
+    variate_uplink: Uplink | None = None,
     reducer: Reducer | None = None,
+    gradient: Gradient = batch_gradient,
 ) -> Algorithm:
     """Local steps along ``d = g - c_i + c``; a clip at the head of ``client_tx`` sees d (SCAFFOLDClip).
 
@@ -29,8 +31,15 @@ def scaffold(
     the mean of all c_i. ``uniform_mean`` is the paper's. With the default, by examples, both follow the weighted
     objective. A weighted mean of updates with a uniform one of variates would end at the uniform objective's optimum.
 
+    DP-SCAFFOLD for records is ``gradient=fc.private_gradient(C, z)``: all that a client sends then comes of noised
+    gradients. For clients, the change of the variate needs a clip and noise as the update does: give ``variate_uplink``
+    as well. Two links of noise z sqrt(2) cost what one of z costs (``fc.privacy.together``). The server's c is then the
+    mean of what was sent, and no longer of the c_i.
+
     Args:
-      per_example_loss, client_tx, server_tx, uplink, reducer: as ``fc.fedavg``; the uplink acts on the update only.
+      per_example_loss, client_tx, server_tx, reducer, gradient: as ``fc.fedavg``.
+      uplink: what the update passes.
+      variate_uplink: what the change of the variate passes; nothing by default.
       num_clients: N, the whole population; read from the data unless it is given, and checked if it is.
 
     Returns:
@@ -43,10 +52,15 @@ def scaffold(
       >>> tx = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.1))
       >>> algorithm = fc.scaffold(per_example_loss, tx)
 
-    Source: Karimireddy et al. (2020), Algorithm 1; Crawshaw, Bao and Liu (2023) for the clip.
+      >>> link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(1.4))
+      >>> private = fc.scaffold(loss, tx, uplink=link, variate_uplink=link, reducer=fc.fixed_mean(50))
+
+    Source: Karimireddy et al. (2020), Algorithm 1; Crawshaw, Bao and Liu (2023) for the clip; Noble, Bellet and
+    Dieuleveut (2022), "Differentially Private Federated Learning on Heterogeneous Data", Algorithm 1, for records.
     """
-    built = parts(client_tx, server_tx, uplink, reducer)
-    link, reduce = on_update(built.uplink), together(built.reducer, built.reducer)
+    link, covers_all = on_update(uplink, variate_uplink), variate_uplink is not None
+    built = parts(client_tx, server_tx, link, reducer, only_update=covers_all, gradient=gradient)
+    reduce = together(built.reducer, built.reducer)
 
     def init(params):
         return init_server(params, built, own=zeros_like)
@@ -64,12 +78,14 @@ def scaffold(
             def corrected(g, y, step):
                 return jax.tree.map(lambda g, c_i, c: g - c_i + c, g, c_i, c)
 
-            y, _, mean, report = local_steps(per_example_loss, tx, x, client, key, adjust=corrected, collect=True)
+            y, _, mean, report = local_steps(
+                per_example_loss, tx, x, client, key, adjust=corrected, gradient=gradient, collect=True
+            )
             update, change = optax.tree.sub(y, x), optax.tree.sub(mean, c_i)
             return (update, change), mean, report
 
         (update, change), state, client_states, metrics = exchange(
-            client_fn, link, reduce, (server.params, server.own), server.uplink, cohort, key
+            client_fn, built.uplink, reduce, (server.params, server.own), server.uplink, cohort, key
         )
         share = population_share(built.reducer, cohort, metrics)
         c = tree.add_scaled(server.own, share, change)

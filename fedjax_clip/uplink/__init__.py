@@ -1,8 +1,9 @@
 """Links between a client and the server; ``chain`` joins them."""
 
-from fedjax_clip.uplink.base import Context, Uplink, at_client, chain, identity, on_update
+from fedjax_clip.uplink.base import Context, Uplink, at_client, chain, identity, on_parts
 from fedjax_clip.uplink.clip import by_group, clip_by_global_norm, quantile_clip, zeroing
 from fedjax_clip.uplink.compress import compress, count_sketch, error_feedback, power_sgd
+from fedjax_clip.uplink.extrapolate import fedexp
 from fedjax_clip.uplink.grid import Grid, discrete_gaussian, integer_grid, skellam
 from fedjax_clip.uplink.memory import memory, relative_to_last, with_bias
 from fedjax_clip.uplink.noise import gaussian, local_gaussian
@@ -24,12 +25,13 @@ __all__ = [
     "count_sketch",
     "discrete_gaussian",
     "error_feedback",
+    "fedexp",
     "gaussian",
     "identity",
     "integer_grid",
     "local_gaussian",
     "memory",
-    "on_update",
+    "on_parts",
     "power_sgd",
     "preconditioned",
     "quantile_clip",

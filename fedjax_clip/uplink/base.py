@@ -14,7 +14,7 @@ from fedjax_clip.clipping import bare_state, bound_of, clip_report
 from fedjax_clip.metrics import prefixed
 from fedjax_clip.typing import Array, InvalidInput, Metrics, Params, PyTree
 from fedjax_clip.uplink.orders import check_chain
-from fedjax_clip.uplink.promises import Promises, joined, last_bound
+from fedjax_clip.uplink.promises import Promises, beside, joined, last_bound
 
 SENT = ("bytes", "entropy_bytes")  # what a link that packs reports of its message
 LATE = "late"  # what a link reports, true, of a message that comes too late to count
@@ -258,38 +258,73 @@ def nothing(params: Params) -> tuple[()]:
     return ()
 
 
-def on_update(link: Uplink) -> Uplink:
-    """A link for a message of several parts, ``(update, ...)``: it acts on the update, and leaves the rest alone.
+def on_parts(*links: Uplink) -> Uplink:
+    """Links for a message of several parts, ``(update, change, ...)``: one for each of the first parts, in order.
 
-    Its promises are the link's, and hold of the update alone: whoever sends more than that says so to the check of
-    its parts (``check_ends``), which refuses noise that does not cover the rest.
+    Parts behind the last link travel as they are. The promises hold of the parts that have a link: a bound is
+    ``sqrt(sum_k C_k^2)``, and the server's noise on two parts costs what ``fc.privacy.together`` says.
 
     Args:
-      link: for the first part.
+      links: for the first part, the second, ...
+
+    Raises:
+      InvalidInput: noise, or a mechanism, on one of the parts and not on another; several parts on an integer grid.
 
     Example:
-      >>> link = fc.uplink.on_update(fc.uplink.clip_by_global_norm(1.0))  # for messages (update, change)
+      >>> link = fc.uplink.on_parts(fc.uplink.clip_by_global_norm(1.0))  # for messages (update, change)
     """
-    checks.kind("link", link, Uplink, "an fc.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
+    for link in links:
+        checks.kind("uplink", link, Uplink, "an fc.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)")
+    promises = beside([link.promises for link in links])
+    count = len(links)
+
+    def init(params):
+        return tuple(link.init(params) for link in links)
+
+    def init_client(params):
+        return tuple(link.init_client(params) for link in links)
+
+    def own(ctx, part):
+        return ctx if part == 0 else _at(ctx, -part)
 
     def encode(message, state, client_state, ctx):
-        update, client_state, report = link.encode(message[0], state, client_state, ctx)
-        rest = tree.nbytes(message[1:])
-        report = {name: x + rest if name in SENT else x for name, x in report.items()}
-        return (update, *message[1:]), client_state, report
+        sent, states = [], []
+        report: Metrics = {}
+        packed: dict[str, list[Any]] = {name: [] for name in SENT}
+        for part, (link, s, c) in enumerate(zip(links, state, client_state, strict=True)):
+            out, c, said = encoded(link, message[part], s, c, own(ctx, part))
+            sent.append(out)
+            states.append(c)
+            for name in SENT:
+                packed[name].append(said.get(name))
+            said = {name: x for name, x in said.items() if name not in SENT}
+            report |= said if part == 0 else prefixed(f"part{part}", said)
+        rest = tree.nbytes(message[count:])
+        for name, sizes in packed.items():
+            if any(size is not None for size in sizes):
+                known = [tree.nbytes(x) if size is None else size for x, size in zip(sent, sizes, strict=True)]
+                report[name] = sum(known) + rest
+        return (*sent, *message[count:]), tuple(states), report
 
     def decode(aggregate, state, report, ctx):
-        update, state, metrics = link.decode(aggregate[0], state, report, ctx)
-        return (update, *aggregate[1:]), state, metrics
+        made, states = [], []
+        metrics: Metrics = {}
+        for part, (link, s) in enumerate(zip(links, state, strict=True)):
+            start = f"part{part}/"
+            mine = {k.removeprefix(start): v for k, v in report.items() if k.startswith(start)} if part else report
+            out, s, m = decoded(link, aggregate[part], s, mine, own(ctx, part))
+            made.append(out)
+            states.append(s)
+            metrics |= m if part == 0 else prefixed(f"part{part}", m)
+        return (*made, *aggregate[count:]), tuple(states), metrics
 
-    bound = link.promises.bound
-    of_update = None if bound is None else lambda state, like: bound(state, like[0])
-    return link._replace(encode=encode, decode=decode).promising(bound=of_update)
+    return Uplink(init, init_client, encode, decode, promises)
 
 
 def _at(ctx: Context, position: int) -> Context:
+    number = jnp.uint32(position % 2**32)
     fold = jax.random.fold_in
-    return ctx._replace(key=fold(ctx.key, position), round_key=fold(ctx.round_key, position))
+    return ctx._replace(key=fold(ctx.key, number), round_key=fold(ctx.round_key, number))
 
 
 def _numbered(metrics: list[Metrics]) -> Metrics:

@@ -1,13 +1,16 @@
 """Clips of what a client sends."""
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip import checks, clipping, tree
-from fedjax_clip.clipping.parts import Norm, hard, measure, whole
+from fedjax_clip.clipping.guarantee import group_sizes
+from fedjax_clip.clipping.parts import Norm, Scope, hard, l2, measure, spread, whole
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink.base import Uplink, at_client, nothing
@@ -46,6 +49,8 @@ def quantile_clip(
     target_unclipped_quantile: float | Array = 0.5,
     rate: float | Array = 0.2,
     bits_noise: float | Array | None = None,
+    scope: Scope | None = None,
+    allocation: Literal["global", "equal"] = "global",
 ) -> Uplink:
     """Clips updates at a bound that follows a quantile of their norms: ``C <- C exp(-rate (b - target))``.
 
@@ -54,46 +59,87 @@ def quantile_clip(
     at the target quantile of norms that do not change. Without noise on b, C leaks the bits, so that a chain with
     ``gaussian`` wants some: ``b = 1/2 + (sum_i (b_i - 1/2) + N(0, bits_noise^2)) / n`` for a mean of denominator n.
 
+    With a ``scope`` of K groups, such as layers, each group k has a bound C_k and a bit of its own. The message's norm
+    is then at most ``sqrt(sum_k C_k^2)``, and noise behind it is in proportion to that. ``allocation`` says where the
+    noise goes. ``"global"``: the same in all coordinates. ``"equal"``: clients send ``u_k / C_k`` and the server
+    multiplies by C_k, so that group k has noise ``z sqrt(K) C_k``: small groups get little. The noise on each bit has
+    standard deviation ``sqrt(K) bits_noise``, so K bits cost what one bit costs with ``bits_noise``.
+
     Args:
-      initial: C before round 0, in the units of the parameters.
+      initial: C, or each C_k, before round 0, in the units of the parameters.
       target_unclipped_quantile: the fraction of updates that shall pass UNCLIPPED.
       rate: step of log C.
       bits_noise: standard deviation of the noise on the number of bits; the paper takes n / 20. What it costs the
         noise on updates: ``fc.privacy.split``.
+      scope: what has a bound of its own: ``fc.clipping.layer()`` or ``groups({...})``; the whole update by default.
+      allocation: of the noise among groups.
 
     Raises:
-      InvalidInput: a bound or rate that is not positive, a target outside [0, 1].
+      InvalidInput: a bound or rate that is not positive, a target outside [0, 1], a scope of units or elements.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), uplink=fc.uplink.quantile_clip(0.1, 0.5))
+      >>> by_layer = fc.uplink.quantile_clip(0.1, bits_noise=2.5, scope=fc.clipping.layer(), allocation="equal")
 
-    Source: Andrew et al. (2021), "Differentially Private Learning with Adaptive Clipping", Algorithm 1.
+    Source: Andrew et al. (2021), "Differentially Private Learning with Adaptive Clipping", Algorithm 1; He et al.
+    (2023), "Exploring the Limits of Differentially Private Deep Learning with Group-wise Clipping", sections 3 and 4,
+    for groups and the allocation of noise among them.
     """
     checks.positive("quantile_clip: initial", initial)
     _check_quantile("quantile_clip", target_unclipped_quantile, rate)
     if bits_noise is not None:
         checks.within("quantile_clip: bits_noise", bits_noise, 0, finite=True)
+    checks.kind("quantile_clip: scope", scope, Scope | None, "one of fc.clipping, such as fc.clipping.layer()")
+    groups = whole() if scope is None else scope
+    if groups.keep != "nothing":
+        raise InvalidInput(
+            "quantile_clip: scope must be one of layers or groups: units and elements are too many bits."
+        )
+    if allocation not in ("global", "equal"):
+        raise InvalidInput(f"quantile_clip: allocation must be 'global' or 'equal', not {allocation!r}.")
+    equal = allocation == "equal"
 
-    def encode(update, bound, client_state, ctx):
-        norm = tree.norm(update)
-        factor = hard()(norm, bound.astype(norm.dtype))
-        return jax.tree.map(lambda x: tree.scaled(factor, x), update), client_state, _bits(norm, bound)
+    def init(params):
+        return {name: jnp.float32(initial) for name in group_sizes(groups, params)}
 
-    def decode(aggregate, bound, report, ctx):
-        within = report["within"]
+    def encode(update, bounds, client_state, ctx):
+        norms = measure(groups, l2(), update)
+        factors = {k: hard()(n, bounds[k].astype(n.dtype)) for k, n in norms.items()}
+        if equal:
+            factors = {k: f / bounds[k].astype(f.dtype) for k, f in factors.items()}
+        report = {
+            _of("within", k): Mean(_number(n <= bounds[k].astype(n.dtype)), _number(True)) for k, n in norms.items()
+        }
+        report |= {_of("norm", k): Mean(n, _number(True)) for k, n in norms.items()}
+        fired = jnp.any(jnp.stack([~(n <= bounds[k].astype(n.dtype)) for k, n in norms.items()]))
+        return spread(groups, factors, update), client_state, report | {"clipped": Mean(_number(fired), _number(True))}
+
+    def decode(aggregate, bounds, report, ctx):
+        within = {k: report[_of("within", k)] for k in bounds}
         if bits_noise is not None:
             if ctx.denominator is None:
                 raise InvalidInput("Noise on quantile_clip's bits needs a fixed mean: make fixed_mean the reducer.")
-            centred = jnp.where(ctx.weight > 0, (within - 0.5) * ctx.weight, 0)
-            within = 0.5 + (centred + bits_noise * jax.random.normal(ctx.key, (), jnp.float32)) / ctx.denominator
-        moved = _towards_quantile(bound, within, target_unclipped_quantile, rate)
-        return aggregate, moved, _seen(bound, report)
+            noise = bits_noise * math.sqrt(len(bounds)) * jax.random.normal(ctx.key, (len(bounds),), jnp.float32)
+            for n, (k, b) in zip(noise, within.items(), strict=True):
+                centred = jnp.where(ctx.weight > 0, (b - 0.5) * ctx.weight, 0)
+                within[k] = 0.5 + (centred + n) / ctx.denominator
+        moved = {k: _towards_quantile(c, within[k], target_unclipped_quantile, rate) for k, c in bounds.items()}
+        if equal:
+            aggregate = spread(groups, bounds, aggregate)
+        seen = {_of("norm", k): report[_of("norm", k)] for k in bounds} | {
+            _of("threshold", k): c for k, c in bounds.items()
+        }
+        if len(bounds) > 1:
+            seen |= {_of("clipped", k): 1 - report[_of("within", k)] for k in bounds}
+        return aggregate, moved, seen | {"clipped": report["clipped"]}
 
-    promises = Promises(bound=lambda bound, like: bound, moves="quantile_clip")
-    link = Uplink(lambda params: jnp.float32(initial), nothing, encode, decode, promises)
+    def bound(bounds, like):
+        return jnp.sqrt(jnp.float32(len(bounds)) if equal else sum(jnp.square(c) for c in bounds.values()))
+
+    link = Uplink(init, nothing, encode, decode, Promises(bound=bound, moves="quantile_clip"))
     if bits_noise is None:
         return link.promising(leaks=LEAKS.format("quantile_clip", ": give it bits_noise=cohort_size / 20"))
-    # A bit minus one half has sensitivity one half.
+    # A bit minus one half has sensitivity one half; K of them sqrt(K) / 2, under noise of sqrt(K) bits_noise.
     return link.promising(noise_multipliers=(2 * bits_noise,), trusts="quantile_clip")
 
 
@@ -155,7 +201,7 @@ def by_group(link: Uplink, groups: Mapping[str, Sequence[int]]) -> Uplink:
     Whom does a threshold hit? Clients with little data, with rare labels, with slow devices ...
 
     Args:
-      link: a link that reports ``clipped`` or ``within``: ``clip_by_global_norm``, ``at_client(a clip)``,
+      link: a link that reports ``clipped``: ``clip_by_global_norm``, ``at_client(a clip)``,
         ``quantile_clip``.
       groups: client numbers by the group's name; a client may be in several.
 
@@ -175,12 +221,9 @@ def by_group(link: Uplink, groups: Mapping[str, Sequence[int]]) -> Uplink:
 
     def encode(update, state, client_state, ctx):
         message, client_state, report = link.encode(update, state, client_state, ctx)
-        if "clipped" in report:
-            clipped = report["clipped"].total
-        elif "within" in report:
-            clipped = 1 - report["within"].total
-        else:
+        if "clipped" not in report:
             raise InvalidInput("by_group needs a link that reports whether it clipped, such as clip_by_global_norm.")
+        clipped = report["clipped"].total
         for name, ids in members.items():
             here = _number(jnp.any(ctx.client_id == ids))
             report = report | {f"clipped/{name}": Mean(clipped * here, here)}
@@ -206,6 +249,11 @@ def _towards_quantile(bound: Array, within: Array, target: float | Array, rate: 
 
 def _seen(bound: Array, report: dict) -> dict:
     return {"clipped": 1 - report["within"], "norm": report["norm"], "threshold": bound}
+
+
+def _of(kind: str, group: str) -> str:
+    """The name of a group's number in a report; the whole update is the group without a name."""
+    return "/".join(filter(None, (kind, group)))
 
 
 def _number(flag: Array | bool) -> Array:

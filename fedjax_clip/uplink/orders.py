@@ -64,14 +64,13 @@ def check_chain(links: Sequence[Promises]) -> None:
         )
 
 
-def check_ends(promises: Promises, reducer: Any, covers_all: bool, algorithm: str = "This algorithm") -> None:
+def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
     """Refuses an uplink and a reducer that do not go together, or an algorithm that sends more than the uplink covers.
 
     Args:
       promises: of the whole chain.
       reducer: what becomes of its messages.
       covers_all: whether clients send nothing but what passes the uplink.
-      algorithm: its name, for the sentence.
 
     Raises:
       InvalidInput: says what to put in the place of what.
@@ -90,8 +89,8 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool, algorithm: st
     if not covers_all and (promises.noise or reducer.hides):
         covered, purpose = ("secure sum", "secure aggregation") if reducer.hides else ("uplink's noise", "privacy")
         raise InvalidInput(
-            f"{algorithm}'s clients send a gradient or a variate beside the update, which the {covered} does not "
-            f"cover: for {purpose} take fedavg or fedsgd."
+            f"This algorithm's clients send a gradient or a variate beside the update, which the {covered} does not "
+            f"cover: for {purpose} take fedavg or fedsgd, or give scaffold a variate_uplink with noise, too."
         )
     if promises.grid is not None and reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)
@@ -101,7 +100,7 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool, algorithm: st
             or f"{promises.trusts} tells the server single clients' bits, which the secure sum hides: put "
             "clip_by_global_norm in its place."
         )
-    if reducer.forges and promises.noise:
+    if reducer.forges and promises.noise in (Noise.SERVER, Noise.SHARES):
         raise InvalidInput(
             f"{reducer.forges} replaces messages behind the clip by what depends on other clients', so the noise is in "
             "proportion to no bound: study attacks without noise, or put the attack in front of the clip as a link."

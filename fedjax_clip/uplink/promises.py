@@ -5,8 +5,10 @@ import enum
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import Array, PyTree
+from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 
 class Noise(enum.Enum):
@@ -117,6 +119,36 @@ def joined(promises: Sequence[Promises]) -> Promises:
         wire=next((p.wire for p in reversed(promises) if p.wire is not Wire.KEEPS), Wire.KEEPS),
         grid=promises[-1].grid if promises else None,
         population=max((p.population for p in promises), default=0),
+    )
+
+
+def beside(parts: Sequence[Promises]) -> Promises:
+    """The promises of a message of several parts, each of which passes a link of its own.
+
+    Raises:
+      InvalidInput: parts that do not have the same noise, or several on an integer grid.
+    """
+    if len(parts) == 1:
+        of_one = parts[0].bound
+        bound = None if of_one is None else lambda state, like: of_one(state[0], like[0])
+        return dataclasses.replace(parts[0], bound=bound)
+    if len({p.noise for p in parts}) > 1 or len({id(p.mechanism) for p in parts}) > 1:
+        raise InvalidInput(
+            "A message of several parts has noise on one and not on another, or other mechanisms: end each part's link "
+            "on the same kind of noise, such as gaussian(1.0)."
+        )
+    if any(p.grid for p in parts):
+        raise InvalidInput("Only one part of a message can be on an integer grid: take fedavg or fedsgd.")
+    bounds = [p.bound for p in parts]
+
+    def bound_of_all(state: PyTree, like: PyTree) -> Array:
+        each = [b(s, x) for b, s, x in zip(bounds, state, like, strict=False) if b is not None]
+        return jnp.sqrt(sum(jnp.square(b) for b in each))
+
+    return dataclasses.replace(
+        joined(parts),
+        bound=None if None in bounds else bound_of_all,
+        wire=Wire.CHANGES if len({p.wire for p in parts}) > 1 else parts[0].wire,
     )
 
 

@@ -1,0 +1,66 @@
+"""A server step that grows where clients disagree: FedExP, with and without privacy."""
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_clip import checks, tree
+from fedjax_clip.metrics import Mean
+from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.uplink.base import Uplink, nothing
+from fedjax_clip.uplink.orders import NO_BOUND
+from fedjax_clip.uplink.promises import Promises, Wire
+
+
+def fedexp(noise_multiplier: float | Array | None = None, epsilon: float = 1e-3) -> Uplink:
+    """Multiplies the mean update by ``eta = max(1, mean_i ||u_i||^2 / (2 (||mean u||^2 + epsilon)))``.
+
+    Where updates point in different directions their mean is short, and the server's step grows to make up for it.
+    Guarantee: eta is at least 1, and ``eta ||mean u|| <= mean ||u||^2 / (2 ||mean u||)`` where it is more.
+
+    Each client sends the square of its norm, beside its message. In front of ``gaussian``, with a clip to C in front of
+    it, the sum of squares moves by at most C^2 with one client, and the server adds ``N(0, (z_s C^2)^2)`` to it, z_s
+    being ``noise_multiplier``: one more Gaussian mechanism, which accounting counts. The mean's own noise is in the
+    denominator, so noise makes steps smaller, never larger. In front of the clients' own noise it is refused, since
+    squares would reach the server in the clear.
+
+    Metrics: ``extrapolation``, eta.
+
+    Args:
+      noise_multiplier: z_s, of the sum of squares over C^2; no noise by default.
+      epsilon: what keeps eta finite, in squared units of the parameters.
+
+    Raises:
+      InvalidInput: numbers out of range; (when a chain is built) noise on the squares without a bound in front.
+
+    Example:
+      >>> clip = fc.uplink.clip_by_global_norm(0.3)
+      >>> link = fc.uplink.chain(clip, fc.uplink.fedexp(noise_multiplier=10.0), fc.uplink.gaussian(1.0))
+
+    Source: Jhunjhunwala, Wang and Joshi (2023), "FedExP: Speeding Up Federated Averaging via Extrapolation", equation
+    7; with noise after Takakura, Liew and Hasegawa (2025), "Accelerating Differentially Private Federated Learning via
+    Adaptive Extrapolation", whose own choice of the noise on the squares this does not follow.
+    """
+    checks.positive("fedexp: epsilon", epsilon)
+    if noise_multiplier is not None:
+        checks.within("fedexp: noise_multiplier", noise_multiplier, 0, finite=True)
+
+    def encode(update, state, client_state, ctx):
+        return update, client_state, {"squares": Mean(jnp.square(tree.norm(update)), jnp.ones((), jnp.float32))}
+
+    def decode(aggregate, state, report, ctx):
+        squares = jnp.where(ctx.weight > 0, report["squares"], 0)
+        if noise_multiplier is not None:
+            if ctx.denominator is None:
+                raise InvalidInput("Noise on fedexp's squares needs a fixed mean: make fixed_mean the reducer.")
+            if ctx.bound is None:
+                raise InvalidInput(NO_BOUND)
+            noise = noise_multiplier * jnp.square(ctx.bound) * jax.random.normal(ctx.key, (), jnp.float32)
+            squares = (squares * ctx.weight + noise) / ctx.denominator
+        eta = jnp.maximum(1, squares / (2 * (jnp.square(tree.norm(aggregate)) + epsilon)))
+        return jax.tree.map(lambda x: tree.scaled(eta, x), aggregate), state, {"extrapolation": eta}
+
+    link = Uplink(nothing, nothing, encode, decode, Promises(contracts=True, wire=Wire.KEEPS))
+    if noise_multiplier is None:
+        leaks = "fedexp tells the server the norms of clients' updates without noise: give it noise_multiplier=10.0."
+        return link.promising(leaks=leaks)
+    return link.promising(noise_multipliers=(noise_multiplier,), needs_bound=True, trusts="fedexp")
