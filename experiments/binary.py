@@ -8,7 +8,7 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -41,21 +41,13 @@ def run(
         if {"--help", "-help", "-h", "--h"} & set(argv):  # absl's own --help exits with 1
             print(f"{doc.strip()}\n\nFlags:\n{_flags_help(without)}\n\n{notes()}".rstrip())
             sys.exit(0)
+        argv = [argv[0], *_expanded(argv[1:])]
+        for name in filter(None, map(_foreign, argv[1:])):
+            _fail(f"--{name} is no flag of this program: see --help.")
         try:
-            for here, after in zip(argv, [*argv[1:], ""]):
-                if found := re.fullmatch(r"--?flagfile(=(.*))?", here, re.DOTALL):
-                    _check_flagfile(found[2] if found[1] else after)
             rest = flags.FLAGS(argv)
-        except (flags.Error, OSError, ValueError) as error:
+        except (flags.Error, ValueError) as error:
             _fail(_reworded(" ".join(str(error).removeprefix("ERROR:: ").split())))
-        for name in flags.FLAGS:  # absl's own would run profilers, and write files wherever a flag file says
-            module = str(flags.FLAGS.find_module_defining_flag(name))
-            if (
-                flags.FLAGS[name].present
-                and name != "flagfile"
-                and not module.startswith(("experiments.", sys.argv[0]))
-            ):
-                _fail(f"--{name} is no flag of this program: see --help.")
         if len(rest) > 1 and not operands:
             _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
         logging.set_verbosity(logging.FATAL)  # what libraries log of an error, the error says again
@@ -172,18 +164,45 @@ def _flags_help(without: Collection[str]) -> str:
     )
 
 
-def _check_flagfile(name: str) -> None:
-    """Refuses what is no short text."""
+def _expanded(arguments: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[str]:
+    """The arguments, each ``--flagfile`` replaced by the lines of its file, and so on; absl reads no file itself."""
+    left = iter(arguments)
+    for argument in left:
+        if found := re.fullmatch(r"--?flagfile(=(.*))?", argument, re.DOTALL):
+            name = (found[2] if found[1] else next(left, "")).strip()
+            if name in within:
+                _fail(f"--flagfile={name} names itself, by way of {' and '.join(within)}.")
+            yield from _expanded(_flag_lines(name), (*within, name))
+        else:
+            yield argument
+
+
+def _flag_lines(name: str) -> list[str]:
+    """The flags that a file lists, one on each line; an empty line and one that begins with ``#`` say nothing."""
     path = files.expanded(name)
-    if path.exists() and not path.is_file():
-        _fail(f"--flagfile={name} is no file.")
-    if path.is_file() and path.stat().st_size > MOST_FLAGS:
-        _fail(f"--flagfile={name} has {path.stat().st_size:,} bytes: that is no list of flags.")
     try:
-        if path.is_file() and "\0" in path.read_text(encoding="utf-8", errors="surrogateescape"):
-            raise ValueError
-    except ValueError:
+        if path.exists() and not path.is_file():
+            _fail(f"--flagfile={name} is no file.")
+        if (size := path.stat().st_size) > MOST_FLAGS:
+            _fail(f"--flagfile={name} has {size:,} bytes: that is no list of flags.")
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        _fail(f"--flagfile={name} cannot be read: {error.strerror}.")
+    if "\0" in text:
         _fail(f"--flagfile={name} is not text.")
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("#", "//"))]
+
+
+def _foreign(argument: str) -> str | None:
+    """The name of a flag of absl's own: those run profilers, and write files wherever a flag file says."""
+    name = argument.lstrip("-").split("=")[0]
+    for known in (name, name.removeprefix("no")) if argument.startswith("-") else ():
+        if known == "undefok":  # lets misspelt flags pass; absl keeps it apart from the others
+            return known
+        if known in flags.FLAGS:
+            module = str(flags.FLAGS.find_module_defining_flag(known))
+            return None if module.startswith(("experiments.", sys.argv[0])) else known
+    return None
 
 
 def _too_much(error: BaseException) -> str:

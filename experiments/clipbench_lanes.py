@@ -136,7 +136,8 @@ def run(
     lanes = max(lanes, count)
     padded = [*range(count), *[0] * (lanes - count)]
     index = np.tile(np.asarray(which), len(points))[padded]
-    values = {k: np.repeat(np.array([p[k] for p in points], np.float32), len(which))[padded] for k in rule.knobs}
+    points = [{**point, **rule.fixed} for point in points]
+    values = {k: np.repeat(np.array([p[k] for p in points], np.float32), len(which))[padded] for k in points[0]}
     arguments = values, index, np.int32(count), bank.arrays, track.data.examples
 
     # Problems that differ in their data only, as the quartics do, share a program.
@@ -230,7 +231,7 @@ def fingerprint(track: Track, rule: Rule) -> str:
     bank = plan(track, track.measuring[:1], rule.fresh)
     lane = functools.partial(train_one, track, rule)
     inputs = bank.nth(bank.arrays, 0)
-    program = jax.jit(lane).lower({k: np.float32(1) for k in rule.knobs}, inputs, track.data.examples)
+    program = jax.jit(lane).lower({k: np.float32(1) for k in (*rule.knobs, *rule.fixed)}, inputs, track.data.examples)
     digest = hashlib.sha256(program.as_text().encode())
     runs = [(run.seed, run.clients, run.judged) for run in (*track.tuning, *track.measuring)]
     for x in jax.tree.leaves((inputs, track.data.examples, runs)):

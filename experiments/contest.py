@@ -145,7 +145,7 @@ def _config(track: Track, rule: Rule) -> dict[str, Any]:
         "runs": [len(track.tuning), len(track.measuring)],
         "trials": track.trials,
         "space": {k: [r.low, r.high, r.log] for k, r in space.items()},
-    }
+    } | ({"fixed": dict(rule.fixed)} if rule.fixed else {})
 
 
 def build_tracks(names: Sequence[str] | None, registry: Mapping[str, Callable[[], list[Track]]]) -> list[Track]:

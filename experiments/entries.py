@@ -30,7 +30,7 @@ class Results:
         self.path, self.file = path, path / "results.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            text = self.file.read_text() if self.file.exists() else ""
+            text = files.regular(self.file).read_text() if self.file.exists() else ""
             whole = text[: text.rfind("\n") + 1]  # a kill may have come in the middle of the last line
             files.write(self.file, whole)
             self.entries: list[Entry] = [json.loads(line) for line in whole.splitlines()]

@@ -22,13 +22,19 @@ def write(path: pathlib.Path, directories: Sequence[pathlib.Path]) -> None:
     Raises:
       InvalidInput: what ``results.load`` raises; a path that cannot be written, or that holds something else.
     """
-    text = build(results.load(directories))
+    with np.errstate(invalid="ignore"):  # a mean of losses that are infinite is shown as no number
+        text = build(results.load(directories))
     try:
-        if path.exists() and not path.read_bytes().startswith(MARK.encode()):
+        if path.exists() and not _is_page(path):
             raise InvalidInput(f"--out: {path} is no page of a run, so it is not overwritten; name another file.")
         files.write(path, text.encode("utf-8", "backslashreplace").decode())  # a name that is not UTF-8 is shown so
     except OSError as error:
         raise InvalidInput(f"--out: {path} cannot be written: {error.strerror}.") from None
+
+
+def _is_page(path: pathlib.Path) -> bool:
+    with files.regular(path).open("rb") as file:
+        return file.read(len(MARK)) == MARK.encode()
 
 
 def build(runs: Sequence[Run]) -> str:
@@ -51,6 +57,7 @@ def build(runs: Sequence[Run]) -> str:
             _served(runs),
         ),
         _section("Clipping", "", panels.clipping(runs)),
+        _section("Privacy", "", (), _privacy(runs)),
         _section(
             "Communication and time",
             "Bytes are those of the arrays that are sent, of all clients together.",
@@ -92,13 +99,14 @@ def _outcome(run: Run) -> dict[str, str]:
         for name in sets:
             of = panels.SETS.get(name, name)
             facts[f"{metric}, {of}"] = svg.number(run.series(f"eval/{name}/{metric}")[1][-1])
-            if metric == run.primary(name):
+            if metric and metric == run.primary(name):
                 tenth = f"worst tenth of {of}" if name == "clients" else f"{of} of the worst tenth of clients"
                 facts[f"{metric}, {tenth}"] = svg.number(results.worst_tenth(run.clients[f"{name}/{metric}"], metric))
     facts["rounds"] = f"{run.rows[-1]['round']:.0f}"
     if dropped := run.cumulative("dropped")[-1]:
         facts["updates dropped"] = f"{dropped:.0f}"
-    facts |= {"training time": _duration(run.cumulative("seconds")[-1])}
+    if "seconds" in run.rows[-1]:
+        facts["training time"] = _duration(run.cumulative("seconds")[-1])
     if "simulated_seconds" in run.rows[-1]:
         facts["simulated time"] = _duration(run.rows[-1]["simulated_seconds"])
     if sent := run.cumulative("bytes_down", "bytes_up")[-1]:
@@ -134,7 +142,7 @@ def _cost(runs: Sequence[Run]) -> str:
         "a round",
     ]
     rows = []
-    for run in runs:
+    for run in (run for run in runs if "seconds" in run.rows[-1]):  # or it is withheld
         asked = run.cumulative("clients", "dropped")[-1]
         down, up = (run.cumulative(key)[-1] for key in ("bytes_down", "bytes_up"))
         seconds = run.cumulative("seconds")[-1]
@@ -142,6 +150,14 @@ def _cost(runs: Sequence[Run]) -> str:
         median = np.median([row.get("seconds", np.nan) for row in run.rows])
         rows.append([run.name, f"{asked:.0f}", *each, *map(_bytes, (down, up)), _duration(seconds), _duration(median)])
     return _table(["run", *head], rows) if len(runs) > 1 else _table(head, [row[1:] for row in rows])
+
+
+def _privacy(runs: Sequence[Run]) -> str:
+    """What is private, for whom, from whom, and what that assumes."""
+    private = [(run.name, run.private) for run in runs if run.private]
+    names = list(dict.fromkeys(name for _, lines in private for name in lines))
+    rows = [[name, *(lines.get(name, "–") for _, lines in private)] for name in names]
+    return _table(["", *(name for name, _ in private)] if len(runs) > 1 else ["", "this run"], rows)
 
 
 def _settings(runs: Sequence[Run]) -> str:

@@ -1,6 +1,7 @@
 """The uplink that flags ask for, and what its noise is worth."""
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,10 +64,12 @@ def build_uplink(
 
 def protects(uplink: fc.Uplink, sampler: fc.sampling.Sampler, num_clients: int) -> str:
     """What epsilon is for: what neighbours differ in, as the accounting has them."""
-    if uplink.promises.grid:
-        return "one client's data, from who sees sums only"
-    replaced = sampler.scheme == "uniform" and sampler.cohort_size < num_clients
-    return "one client's data, in another's place" if replaced else "one client's presence"
+    whole = "one client, all its data in all rounds"
+    if sampler.scheme == "uniform" and sampler.cohort_size < num_clients:
+        return f"{whole} (replace: another one in its place)"
+    if sampler.scheme == "poisson" and not uplink.promises.grid:
+        return f"{whole} (add or remove)"
+    return f"{whole} (zero out: its updates count as zero)"
 
 
 def chain(text: str, noise_multiplier: float | None, values: Mapping[str, Any] = spec.NO_VALUES) -> fc.Uplink:
@@ -112,3 +115,109 @@ def spent(
     central = uplink.promises.noise is fc.uplink.Noise.SERVER
     noise = fc.privacy.together(uplink.promises.noise_multipliers) if central else on_grid(uplink)
     return fc.privacy.epsilons(noise, sampler, num_clients, rounds, delta, uplink.promises.mechanism)
+
+
+COMPUTABLE = "not private: its noise can be computed from {}"
+EXACT = "metrics, which are exact, being read by nobody else (for research: do not publish them)"
+WITHHELD = "metrics of the clients' data being withheld, as they are here"
+
+
+def publishable(text: str) -> Callable[[str], bool]:
+    """Which metrics of a row depend neither on clients' data, but through noise, nor on who was drawn.
+
+    These are the round, epsilon, the scores of sets that are scored at all, the size of the server's noise and a
+    threshold that follows noised bits. All others are refused, whatever they are; a round's seconds, too, which tell
+    how many clients took part.
+
+    Args:
+      text: what ``--uplink`` says.
+    """
+    names, thresholds = {"round", "epsilon", "deployment_epsilon"}, []
+    for position, call in enumerate(spec.parse(text, "--uplink")):
+        given = inspect.signature(registry.UPLINKS[call.name]).bind_partial(*call.args, **call.kwargs).arguments
+        if call.name == "gaussian":
+            names |= {f"uplink/{position}/noise_std", f"uplink/{position}/noise_cohort"}
+        elif call.name == "quantile_clip" and given.get("bits_noise"):
+            thresholds.append(f"uplink/{position}/threshold")
+    allowed = ("eval/", *(f"{name}/" for name in thresholds))  # of layers, a threshold each
+    return lambda name: name in (*names, *thresholds) or name.startswith(allowed)
+
+
+def claim(
+    uplink: fc.Uplink,
+    sampler: fc.sampling.Sampler,
+    num_clients: int,
+    delta: float,
+    private_seed: int | None,
+    withheld: bool,
+) -> dict[str, Any]:
+    """What a run claims, to be kept in its ``config.json``: ``statement`` says it in words.
+
+    Args:
+      uplink: with the noise.
+      sampler: of the cohorts.
+      num_clients: N, of the population.
+      delta: of epsilon.
+      private_seed: what the secret key was made from, if it is known.
+      withheld: whether metrics of clients' data are.
+    """
+    shares = uplink.promises.noise is fc.uplink.Noise.SHARES
+    size, everyone = f"{sampler.cohort_size:g}", sampler.cohort_size >= num_clients
+    drawn = {
+        "poisson": f"Poisson cohorts of {size} expected",
+        "uniform": f"cohorts of {size}",
+        "round_robin": f"cohorts of {size}, in turn",
+    }.get(sampler.scheme, f"cohorts of {size} ({sampler.scheme.replace('_', ' ')})")
+    seen = "who sees the models of all rounds; not from the server, which sees updates and adds the noise"
+    if shares:
+        seen = "who sees the sums of all rounds and no message: the server, too"
+        if sampler.scheme != "round_robin" and not everyone:
+            seen = "who sees the sums of all rounds and no message, nor who took part, as a server does"
+    return {
+        "delta": delta,
+        "deployment": None if (of := uplink.promises.deployment) in (None, sampler.cohort_size) else float(of),
+        "protects": protects(uplink, sampler, num_clients),
+        "from": seen,
+        "noise": "the clients' own, a share of each" if shares else "the server's, on each round's sum",
+        "cohorts": f"everyone of {num_clients}" if everyone else f"{drawn}, of {num_clients} clients",
+        "private_seed": private_seed,
+        "withheld": withheld,
+    }
+
+
+def statement(claim: Mapping[str, Any], last: Mapping[str, float], complete: bool) -> list[tuple[str, str]]:
+    """What is private in a run, for whom, from whom and if what holds: lines of a name and a text.
+
+    The last words on a terminal, and a table of the page.
+
+    Args:
+      claim: of ``claim``, perhaps read back from ``config.json``.
+      last: row of the last round.
+      complete: whether the run is, so that its key is gone.
+    """
+    spent = last.get("epsilon", last.get("deployment_epsilon", np.nan))
+    whose = (
+        "of this run"
+        if claim["deployment"] is None
+        else f"of a deployment with cohorts of {claim['deployment']:g}, whose noise is simulated; NOT of this run"
+    )
+    if claim["private_seed"] is not None:
+        whose = "of a run whose noise nobody can compute; this one is not private"
+        key = COMPUTABLE.format(f"--private_seed={claim['private_seed']}")
+    elif complete:
+        key = "noise and cohorts come from a secret key of 256 bits, which was removed"
+    else:
+        key = "noise and cohorts come from the secret key in secret.key, to be read by nobody until it is removed"
+    trusted = (
+        "clients that add their noise and tell it to nobody"
+        if "share" in claim["noise"]
+        else "a server that adds the noise and keeps it, the cohorts and the updates to itself"
+    )
+    return [
+        ("epsilon", f"{spent:.3f} at delta {claim['delta']:g}, {whose}"),
+        ("protects", claim["protects"]),
+        ("from", claim["from"]),
+        ("noise", f"{claim['noise']}; {claim['cohorts']}"),
+        ("key", key),
+        ("assumes", f"{trusted}; {WITHHELD if claim['withheld'] else EXACT}"),
+    ]

@@ -76,11 +76,15 @@ def _synchronous(
 
 SAMPLERS: Mapping[str, Callable[..., sampling.Sampler | clock.Clock]] = {
     "available": sampling.available,
+    "b_min_sep": sampling.b_min_sep,
+    "balls_in_bins": sampling.balls_in_bins,
     "buffered": _buffered,
     "by_size": sampling.by_size,
+    "cyclic_poisson": sampling.cyclic_poisson,
     "poisson": sampling.poisson,
     "round_robin": sampling.round_robin,
     "synchronous": _synchronous,
+    "truncated_poisson": sampling.truncated_poisson,
     "uniform": sampling.uniform,
 }
 
@@ -142,6 +146,7 @@ UPLINKS: Mapping[str, Callable[..., fc.Uplink]] = {
     "local_gaussian": uplink.local_gaussian,
     "normec": lambda beta, alpha=1.0: uplink.memory(clipping.smoothed_clip(beta, alpha)),
     "power_sgd": uplink.power_sgd,
+    "preconditioned": uplink.preconditioned,
     "quantile_clip": _quantile_clip,
     "relative_to_last": uplink.relative_to_last,
     "scaling": attacks.scaling,
@@ -152,6 +157,10 @@ UPLINKS: Mapping[str, Callable[..., fc.Uplink]] = {
 
 MECHANISMS: Mapping[str, Callable[..., mechanism.Mechanism]] = {
     "banded": mechanism.banded,
+    "banded_inverse": mechanism.banded_inverse,
+    "blt": mechanism.blt,
+    "buffered_toeplitz": mechanism.buffered_toeplitz,
+    "inverse_toeplitz": mechanism.inverse_toeplitz,
     "toeplitz": mechanism.toeplitz,
     "tree": mechanism.tree,
 }

@@ -2,14 +2,15 @@
 
 import json
 import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import fedjax_clip as fc
-from experiments import rundir
+from experiments import privacy, rundir
+from fedjax_clip import files
+from fedjax_clip.data import sources
 from fedjax_clip.typing import InvalidInput
 
 PRIMARY = ("accuracy", "auroc", "loss")
@@ -23,16 +24,24 @@ class Run(NamedTuple):
       record: ``config.json``.
       rows: of ``metrics.jsonl``.
       clients: ``{"set/metric": [M]}`` of ``clients.npz``; empty while the run is not complete.
+      complete: whether no secret key is kept for more rounds.
     """
 
     name: str
     record: dict[str, Any]
     rows: list[fc.training.Row]
     clients: dict[str, np.ndarray]
+    complete: bool = True
 
     @property
     def config(self) -> dict[str, Any]:
         return self.record["config"]
+
+    @property
+    def private(self) -> dict[str, str]:
+        """What is private in the run, as ``privacy.statement`` says it; nothing if nothing is."""
+        claim = self.record.get("privacy")
+        return dict(privacy.statement(claim, self.rows[-1], self.complete)) if claim else {}
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """``(rounds, values)`` of a metric, where there is one."""
@@ -93,18 +102,17 @@ def _named(key: str, setting: Any) -> str:
 def _load(directory: pathlib.Path) -> Run:
     path = directory / "config.json"
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(files.regular(path).read_bytes())
         path = directory / "metrics.jsonl"
         rows = rundir.read_rows(directory)
         rounds = [float(row["round"]) for row in rows]
         clients: dict[str, np.ndarray] = {}
         if (path := directory / "clients.npz").exists():
-            with path.open("rb") as file, np.load(file) as arrays:
-                clients = dict(arrays)
+            clients = sources.read_npz(path)
         _check_clients(clients)
     except (FileNotFoundError, NotADirectoryError):
         raise InvalidInput(f"{directory} holds no run: there is no {path.name}.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InvalidInput(f"{path} cannot be read: it is not what a run writes.") from None
     kinds: tuple[tuple[str, type, Any], ...] = ("config", dict, None), ("versions", dict, {}), ("devices", list, [])
     if not isinstance(record, dict) or any(not isinstance(record.get(k, x), kind) for k, kind, x in kinds):
@@ -116,7 +124,12 @@ def _load(directory: pathlib.Path) -> Run:
         )
     if not rounds:
         raise InvalidInput(f"{directory} holds a run without a round: there is nothing to show.")
-    return Run("", record, rows, clients)
+    run = Run("", record, rows, clients, not (directory / rundir.KEY).exists())
+    try:
+        _ = run.private
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InvalidInput(f"{directory / 'config.json'} is not a run's configuration.") from None
+    return run
 
 
 def _check_clients(clients: Mapping[str, np.ndarray]) -> None:
@@ -124,7 +137,11 @@ def _check_clients(clients: Mapping[str, np.ndarray]) -> None:
     for name in {key.split("/")[0] for key in clients}:
         names, _ = clients[f"{name}/client"], clients[f"{name}/examples"]
         scores = [x for key, x in clients.items() if key.split("/")[0] == name and key != f"{name}/client"]
-        if not len(names) or any(x.shape != names.shape or x.dtype.kind not in "biuf" for x in scores):
+        if (
+            names.ndim != 1
+            or not len(names)
+            or any(x.shape != names.shape or x.dtype.kind not in "iuf" for x in scores)
+        ):
             raise ValueError(name)
         if not any(f"{name}/{metric}" in clients for metric in PRIMARY):
             raise KeyError(name)

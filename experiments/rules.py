@@ -28,6 +28,7 @@ class Rule:
       fresh: batches that a client takes in a round before those of its local steps.
       passes: gradients on each batch of the local steps.
       note: what is clipped, and what the threshold is.
+      fixed: numbers of a point that are no knobs; rules that differ in them alone share a program.
     """
 
     build: Build
@@ -36,6 +37,7 @@ class Rule:
     fresh: int = 0
     passes: int = 1
     note: str = ""
+    fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def space(self, ranges: Mapping[str, Range]) -> dict[str, Range]:
         """The knobs' ranges on a track."""

@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import binary, page, privacy, registry, rundir, spec
+from experiments import binary, page, privacy, registry, rundir, spec, terminal
 from fedjax_clip import checks, identity, speeds, tasks, tree
 from fedjax_clip.keys import seeded
+from fedjax_clip.secret import Secret
 from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
 
@@ -57,6 +57,18 @@ flags.DEFINE_float(
     "Solves for the noise of gaussian(), skellam() or discrete_gaussian() in --uplink, or for the rounds of "
     "gaussian(1.0); needs --delta.",
 )
+flags.DEFINE_integer(
+    "private_seed",
+    None,
+    "With --delta: draws noise and cohorts from this number, so that a run can be repeated. It is then NOT private. By "
+    "default they come from a secret key, which is removed when the run is complete.",
+)
+flags.DEFINE_enum(
+    "private_metrics",
+    "withheld",
+    ["withheld", "exact"],
+    "With --delta: what is written of the clients' data. exact is for research: epsilon does not cover it.",
+)
 flags.DEFINE_string("sampler", "uniform", f"How cohorts are drawn: {', '.join(registry.SAMPLERS)}.")
 flags.DEFINE_integer("cohort_size", None, "Clients a round; by default 8, or all where there are fewer.")
 flags.DEFINE(
@@ -75,7 +87,9 @@ flags.DEFINE_enum(
     ["drop", "keep", "stop"],
     "What happens to an update with a NaN or an infinity; stop ends the run.",
 )
-flags.DEFINE_integer("seed", 0, "Seed of the initial parameters, the cohorts and the batches.")
+flags.DEFINE_integer(
+    "seed", 0, "Seed of the initial parameters, the cohorts, the batches and all noise that need not be private."
+)
 flags.DEFINE_string("workdir", None, "Run directory; by default one under runs/ named after the configuration.")
 flags.DEFINE_integer("eval_every", 10, "Rounds from one evaluation to the next.")
 flags.DEFINE_integer("checkpoint_every", 25, "Rounds from one checkpoint to the next.")
@@ -115,33 +129,49 @@ def main() -> None:
     config = {name: FLAGS[name].value for name in IDENTITY}
     if FLAGS.non_finite != "drop":
         config["non_finite"] = FLAGS.non_finite
+    claim, withheld = None, FLAGS.delta is not None and FLAGS.private_metrics == "withheld"
     if FLAGS.delta is not None:
-        config["delta"] = FLAGS.delta
+        config |= {"delta": FLAGS.delta, "private_metrics": FLAGS.private_metrics}
+        config |= {} if FLAGS.private_seed is None else {"private_seed": FLAGS.private_seed}
+        told = sampler, task.data.num_clients, FLAGS.delta, FLAGS.private_seed, withheld
+        claim = privacy.claim(uplink, *told)
     if FLAGS.target_epsilon is not None:
         config |= {"target_epsilon": FLAGS.target_epsilon, "rounds": FLAGS.rounds}
         config["noise_multipliers"] = list(uplink.promises.noise_multipliers)
     workdir = FLAGS.workdir or rundir.default_path(config)
-    held_out = {name: identity.fingerprint(data) for name, data in task.evaluation.items()}
-    directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out)
+    sets = {name: data for name, data in task.evaluation.items() if not withheld or strangers(data, task.data)}
+    held_out = {name: identity.fingerprint(data) for name, data in sets.items()}
+    directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out, claim)
 
     devices = local_devices()
     params = initial(task, FLAGS.seed)
     tree.flatten_with_names(params)  # says at once if params.npz could not hold them
-    directory.about = describe(task, cohort_size(task), params, devices)
+    directory.about = terminal.describe(task, cohort_size(task), params, devices, withheld)
     for line in (directory.about, directory.extends):
         if line:
             print(line, file=sys.stderr)
     say_what_clips_bound()
     stopping = binary.Stopping()
+    shown = privacy.publishable(FLAGS.uplink) if withheld else lambda name: True
+    spent = "epsilon" if claim is None or claim["deployment"] is None else "deployment_epsilon"
+    noisy = uplink.promises.noise is not None
     with directory:
-        progress = Progress(rounds)
+        if directory.sealed:
+            print(f"Complete already ({len(directory.rows())} rounds); remove {directory.path} to run it again.")
+            directory.seal()
+            page.write(directory.path / "report.html", [directory.path])
+            print(terminal.summary(directory, noisy))
+            return
+        progress = terminal.Progress(rounds)
 
         def on_round(row: fc.training.Row) -> None:
             if epsilons is not None:
-                row["epsilon"] = float(epsilons[int(row["round"]) - 1])
+                row[spent] = float(epsilons[int(row["round"]) - 1])
+            row = {name: value for name, value in row.items() if shown(name)}
             directory.add(row)
             progress(row)
 
+        evaluate = fc.client_evaluator(algorithm, task.per_example_loss, task.data, sets, task.summarise)
         try:
             result = fc.train(
                 algorithm,
@@ -151,9 +181,7 @@ def main() -> None:
                 sampler=sampler,
                 batch_size=batch_size(),
                 seed=FLAGS.seed,
-                evaluate_clients=fc.client_evaluator(
-                    algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise
-                ),
+                evaluate_clients=evaluate if sets else None,
                 eval_every=FLAGS.eval_every,
                 checkpoints=directory.checkpoints,
                 checkpoint_every=FLAGS.checkpoint_every,
@@ -163,6 +191,7 @@ def main() -> None:
                 clients_per_chunk=FLAGS.clients_per_chunk,
                 rounds_per_dispatch=FLAGS.rounds_per_dispatch,
                 non_finite=FLAGS.non_finite,
+                secret=secret(directory),
                 **work,
             )
         finally:
@@ -176,10 +205,24 @@ def main() -> None:
             sys.exit(128 + stopping.signal)
         if not result.history:
             print(f"Complete already ({rows[-1]['round']:.0f} rounds); remove {directory.path} to run it again.")
-        directory.finish(result.params, client_scores(task, algorithm, result))
+        scores = {} if withheld else client_scores(task, algorithm, result)
+        directory.finish(tree.flatten_with_names(result.params), scores)
+        directory.seal()
         page.write(directory.path / "report.html", [directory.path])
-        protects = privacy.protects(uplink, sampler, task.data.num_clients) if epsilons is not None else ""
-        print(summary(rows, result.params, directory, protects))
+        print(terminal.summary(directory, noisy))
+
+
+def secret(directory: rundir.RunDirectory) -> Secret | None:
+    """What noise and cohorts are drawn from, if the run claims an epsilon."""
+    if FLAGS.delta is None:
+        return None
+    return directory.secret() if FLAGS.private_seed is None else Secret.of_seed(FLAGS.private_seed)
+
+
+def strangers(held_out: fc.FederatedData, training: fc.FederatedData) -> bool:
+    """Whether no client of a held-out set trains, as far as their names say."""
+    names = {training.name(c) for c in range(training.num_clients)}
+    return names.isdisjoint(held_out.name(c) for c in range(held_out.num_clients))
 
 
 MOST: Mapping[str, int] = {  # of more, rows and plans fit into no memory
@@ -210,6 +253,11 @@ def check_numbers() -> None:
             checks.count(f"--{name}", FLAGS[name].value, most=most)
     batch_size()
     checks.seed("--seed", FLAGS.seed)
+    for name in ("private_seed", "private_metrics"):
+        if FLAGS[name].present and FLAGS.delta is None:
+            raise InvalidInput(f"--{name} is for runs that claim an epsilon: give --delta, too.")
+    if FLAGS.private_seed is not None:
+        checks.seed("--private_seed", FLAGS.private_seed)
 
 
 def build_algorithm(
@@ -269,11 +317,6 @@ def initial(task: tasks.Task, seed: int) -> Params:
     return jax.tree.map(np.asarray, task.init(key))
 
 
-def trained(task: tasks.Task, params: Params) -> Params:
-    """The parameters that train, and travel."""
-    return params if task.frozen is None else tree.split(params, task.frozen)[1]
-
-
 def batch_size() -> int | speeds.BatchSizes | None:
     """What ``--batch_size`` says."""
     value: Any = FLAGS.batch_size
@@ -303,7 +346,7 @@ def on_grid(uplink: fc.Uplink, task: tasks.Task) -> Callable[..., Any]:
         raise InvalidInput(NEEDS_MODULAR_SUM)
     algorithm, _ = build_algorithm(task, uplink, cohort_size(task), task.data.num_clients)
     params = jax.eval_shape(task.init, seeded(0))
-    sent = trained(task, params)
+    sent = terminal.trained(task, params)
     if algorithm.personal is not None:  # what clients keep is not sent
         kept = jax.eval_shape(algorithm.init_client, params).own
         sent = np.empty(tree.size(sent) - tree.size(kept), np.float32)
@@ -319,18 +362,6 @@ def cohort_size(task: tasks.Task) -> int:
     return FLAGS.cohort_size or min(8, task.data.num_clients)
 
 
-def describe(task: tasks.Task, cohort_size: int, params: Params, devices: list[jax.Device]) -> str:
-    """One line on what is about to be trained."""
-    data, size, frozen = task.data, tree.size(trained(task, params)), ""
-    if task.frozen is not None:
-        frozen = f" beside {tree.size(params) - size:,} that stay as they are"
-    return (
-        f"{FLAGS.task}: {data.num_clients} clients with {data.sizes.min()} to {data.sizes.max()} examples, "
-        f"{cohort_size} a round, "
-        f"{size:,} parameters{frozen}, {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
-    )
-
-
 def client_scores(task: tasks.Task, algorithm: fc.Algorithm, result: fc.Result) -> dict[str, np.ndarray]:
     """``{"set/metric": [M]}`` of each held-out set; ``set/client`` are the names, ``set/examples`` the sizes."""
     score = fc.per_client(task.per_example_loss, task.evaluation, algorithm=algorithm, population=task.data)
@@ -339,64 +370,6 @@ def client_scores(task: tasks.Task, algorithm: fc.Algorithm, result: fc.Result) 
         scores[f"{name}/client"] = np.array([data.name(c) for c in range(data.num_clients)])
         scores[f"{name}/examples"] = data.sizes
     return scores
-
-
-class Progress:
-    """A bar of rounds with loss, held-out accuracy, clipped fraction and clients a second."""
-
-    def __init__(self, rounds: int):
-        self.rounds = rounds
-        self.shown: dict[str, str] = {}
-        self.bar: tqdm.tqdm | None = None
-
-    def __call__(self, row: fc.training.Row) -> None:
-        if self.bar is None:
-            initial = int(row["round"]) - 1
-            self.bar = tqdm.tqdm(total=self.rounds, initial=initial, unit="round", dynamic_ncols=True, mininterval=0.2)
-        self.shown["loss"] = f"{row['loss']:.3f}"
-        if "eval/examples/accuracy" in row:
-            self.shown["accuracy"] = f"{row['eval/examples/accuracy']:.3f}"
-        if "clipped_steps" in row:
-            self.shown["clipped"] = f"{row['clipped_steps']:.0%}"
-        self.shown["clients/s"] = f"{row['clients'] / row['seconds']:,.0f}"
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-def summary(rows: list[fc.training.Row], params: Any, directory: rundir.RunDirectory, protects: str) -> str:
-    """The last evaluation, the parameters if they are few, and where to look next."""
-    last = rows[-1]
-    sets = dict.fromkeys(k.split("/")[1] for k in last if k.startswith("eval/"))
-    lines = []
-    for name in sets:
-        scores = {k.split("/")[2]: v for k, v in last.items() if k.startswith(f"eval/{name}/") and k.count("/") == 2}
-        lines.append(f"held-out {name:<10}" + "  ".join(f"{k} {v:.4f}" for k, v in sorted(scores.items())))
-    if "epsilon" in last:
-        lines.append(f"epsilon            {last['epsilon']:.3f} at delta {FLAGS.delta:g}, for {protects}")
-        if last["round"] < FLAGS.rounds:
-            why = f"one more round would pass --target_epsilon={FLAGS.target_epsilon:g}"
-            lines.append(f"ended early        after {last['round']:.0f} of {FLAGS.rounds} rounds: {why}")
-    if lost := sum(row["dropped"] for row in rows):
-        when = sum(row["dropped"] > 0 for row in rows)
-        stale = ", or too stale" * ("staleness" in last)
-        lines.append(f"dropped            {lost:.0f} clients in {when} rounds: their updates were not finite{stale}")
-    arrays = tree.flatten_with_names(params)
-    if sum(x.size for x in arrays.values()) <= 8:
-        lines.append(
-            "parameters         " + "  ".join(f"{k} {np.array2string(x, precision=4)}" for k, x in arrays.items())
-        )
-    seconds = sum(row["seconds"] for row in rows)
-    simulated = f", {last['simulated_seconds']:,.0f} s of the clients' time" if "simulated_seconds" in last else ""
-    lines.append(f"training           {last['round']:.0f} rounds in {seconds:.1f} s{simulated}")
-    pictures = ", ".join(sorted(path.name for path in directory.path.glob("*.png")))
-    files = f"report.html, {pictures}, metrics.jsonl, params.npz, clients.npz, tensorboard"
-    lines.append(f"run directory      {directory.path}: {files}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

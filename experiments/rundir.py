@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import sys
 import threading
 from collections.abc import Mapping
@@ -16,8 +17,11 @@ import jax
 import numpy as np
 
 import fedjax_clip as fc
-from fedjax_clip import files, tree
-from fedjax_clip.typing import InvalidInput, Params
+from fedjax_clip import files
+from fedjax_clip import secret as secrets
+from fedjax_clip.typing import InvalidInput
+
+KEY = "secret.key"
 
 
 class RunDirectory:
@@ -32,6 +36,7 @@ class RunDirectory:
       rounds: how many the run is to have, if its rows are rounds.
       explicit: whether a person has said so many; a run of another number is continued only then.
       held_out: a hash of each held-out set, by name; those that are trained on, a checkpoint knows.
+      claim: what is private in it (``privacy.claim``), if anything is. Then ``secret`` keeps a key here until ``seal``.
 
     Attributes:
       about: a line on what is trained, for ``config.json``; to be set before the first row.
@@ -49,11 +54,14 @@ class RunDirectory:
         rounds: int | None = None,
         explicit: bool = True,
         held_out: Mapping[str, str] | None = None,
+        claim: Mapping[str, Any] | None = None,
     ):
         self.path = files.expanded(path)
         self.config = dict(config)
         self.rounds, self.explicit, self.held_out = rounds, explicit, dict(held_out or {})
         self.checkpoints = fc.checkpoint.Checkpoints(self.path / "checkpoints")
+        self.claim = None if claim is None else dict(claim)
+        self._keeps_key = claim is not None and claim["private_seed"] is None
         self.about = self.extends = ""
         self._events: Any = None
         self._rows: Any = None
@@ -66,7 +74,7 @@ class RunDirectory:
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(p))
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise InvalidInput(f"--workdir: {self.path} cannot be written, since {existing} is no writable directory.")
-        if existing != self.path.absolute() or {p.name for p in self.path.iterdir()} <= {".lock"}:
+        if existing != self.path.absolute() or {p.name for p in self.path.iterdir()} <= {".lock", KEY, f"{KEY}.new"}:
             return
         for folder, folders, names in os.walk(self.path):
             if links := [name for name in (*folders, *names) if os.path.islink(os.path.join(folder, name))]:
@@ -90,8 +98,24 @@ class RunDirectory:
                 f"--workdir: {self.path} holds a run that was evaluated on other held-out data: go on with those, "
                 "choose another directory, or remove it."
             )
+        if self.sealed:
+            self._check_sealed(record.get("rounds"))
         if self.rounds is not None:
             self._check_rounds(record.get("rounds"))
+
+    def _check_sealed(self, planned: Any) -> None:
+        """Refuses to go on without the key that all rounds so far were drawn from."""
+        kept = len(self.rows())
+        if kept != planned or not (self.path / "params.npz").exists():
+            raise InvalidInput(
+                f"--workdir: {self.path / KEY}, from which the noise of {kept} rounds was drawn, is gone: put it back, "
+                f"or remove {self.path} to train anew."
+            )
+        if self.rounds is not None and self.rounds > kept:
+            raise InvalidInput(
+                f"--rounds={self.rounds}: {self.path} is a private run that was complete after {kept} rounds, and its "
+                "secret key was removed, so no more can be added: name another --workdir."
+            )
 
     def _check_rounds(self, planned: Any) -> None:
         """Refuses to lose rounds that are done, and to add some that nobody asked for."""
@@ -161,6 +185,8 @@ class RunDirectory:
         except OSError as error:
             exception = error
         with contextlib.suppress(OSError):
+            if self._keeps_key and not (self.path / "config.json").exists():  # it did not start
+                secrets.remove(self.path / KEY)
             (self.path / ".lock").unlink()
             if not any(self.path.iterdir()):
                 for path in self._made:
@@ -175,6 +201,32 @@ class RunDirectory:
                 "is whole, and the same command goes on from there."
             ) from None
 
+    def secret(self) -> secrets.Secret:
+        """What the run's noise and cohorts are drawn from: kept here until ``seal``, for a resume needs it."""
+        return secrets.Secret.kept(self.path / KEY)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether there are rounds whose key is gone: it is removed as the last act of a run."""
+        return self._keeps_key and not os.path.lexists(self.path / KEY) and bool(self.rows())
+
+    def seal(self) -> None:
+        """Removes the secret key of a run of which all else is written, then the checkpoints.
+
+        Checkpoints hold what clients keep, and noise that later rounds would have taken back. The removal of the key
+        makes the run complete: killed before, it can be resumed; killed after, this is done again.
+        """
+        if self._keeps_key:
+            for name in ("config.json", "metrics.jsonl", "params.npz"):
+                files.sync(self.path / name)
+            secrets.remove(self.path / KEY)
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+
+    def params(self) -> dict[str, np.ndarray]:
+        """The parameters at the end, by name."""
+        with np.load(self.path / "params.npz") as arrays:
+            return dict(arrays)
+
     def rows(self) -> list[fc.training.Row]:
         """All whole rows on disk, in order."""
         return read_rows(self.path)
@@ -185,9 +237,10 @@ class RunDirectory:
             self._start(int(row["round"]))
         self._rows.write(_line(row))
         self._rows.flush()
+        now = row["round"] if self.claim and self.claim["withheld"] else None  # the time tells who was drawn
         for name, value in row.items():
             if name != "round" and np.isfinite(value):
-                self._events.add_scalar(name, value, int(row["round"]))
+                self._events.add_scalar(name, value, int(row["round"]), now)
 
     def _start(self, round: int) -> None:
         import tensorboardX
@@ -207,14 +260,16 @@ class RunDirectory:
             devices = [str(d) for d in jax.local_devices()]
             record = {"config": self.config, "about": self.about, "versions": versions, "devices": devices}
             record |= {"held_out": self.held_out} if self.held_out else {}
+            record |= {"privacy": self.claim} if self.claim else {}
         elif (record := read_config(self.path)).get("rounds") == self.rounds:
             return
         files.write(path, json.dumps(record | ({"rounds": self.rounds} if self.rounds else {}), indent=2) + "\n")
 
-    def finish(self, params: Params, clients: Mapping[str, np.ndarray]) -> None:
-        """Writes ``params.npz``, ``clients.npz`` (scores of each client, as ``fc.per_client``'s) and the pictures."""
-        files.write_npz(self.path / "params.npz", tree.flatten_with_names(params))
-        files.write_npz(self.path / "clients.npz", clients)
+    def finish(self, params: Mapping[str, np.ndarray], clients: Mapping[str, np.ndarray]) -> None:
+        """Writes ``params.npz``, ``clients.npz`` (scores of each client, if any are told) and the pictures."""
+        files.write_npz(self.path / "params.npz", params)
+        if clients:
+            files.write_npz(self.path / "clients.npz", clients)
         self.draw()
         self.close()
 
@@ -222,7 +277,8 @@ class RunDirectory:
         """Draws ``curves.png``, and ``clipping.png`` if anything was clipped, from the rows so far."""
         title = f"{self.config.get('task')}    {self.config.get('algorithm')}    {self.config.get('client')}"
         rows = self.rows()
-        save_picture(self.path / "curves.png", fc.plots.curves(rows, title))
+        if (curves := fc.plots.curves(rows, title)).axes:
+            save_picture(self.path / "curves.png", curves)
         if (clipping := fc.plots.clipping(rows, title)) is not None:
             save_picture(self.path / "clipping.png", clipping)
 
@@ -239,7 +295,7 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
       InvalidInput: there is none, or it is not what a run writes.
     """
     try:
-        record = json.loads((path / "config.json").read_bytes())
+        record = json.loads(files.regular(path / "config.json").read_bytes())
     except FileNotFoundError:
         raise InvalidInput(f"--workdir: {path} holds files but no run (no config.json); choose another.") from None
     except (OSError, ValueError, RecursionError):
@@ -257,7 +313,7 @@ def read_rows(path: pathlib.Path) -> list[fc.training.Row]:
     """
     file = path / "metrics.jsonl"
     try:
-        lines = file.read_bytes().splitlines(keepends=True)
+        lines = files.regular(file).read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
     rows: list[fc.training.Row] = []

@@ -25,7 +25,7 @@ import tqdm
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import binary, privacy, registry, run, rundir, spec
+from experiments import binary, privacy, registry, run, rundir, spec, terminal
 from fedjax_clip import checks, files, sweeping, tasks
 from fedjax_clip.keys import seeded
 from fedjax_clip.sweeping import Range, Trial
@@ -51,7 +51,10 @@ MOST_POINTS = 10_000
 SWEPT = ("algorithm", "client", "server", "uplink", "downlink")
 PROBLEM = ("task", *SWEPT, "reducer", "sampler", "cohort_size", "batch_size", "compute_dtype", "rounds", "seed")
 IDENTITY = (*PROBLEM, "points", "seeds", "folds", "fold_over", "halving", "metric")
-UNUSED = ("eval_every", "checkpoint_every", "rounds_per_dispatch", "clients_per_chunk", "delta", "target_epsilon")
+UNUSED = (
+    *("eval_every", "checkpoint_every", "rounds_per_dispatch", "clients_per_chunk"),
+    *("delta", "target_epsilon", "private_seed", "private_metrics"),
+)
 
 
 def log(low: float, high: float, num: int | None = None) -> Any:
@@ -133,7 +136,7 @@ def main() -> None:
     stops, kept = sweeping.rungs(FLAGS.rounds, len(points[next(iter(points))]), FLAGS.halving)
     lanes = len(seeds) * max(1, len(folds))
     todo = sum(n * (b - a) for n, a, b in zip(kept, [0, *stops], stops)) * lanes
-    about = run.describe(task, cohort_size, run.initial(task, 0), devices)
+    about = terminal.describe(task, cohort_size, run.initial(task, 0), devices)
     print(f"{about}, {kept[0] * lanes} trainings", file=sys.stderr)
     run.say_what_clips_bound()
     stopping = binary.Stopping()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -58,6 +59,7 @@ class Checkpoints:
         if (step := self.newest()) is None:
             return None
         path = self.directory / str(step)
+        files.check_fits(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
         names, leaves = _named(template)
         asked = [[name, list(x.shape), str(x.dtype)] for name, x in zip(names, leaves)]
         try:
@@ -81,6 +83,8 @@ class Checkpoints:
                 f"{len(asked)}. Name another directory, or remove this one."
             )
         try:
+            if _shapes_on_disk(path / "arrays") != {name: x.shape for name, x in _keyed(leaves).items()}:
+                raise ValueError("the arrays are not those of the record")  # zeros without end take no room on a disk
             arrays = self._read(step, "arrays", "StandardRestore", _keyed(leaves)) if any(map(np.size, leaves)) else {}
             arrays = [np.array(arrays[str(i)]) if x.size else x for i, x in enumerate(leaves)]
         except Exception as error:
@@ -146,6 +150,16 @@ def _named(state: "State") -> tuple[list[str], list[np.ndarray]]:
 def _keyed(leaves: list[np.ndarray]) -> dict[str, np.ndarray]:
     """The arrays as Orbax takes them, which has no place for one without elements."""
     return {str(i): x for i, x in enumerate(leaves) if x.size}
+
+
+def _shapes_on_disk(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """The arrays that Orbax would read, before it reads them."""
+    import orbax.checkpoint as ocp
+
+    if not path.exists():
+        return {}
+    held: Any = ocp.StandardCheckpointHandler().metadata(path)
+    return {name: tuple(x.shape) for name, x in getattr(held, "tree", held).items()}
 
 
 def _digest_of_record(record: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from fedjax_clip.typing import Array, Batch, ClientState, PyTree
         "staleness",
         "num_clients",
         "total_weight",
+        "secret",
     ],
     meta_fields=["axis_name", "width", "most_steps", "non_finite"],
 )
@@ -48,6 +49,8 @@ class Cohort:
       staleness: int32 ``[C]`` rounds since each client was sent its parameters; ``None``: no client is stale.
       num_clients: int32 scalar, N, the clients of the whole population, in the cohort or not.
       total_weight: float32 scalar, the sum of all N clients' weights.
+      secret: the words uint32 ``[8]`` of a ChaCha20 key, or such a key: what the randomness of clients and links is
+        drawn from in place of the round's key, which anybody can compute; ``None``: from the round's key.
       axis_name: the mapped axis over which cohorts of several devices are reduced, or ``None``.
       width: how many clients a device trains at once; divides C.
       most_steps: if given, loops have this fixed length instead of ending with the last step; see ``differentiable``.
@@ -69,6 +72,7 @@ class Cohort:
     staleness: Array | np.ndarray | None = None
     num_clients: Array | np.ndarray | None = None
     total_weight: Array | np.ndarray | None = None
+    secret: Array | np.ndarray | None = None
     axis_name: str | None = None
     width: int = 1
     most_steps: int | None = None

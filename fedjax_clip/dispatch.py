@@ -18,6 +18,7 @@ from fedjax_clip.data.planning import LocalWork, plan_rounds, wasted_steps
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.data.speeds import BatchSizes
+from fedjax_clip.secret import Secret
 from fedjax_clip.typing import Algorithm, Params, PyTree
 
 RESIDENT_BYTES = (
@@ -47,6 +48,7 @@ class Dispatcher:
       algorithm, data, sampler, work, devices, seed: of the run.
       length: the most rounds in a block; by default as many as take a tenth of a second, as far as seen.
       non_finite: see ``Cohort``.
+      secret: what noise and cohorts are drawn from in place of the seed.
 
     Attributes:
       resident: whether the population lives on the devices; blocks are then example numbers only.
@@ -64,9 +66,13 @@ class Dispatcher:
         seed: int,
         length: int | None = None,
         non_finite: str = "drop",
+        secret: Secret | None = None,
     ):
         self.algorithm, self.data, self.work, self.non_finite = algorithm, data, work, non_finite
-        self.turns = Timeline(sampler, World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed))
+        hidden = None if secret is None else secret.seed()
+        world = World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed, hidden)
+        self.turns = Timeline(sampler, world)
+        self.words = None if secret is None else secret.words()
         self.devices, self.seed = devices, seed
         self.on_cpu = devices[0].platform == "cpu"
         memory = (devices[0].memory_stats() or {}).get("bytes_limit", 4 * RESIDENT_BYTES)
@@ -96,7 +102,8 @@ class Dispatcher:
             population=self.population,
             staleness=[turn.staleness for turn in turns if turn.staleness is not None] or None,
         )
-        return dataclasses.replace(planned, non_finite=self.non_finite)
+        secret = None if self.words is None else np.tile(self.words, (len(self.devices), self.length, 1))
+        return dataclasses.replace(planned, non_finite=self.non_finite, secret=secret)
 
     def _longest(self) -> int:
         cohort = self._plan([self.turns[0]], 0)

@@ -34,8 +34,9 @@ def exchange(
     somewhere, or beyond 1e19, which float32 cannot square) is dropped: it adds nothing, keeps its old state and is
     counted. So is a client that would keep a NaN or an infinity from now on. Under noise or a secure sum nobody may see
     that: such a client sends a zero update through the uplink like any other, and still counts as ``dropped``. With
-    ``cohort.non_finite == "keep"`` such clients are kept like any other. A round that a modular sum does not open,
-    since too few clients came, leaves all clients' states as they were.
+    ``cohort.non_finite == "keep"`` such clients are kept like any other. A round of fewer clients than the reducer
+    needs (``fewest``, or the ``threshold`` of a modular sum) has the update zero, leaves all clients' states as they
+    were, and is counted as ``too_few``.
 
     Args:
       client_fn: ``(shared, client, key) -> (update, client_state, report)``, written for ONE client.
@@ -45,7 +46,9 @@ def exchange(
       uplink_state: the uplink's state at the server.
       cohort: this device's clients.
       key: PRNG key of the round; each client folds its own number in, so its place does not matter. A key that is
-        none of Threefry's (``rbg``) is turned into one: its numbers would change with ``cohort.width``.
+        none of Threefry's (``rbg``) is turned into one: its numbers would change with ``cohort.width``. With a
+        ``cohort.secret`` it only says which round it is: clients' keys and links' own are ChaCha20's, of the secret and
+        of this key, and links' ``round_key`` and the reducer's roster alone are still functions of it.
 
     Returns:
       ``(update, uplink_state, client_states [C, ...], metrics)``, the same on every device but for client_states.
@@ -67,6 +70,9 @@ def exchange(
         )
     key = keys.threefry(key)
     work_key, link_key, decode_key = jax.random.split(key, 3)
+    own_links = link_key
+    if cohort.secret is not None:  # noise that nobody can compute; what is shared by all stays a function of the key
+        work_key, own_links, decode_key = jax.random.split(keys.folded(keys.chacha(cohort.secret), key), 3)
 
     def one_client(id, weight, first, num_steps, state, staleness):
         present = id >= 0
@@ -77,7 +83,7 @@ def exchange(
         norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
         if hidden:  # then nobody may see that it is not finite
             update = tree.where(jnp.isfinite(norm), update, optax.tree.zeros_like(update))
-        own_key = jax.random.fold_in(link_key, number)
+        own_key = jax.random.fold_in(own_links, number)
         ctx = Context(
             own_key, link_key, id, weight, reducer.denominator, staleness=staleness, threshold=reducer.threshold
         )
@@ -134,8 +140,10 @@ def exchange(
     aggregate = reducer.finish(acc, cohort.axis_name)
     if cohort.axis_name is not None:
         report = jax.lax.psum(report, cohort.axis_name)
-    if reducer.threshold is not None:
-        client_states = tree.where(report["clients"] >= reducer.threshold, client_states, cohort.state)
+    fewest = reducer.fewest if reducer.threshold is None else reducer.threshold
+    too_few = report["clients"] < fewest  # the aggregate is zero, so nothing has happened
+    if fewest > 1:
+        client_states = tree.where(too_few, cohort.state, client_states)
     ctx = Context(
         *(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"], reducer.denominator),
         threshold=reducer.threshold,
@@ -155,6 +163,7 @@ def exchange(
                 "clients": report["clients"],
                 "weight": report["weight"],
                 "dropped": report["dropped"],
+                **({"too_few": too_few.astype(jnp.float32)} if fewest > 1 else {}),
                 **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
                 "bytes_down": asked * float(tree.nbytes(shared)),
                 "bytes_up": report["sent"].get("bytes", asked * float(tree.nbytes(message))),

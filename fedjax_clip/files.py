@@ -28,14 +28,24 @@ def expanded(path: PathLike) -> pathlib.Path:
 
 
 def regular(path: pathlib.Path) -> pathlib.Path:
-    """The path, unless it is of something that may never end, such as a device or a pipe.
+    """The path, unless it is of something that may never end, such as a device or a pipe, or that fits in no memory.
 
     Raises:
-      InvalidInput: there is something, and it is no file.
+      InvalidInput: there is something, and it is no file, or too large a one.
     """
     if path.exists() and not path.is_file():
         raise InvalidInput(f"{path} is no file.")
+    check_fits(path, path.stat().st_size if path.exists() else 0)
     return path
+
+
+def check_fits(path: pathlib.Path, size: int) -> None:
+    """Refuses what a file would take in memory, in bytes, if the machine does not have so much."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > memory:
+        raise InvalidInput(
+            f"{path} holds {size / 2**30:,.0f} GiB, and the machine has {memory / 2**30:,.0f} of memory."
+        )
 
 
 @contextlib.contextmanager
@@ -52,6 +62,15 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sync(path: PathLike) -> None:
+    """Waits until a file, or the names in a directory, are on disk: a power cut then loses none of it."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write(path: pathlib.Path, text: str) -> None:

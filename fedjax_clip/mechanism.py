@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ class Mechanism(NamedTuple):
       init: ``params -> state`` before round 0.
       next: ``(row of Z, state) -> (row of C^-1 Z, state)``, rows like params.
       strategy: ``rounds -> C [rounds, rounds]``, lower triangular; ``fc.privacy`` reads it.
+      whole: whether ``next`` takes rows of int32, too, and then is exact: C has whole numbers, ones on its diagonal.
 
     Example:
       >>> noise = fc.uplink.gaussian(1.0, mechanism=fc.mechanism.tree(64))
@@ -34,6 +35,7 @@ class Mechanism(NamedTuple):
     init: Callable[[Params], PyTree]
     next: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
     strategy: Callable[[int], Any]
+    whole: bool = False
 
 
 def tree(rounds: int) -> Mechanism:
@@ -70,7 +72,7 @@ def tree(rounds: int) -> Mechanism:
             return mask.reshape(-1, *(1,) * (x.ndim - 1))
 
         levels = jnp.arange(depth, dtype=jnp.int32)
-        below = jax.tree.map(lambda x: jnp.sum(jnp.where(shaped(levels < level, x), x, 0), axis=0), nodes)
+        below = jax.tree.map(lambda x: jnp.sum(jnp.where(shaped(levels < level, x), x, 0), 0, x.dtype), nodes)
         kept = (levels > level) & (count < rounds)
         fresh = (levels == level) & (count < rounds)
         nodes = jax.tree.map(
@@ -85,7 +87,7 @@ def tree(rounds: int) -> Mechanism:
         count = index % rounds + 1
         return (index <= index[:, None]) & (index > (index - (count & -count))[:, None])
 
-    return Mechanism(init, step, strategy)
+    return Mechanism(init, step, strategy, whole=True)
 
 
 def toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
@@ -105,22 +107,18 @@ def toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
 
     Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", Algorithm 9; jax-privacy.
     """
-    try:
-        c = np.asarray(coefficients, np.float32)
-    except (TypeError, ValueError):
-        c = np.zeros(0, np.float32)
-    if c.ndim != 1 or not c.size or not np.all(np.isfinite(c)) or not (c[0] > 0 and np.all(c >= 0)):
+    c = _numbers(coefficients)
+    if not c.size or not (c[0] > 0 and np.all(c >= 0)):
         raise InvalidInput(
             f"toeplitz: coefficients must be numbers, the first positive and none negative, not {coefficients}."
         )
     matrix = _jax_privacy().toeplitz.inverse_as_streaming_matrix(jnp.asarray(c))
-
-    def strategy(total):
-        lag = np.arange(total)[:, None] - np.arange(total)
-        return np.append(c, 0.0).astype(np.float64)[np.where((lag < 0) | (lag >= len(c)), len(c), lag)]
-
     usual = jax.numpy_dtype_promotion("standard")  # it multiplies float32 coefficients with noise of any type
-    return Mechanism(usual(matrix.init_multiply), usual(matrix.multiply_next), strategy)
+    return Mechanism(
+        usual(matrix.init_multiply),
+        usual(matrix.multiply_next),
+        lambda total: _lower(np.pad(c.astype(np.float64)[:total], (0, max(0, total - len(c))))),
+    )
 
 
 def banded(rounds: int, bands: int) -> Mechanism:
@@ -146,15 +144,186 @@ def banded(rounds: int, bands: int) -> Mechanism:
     return toeplitz(_best_coefficients(rounds, bands))
 
 
+def inverse_toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
+    """Banded inverse by given coefficients: ``C^-1[s, t] = coefficients[s - t]``, so that C itself has no bands.
+
+    A round's noise takes back so much of that of the ``len(coefficients) - 1`` rounds before it, which is all that is
+    kept. Guarantee: C has no negative entry, as ``fc.privacy.sensitivity`` needs.
+
+    Args:
+      coefficients: of the first column of C^-1: the first one positive, all others at most 0.
+
+    Raises:
+      InvalidInput: other coefficients.
+
+    Example:
+      >>> fc.mechanism.inverse_toeplitz([1.0, -0.5]).strategy(3)  # [[1, 0, 0], [0.5, 1, 0], [0.25, 0.5, 1]]
+
+    Source: Kalinin, McKenna, Upadhyay and Lampert (2025), "Back to Square Roots: An Optimal Bound on the Matrix
+    Factorization Error for Multi-Epoch Differentially Private SGD".
+    """
+    c = _numbers(coefficients)
+    if not c.size or not (c[0] > 0 and np.all(c[1:] <= 0)):
+        raise InvalidInput(
+            "inverse_toeplitz: coefficients must be numbers, the first positive and the others 0 or negative, not "
+            f"{coefficients}."
+        )
+
+    def init(params):
+        return jax.tree.map(lambda x: jnp.zeros((len(c) - 1, *x.shape), x.dtype), params)
+
+    def step(noise, state):
+        before = jax.tree.map(lambda z, zs: jnp.concatenate([z[None], zs]), noise, state)
+        row = jax.tree.map(lambda zs: jnp.tensordot(jnp.asarray(c, zs.dtype), zs, 1), before)
+        return row, jax.tree.map(lambda zs: zs[:-1], before)
+
+    def strategy(total):
+        column = np.zeros(total)
+        for lag in range(total):
+            past = column[max(0, lag - len(c) + 1) : lag][::-1]
+            column[lag] = (float(lag == 0) - c[1 : len(past) + 1].astype(np.float64) @ past) / float(c[0])
+        return _lower(column)
+
+    return Mechanism(init, step, strategy)
+
+
+def banded_inverse(bands: int) -> Mechanism:
+    """Banded inverse square root: the ``inverse_toeplitz`` of ``sqrt(1 - x)``'s first coefficients, 1, -1/2, -1/8 ...
+
+    With all of them it is the best Toeplitz matrix for the largest error of a sum. Depends on no number of rounds.
+
+    Args:
+      bands: coefficients; one less is the number of models kept.
+
+    Raises:
+      InvalidInput: no whole number of at least 1.
+
+    Example:
+      >>> fc.uplink.gaussian(1.0, mechanism=fc.mechanism.banded_inverse(bands=4))
+
+    Source: Kalinin, McKenna, Upadhyay and Lampert (2025), "Back to Square Roots", BISR.
+    """
+    k = np.arange(1, checks.count("banded_inverse: bands", bands, most=10**4))
+    return inverse_toeplitz(np.cumprod([1.0, *(2 * k - 3) / (2 * k)]))
+
+
+def buffered_toeplitz(decays: Sequence[float] | np.ndarray, scales: Sequence[float] | np.ndarray) -> Mechanism:
+    """A buffered linear Toeplitz matrix (BLT), ``C[s, t] = sum_i scales[i] decays[i]^(s - t - 1)`` under ones.
+
+    Guarantee: it correlates the noise of all rounds, and keeps as many models as there are buffers, whatever their
+    number. Sums to at most 1 keep its columns decreasing, of which the sensitivity is known exactly.
+
+    Args:
+      decays: of the buffers, between 0 and 1.
+      scales: of the buffers, none negative, with a sum of at most 1.
+
+    Raises:
+      InvalidInput: other numbers.
+
+    Example:
+      >>> fc.mechanism.buffered_toeplitz([0.5], [0.4]).strategy(3)  # [[1, 0, 0], [0.4, 1, 0], [0.2, 0.4, 1]]
+
+    Source: Dvijotham et al. (2024), "Efficient and Near-Optimal Noise Generation for Streaming Differential Privacy";
+    McMahan, Xu and Zhang (2024), "A Hassle-free Algorithm for Private Learning in Practice", Algorithm 3.
+    """
+    theta, omega = _numbers(decays), _numbers(scales)
+    sound = theta.shape == omega.shape and np.all((theta >= 0) & (theta <= 1) & (omega >= 0))
+    if not sound or omega.astype(np.float64).sum() > 1 + 1e-6:
+        raise InvalidInput(
+            "buffered_toeplitz: decays must lie between 0 and 1, and as many scales be 0 or more with a sum of at most "
+            f"1, not {decays} and {scales}."
+        )
+
+    def init(params):
+        return jax.tree.map(lambda x: jnp.zeros((len(theta), *x.shape), x.dtype), params)
+
+    def step(noise, buffers):  # jax-privacy's keep a type of their own, whatever the noise's
+        def weighted(weights, x):
+            return jnp.asarray(weights, x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * x
+
+        row = jax.tree.map(lambda z, b: z - jnp.sum(weighted(omega, b), axis=0), noise, buffers)
+        return row, jax.tree.map(lambda r, b: weighted(theta, b) + r[None], row, buffers)
+
+    def strategy(total):
+        powers = theta.astype(np.float64) ** np.arange(total - 1)[:, None]
+        return _lower(np.append(1.0, powers @ omega.astype(np.float64)))
+
+    return Mechanism(init, step, strategy)
+
+
+def blt(rounds: int, separation: int | None = None, most: int | None = None, buffers: int = 3) -> Mechanism:
+    """The ``buffered_toeplitz`` of so many buffers whose largest error of a sum is least, for clients so far apart.
+
+    Near the best matrix of any form, with a state of a few models. It needs no exact numbers: a run of other rounds or
+    of clients that come at other distances is accounted for as it is.
+
+    Args:
+      rounds: of the run.
+      separation: rounds from one of a client's to its next, at least: ``clients // cohort`` under round robin; by
+        default each client comes once.
+      most: how often a client comes at most; as often as the separation lets it by default.
+      buffers: models kept, 1 to 10; 2 or 3 are as good as more for hundreds of rounds, 5 for millions.
+
+    Raises:
+      InvalidInput: numbers out of range, or more buffers than can be told apart; jax-privacy is missing.
+
+    Example:
+      >>> fc.uplink.gaussian(1.0, mechanism=fc.mechanism.blt(rounds=100, separation=10))
+
+    Source: McMahan, Xu and Zhang (2024), "A Hassle-free Algorithm for Private Learning in Practice: Don't Use Tree
+    Aggregation, Use BLTs", by jax-privacy.
+    """
+    checks.count("blt: rounds", rounds, 2, most=10**5)
+    separation = checks.count("blt: separation", rounds if separation is None else separation)
+    checks.count("blt: buffers", buffers, most=10)
+    if most is not None:
+        checks.count("blt: most", most)
+    return buffered_toeplitz(*_best_buffers(rounds, min(separation, rounds), most, buffers))
+
+
 @functools.cache
 def _best_coefficients(rounds: int, bands: int) -> np.ndarray:
-    # Known now, though a traced function may build its uplink; and the same whatever types the caller has asked for.
-    usual = jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with _as_usual(x64=False):
+        best = np.asarray(_jax_privacy().toeplitz.optimize_banded_toeplitz(rounds, bands))
+    return np.maximum(best, 0)
+
+
+@functools.cache
+def _best_buffers(rounds: int, separation: int, most: int | None, buffers: int) -> tuple[np.ndarray, np.ndarray]:
+    factorization = _jax_privacy()
+    with _as_usual(x64=True):
+        try:
+            best = factorization.buffered_toeplitz.optimize(
+                n=rounds, min_sep=separation, max_participations=most, min_buffers=buffers, max_buffers=buffers
+            )
+        except RuntimeError:
+            raise InvalidInput(f"blt: no {buffers} buffers are best for {rounds} rounds: take fewer.") from None
+        return np.asarray(best.buf_decay), np.asarray(best.output_scale)
+
+
+@contextlib.contextmanager
+def _as_usual(x64: bool) -> Iterator[None]:
+    """Known now, though a traced function may build its uplink; the same whatever the caller has asked JAX for."""
+    usual = jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
     with contextlib.ExitStack() as stack:
         for switch in (jax.ensure_compile_time_eval(), *usual, jax.debug_nans(False)):
             stack.enter_context(switch)
-        best = np.asarray(_jax_privacy().toeplitz.optimize_banded_toeplitz(rounds, bands))
-    return np.maximum(best, 0)
+        yield
+
+
+def _lower(column: np.ndarray) -> np.ndarray:
+    """The lower triangular Toeplitz matrix with this first column."""
+    lag = np.arange(len(column))[:, None] - np.arange(len(column))
+    return np.where(lag < 0, 0.0, column[lag])
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """float32 ``[n]``; of no length where they are no such numbers."""
+    try:
+        c = np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        c = np.zeros(0, np.float32)
+    return c if c.ndim == 1 and np.all(np.isfinite(c)) else np.zeros(0, np.float32)
 
 
 def _jax_privacy() -> Any:

@@ -1,12 +1,15 @@
 """Gradients of which each example's own part is clipped."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from fedjax_clip import checks, clipping, tree
 from fedjax_clip.local import Gradient, batch_gradient
-from fedjax_clip.typing import Array
+from fedjax_clip.typing import Array, Batch, Metrics, Params, PerExampleLoss, PyTree
+from fedjax_clip.uplink import lattice
 
 
 def per_example_gradient(example_tx: optax.GradientTransformation) -> Gradient:
@@ -27,19 +30,12 @@ def per_example_gradient(example_tx: optax.GradientTransformation) -> Gradient:
     Source: Abadi et al. (2016), Algorithm 1, without its noise.
     """
     checks.kind("example_tx", example_tx, optax.GradientTransformation, "an optax transform")
-    example_tx = optax.with_extra_args_support(example_tx)
 
     def gradient(per_example_loss, params, batch, weights, key):
-        def one(example, weight):
-            alone = jax.tree.map(lambda x: x[None], example)
-            grads, report = batch_gradient(per_example_loss, params, alone, weight[None], key)
-            clipped, state = example_tx.update(grads, example_tx.init(params), params)
-            seen = {f"example_{name}": value for name, value in clipping.clip_report(state).items()}
-            live = weight > 0
-            seen = jax.tree.map(lambda x: jnp.where(live, x, 0), seen)
-            return jax.tree.map(lambda g: tree.scaled(weight, tree.wide(g)), clipped), report | seen
+        def weighed(clipped, weight):
+            return jax.tree.map(lambda g: tree.scaled(weight, tree.wide(g)), clipped)
 
-        total, report = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(one)(batch, weights))
+        total, report = _sum(example_tx, weighed, per_example_loss, params, batch, weights, key)
         weight = tree.or_one(report["loss"].weight)
         mean = jax.tree.map(lambda g: tree.divided(g, weight), total)
         return optax.tree.cast_like(mean, params), report
@@ -47,12 +43,40 @@ def per_example_gradient(example_tx: optax.GradientTransformation) -> Gradient:
     return gradient
 
 
+def _sum(
+    example_tx: optax.GradientTransformation,
+    message: Callable[[PyTree, Array], PyTree],
+    per_example_loss: PerExampleLoss,
+    params: Params,
+    batch: Batch,
+    weights: Array,
+    key: Array,
+) -> tuple[PyTree, Metrics]:
+    """``sum_b message(clip(grad l_b), w_b)``, and the batch's report."""
+    tx = optax.with_extra_args_support(example_tx)
+
+    def one(example, weight):
+        alone = jax.tree.map(lambda x: x[None], example)
+        grads, report = batch_gradient(per_example_loss, params, alone, weight[None], key)
+        clipped, state = tx.update(grads, tx.init(params), params)
+        seen = {f"example_{name}": value for name, value in clipping.clip_report(state).items()}
+        live = weight > 0
+        seen = jax.tree.map(lambda x: jnp.where(live, x, 0), seen)
+        return message(clipped, weight), report | seen
+
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), jax.vmap(one)(batch, weights))
+
+
 def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -> Gradient:
     """DP-SGD's gradient at a client, private for each record: ``(sum_b clip_C(grad l_b) + N(0, (z C)^2)) / B``.
 
     B is the number of examples in the batch, and C the clip's bound: it is said once. Guarantee: each step is a
     Gaussian mechanism of noise multiplier z for what one record adds; ``fc.privacy.record_epsilons`` says what that is
-    worth over a run. Examples count alike, whatever they weigh. Takes the memory of a batch of gradients.
+    worth over a run. Examples count alike, whatever they weigh. A record whose gradient is not finite adds zero, noised
+    like any other: nothing shows it. Takes the memory of a batch of gradients.
+
+    As in ``fc.uplink.gaussian``, clipped gradients are truncated to whole steps of a lattice, and integer noise is
+    added to their sum of integers, so that the guarantee holds for the bits that leave and not for real numbers only.
 
     Args:
       max_norm: C, on the norm of each example's gradient; positive, may be traced.
@@ -67,17 +91,25 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
     Example:
       >>> fc.fedavg(per_example_loss, optax.sgd(0.1), gradient=fc.private_gradient(1.0, 2.0))
 
-    Source: Abadi et al. (2016), "Deep Learning with Differential Privacy", Algorithm 1.
+    Source: Abadi et al. (2016), "Deep Learning with Differential Privacy", Algorithm 1; ``uplink/lattice.py``.
     """
     checks.within("private_gradient: noise_multiplier", noise_multiplier, 0)
-    clipped = per_example_gradient(clipping.clip_by_global_norm(max_norm))
+    clip = clipping.clip_by_global_norm(max_norm)
+    clipped, silent = per_example_gradient(clip), lattice.is_zero(noise_multiplier)
 
     def gradient(per_example_loss, params, batch, weights, key):
         loss_key, noise_key = jax.random.split(key)
         present = (weights > 0).astype(jnp.float32)
-        mean, report = clipped(per_example_loss, params, batch, present, loss_key)
-        std = noise_multiplier * max_norm / jnp.maximum(jnp.sum(present), 1)
-        noise = optax.tree.random_like(noise_key, mean, sampler=jax.random.normal)
-        return jax.tree.map(lambda g, n: g + tree.scaled(std, n), mean, noise), report
+        if silent:
+            return clipped(per_example_loss, params, batch, present, loss_key)
+        steps = lattice.lattice(max_norm, noise_multiplier, len(weights))
+
+        def message(clipped, present):
+            return jax.tree.map(lambda x: jnp.where(present > 0, x, 0), lattice.truncated(clipped, steps))
+
+        total, report = _sum(clip, message, per_example_loss, params, batch, present, loss_key)
+        noised = jax.tree.map(jnp.add, total, lattice.noise(noise_key, total, steps))
+        mean = lattice.values(noised, steps.step / jnp.maximum(jnp.sum(present), 1))
+        return optax.tree.cast_like(mean, params), report
 
     return gradient

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks, classes, identity, interrupts, metrics, placement, tree
+from fedjax_clip import checks, classes, identity, interrupts, metrics, placement, reduce, tree
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData, check_fields, check_sets
 from fedjax_clip.dispatch import Block, Dispatcher
 from fedjax_clip.local import batch_loss, examples_meet
+from fedjax_clip.secret import Secret
 from fedjax_clip.typing import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree, check_named
 
 Row = dict[str, float]
@@ -92,14 +93,15 @@ def train(
     clients_per_chunk: int | None = None,
     rounds_per_dispatch: int | None = None,
     non_finite: str = "drop",
+    secret: Secret | None = None,
 ) -> Result:
     """Trains for a number of rounds, each one compiled program over all local devices.
 
     Training the same ``algorithm`` object again, on another seed say, compiles nothing again. Its programs go when it
     goes.
 
-    The result is a function of (algorithm, data, params, seed): resuming changes no bit of it, and client order,
-    chunks and the number of devices change it by rounding only.
+    The result is a function of (algorithm, data, params, seed, secret): resuming changes no bit of it, and client
+    order, chunks and the number of devices change it by rounding only.
 
     Args:
       algorithm: ``fc.fedavg(...)`` or any other.
@@ -114,7 +116,7 @@ def train(
       local_epochs: passes of a client over its examples in a round.
       local_steps: local steps a round, in place of ``local_epochs``; each client's own by ``fc.speeds.budget(...)``.
       shuffle: whether a client shuffles its examples in each pass.
-      seed: of everything random.
+      seed: of everything random, but for what a ``secret`` is for.
       evaluate: ``params -> {name: value}``, called every ``eval_every`` rounds and after the last; its values
         appear in that round's row as ``eval/name``. See ``fc.evaluator``.
       evaluate_clients: ``(params, what the clients keep [M, ...]) -> {name: value}``, called when ``evaluate`` is: for
@@ -140,6 +142,10 @@ def train(
       non_finite: what happens to a client whose update has a NaN, an infinity or a norm beyond 1e19. ``"drop"`` leaves
         it out, counts it in ``dropped`` and keeps its old state. This hides divergence: look at ``dropped``. ``"keep"``
         adds it, and the model shows it. ``"stop"`` ends training with an error that names the round and the clients.
+      secret: what cohorts, the noise of links and gradients, and all else that is random at clients and links are drawn
+        from, in place of the seed, which anybody can guess: ``fc.privacy.Secret.fresh()``. Whatever epsilon says of a
+        run, it says of a run with one. Batches, and what clients and server share (rotations, sketches), stay on the
+        seed. A resumed run needs the same one: ``fc.privacy.Secret.kept(path)``.
 
     Returns:
       A ``Result``. A row has ``round`` (1 after the first; of an algorithm with a ``start``, the first row's bytes and
@@ -169,6 +175,7 @@ def train(
     checks.kind("sampler", sampler, sampling.Sampler | clock.Clock | None, "a sampler such as fc.sampling.uniform(10)")
     if sampler is not None and cohort_size is not None:
         raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
+    checks.kind("secret", secret, Secret | None, "an fc.privacy.Secret, such as fc.privacy.Secret.fresh()")
     check_fields(data)
     check_named(algorithm, data.num_clients)
     kept = "the parameters and what all clients keep: fc.client_evaluator(...) makes one"
@@ -186,6 +193,8 @@ def train(
         )
     params = tree.parameters(params)
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
+    if algorithm.parts is not None and isinstance(sampler, sampling.Sampler):
+        reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
     devices = placement.local(devices)
     if algorithm.loss is not None and work.pads(data.sizes) and _examples_meet(algorithm.loss, data, params, work):
@@ -195,6 +204,8 @@ def train(
         classes.refuse_unknown(suspected, params, data)
 
     run: dict[str, Any] = {} if checkpoints is None else identity.identify(algorithm, data, sampler, work, seed)
+    if run and secret is not None:
+        run["secret"] = secret.commitment
     state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients), run)
     stateful = bool(jax.tree.leaves(state.clients))
     if sampler.replacement and stateful:
@@ -208,7 +219,7 @@ def train(
         )
 
     length = 1 if stateful else rounds_per_dispatch
-    dispatcher = Dispatcher(algorithm, data, sampler, work, devices, seed, length, non_finite)
+    dispatcher = Dispatcher(algorithm, data, sampler, work, devices, seed, length, non_finite, secret)
     if width := clients_per_chunk or int(state.run.get("width", 0)):  # a run keeps the width that it began with
         dispatcher.width = min(width, data.num_clients)
     else:

@@ -18,7 +18,7 @@ README = (REPOSITORY / "README.md").read_text()
 
 # Each may import from those before it only; within one layer, from each other.
 LAYERS = [
-    {"typing", "checks", "tree", "keys", "metrics", "files", "interrupts", "labels"},
+    {"typing", "checks", "tree", "keys", "secret", "metrics", "files", "interrupts", "labels"},
     {"clipping", "cohort", "compression", "reduce", "convolution", "mechanism", "optimiser"},
     {"data", "uplink"},
     {"attacks", "classes", "fedopt", "local", "lora", "per_example", "secure", "homomorphic"},

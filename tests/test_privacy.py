@@ -26,12 +26,12 @@ def context(denominator=8.0, key=0, weight=5.0):
 
 
 def noise_of(link, denominator=8.0, report=None):
-    """What the server adds to a mean of zeros, over the standard deviation that is wanted; and the metrics."""
+    """What the server adds to a mean of zeros, its state and the metrics."""
     zeros = {"w": jnp.zeros(SIZE)}
     state = link.init(zeros)
-    _, _, seen = link.encode(zeros, state, link.init_client(zeros), context(denominator))
+    sent, _, seen = link.encode(zeros, state, link.init_client(zeros), context(denominator))
     seen = fc.metrics.finish(seen) | (report or {})
-    out, state, metrics = link.decode(zeros, state, seen, context(denominator))
+    out, state, metrics = link.decode(sent, state, seen, context(denominator))
     return np.asarray(out["w"]), state, metrics
 
 
@@ -170,10 +170,10 @@ def test_round_robin_counts_each_clients_rounds():
 
 @pytest.mark.parametrize("sampler", [sampling.poisson(5), sampling.uniform(5), sampling.round_robin(5)])
 def test_epsilon_by_round_is_dp_accountings(sampler):
-    by_round = privacy.epsilons(1.3, sampler, 50, 25, 1e-4)
+    by_round = privacy.epsilons(1.3, sampler, 50, 25, 1e-4, accountant="rdp")
     assert by_round.shape == (25,)
     for rounds in (1, 2, 11, 25):
-        assert by_round[rounds - 1] == pytest.approx(privacy.epsilon(1.3, sampler, 50, rounds, 1e-4), rel=1e-12)
+        assert by_round[rounds - 1] == pytest.approx(privacy.epsilon(1.3, sampler, 50, rounds, 1e-4, "rdp"), rel=1e-12)
     assert np.all(np.diff(by_round) >= 0)
 
 
@@ -195,7 +195,7 @@ def test_solvers_find_the_edge():
 def test_bits_and_updates_together_cost_what_was_meant():
     link = uplink.chain(uplink.quantile_clip(0.1, bits_noise=2.5), uplink.gaussian(privacy.split(1.5, 2.5)))
     assert privacy.together(link.promises.noise_multipliers) == pytest.approx(1.5)
-    assert privacy.together(()) == math.inf
+    assert privacy.together(()) == 0  # no noise is no privacy
     assert privacy.together((1.0, 0.0)) == 0
     assert privacy.epsilon(0, sampling.poisson(1), 10, 1, 0.1) == math.inf
 
@@ -204,7 +204,7 @@ def test_bits_and_updates_together_cost_what_was_meant():
     ("call", "sentence"),
     [
         (lambda: privacy.epsilon(1.0, sampling.by_size(5), 50, 1, 1e-5), "use fc.sampling.poisson"),
-        (lambda: privacy.epsilon(1.0, sampling.uniform(5), 50, 1, 1e-5, "pld"), "use 'rdp', or poisson"),
+        (lambda: privacy.epsilon(1.0, sampling.uniform(5), 50, 1, 1e-5, "pld"), "use 'auto', or poisson"),
         (lambda: privacy.epsilon(1.0, sampling.uniform(5), 50, 1, 1e-5, "gdp"), "'rdp' or 'pld'"),
         (lambda: privacy.epsilon(1.0, sampling.uniform(5), 50, 1, 0.0), "delta"),
         (lambda: privacy.epsilon(1.0, sampling.uniform(51), 50, 1, 1e-5), "larger than the population"),

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import test_pairs as pairs
-from problems import softmax_loss
+from problems import Run, parameters, population, softmax_loss
 
 import fedjax_clip as fc
 from experiments import privacy as flags
@@ -330,10 +330,24 @@ def test_a_round_of_nobody_looks_like_any_other_whatever_the_order_of_links():
     for names, link in orders():
         state = link.init(params)
         ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, share=jnp.float32(0.5))
-        _, _, report = link.encode(params, state, link.init_client(params), ctx)
-        sums = jax.tree.map(jnp.zeros_like, report)  # as they add up over nobody
+        sent, _, report = link.encode(params, state, link.init_client(params), ctx)
+        total, sums = jax.tree.map(jnp.zeros_like, (sent, report))  # as they add up over nobody
         server = ctx._replace(client_id=jnp.int32(-1), weight=jnp.float32(0))
-        update, _, _ = link.decode(jax.tree.map(jnp.zeros_like, params), state, fc.metrics.finish(sums), server)
+        update, _, _ = link.decode(total, state, fc.metrics.finish(sums), server)
         assert all(np.all(np.asarray(x) != 0) and np.all(np.isfinite(x)) for x in jax.tree.leaves(update)), names
         seen += 1
     assert seen > 30
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedsgd", "feddyn", "partially_private", "fedbuff", "scaffold"])
+def test_a_round_of_nobody_is_noise_under_every_algorithm_that_takes_it(name):
+    """All that the server keeps and sends moves as in any round: parameters, and SCAFFOLD's variate."""
+    beside = {"variate_uplink": BARE["server"]} if name == "scaffold" else {}
+    algorithm = build(f"fc.{name}", uplink=BARE["server"], reducer=FIXED, **beside)
+    server, _, history = Run(algorithm, population()).rounds(parameters(), [[]])
+    sent = {k: x for k, x in server.params.items() if (name, k) != ("partially_private", "b")}
+    for x, before in zip(jax.tree.leaves(sent), jax.tree.leaves({k: parameters()[k] for k in sent}), strict=True):
+        assert np.all(np.asarray(x) != before)
+    if name == "scaffold":
+        assert all(np.all(np.asarray(x) != 0) for x in jax.tree.leaves(server.own))
+    assert history[0]["clients"] == 0

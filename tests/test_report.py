@@ -4,8 +4,10 @@ import functools
 import html.parser
 import io
 import json
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -181,12 +183,23 @@ SCORES = {
     "of_words": {"clients/accuracy": NAMES, "clients/client": NAMES, "clients/examples": SIZES},
     "of_nobody": {"clients/accuracy": SIZES[:0], "clients/client": NAMES[:0], "clients/examples": SIZES[:0]},
     "without_scores": {"clients/client": NAMES, "clients/examples": SIZES},
+    "named_by_pairs": {name: np.ones((1, 1)) for name in ("clients/accuracy", "clients/client", "clients/examples")},
+    "of_truths": {"clients/accuracy": SIZES > 0, "clients/client": NAMES, "clients/examples": SIZES},
 }
 
 
 def test_odd_rows_make_a_page(tmp_path):
     row = {"round": 1.0, "loss": 1e308, "seconds": 1e308, "clients": 1e308, "eval/x": 1.0, "eval/a/b/c/d": 1.0}
+    row |= {"eval//": 3.0, "eval/examples/": 4.0, "": 5.0, "client_norm/p": 6.0, "accuracy/": 1e-320}
     assert "training time" in Reader(page.build(results.load([make(tmp_path / "run", [row])]))).words
+
+
+def test_infinite_scores_make_a_page(tmp_path):
+    endless = np.where(np.arange(12) % 2, np.inf, -np.inf)
+    names = {"clients/client": np.array([f"c{i}" for i in range(12)]), "clients/examples": np.arange(12)}
+    np.savez(make(tmp_path / "run") / "clients.npz", **{"clients/loss": endless} | names)
+    page.write(tmp_path / "report.html", [tmp_path / "run"])
+    assert any("(c" in word for word in Reader((tmp_path / "report.html").read_text()).words)
 
 
 def test_names_that_are_no_mathematics_and_no_utf_8_are_drawn(cli, tmp_path):
@@ -258,7 +271,19 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(cli, tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep/config.json").write_text('{"config": {"points": "grid()"}}')
     (tmp_path / "sweep/results.jsonl").write_text("{}\n")
+    for file in ("config.json", "metrics.jsonl", "clients.npz"):  # whoever reads a pipe waits for ever
+        (make(tmp_path / f"pipe_{file}") / file).unlink()
+        os.mkfifo(tmp_path / f"pipe_{file}" / file)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for file in ("config.json", "metrics.jsonl", "clients.npz"):
+        assert_refused(cli(f"pipe_{file}"), f"{file} cannot be read")
+    for name, content in (("null", "null"), ("deep", "[" * 100_000)):
+        (make(tmp_path / name) / "config.json").write_text(content)
+    assert_refused(cli("null"), "null/config.json is not a run's configuration")
+    assert_refused(cli("deep"), "deep/config.json cannot be read")
+    for name in ("null", "deep"):
+        shutil.rmtree(tmp_path / name)
+    assert_refused(cli(good, "--out=/dev/zero"), "/dev/zero is no file")
     assert_refused(cli("sweep"), "sweep is a sweep's", "table.md and sweep.png", "--flagfile=sweep/best.flags")
     assert_refused(cli(), "Name one run directory")
     assert_refused(cli("nowhere"), "nowhere holds no run: there is no config.json")

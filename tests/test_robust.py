@@ -107,7 +107,7 @@ def test_a_reducer_is_what_its_paper_says_whoever_comes(name):
         values = with_absent(messages(seed), present)
         weights = np.where(present, 1.0 + seed, 0).astype(np.float32)  # whatever they weigh
         rows = np.flatnonzero(present)
-        expected = oracle(matrix(values, rows[np.argsort(IDS[rows])]))
+        expected = oracle(matrix(values, rows[np.argsort(IDS[rows])])) if count >= make().fewest else 0
         np.testing.assert_allclose(flat(fold(make, values, weights, IDS)), expected, rtol=3e-5, atol=3e-6)
     nobody = fold(make, jax.tree.map(np.zeros_like, values), np.zeros(N, np.float32), IDS)
     assert not flat(nobody).any()
@@ -143,9 +143,11 @@ def test_limiting_cases():
     inner = reduce.krum(1)
     assert reduce.bucketing(inner, 1) is inner
     one = np.float32(IDS == 7)
-    for make in (MAKE["median"], MAKE["trimmed"], MAKE["krum"], lambda: reduce.krum(0, 5)):
-        alone = fold(make, with_absent(values, one > 0), one, IDS)
-        assert_identical(alone, jax.tree.map(lambda x: x[3], values))
+    alone = fold(MAKE["median"], with_absent(values, one > 0), one, IDS)
+    assert_identical(alone, jax.tree.map(lambda x: x[3], values))
+    three = np.float32(np.arange(N) < 3)
+    nearest = fold(lambda: reduce.krum(0, 5), with_absent(values, three > 0), three, IDS)
+    assert_close(nearest, jax.tree.map(lambda x: x[:3].mean(0), values))
     same = jax.tree.map(lambda x: np.repeat(x[:1], N, axis=0), values)
     assert_identical(fold(MAKE["krum"], same, everyone, IDS), jax.tree.map(lambda x: x[0], same))
     assert_identical(fold(reduce.median, same, everyone, IDS), jax.tree.map(lambda x: x[0], same))
@@ -254,11 +256,12 @@ def test_bad_clients_do_not_come_in_by_the_side_door():
 
 
 def test_too_many_bad_clients_are_refused_where_it_is_known():
-    sentence = "needs at least 7 clients, and the cohort has room for 4"
     for reducer in (reduce.krum(2), reduce.trimmed_mean(3)):
-        run = Run(fc.fedavg(softmax_loss, clipped_sgd, reducer=reducer), population())
-        with pytest.raises(fc.InvalidInput, match=sentence):
-            run.rounds(parameters(), [[4, 1, 3]])
+        algorithm = fc.fedavg(softmax_loss, clipped_sgd, reducer=reducer)
+        for make in (fc.sampling.uniform, fc.sampling.poisson, fc.sampling.by_size, fc.sampling.available):
+            with pytest.raises(fc.InvalidInput, match="needs at least 7 clients in a round, not 4: ask for"):
+                fc.train(algorithm, population(), parameters(), rounds=1, sampler=make(4))
+    reduce.check_cohort(reduce.krum(2), 7)
     assert reduce.bucketing(reduce.krum(1), 2).fewest == 9
     assert fc.together(reduce.krum(1), fc.uniform_mean()).fewest == 5
 
@@ -288,3 +291,27 @@ def test_too_many_bad_clients_are_refused_where_it_is_known():
 def test_what_means_nothing_is_refused_when_it_is_built(make):
     with pytest.raises(fc.InvalidInput):
         make()
+
+
+def test_a_round_of_too_few_changes_nothing_and_is_counted():
+    """Formerly refused if the first cohort was so small, and else accepted, with an aggregate of whoever came."""
+    for make in (lambda: reduce.krum(1), lambda: reduce.trimmed_mean(2), lambda: reduce.bucketing(reduce.krum(0), 2)):
+        run = Run(fc.scaffold(softmax_loss, clipped_sgd, num_clients=6, reducer=make()), population())
+        few, kept, metrics = run.rounds(parameters(), [[4, 1, 3], [0, 2], []])
+        assert [float(m["too_few"]) for m in metrics] == [1, 1, 1]
+        assert_identical(few.params, parameters())
+        assert not any(x.any() for x in jax.tree.leaves((few.own, kept)))
+        enough, kept, metrics = run.rounds(parameters(), [[4, 1, 3, 0, 5]])
+        assert float(metrics[0]["too_few"]) == 0
+        assert not np.array_equal(enough.params["w"], parameters()["w"])
+        assert any(x.any() for x in jax.tree.leaves(kept))
+
+
+def test_a_poisson_sample_may_begin_with_too_few():
+    data, sampler = population(), fc.sampling.poisson(5)
+    sizes = [[len(sampler.sample(data.sizes, seed, r)) for r in range(3)] for seed in range(50)]
+    seed = next(s for s, of in enumerate(sizes) if of[0] < 5 <= of[1])
+    algorithm = fc.scaffold(softmax_loss, clipped_sgd, num_clients=6, reducer=reduce.krum(1))
+    result = fc.train(algorithm, data, parameters(), rounds=3, sampler=sampler, seed=seed)
+    assert [row["too_few"] for row in result.history] == [float(size < 5) for size in sizes[seed]]
+    assert [row["update_norm"] > 0 for row in result.history] == [size >= 5 for size in sizes[seed]]

@@ -415,15 +415,27 @@ def test_who_waited_for_a_lock_that_is_removed_takes_the_new_one(tmp_path, monke
 def test_a_flag_file_holds_flags_of_this_program_only(cli, tmp_path):
     target = tmp_path / "thesis"
     target.write_text("mine")
-    for line in ("--run_with_profiling", f"--profile_file={target}", "--pdb_post_mortem", f"--log_dir={tmp_path}"):
+    (tmp_path / "b.flags").write_text("# one within another\n\n  --flagfile=a.flags\n")
+    lines = ["--run_with_profiling", f"--profile_file={target}", "--pdb_post_mortem", f"-log_dir={tmp_path}"]
+    for line in [*lines, "--norun_with_profiling", "--undefok=rouds", "--helpfull", "--helpxml", "--only_check_args"]:
         (tmp_path / "a.flags").write_text(f"--rounds=2\n{line}\n")
         before = sorted(tmp_path.rglob("*"))
-        name = line.removeprefix("--").split("=")[0]
-        assert_refused(cli("--flagfile=a.flags"), tmp_path, before, f"--{name} is no flag of this program")
-    assert_refused(cli("--only_check_args"), tmp_path, before, "--only_check_args is no flag of this program")
-    (tmp_path / "a.flags").write_bytes(b"\x80\x00\xff")
-    assert_refused(cli("--flagfile=a.flags"), tmp_path, before, "--flagfile=a.flags is not text")
+        name = line.lstrip("-").removeprefix("no").split("=")[0]
+        for argument in ("--flagfile=a.flags", "--flagfile=b.flags", line):
+            assert_refused(cli(argument), tmp_path, before, f"--{name} is no flag of this program")
+    for content, words in (
+        (b"\x80\x00\xff", "--flagfile=a.flags is not text"),
+        (b"\x80\xff", r"unexpected argument '\udc80\udcff'"),
+        (b"--flagfile=/dev/zero", "--flagfile=/dev/zero is no file"),
+        (b"--flagfile=b.flags", "--flagfile=b.flags names itself, by way of b.flags and a.flags"),
+        (b"--flagfile=nowhere", "--flagfile=nowhere cannot be read: No such file or directory"),
+        (b"#" * 2**21, "has 2,097,152 bytes: that is no list of flags"),
+    ):
+        (tmp_path / "a.flags").write_bytes(content)
+        assert_refused(cli("--flagfile=b.flags"), tmp_path, before, words)
     assert_refused(cli("--flagfile", "/dev/zero"), tmp_path, before, "--flagfile=/dev/zero is no file")
+    os.mkfifo(tmp_path / "pipe")
+    assert_refused(cli("--flagfile=pipe"), tmp_path, sorted(tmp_path.rglob("*")), "--flagfile=pipe is no file")
     assert target.read_text() == "mine"
 
 
@@ -554,7 +566,7 @@ def test_a_target_epsilon_is_met_in_the_last_row(cli, tmp_path):
     code, out, _ = cli(*QUICK, *private, "--target_epsilon=5", "--workdir=run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert code == 0
-    assert " at delta 0.01, for one client's presence" in out
+    assert " at delta 0.01, of this run" in out
     spent = [row["epsilon"] for row in rows]
     assert spent == sorted(spent)
     assert 4.99 < spent[-1] <= 5
@@ -573,7 +585,7 @@ def test_only_what_is_sent_is_accounted_for_on_a_grid(cli, tmp_path):
         *QUICK, *private, "--client=sgd(0.1)|clip_by_global_norm(1.0)", "--delta=0.01", "--workdir=run"
     )
     assert code == 0
-    assert "one client's data, from who sees sums only" in out
+    assert "who sees the sums of all rounds and no message, nor who took part" in out
     assert "--client: clip_by_global_norm stands behind the optimiser and bounds its steps" in err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.skellam(0.4, 8))

@@ -90,7 +90,7 @@ def test_fashion_mnist_says_what_is_wrong(tmp_path):
         lambda: write_idx(images, x, cut=5): "images.* is not an idx file",
         lambda: write_idx(labels, y[:-1]): "7 pictures and 6 labels",
         lambda: write_idx(labels, x): "labels.* is not an idx file",
-        lambda: labels.write_bytes(gzip.compress(bytes(100))[:-9]): "labels.* cannot be read",
+        lambda: labels.write_bytes(labels.read_bytes()[:-9]): "labels.* cannot be read",
         lambda: labels.write_bytes(b"no gzip"): "labels.* cannot be read",
     }.items():
         write_fashion_mnist(tmp_path)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks
+from fedjax_clip import checks, tree
 from fedjax_clip.algorithms.base import init_server, parts, step_server
 from fedjax_clip.exchange import exchange
 from fedjax_clip.local import Gradient, at_round, batch_gradient, local_update
@@ -104,6 +104,13 @@ def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Up
         message, client_state, report = link.encode(update, state, client_state, ctx)
         weight = (1.0 + jnp.float32(ctx.staleness)) ** -exponent
         report = {**report, LATE: ctx.staleness > max_staleness}
-        return jax.tree.map(lambda m: weight.astype(m.dtype) * m, message), client_state, report
+        return jax.tree.map(lambda m: _shortened(weight, m), message), client_state, report
 
     return link._replace(encode=encode)
+
+
+def _shortened(weight: Array, x: Array) -> Array:
+    """``weight x``; of whole steps the whole part, so that no message gets longer."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.where(weight < 1, tree.scaled(weight, x), x)
+    return weight.astype(x.dtype) * x

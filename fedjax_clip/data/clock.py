@@ -15,6 +15,7 @@ from fedjax_clip import checks
 from fedjax_clip.data import draws
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.data.speeds import Speeds
+from fedjax_clip.secret import SecretSeed
 from fedjax_clip.typing import InvalidInput
 
 _LOST = 2**31 + 3  # separates the stream from those of samplers and speeds
@@ -22,11 +23,23 @@ _TRIES = 1000  # draws of a sampler in a row that name busy clients only, before
 
 
 class World(NamedTuple):
-    """What a clock knows of a run: numbers of examples ``[M]``, ``ids[K] -> full local steps [K]``, and the seed."""
+    """What a clock knows of a run.
+
+    Attributes:
+      sizes: numbers of examples ``[M]``.
+      num_steps: ``ids[K] -> full local steps [K]``.
+      seed: of speeds and dropouts; and of cohorts, unless there is a secret one.
+      secret: what cohorts are drawn from in place of the seed.
+    """
 
     sizes: np.ndarray
     num_steps: Callable[[np.ndarray], np.ndarray]
     seed: int
+    secret: SecretSeed | None = None
+
+    def drawn(self, sampler: Sampler, round: int) -> np.ndarray:
+        """The sampler's clients of a round."""
+        return sampler.draw(self.sizes, self.seed if self.secret is None else self.secret, round)
 
 
 class Turn(NamedTuple):
@@ -96,7 +109,7 @@ def synchronous(
     checks.positive("deadline, in seconds,", deadline)
 
     def turn(world: World, now: float, round: int) -> tuple[Turn, float]:
-        ids = sampler.draw(world.sizes, world.seed, round)
+        ids = world.drawn(sampler, round)
         due, lost = _answers(world, speeds, ids, dropout, round)
         order = np.argsort(due, kind="stable")
         arrived = order[(due <= deadline)[order] & ~lost[order]]
@@ -184,7 +197,7 @@ def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency:
                 if not queue:
                     if tries == _TRIES:
                         raise InvalidInput(f"The sampler named no client that is free in {_TRIES} draws.")
-                    ids = sampler.draw(world.sizes, world.seed, drawn)
+                    ids = world.drawn(sampler, drawn)
                     columns = (ids, *_answers(world, speeds, ids, dropout, drawn))
                     queue = list(zip(*(x.tolist() for x in columns), strict=True))[::-1]
                     drawn, tries = drawn + 1, tries + 1
@@ -224,7 +237,7 @@ class Timeline:
 
     def __getitem__(self, round: int) -> Turn:
         if isinstance(self.sampler, Sampler):
-            return Turn(self.sampler.draw(self.world.sizes, self.world.seed, round), None, {})
+            return Turn(self.world.drawn(self.sampler, round), None, {})
         if round < self._done - 1:
             self._done, self._state = 0, self.sampler.init
         while self._done <= round:

@@ -1,7 +1,7 @@
 """Imbalance and quality of data: functions from populations to populations.
 
 Statistics come from sums that clients send (``fedjax_clip.data.statistics``); what is done with them, every client does
-to its own examples.
+to its own examples. These statistics are exact: an epsilon of the training does not cover them.
 """
 
 import dataclasses

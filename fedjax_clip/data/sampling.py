@@ -1,25 +1,31 @@
-"""Which clients take part in a round: pure functions of (seed, round)."""
+"""Which clients take part in a round: pure functions of (seed, round), the seed being public or a secret one."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedjax_clip import checks
 from fedjax_clip.data import draws
+from fedjax_clip.secret import SecretSeed
 from fedjax_clip.typing import InvalidInput
 
-_UNIFORM, _POISSON, _SIZE, _WINDOW, _AVAILABLE = range(5)  # separates the samplers' streams
+Seed = int | SecretSeed
+# What separates the samplers' streams.
+_UNIFORM, _POISSON, _SIZE, _WINDOW, _AVAILABLE, _TRUNCATED, _BIN, _START, _GAP = range(9)
 
 
 class Sampler(NamedTuple):
     """Chooses a cohort.
 
     Attributes:
-      sample: ``(sizes[M], seed, round) -> ids``, client numbers; deterministic in its arguments.
+      sample: ``(sizes[M], seed, round) -> ids``, client numbers; deterministic in its arguments. The seed is a whole
+        number below 2^32; or 32 bytes, of which cohorts must tell nothing, in a run with ``fc.train(secret=...)``.
       replacement: whether one client may stand twice in a cohort (then clients cannot keep a state).
       scheme: its name, if ``fc.privacy`` knows what its choice of clients is worth.
       cohort_size: clients a round, or their expected number.
+      period: fewest rounds from one in which a client may come to its next, if the sampler keeps them apart.
+      most: clients a round at most, if it leaves some out.
 
     Example:
       >>> everyone = Sampler(lambda sizes, seed, round: np.arange(len(sizes)))
@@ -27,14 +33,24 @@ class Sampler(NamedTuple):
       [0, 1, 2]
     """
 
-    sample: Callable[[np.ndarray, int, int], np.ndarray]
+    sample: Callable[[np.ndarray, Any, int], np.ndarray]
     replacement: bool = False
     scheme: str = ""
     cohort_size: float = 0
+    period: int = 1
+    most: int | None = None
 
-    def draw(self, sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def draw(self, sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         """What ``sample`` gives, if it is a cohort: clients' numbers, none of them twice but with ``replacement``."""
-        return checks.client_numbers("The sampler's ids", self.sample(sizes, seed, round), len(sizes), self.replacement)
+        try:
+            ids = self.sample(sizes, seed, round)
+        except TypeError:
+            if not isinstance(seed, SecretSeed):
+                raise
+            raise InvalidInput(
+                "The sampler's sample(sizes, seed, round) must take 32 bytes for its seed in a run with a secret."
+            ) from None
+        return checks.client_numbers("The sampler's ids", ids, len(sizes), self.replacement)
 
 
 def uniform(cohort_size: int) -> Sampler:
@@ -52,7 +68,7 @@ def uniform(cohort_size: int) -> Sampler:
     """
     cohort_size = checks.count("cohort_size", cohort_size)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
         return draws.choose(cohort_size, len(sizes), seed, round, _UNIFORM)
 
@@ -77,7 +93,7 @@ def poisson(cohort_size: float) -> Sampler:
     """
     checks.positive("cohort_size, of which as many are expected,", cohort_size, finite=True)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
         return np.flatnonzero(draws.uniform(seed, round, _POISSON, np.arange(len(sizes))) < cohort_size / len(sizes))
 
@@ -104,7 +120,7 @@ def by_size(cohort_size: int, replacement: bool = False) -> Sampler:
     """
     cohort_size = checks.count("cohort_size", cohort_size)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         if replacement:
             u = draws.uniform(seed, round, _SIZE, np.arange(cohort_size))
             return np.searchsorted(np.cumsum(sizes), u * np.sum(sizes), side="right")
@@ -113,7 +129,7 @@ def by_size(cohort_size: int, replacement: bool = False) -> Sampler:
         keys = -np.log1p(-u) / sizes  # exponential clocks of rate `sizes`: the first to ring take part
         return np.argsort(keys, kind="stable")[:cohort_size]
 
-    return Sampler(sample, replacement)
+    return Sampler(sample, replacement, cohort_size=cohort_size)
 
 
 def round_robin(cohort_size: int) -> Sampler:
@@ -131,7 +147,7 @@ def round_robin(cohort_size: int) -> Sampler:
     """
     cohort_size = checks.count("cohort_size", cohort_size)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         _check_fits(cohort_size, len(sizes))
         return (round * cohort_size + np.arange(cohort_size)) % len(sizes)
 
@@ -160,7 +176,7 @@ def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np
     checks.positive("duty", duty)
     checks.within("duty", duty, 0, 1)
 
-    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+    def sample(sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
         num_clients = len(sizes)
         _check_fits(cohort_size, num_clients)
         if windows is None:
@@ -174,7 +190,143 @@ def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np
         ids = np.flatnonzero(is_open)
         return ids[draws.choose(min(cohort_size, len(ids)), len(ids), seed, round, _AVAILABLE)]
 
-    return Sampler(sample)
+    return Sampler(sample, cohort_size=cohort_size)
+
+
+def cyclic_poisson(cohort_size: float, groups: int) -> Sampler:
+    """Poisson samples of one group of the clients after the other: round r draws among those of number r modulo groups.
+
+    Each of them comes by itself with probability ``cohort_size groups / M``, so that the same are expected in every
+    round. Noise of a mechanism of no more bands than groups is amplified by that sampling.
+
+    Args:
+      cohort_size: expected clients a round; need not be whole.
+      groups: how many; ``fc.mechanism.banded``'s bands, for example.
+
+    Raises:
+      InvalidInput: numbers out of range; (on the first sample) groups of fewer clients than are to come.
+
+    Example:
+      >>> cyclic_poisson(5, groups=2).sample(np.ones(10), seed=0, round=1).tolist()  # all of one group
+      [1, 3, 5, 7, 9]
+
+    Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", Algorithm 2.
+    """
+    checks.positive("cohort_size, of which as many are expected,", cohort_size, finite=True)
+    groups = checks.count("groups", groups)
+
+    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        _check_apart(cohort_size, groups, len(sizes))
+        ids = np.arange(round % groups, len(sizes), groups)
+        return ids[draws.uniform(seed, round, _POISSON, ids) < cohort_size * groups / len(sizes)]
+
+    return Sampler(sample, scheme="cyclic_poisson", cohort_size=cohort_size, period=groups)
+
+
+def truncated_poisson(cohort_size: float, most: int) -> Sampler:
+    """``poisson``, but of a cohort of more than ``most`` clients only so many come, drawn at random.
+
+    Args:
+      cohort_size: expected clients a round, before any is left out.
+      most: clients that a round has room for.
+
+    Raises:
+      InvalidInput: numbers out of range; (on the first sample) a cohort larger than the population.
+
+    Example:
+      >>> len(truncated_poisson(50, most=40).sample(np.ones(100), seed=0, round=7))
+      40
+
+    Source: Chua et al. (2024), "Scalable DP-SGD: Shuffling vs. Poisson Subsampling".
+    """
+    most = checks.count("most", most)
+    whole = poisson(cohort_size)
+
+    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        ids = whole.sample(sizes, seed, round)
+        if len(ids) <= most:
+            return ids
+        return np.sort(ids[draws.choose(most, len(ids), seed, round, _TRUNCATED)])
+
+    return Sampler(sample, scheme="truncated_poisson", cohort_size=cohort_size, most=most)
+
+
+def balls_in_bins(cohort_size: int) -> Sampler:
+    """Each client draws one of ``M // cohort_size`` bins, once and for all, and comes when it is that bin's turn.
+
+    Every client comes equally often and at equal distances, as under ``round_robin``, but nobody knows when.
+
+    Args:
+      cohort_size: expected clients a round; a few more, if it does not divide the population.
+
+    Raises:
+      InvalidInput: no whole number; (on the first sample) a cohort larger than the population.
+
+    Example:
+      >>> rounds = [balls_in_bins(5).sample(np.ones(10), seed=0, round=r).tolist() for r in range(3)]
+      >>> sorted(rounds[0] + rounds[1]) == list(range(10)) and rounds[2] == rounds[0]
+      True
+
+    Source: Chua et al. (2024), "Balls-and-Bins Sampling for DP-SGD"; Choquette-Choo et al. (2024), "Near Exact Privacy
+    Amplification for Matrix Mechanisms".
+    """
+    cohort_size = checks.count("cohort_size", cohort_size)
+
+    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        _check_fits(cohort_size, len(sizes))
+        bins = len(sizes) // cohort_size
+        mine = np.floor(draws.uniform(seed, _BIN, np.arange(len(sizes))) * bins)
+        return np.flatnonzero(mine == round % bins)
+
+    return Sampler(sample, scheme="balls_in_bins", cohort_size=cohort_size)
+
+
+def b_min_sep(cohort_size: float, separation: int) -> Sampler:
+    """A client that came rests for ``separation - 1`` rounds, then comes in each with the same probability, by itself.
+
+    ``p = 1 / (M / cohort_size - separation + 1)``, so that ``cohort_size`` are expected from round 0 on, whose resting
+    clients are drawn, too. A round costs ``round / separation`` draws of each client: its schedule up to now.
+
+    Args:
+      cohort_size: expected clients a round; need not be whole.
+      separation: rounds from one of a client's to its next, at least.
+
+    Raises:
+      InvalidInput: numbers out of range; (on the first sample) more clients a round than are awake.
+
+    Example:
+      >>> came = [b_min_sep(2, separation=3).sample(np.ones(9), seed=0, round=r) for r in range(3)]
+      >>> ids = np.concatenate(came)
+      >>> len(np.unique(ids)) == len(ids)  # nobody twice within three rounds
+      True
+
+    Source: arXiv 2602.09338, whose sampler and accountant are jax-privacy's ``BMinSepSampling``.
+    """
+    checks.positive("cohort_size, of which as many are expected,", cohort_size, finite=True)
+    separation = checks.count("separation", separation)
+
+    def sample(sizes: np.ndarray, seed: int, round: int) -> np.ndarray:
+        _check_apart(cohort_size, separation, len(sizes))
+        clients = np.arange(len(sizes))
+        p = 1 / (len(sizes) / cohort_size - separation + 1)
+        resting = draws.uniform(seed, _START, clients) * (1 / p + separation - 1)  # of which each rest takes 1
+        came = -separation + np.maximum(0, np.ceil(resting - 1 / p)).astype(np.int64)  # before round 0
+        for turn in range(round // separation + 2):
+            u = draws.uniform(seed, _GAP, turn, clients)
+            wait = np.floor(np.log1p(-u) / np.log1p(-p)) if p < 1 else np.zeros(len(u))
+            later = came + separation + np.minimum(wait, 2**31).astype(np.int64)
+            came = np.where(came < round, later, came)
+        return np.flatnonzero(came == round)
+
+    return Sampler(sample, scheme="b_min_sep", cohort_size=cohort_size, period=separation)
+
+
+def _check_apart(cohort_size: float, period: int, num_clients: int) -> None:
+    if cohort_size * period > num_clients:
+        raise InvalidInput(
+            f"{cohort_size:g} clients in each of {period} rounds, and none in two of them, are more than there "
+            f"are ({num_clients}): take a smaller cohort, or fewer rounds apart."
+        )
 
 
 def _check_fits(cohort_size: float, num_clients: int) -> None:

@@ -6,8 +6,10 @@ Nothing heavy is imported before it is needed, and nothing is downloaded unasked
 import contextlib
 import gzip
 import json
+import math
 import os
 import sys
+import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -240,27 +242,32 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
     """The bytes ``[...]`` of a gzipped idx file: 0, 0, 8 (for uint8), ndim, each length as a big-endian uint32."""
     try:
         with gzip.open(files.regular(path)) as file:
-            content = file.read()
+            head = file.read(4 + 4 * ndim)
+            shape = np.frombuffer(head[4:], ">u4").tolist() if len(head) == 4 + 4 * ndim else []
+            size = math.prod(shape)
+            files.check_fits(path, size)
+            content = file.read(size + 1)  # no more than its head says: what is packed may have no end
     except FileNotFoundError as e:
         raise InvalidInput(
             f"There is no file {path}: run apt-get install dataset-fashion-mnist, or name the directory that holds it."
         ) from e
     except (OSError, EOFError, zlib.error) as e:
         raise InvalidInput(f"{path} cannot be read: {e}.") from e
-    start = 4 + 4 * ndim
-    shape = np.frombuffer(content[4:start], ">u4").tolist() if len(content) >= start else []
-    if content[:4] != bytes([0, 0, 8, ndim]) or len(content) - start != np.prod(shape):
+    if head[:4] != bytes([0, 0, 8, ndim]) or len(content) != size:
         raise InvalidInput(f"{path} is not an idx file of bytes with {ndim} axes.")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, whatever their lengths."""
+    """The arrays of an .npz file, whatever their lengths; what they take in memory is known before they are read."""
     try:
         with open(files.regular(path), "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise InvalidInput(f"{path} is not an .npz file: it holds one bare array.")
+            if zipfile.is_zipfile(file):
+                _check_members(path, zipfile.ZipFile(file))
+            file.seek(0)
+            loaded: Any = np.load(file, allow_pickle=False)
             arrays = {name: loaded[name] for name in loaded.files}
     except FileNotFoundError as e:
         raise InvalidInput(f"There is no file {path}.") from e
@@ -278,6 +285,24 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     if not arrays:
         raise InvalidInput(f"{path} is empty: it holds no arrays.")
     return arrays
+
+
+def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuses arrays that fit in no memory, and those whose head promises other than what follows."""
+    files.check_fits(path, sum(member.file_size for member in archive.infolist()))
+    for member in archive.infolist():
+        with archive.open(member) as file:
+            if file.read(6) != np.lib.format.MAGIC_PREFIX:
+                continue
+            file.seek(0)
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            promised = math.prod(shape) * dtype.itemsize
+            if not dtype.hasobject and promised != member.file_size - file.tell():
+                raise ValueError(
+                    f"{member.filename} promises {promised:,} bytes and has {member.file_size - file.tell():,}"
+                )
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

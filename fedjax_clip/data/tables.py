@@ -1,25 +1,28 @@
 """Tables: columns of numbers and of words, from CSV files and installed packages, as matrices of features."""
 
+import collections
 import csv
 import difflib
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedjax_clip import files
+from fedjax_clip import checks, files
 from fedjax_clip.typing import InvalidInput
 
 Table: TypeAlias = dict[str, np.ndarray]  # columns [N] of float64, NaN where missing, or of str, "" where missing
+Bounds: TypeAlias = Mapping[str, Sequence[float] | Sequence[str]]  # what is publicly known of columns, see ``within``
 
 _INSTALL = 'pip install "fedjax_clip[tabular]"'
+_MOST = float(np.finfo(np.float32).max)
 _MISSING = "", "NA", "NaN", "nan", "?"
 
 
-def read_csv(path: files.PathLike, words: Sequence[str] = ()) -> Table:
+def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
     """A UTF-8 file of comma-separated values with a header; columns whose entries are all numbers are float64.
 
     Empty entries, ``NA``, ``NaN`` and ``?`` are missing.
@@ -27,6 +30,7 @@ def read_csv(path: files.PathLike, words: Sequence[str] = ()) -> Table:
     Args:
       path: the file.
       words: columns that stay text as written, such as names: as numbers ``"1"``, ``"01"`` and ``"1.0"`` are one.
+        ``None``: all of them.
 
     Raises:
       InvalidInput: a file that is missing, not UTF-8, without rows, with rows of different length, other
@@ -55,13 +59,13 @@ def read_csv(path: files.PathLike, words: Sequence[str] = ()) -> Table:
             f"{path}: entries must be separated by commas, and its header {header[0]!r} separates by {others[0]!r}: "
             "save it with commas, and with points in its numbers."
         )
-    if twice := {name for name in header if header.count(name) > 1}:
-        raise InvalidInput(f"{path}: column {min(twice)!r} occurs more than once.")
+    if twice := [name for name, times in collections.Counter(header).items() if times > 1]:
+        raise InvalidInput(f"{path}: column {twice[0]!r} occurs more than once.")
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(header):
             raise InvalidInput(f"{path}: row {number} has {len(row)} entries, the header {len(header)}.")
     columns = zip(header, zip(*rows[1:], strict=True), strict=True)
-    return {name: _words(values) if name in words else _column(values) for name, values in columns}
+    return {name: _words(values) if words is None or name in words else _column(values) for name, values in columns}
 
 
 def rdataset(package: str, item: str) -> Table:
@@ -143,6 +147,105 @@ def encode(
     return np.stack(columns, axis=1).astype(np.float32), names
 
 
+def read_bounds(given: Bounds | str) -> dict[str, tuple[float, float] | tuple[str, ...]]:
+    """What is publicly known of columns: of one of numbers the two bounds, of one of words all words.
+
+    Args:
+      given: ``{"age": (0, 120), "sex": ("f", "m")}``, or as text ``"age:0:120;sex:f,m"``.
+
+    Raises:
+      InvalidInput: bounds that are not finite or do not rise, words twice, nothing at all.
+
+    Example:
+      >>> read_bounds("age:0:120;sex:f,m")
+      {'age': (0.0, 120.0), 'sex': ('f', 'm')}
+    """
+    known: dict[str, tuple[float, float] | tuple[str, ...]] = {}
+    checks.kind("bounds", given, str | Mapping, "a dict or text such as 'age:0:120;sex:f,m'")
+    for name, of in _spelt(given) if isinstance(given, str) else given.items():
+        checks.kind(f"bounds: what is known of {name!r}", of, Sequence, "two numbers or all words")
+        words = [word for word in of if isinstance(word, str)]
+        if words and len(set(words)) == len(of):
+            known[name] = tuple(words)
+            continue
+        if words or len(of) != 2:
+            raise InvalidInput(f"bounds: {name!r} needs two numbers, the lowest and the highest, or words, none twice.")
+        for number in of:
+            checks.within(f"bounds: a bound of {name!r}", number, -_MOST, _MOST)
+        low, high = map(float, of)
+        if not low < high:
+            raise InvalidInput(f"bounds: {name!r} runs from {low:g} to {high:g}: its bounds must rise.")
+        known[name] = low, high
+    if not known:
+        raise InvalidInput("bounds: they are empty: say of each column what is publicly known, as in 'age:0:120'.")
+    return known
+
+
+def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
+    """Features made of each row by itself, from what is publicly known: float32 ``[N, d]`` and the columns' names.
+
+    A number is clipped to its bounds and scaled to ``[-1, 1]``; a missing one, or what is none, is 0, and an indicator
+    says so. A word is one-hot among the known ones, ``"other"`` and ``"missing"``. No row has a say in another's
+    features, nor in how many there are.
+
+    Args:
+      table: see ``read_csv``.
+      bounds: see ``read_bounds``; other columns are left out.
+
+    Raises:
+      InvalidInput: a column that does not exist.
+
+    Example:
+      >>> x, names = within({"age": np.array([90.0, np.nan]), "sex": np.array(["f", "x"])}, {"age": (0, 120)})
+      >>> names, x.tolist()
+      (['age', 'age=missing'], [[0.5, 0.0], [0.0, 1.0]])
+    """
+    columns: list[np.ndarray] = []
+    names: list[str] = []
+    for name, known in bounds.items():
+        values = named(table, name)
+        if isinstance(known[0], str):
+            values = values.astype(str)
+            hot = {word: values == word for word in known} | {"missing": np.isin(values, _MISSING)}
+            hot["other"] = ~np.any(list(hot.values()), axis=0)
+            columns += hot.values()
+            names += [f"{name}={word}" for word in hot]
+        else:
+            scaled, missing = scale(numbers(values), known)
+            columns += [scaled, missing]
+            names += [name, f"{name}=missing"]
+    return np.stack(columns, axis=1).astype(np.float32), names
+
+
+def scale(values: np.ndarray, bounds: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers clipped to two bounds and scaled to ``[-1, 1]``, 0 where missing, and which are missing.
+
+    Args:
+      values: ``[N]``, NaN where missing.
+      bounds: the lowest and the highest.
+
+    Example:
+      >>> scale(np.array([30.0, 150.0, np.nan]), (0, 120))[0].tolist()
+      [-0.5, 1.0, 0.0]
+    """
+    low, high = bounds
+    missing = np.isnan(values)
+    return np.where(missing, 0, 2 * (np.clip(values, low, high) - low) / (high - low) - 1), missing
+
+
+def numbers(values: np.ndarray) -> np.ndarray:
+    """A column as float64, entry by entry; NaN for what is no number.
+
+    Args:
+      values: ``[N]`` of float64 or text.
+
+    Example:
+      >>> numbers(np.array(["1.5", "old", ""])).tolist()
+      [1.5, nan, nan]
+    """
+    return values if values.dtype.kind == "f" else np.array([_number(value) for value in values.tolist()], np.float64)
+
+
 def column(table: Table, name: str) -> np.ndarray:
     """A column by its name.
 
@@ -153,11 +256,8 @@ def column(table: Table, name: str) -> np.ndarray:
     Raises:
       InvalidInput: no such column, and the sentence names the nearest; an infinite number, or beyond float32.
     """
-    if name not in table:
-        near = difflib.get_close_matches(name, table, 3, 0.5) or list(table)[:8]
-        raise InvalidInput(f"There is no column {name!r}; there is {' or '.join(map(repr, near))}.")
-    values = table[name]
-    if values.dtype.kind == "f" and (beyond := np.flatnonzero(np.abs(values) > np.finfo(np.float32).max)).size:
+    values = named(table, name)
+    if values.dtype.kind == "f" and (beyond := np.flatnonzero(np.abs(values) > _MOST)).size:
         number = values[beyond[0]]
         raise InvalidInput(
             f"Column {name!r} holds {number:g} in row {beyond[0] + 2}: a number must be finite in float32."
@@ -165,13 +265,47 @@ def column(table: Table, name: str) -> np.ndarray:
     return values
 
 
+def named(table: Table, name: str) -> np.ndarray:
+    """A column as it is.
+
+    Args:
+      table: columns by name.
+      name: of one of them.
+
+    Raises:
+      InvalidInput: no such column, and the sentence names the nearest.
+    """
+    if name not in table:
+        near = difflib.get_close_matches(name, table, 3, 0.5) or list(table)[:8]
+        raise InvalidInput(f"There is no column {name!r}; there is {' or '.join(map(repr, near))}.")
+    return table[name]
+
+
+def _spelt(text: str) -> Iterator[tuple[str, list[Any]]]:
+    """Of ``"age:0:120;sex:f,m"``, each column and its two numbers or its words."""
+    for item in filter(None, map(str.strip, text.split(";"))):
+        name, *of = (part.strip() for part in item.split(":"))
+        if len(of) == 2 and None not in (bounds := [_number(bound) for bound in of]):
+            yield name, bounds
+        elif len(of) == 1:
+            yield name, [word.strip() for word in of[0].split(",")]
+        else:
+            raise InvalidInput(f"bounds: {item!r} is neither a column's bounds, 'age:0:120', nor its words, 'sex:f,m'.")
+
+
 def _column(values: Sequence[str]) -> np.ndarray:
-    if any("_" in value for value in values):  # Python reads 1_1 as 11
-        return _words(values)
+    found = [_number(value) for value in values]
+    return _words(values) if None in found else np.array(found, np.float64)
+
+
+def _number(text: str) -> float | None:
+    """NaN if it is missing, ``None`` if it is no number."""
+    if text in _MISSING:
+        return np.nan
     try:
-        return np.array([np.nan if value in _MISSING else float(value) for value in values])
+        return None if "_" in text else float(text)  # Python reads 1_1 as 11
     except ValueError:
-        return _words(values)
+        return None
 
 
 def _words(values: Sequence[str]) -> np.ndarray:

@@ -261,8 +261,8 @@ def _write_entry(entry: Path, convert: Callable[[Path], dict[str, Any]]) -> None
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock between processes, where the system has one; it dies with its holder."""
-    with open(path, "w") as file:
+    """Holds a lock between processes, where the system has one; it dies with its holder. A link is refused."""
+    with open(path, "a", opener=lambda name, how: os.open(name, how | getattr(os, "O_NOFOLLOW", 0), 0o666)) as file:
         with contextlib.suppress(ImportError):
             import fcntl
 

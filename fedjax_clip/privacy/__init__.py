@@ -1,13 +1,16 @@
 """What noise is worth: epsilon of a run, and the noise or the rounds that an epsilon allows. Needs ``[privacy]``."""
 
-from fedjax_clip.privacy.accounting import epsilon, epsilons, noise_multiplier, rounds, split, together
+from fedjax_clip.privacy.accounting import epsilon, epsilons, noise_multiplier, rounds
 from fedjax_clip.privacy.audit import Audit, audit
 from fedjax_clip.privacy.distributed import distributed
+from fedjax_clip.privacy.gaussians import split, together
 from fedjax_clip.privacy.participation import Separated, sensitivities, sensitivity
-from fedjax_clip.privacy.records import record_epsilons
+from fedjax_clip.privacy.records import record_epsilons, record_noise_multiplier
+from fedjax_clip.secret import Secret
 
 __all__ = [
     "Audit",
+    "Secret",
     "Separated",
     "audit",
     "distributed",
@@ -15,6 +18,7 @@ __all__ = [
     "epsilons",
     "noise_multiplier",
     "record_epsilons",
+    "record_noise_multiplier",
     "rounds",
     "sensitivities",
     "sensitivity",

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from fedjax_clip import checks
 from fedjax_clip.privacy import renyi
 from fedjax_clip.reduce import Reducer
 from fedjax_clip.tree import size
@@ -11,40 +12,51 @@ from fedjax_clip.typing import InvalidInput, Params
 from fedjax_clip.uplink import Noise, Uplink
 
 
-def distributed(uplink: Uplink, params: Params, reducer: Reducer) -> renyi.Curve:
+def distributed(uplink: Uplink, params: Params, reducer: Reducer, colluding: int = 0) -> renyi.Curve:
     """What a round of ``fc.uplink.discrete_gaussian`` or ``skellam`` costs, to hand to ``epsilon``.
 
-    Neighbours are two runs in one of which a client's messages are those of a zero update (with noise), or those of
-    another client where cohorts are drawn without replacement. A round is counted with the noise of the threshold's
-    clients, the fewest that are ever added up. For who sees sums only: the amplification by sampling holds for those
-    who are not told who took part, as the server is.
+    Neighbours are two runs in one of which a client's messages are those of a zero update, with noise. A round is
+    counted with the noise of the threshold's t clients, the fewest that are ever added up. k of them who work for the
+    server know their own noise and take it out: what is left is that of t - k, ``sqrt((t - k) / t)`` of it.
+
+    The server of a secure sum knows who takes part. Under ``poisson`` and ``uniform`` no amplification by sampling is
+    therefore claimed but this: rounds without a client cost it nothing (``fc.privacy.renyi.in_sight``).
 
     Args:
       uplink: a chain that ends on a grid with noise.
       params: of the model; only their number matters.
-      reducer: ``fc.reduce.modular_sum(...)``, with its threshold.
+      reducer: ``fc.reduce.modular_sum(...)``, with its threshold t.
+      colluding: k, clients of a round who tell the server what they know; below t. Whether a server that lies is one
+        that they may help is the protocol's to say: ``2 t > n + k`` (``fc.secure``).
 
     Raises:
-      InvalidInput: no noise on a grid; discrete Gaussian noise under half a step, which is no Gaussian any more.
+      InvalidInput: no noise on a grid; discrete Gaussian noise under half a step, which is no Gaussian any more; as
+        many colluding clients as the threshold.
 
     Example:
-      >>> curve = fc.privacy.distributed(uplink, params, fc.reduce.modular_sum(50))
-      >>> fc.privacy.epsilon(curve, fc.sampling.uniform(50), num_clients=10_000, rounds=1000, delta=1e-5)
+      >>> curve = fc.privacy.distributed(uplink, params, fc.reduce.modular_sum(50), colluding=5)
+      >>> fc.privacy.epsilon(curve, fc.sampling.round_robin(50), num_clients=10_000, rounds=1000, delta=1e-5)
 
-    Source: Kairouz, Liu and Steinke (2021), Proposition 14; Agarwal, Kairouz and Liu (2021), Theorem 3.5; Zhu and Wang
-    (2019), Theorem 5; Wang, Balle and Kasiviswanathan (2019), Theorem 9.
+    Source: Kairouz, Liu and Steinke (2021), Proposition 14; Agarwal, Kairouz and Liu (2021), Theorem 3.5.
     """
     promises = uplink.promises
     if promises.grid is None or promises.noise is not Noise.SHARES or reducer.threshold is None:
         raise InvalidInput(
             "No noise on a grid: let the uplink end on discrete_gaussian(z) or skellam(z), under a modular sum."
         )
+    colluding = checks.count("colluding", colluding, 0)
+    if colluding >= reducer.threshold:
+        raise InvalidInput(
+            f"With {colluding} colluding clients and a threshold of {reducer.threshold}, a sum may hold one other "
+            "client's message, or none: give the modular sum a threshold above colluding."
+        )
     grid = promises.grid(size(params), reducer.denominator, reducer.threshold)
     l2, l1, stddev = float(grid.l2), float(grid.l1), float(grid.stddev)
+    honest = grid.clients - colluding
     if stddev == 0:
         return lambda orders, sensitivity: np.full(len(orders), math.inf)
     if grid.noise == "gaussian" and stddev < 0.5:
         raise renyi.TooNarrow(f"discrete_gaussian is {stddev:.2g} steps wide here, under 1/2: give the grid more bits.")
     if grid.noise == "gaussian":
-        return renyi.discrete_gaussian(l2, l1, stddev, grid.clients, grid.dim)
-    return renyi.skellam(l2, l1, grid.clients * stddev**2)
+        return renyi.discrete_gaussian(l2, l1, stddev, honest, grid.dim)
+    return renyi.skellam(l2, l1, honest * stddev**2)

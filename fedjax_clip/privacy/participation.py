@@ -37,15 +37,26 @@ class Separated(NamedTuple):
         return possible if self.most is None else min(possible, self.most)
 
 
+def separated(sampler: Sampler | Separated, num_clients: int) -> Separated | None:
+    """What a sampler promises of the rounds of one client, if it keeps them apart."""
+    if isinstance(sampler, Separated):
+        return sampler
+    if sampler.scheme == "balls_in_bins":
+        return Separated(num_clients // int(sampler.cohort_size))
+    return Separated(sampler.period) if sampler.period > 1 else None
+
+
 def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_clients: int, rounds: int) -> np.ndarray:
     """``[rounds]``: how far one client moves ``C x`` in 1, 2, ... rounds, over the clip's bound.
 
     ``max_i ||(C u_i)[:t]||`` with u_i one in client i's rounds: as far as that, since C has no negative entry. k
-    rounds of independent noise: sqrt(k).
+    rounds of independent noise: sqrt(k). Of ``Separated`` rounds, and samplers that keep a client's rounds apart: exact
+    where C is a Toeplitz matrix of decreasing coefficients (the worst client starts at once and never waits longer
+    than it must), or has no more bands than they are apart; else jax-privacy's bound of all rounds, in each.
 
     Args:
       mechanism: of ``fc.mechanism``.
-      sampler: ``fc.sampling.round_robin``, or one that takes everyone.
+      sampler: ``fc.sampling.round_robin``, one that takes everyone or keeps a client's rounds apart, or ``Separated``.
       num_clients: clients in the population.
       rounds: rounds of the run.
 
@@ -57,21 +68,22 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
       array([1., 2., 2., 3.])
 
     Source: Denisov et al. (2022), "Improved Differential Privacy for SGD via Optimal Private Linear Operators on
-    Adaptive Streams"; Choquette-Choo et al. (2023), "Multi-Epoch Matrix Factorization Mechanisms", equation 4.
+    Adaptive Streams"; Choquette-Choo et al. (2023), "Multi-Epoch Matrix Factorization Mechanisms", equation 4, and
+    "(Amplified) Banded Matrix Factorization", Algorithms 3 and 4; Kalinin and Lampert (2024), "Banded Square Root
+    Matrix Factorization", Theorem 2, for decreasing coefficients.
     """
-    if not isinstance(sampler, Sampler):
-        raise InvalidInput(
-            f"sampler must be one of fc.sampling for a sensitivity by round, not {type(sampler).__name__}."
-        )
-    cohort = sampler.cohort_size
-    if cohort > num_clients:
-        raise InvalidInput(f"A cohort of {cohort} clients is larger than the population of {num_clients}.")
-    if sampler.scheme != "round_robin" and not (sampler.scheme and cohort == num_clients):
+    checks.kind("sampler", sampler, Sampler | Separated, "one of fc.sampling (nobody can account for a clock)")
+    if isinstance(sampler, Sampler) and sampler.cohort_size > num_clients:
+        raise InvalidInput(f"A cohort of {sampler.cohort_size} clients is larger than the population of {num_clients}.")
+    if (apart := separated(sampler, num_clients)) is not None:
+        return _separated(strategy_of(mechanism, rounds), apart, rounds)
+    cohort = sampler.cohort_size  # type: ignore[union-attr]
+    if sampler.scheme != "round_robin" and not (sampler.scheme and cohort == num_clients):  # type: ignore[union-attr]
         raise InvalidInput(
             "Noise of a mechanism is in proportion to what a client does in all its rounds, and this sampler may draw "
-            "it in any: use fc.sampling.round_robin, or give the noise no mechanism."
+            "it in any: use fc.sampling.round_robin, or cyclic_poisson for bands, or give the noise no mechanism."
         )
-    strategy = _strategy(mechanism, rounds)
+    strategy = strategy_of(mechanism, rounds)
     same = math.gcd(int(cohort), num_clients)  # clients in a row that always come together
     first = np.arange(0, num_clients, same)[:, None]
     turns = (first + num_clients * np.arange(math.ceil(rounds * cohort / num_clients))) // int(cohort)
@@ -87,27 +99,41 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
 def sensitivity(mechanism: Mechanism, sampler: Sampler | Separated, num_clients: int, rounds: int) -> float:
     """How far one client moves ``C x`` in all rounds, over the clip's bound: ``sensitivities``' last.
 
-    Of ``Separated`` rounds jax-privacy's bound, which is exact where C has no more bands than they are apart.
-
     Args:
-      mechanism, num_clients, rounds: as for ``sensitivities``.
-      sampler: as for ``sensitivities``, or ``Separated``.
+      mechanism, sampler, num_clients, rounds: as for ``sensitivities``.
 
     Example:
       >>> fc.privacy.sensitivity(fc.mechanism.banded(100, 8), fc.privacy.Separated(10, 4), 1000, 100)  # sqrt(4)
-
-    Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", Algorithms 3 and 4.
     """
-    if not isinstance(sampler, Separated):
-        return float(sensitivities(mechanism, sampler, num_clients, rounds)[-1])
-    from jax_privacy.matrix_factorization.sensitivity import get_min_sep_sensitivity_upper_bound
-
-    strategy = jnp.asarray(_strategy(mechanism, rounds), jnp.float32)
-    return get_min_sep_sensitivity_upper_bound(strategy, sampler.rounds, sampler.count(rounds))
+    return float(sensitivities(mechanism, sampler, num_clients, rounds)[-1])
 
 
-def _strategy(mechanism: Mechanism, rounds: int) -> np.ndarray:
+def strategy_of(mechanism: Mechanism, rounds: int) -> np.ndarray:
+    """C, float64 ``[rounds, rounds]``.
+
+    Raises:
+      InvalidInput: negative entries.
+    """
     strategy = np.asarray(mechanism.strategy(rounds), np.float64)
     if np.any(strategy < 0):
         raise InvalidInput("The sensitivity of a strategy with negative entries is not known: use fc.mechanism's.")
     return strategy
+
+
+def coefficients(strategy: np.ndarray) -> np.ndarray | None:
+    """The first column of a Toeplitz matrix, without the zeros at its end; ``None`` of another matrix."""
+    if not np.array_equal(strategy[1:, 1:], strategy[:-1, :-1]):
+        return None
+    return np.trim_zeros(strategy[:, 0], "b")
+
+
+def _separated(strategy: np.ndarray, apart: Separated, rounds: int) -> np.ndarray:
+    column = coefficients(strategy)
+    if column is not None and np.all(np.diff(column) <= 0):
+        came = np.zeros(rounds)
+        came[np.arange(apart.count(rounds)) * apart.rounds] = 1
+        return np.sqrt(np.cumsum((strategy @ came) ** 2))
+    from jax_privacy.matrix_factorization.sensitivity import get_min_sep_sensitivity_upper_bound
+
+    bound = get_min_sep_sensitivity_upper_bound(jnp.asarray(strategy, jnp.float32), apart.rounds, apart.count(rounds))
+    return np.full(rounds, bound)

@@ -6,8 +6,9 @@ from fedjax_clip import checks
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
-from fedjax_clip.privacy.accounting import epsilon
+from fedjax_clip.privacy.accounting import epsilon, noise_multiplier
 from fedjax_clip.privacy.participation import Separated
+from fedjax_clip.typing import InvalidInput
 
 
 def record_epsilons(
@@ -18,7 +19,7 @@ def record_epsilons(
     rounds: int,
     delta: float,
     seed: int = 0,
-    accountant: str = "rdp",
+    accountant: str = "auto",
 ) -> np.ndarray:
     """``[M]``: each client's epsilon for one of its records, under ``fc.private_gradient(C, noise_multiplier)``.
 
@@ -36,27 +37,65 @@ def record_epsilons(
       rounds: rounds of the run.
       delta: probability outside the guarantee.
       seed: the run's.
-      accountant: ``"rdp"`` or ``"pld"``.
+      accountant: as for ``epsilon``.
 
     Raises:
-      InvalidInput: a clock, which draws cohorts as it runs; delta outside (0, 1).
+      InvalidInput: a clock, which draws cohorts as it runs; data whose examples weigh differently, which
+        ``private_gradient`` would count alike; delta outside (0, 1).
 
     Example:
       >>> fc.privacy.record_epsilons(4.0, data, fc.LocalWork(20, epochs=2), fc.sampling.uniform(8), 50, delta=1e-5)
 
     Source: Abadi et al. (2016), Algorithm 1, at each client; Mironov (2017) for the composition.
     """
-    checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
-    checks.kind("data", data, FederatedData, "a FederatedData")
-    checks.kind("work", work, LocalWork, "an fc.LocalWork")
-    rounds, seed = checks.count("rounds", rounds, 0), checks.seed("seed", seed)
-    clients = np.arange(data.num_clients)
-    drawn = [sampler.draw(data.sizes, seed, round) for round in range(rounds)]
-    took_part = np.bincount(np.concatenate([*drawn, clients[:0]]), minlength=data.num_clients)
-    a_pass = -(-data.sizes // (data.sizes if work.batch_size is None else work.batch_size))
-    uses = took_part * -(-work.num_steps(clients, data.sizes, seed) // a_pass)
+    uses = _uses(data, work, sampler, rounds, seed)
     spent = {
         int(n): epsilon(noise_multiplier, Separated(1), 1, int(n), delta, accountant) if n else 0.0
         for n in np.unique(uses)
     }
     return np.array([spent[int(n)] for n in uses])
+
+
+def record_noise_multiplier(
+    target_epsilon: float,
+    data: FederatedData,
+    work: LocalWork,
+    sampler: Sampler,
+    rounds: int,
+    delta: float,
+    seed: int = 0,
+    accountant: str = "auto",
+) -> float:
+    """The least noise multiplier (to 1e-4) with which no client's ``record_epsilons`` exceed ``target_epsilon``.
+
+    Args:
+      target_epsilon: for a record of the client that makes most passes.
+      data, work, sampler, rounds, delta, seed, accountant: as for ``record_epsilons``.
+
+    Raises:
+      InvalidInput: as ``record_epsilons``; a target that no noise up to 10,000 reaches.
+
+    Example:
+      >>> z = fc.privacy.record_noise_multiplier(2.0, data, fc.LocalWork(20), fc.sampling.uniform(8), 50, delta=1e-5)
+      >>> gradient = fc.private_gradient(1.0, z)
+    """
+    most = int(_uses(data, work, sampler, rounds, seed).max())
+    return noise_multiplier(target_epsilon, Separated(1), 1, most, delta, accountant)
+
+
+def _uses(data: FederatedData, work: LocalWork, sampler: Sampler, rounds: int, seed: int) -> np.ndarray:
+    """``[M]``: passes over its records that each client makes in all its rounds."""
+    checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
+    checks.kind("data", data, FederatedData, "a FederatedData")
+    checks.kind("work", work, LocalWork, "an fc.LocalWork")
+    if data.weights is not None and np.any((weights := data.weights[data.weights > 0]) != weights[:1]):
+        raise InvalidInput(
+            "The data's examples weigh differently, and private_gradient counts all alike: it would train on another "
+            "objective than is meant. Give it data without weights (class weights, too)."
+        )
+    rounds = checks.count("rounds", rounds, 0)
+    clients = np.arange(data.num_clients)
+    drawn = [sampler.draw(data.sizes, seed, round) for round in range(rounds)]
+    took_part = np.bincount(np.concatenate([*drawn, clients[:0]]), minlength=data.num_clients)
+    a_pass = -(-data.sizes // (data.sizes if work.batch_size is None else work.batch_size))
+    return took_part * -(-work.num_steps(clients, data.sizes, seed) // a_pass)

@@ -1,4 +1,4 @@
-"""Renyi curves of noise that clients add as integers, and what sampling the clients makes of any such curve.
+"""Renyi curves of noise that clients add as integers, and what rounds without a client make of any such curve.
 
 A curve is ``(orders [k], sensitivity) -> epsilon [k]`` of one round: sensitivity 1 where a client's message is there or
 zero, 2 where one message replaces another.
@@ -74,52 +74,18 @@ def gaussian(noise_multiplier: float) -> Curve:
     return lambda orders, sensitivity: orders * (sensitivity / noise_multiplier) ** 2 / 2
 
 
-def poisson_sampled(curve: Curve, rate: float) -> np.ndarray:
-    """``[len(ORDERS)]``: a round of which each client is part with this probability.
+def in_sight(curve: Curve, rate: float) -> np.ndarray:
+    """``[len(ORDERS)]``: a round of which each client is part with this probability, and the adversary sees who is.
+
+    ``log(1 - q + q exp((a - 1) epsilon(a))) / (a - 1)``: who takes part has the same law in both of two neighbours, so
+    that the moment is the mean over it, 1 where the client is absent. Neither a Poisson sample nor one of fixed size
+    hides a client from a server that it answers, or from who sees the number of clients in a sum.
 
     Args:
       curve: of a round.
-      rate: q, in (0, 1).
+      rate: q, in (0, 1): cohort over clients.
 
-    Source: Zhu and Wang (2019), "Poisson Subsampled Renyi Differential Privacy", Theorem 5.
+    Source: Mironov (2017), "Renyi Differential Privacy", Definition 3, of the pair (who takes part, the sum).
     """
-
-    def log_terms(order: int) -> np.ndarray:
-        j = np.arange(order + 1)
-        terms = _log_binomials(order) + j * math.log(rate) + (order - j) * math.log1p(-rate)
-        terms[2:] += (j[2:] - 1) * curve(j[2:], 1) + np.where(j[2:] > 2, math.log(3), 0)
-        return terms
-
-    return _capped(log_terms, curve(ORDERS, 1))
-
-
-def fixed_size_sampled(curve: Curve, rate: float) -> np.ndarray:
-    """``[len(ORDERS)]``: a round of a fixed number of clients, drawn without replacement; a client is replaced.
-
-    Args:
-      curve: of a round.
-      rate: the fraction of the clients that take part, in (0, 1).
-
-    Source: Wang, Balle and Kasiviswanathan (2019), "Subsampled Renyi Differential Privacy and Analytical Moments
-    Accountant", Theorem 9.
-    """
-
-    def log_terms(order: int) -> np.ndarray:
-        j = np.arange(2, order + 1)
-        terms = _log_binomials(order)[2:] + j * math.log(rate) + (j - 1) * curve(j, 2) + math.log(2)
-        second = curve(j[:1], 2)[0]
-        if second < math.log(2):  # 4 (e^x - 1) < 2 e^x
-            terms[0] += math.log(2) + math.log(-math.expm1(-second))
-        return np.concatenate([[0.0], terms])
-
-    return _capped(log_terms, curve(ORDERS, 2))
-
-
-def _capped(log_terms: Callable[[int], np.ndarray], unsampled: np.ndarray) -> np.ndarray:
-    sampled = [np.logaddexp.reduce(log_terms(order)) / (order - 1) for order in ORDERS.tolist()]
-    return np.minimum(np.maximum(sampled, 0), unsampled)
-
-
-def _log_binomials(order: int) -> np.ndarray:
-    log_factorials = np.cumsum(np.log(np.maximum(np.arange(order + 1), 1)))
-    return log_factorials[-1] - log_factorials - log_factorials[::-1]
+    exponent = (ORDERS - 1) * curve(ORDERS, 1)
+    return np.logaddexp(math.log1p(-rate), math.log(rate) + exponent) / (ORDERS - 1)

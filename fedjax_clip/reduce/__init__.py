@@ -1,7 +1,7 @@
 """How the messages of a cohort become one: means, and what bad clients cannot lead astray."""
 
 from fedjax_clip.reduce.base import Reducer, Roster, fixed_mean, together, uniform_mean, weighted_mean
-from fedjax_clip.reduce.modular import modular_sum, on_host, secure_threshold
+from fedjax_clip.reduce.modular import majority, modular_sum, on_host, secure_threshold
 from fedjax_clip.reduce.robust import (
     centered_mean,
     fltrust,
@@ -11,7 +11,7 @@ from fedjax_clip.reduce.robust import (
     norm_bounded,
     trimmed_mean,
 )
-from fedjax_clip.reduce.stack import Stack, bucketing, restacked, stacking
+from fedjax_clip.reduce.stack import Stack, bucketing, check_cohort, restacked, stacking
 
 __all__ = [
     "Reducer",
@@ -19,10 +19,12 @@ __all__ = [
     "Stack",
     "bucketing",
     "centered_mean",
+    "check_cohort",
     "fixed_mean",
     "fltrust",
     "geometric_median",
     "krum",
+    "majority",
     "median",
     "modular_sum",
     "norm_bounded",

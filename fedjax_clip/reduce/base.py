@@ -36,7 +36,7 @@ class Reducer(NamedTuple):
       linear: whether the aggregate is linear in the messages, so that masks and sums commute with it and the
         accumulator does not grow with the cohort.
       denominator: what sums are divided by whoever comes; ``None`` if by what came.
-      fewest: clients in a round below which its guarantee says nothing.
+      fewest: clients in a round below which its guarantee says nothing, and the aggregate is zero.
       threshold: of a modular sum, which adds integers: with fewer clients it gives nothing but zeros. ``None``: a
         reducer of real numbers.
       population: fewest clients that there must be, since it names one by number.
@@ -87,6 +87,8 @@ def fixed_mean(denominator: float | Array) -> Reducer:
     """``sum_i m_i / n`` with n fixed beforehand, whoever comes: one client moves it by at most its bound / n.
 
     What differential privacy needs: a mean over those who came, or one weighted by examples, tells who they were.
+    Integers are added exactly, modulo 2^32 and to the same bits in any order and on any number of devices, and their
+    sum is not divided: the link that sent them does that, once there is noise on it (``fc.uplink.gaussian``).
 
     Args:
       denominator: n, the (expected) size of a cohort.
@@ -101,20 +103,27 @@ def fixed_mean(denominator: float | Array) -> Reducer:
 
 
 def _mean(weigh: Callable[[Array], Array], denominator: float | Array | None = None) -> Reducer:
+    def exact(x: Array) -> bool:
+        return denominator is not None and jnp.issubdtype(x.dtype, jnp.integer)
+
     def zero(message, roster):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, tree.wide_type(x)), message), jnp.zeros((), jnp.float32)
+        types = jax.tree.map(lambda x: jnp.int32 if exact(x) else tree.wide_type(x), message)
+        return jax.tree.map(lambda x, t: jnp.zeros(x.shape, t), message, types), jnp.zeros((), jnp.float32)
 
     def add(acc, messages, weights):
         weights = weigh(weights)
-        total = jax.tree.map(
-            lambda t, m: t + jnp.tensordot(weights.astype(t.dtype), m.astype(t.dtype), 1), acc[0], messages
-        )
-        return total, acc[1] + jnp.sum(weights)
+
+        def plus(t, m):
+            if exact(t):
+                return t + jnp.sum(m * weights.reshape(-1, *[1] * (m.ndim - 1)).astype(m.dtype), 0, jnp.int32)
+            return t + jnp.tensordot(weights.astype(t.dtype), m.astype(t.dtype), 1)
+
+        return jax.tree.map(plus, acc[0], messages), acc[1] + jnp.sum(weights)
 
     def finish(acc, axis_name):
         total, weight = acc if axis_name is None else jax.lax.psum(acc, axis_name)
         if denominator is not None:
-            return jax.tree.map(lambda t: t / jnp.asarray(denominator, t.dtype), total)
+            return jax.tree.map(lambda t: t if exact(t) else t / jnp.asarray(denominator, t.dtype), total)
         return jax.tree.map(lambda t: jnp.where(weight > 0, tree.divided(t, weight), 0), total)
 
     return Reducer(zero, add, finish, True, denominator)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,11 @@ def modular_sum(cohort_size: int, threshold: int | None = None) -> Reducer:
 
     Args:
       cohort_size: n, the (expected) size of a cohort.
-      threshold: fewer clients than this are not added up, and the round's update is zero; 2 n / 3 by default.
+      threshold: t; fewer clients than this are not added up, and the round's update is zero. More than n / 2, and 2 n /
+        3 by default. In a round of more than 2 t - 1 clients, as a Poisson sample may be, it is half of them and one.
 
     Raises:
-      InvalidInput: a size or threshold that is no whole number of at least 1, a threshold over the size.
+      InvalidInput: a cohort of one client, whose sum is its message; a threshold that is no majority, or over the size.
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.integer_grid())
@@ -38,15 +40,16 @@ def modular_sum(cohort_size: int, threshold: int | None = None) -> Reducer:
     threshold = secure_threshold(cohort_size, threshold)
 
     def zero(message, roster):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint32), message), jnp.zeros((), jnp.int32)
+        total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.uint32), message)
+        return total, jnp.zeros((), jnp.int32), tree.count(roster.ids >= 0)
 
     def add(acc, messages, weights):
         total = jax.tree.map(lambda t, m: t + jnp.sum(m, 0, jnp.uint32), acc[0], messages)
-        return total, acc[1] + tree.count(weights > 0)
+        return total, acc[1] + tree.count(weights > 0), acc[2]
 
     def finish(acc, axis_name):
-        total, came = acc if axis_name is None else jax.lax.psum(acc, axis_name)
-        return jax.tree.map(lambda t: jnp.where(came >= threshold, t, 0), total)
+        total, came, present = acc if axis_name is None else jax.lax.psum(acc, axis_name)
+        return jax.tree.map(lambda t: jnp.where(came >= majority(present, threshold), t, 0), total)
 
     return Reducer(zero, add, finish, True, float(cohort_size), threshold=threshold, hides="modular_sum")
 
@@ -63,7 +66,8 @@ def on_host(
     after 40 seconds in which the others wait: take one device for a function that is slower.
 
     Args:
-      function: ``(messages [n, d], came [n]) -> sum [d]`` of the same type; messages of who did not come are zeros.
+      function: ``(messages [n, d], came [n]) -> sum [d]`` of the same type, of the round's n clients; messages of who
+        did not come are zeros.
       cohort_size: what the sum of real numbers is divided by (that of integers by the link that decodes it).
       threshold: with fewer clients the function is not called, and the sum is zero.
       modular: whether messages are integers, whose sum may wrap around.
@@ -74,32 +78,34 @@ def on_host(
     Example:
       >>> reducer = on_host(lambda messages, came: messages.sum(0), cohort_size=8)  # fixed_mean(8)
     """
-    secure_threshold(cohort_size, threshold)
+    cohort_size, threshold = checks.count("cohort_size", cohort_size), checks.count("threshold", threshold)
 
     def zero(message, roster):
         num_clients = len(roster.ids)
         stack = jax.tree.map(lambda x: jnp.zeros((num_clients, *x.shape), x.dtype), message)
-        return stack, jnp.zeros(num_clients, bool), jnp.zeros((), jnp.int32)
+        return stack, jnp.zeros(num_clients, bool), roster.ids >= 0, jnp.zeros((), jnp.int32)
 
     def add(acc, messages, weights):
-        stack, came, count = acc
+        stack, came, present, count = acc
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=count, axis=0)
-        return jax.tree.map(put, stack, messages), put(came, weights > 0), count + len(weights)
+        return jax.tree.map(put, stack, messages), put(came, weights > 0), present, count + len(weights)
 
     def finish(acc, axis_name):
         leaves, structure = jax.tree.flatten(acc[0])
         if not leaves:  # a part of a message that is empty
             return acc[0]
-        messages, came = jnp.concatenate([x.reshape(len(x), -1) for x in leaves], 1), acc[1]
+        stack = jnp.concatenate([x.reshape(len(x), -1) for x in leaves], 1), acc[1], acc[2]
         first = jnp.array(True)
         if axis_name is not None:
-            messages, came = jax.lax.all_gather((messages, came), axis_name, tiled=True)
+            stack = jax.lax.all_gather(stack, axis_name, tiled=True)
             first = jax.lax.axis_index(axis_name) == 0
+        _, came, present = stack
+        needed = majority(tree.count(present), threshold) if modular else threshold
         total = jax.lax.cond(
-            first & (tree.count(came) >= threshold),
+            first & (tree.count(came) >= needed),
             functools.partial(_call_on_host, function),
-            lambda messages, came: jnp.zeros(messages.shape[1:], messages.dtype),
-            *(messages, came),
+            lambda messages, came, present: jnp.zeros(messages.shape[1:], messages.dtype),
+            *stack,
         )
         if axis_name is not None:
             total = jax.lax.psum(total, axis_name)
@@ -114,8 +120,10 @@ def on_host(
 PIECE = 2**14  # elements that go to the host at once
 
 
-def _call_on_host(function: Callable[[np.ndarray, np.ndarray], np.ndarray], messages: Array, came: Array) -> Array:
-    """``function(messages, came)`` of NumPy arrays, sent in pieces of at most 64 KiB.
+def _call_on_host(
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray], messages: Array, came: Array, present: Array
+) -> Array:
+    """``function(messages, came)`` of the NumPy arrays of who is present, sent in pieces of at most 64 KiB.
 
     JAX copies larger ones by a thread of the CPU's pool; all of these may be waiting for this device in a collective.
     """
@@ -134,26 +142,61 @@ def _call_on_host(function: Callable[[np.ndarray, np.ndarray], np.ndarray], mess
         held[int(call)][int(index)] = piece
         return np.int32(call)
 
-    def finish(call, came):
-        return function(held.pop(int(call)).ravel()[: n * d].reshape(n, d), np.asarray(came))
+    def finish(call, came, present):
+        here = np.asarray(present)
+        return function(held.pop(int(call)).ravel()[: n * d].reshape(n, d)[here], np.asarray(came)[here])
 
     def send(index, call):
         return io_callback(take, number, call, jnp.int32(index), pieces[index])
 
     call = jax.lax.fori_loop(0, count, send, io_callback(begin, number))
-    return io_callback(finish, total, call, came)
+    return io_callback(finish, total, call, came, present)
 
 
 def secure_threshold(cohort_size: int, threshold: int | None) -> int:
-    """The threshold of a secure sum, after a check that it can be one.
+    """The threshold of a secure sum, after a check that it can be one: a majority of two clients or more.
+
+    With one that is no majority, a server that lies to two halves of the clients opens two sums. Joined by k clients
+    it needs ``2 t > n + k`` (Bonawitz et al. 2017, Theorem 6.5), so that a sum is safe from ``2 t - n - 1`` of them.
 
     Args:
       cohort_size: n, clients.
-      threshold: fewest of them whose sum is opened; two thirds by default.
+      threshold: t, fewest of them whose sum is opened; two thirds by default.
+
+    Raises:
+      InvalidInput: as ``modular_sum``.
+
+    Example:
+      >>> secure_threshold(8, None)
+      6
     """
     cohort_size = checks.count("cohort_size", cohort_size)
-    threshold = -(-2 * cohort_size // 3) if threshold is None else threshold
+    if cohort_size < 2:
+        raise InvalidInput(
+            "A secure sum of one client is its message: take cohorts of two or more, or a mean that hides nothing."
+        )
+    threshold = max(2, -(-2 * cohort_size // 3)) if threshold is None else threshold
     threshold = checks.count("threshold", threshold)
     if threshold > cohort_size:
         raise InvalidInput(f"A threshold of {threshold} clients is more than the cohort of {cohort_size}.")
+    if 2 * threshold <= cohort_size:
+        raise InvalidInput(
+            f"A threshold of {threshold} is no majority of a cohort of {cohort_size}, so that a server that lies could "
+            f"open two sums, or one message: take {cohort_size // 2 + 1} or more."
+        )
     return threshold
+
+
+def majority(present: Any, threshold: int) -> Any:
+    """The threshold of a round in which so many clients are present: more than half of them, at least.
+
+    Args:
+      present: clients of the round, whether their messages come or not; may be traced.
+      threshold: of an expected cohort.
+
+    Example:
+      >>> majority(12, threshold=6)
+      7
+    """
+    lib = np if isinstance(present, int) else jnp
+    return lib.maximum(threshold, present // 2 + 1)

@@ -37,13 +37,13 @@ def trimmed_mean(num_bad: int) -> Reducer:
     """The mean of each coordinate without its ``num_bad`` least and greatest values; zero for nobody.
 
     Guarantee: with at most ``num_bad`` bad clients each coordinate lies between the least and the greatest honest one.
-    Where so few arrive that none would be left, as many are trimmed as leave one or two: the median.
+    Of 2 f clients or fewer none would be left: the mean is zero.
 
     Args:
       num_bad: f, at least 0, which is ``uniform_mean``.
 
     Raises:
-      InvalidInput: an f that is no whole number of at least 0; (when a round is traced) a cohort of 2 f or fewer.
+      InvalidInput: an f that is no whole number of at least 0; (when a run begins) a cohort of 2 f or fewer.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.trimmed_mean(2))
@@ -55,26 +55,25 @@ def trimmed_mean(num_bad: int) -> Reducer:
         return uniform_mean()
 
     def inner(rows, count):
-        trim = jnp.minimum(num_bad, jnp.maximum(count - 1, 0) // 2)
-        total = sum(jnp.where((i >= trim) & (i < count - trim), x, 0) for i, x in enumerate(rows))
-        return total / jnp.maximum(count - 2 * trim, 1).astype(rows[0].dtype)
+        total = sum(jnp.where((i >= num_bad) & (i < count - num_bad), x, 0) for i, x in enumerate(rows))
+        return total / jnp.maximum(count - 2 * num_bad, 1).astype(rows[0].dtype)
 
     return stacking(lambda stack: _by_coordinate(stack, inner), fewest=2 * num_bad + 1)
 
 
 def krum(num_bad: int, num_chosen: int = 1) -> Reducer:
-    """The message that lies nearest to its ``n - f - 2`` nearest neighbours, by squared distance; zero for nobody.
+    """The message that lies nearest to its ``n - f - 2`` nearest neighbours, by squared distance.
 
     With ``num_chosen`` m > 1 it is Multi-Krum: the uniform mean of the m nearest. Of equals the client with the lower
     number is chosen. Guarantee, for n > 2 f + 2: what is chosen lies within ``sqrt(n - f - 2)`` times the honest
-    ones' diameter of an honest message. Computes all ``n (n - 1)`` distances.
+    ones' diameter of an honest message; of fewer clients it is zero. Computes all ``n (n - 1)`` distances.
 
     Args:
       num_bad: f, at least 0.
       num_chosen: m, at least 1; all who came, if fewer came.
 
     Raises:
-      InvalidInput: an f or m that is no such number; (when a round is traced) a cohort of 2 f + 2 or fewer.
+      InvalidInput: an f or m that is no such number; (when a run begins) a cohort of 2 f + 2 or fewer.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.krum(2))
@@ -87,7 +86,7 @@ def krum(num_bad: int, num_chosen: int = 1) -> Reducer:
     def aggregate(stack):
         both = stack.present[:, None] & stack.present[None] & ~jnp.eye(len(stack.ids), dtype=bool)
         squares = jnp.where(both, _square_distances(stack.messages), jnp.inf)
-        nearest = jnp.arange(len(stack.ids), dtype=jnp.int32) < jnp.maximum(stack.num_present - num_bad - 2, 1)
+        nearest = jnp.arange(len(stack.ids), dtype=jnp.int32) < stack.num_present - num_bad - 2
         scores = jnp.sum(jnp.where(nearest[None], jnp.sort(squares, axis=1), 0), axis=1)
         best = jnp.lexsort((scores, ~stack.present))[:num_chosen]  # stable: of equals the first
         chosen = jnp.zeros(len(stack.ids), jnp.float32).at[best].set(1) * stack.present.astype(jnp.float32)
@@ -204,7 +203,7 @@ def fltrust(root: int) -> Reducer:
       root: the number of the server's client.
 
     Raises:
-      InvalidInput: a root that is no client's number; (when a round is traced) a cohort of one.
+      InvalidInput: a root that is no client's number; (when a run begins) a cohort of one.
 
     Example:
       >>> algorithm = fc.fedavg(loss, client_tx, reducer=fc.reduce.fltrust(root=data.num_clients - 1))

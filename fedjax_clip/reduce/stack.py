@@ -50,10 +50,8 @@ def stacking(aggregate: Callable[[Stack], PyTree], fewest: int = 1) -> Reducer:
 
     Args:
       aggregate: called once on each device, with the same stack. Rows of absent clients are zeros of weight 0.
-      fewest: clients below which the aggregate says nothing.
-
-    Raises:
-      InvalidInput: (when a round is traced) a cohort without room for ``fewest`` clients.
+      fewest: clients below which the aggregate says nothing: of fewer it is zero, as a modular sum's below its
+        threshold. A Poisson sample may be so small; ``check_cohort`` refuses cohorts that always are.
 
     Example:
       >>> largest = fc.reduce.stacking(lambda stack: jax.tree.map(lambda x: jnp.max(x, 0), stack.messages))
@@ -74,17 +72,36 @@ def stacking(aggregate: Callable[[Stack], PyTree], fewest: int = 1) -> Reducer:
         key, rows = acc[0].key, acc[0]._replace(key=None)
         if axis_name is not None:
             rows = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), rows)
-        if len(rows.ids) < fewest:
-            raise InvalidInput(
-                f"This reducer needs at least {fewest} clients, and the cohort has room for {len(rows.ids)}: "
-                "ask for a larger cohort, or let the reducer expect fewer bad clients."
-            )
+        if (missing := fewest - len(rows.ids)) > 0:  # the program of a small cohort is traced, too
+            rows = jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), rows)
         if not jax.tree.leaves(rows.messages):  # a part of a message that is empty
             return rows.messages
         order = jnp.argsort(jnp.where(rows.weights > 0, rows.ids, jnp.iinfo(jnp.int32).max))
-        return aggregate(jax.tree.map(lambda x: x[order], rows)._replace(key=key))
+        stack = jax.tree.map(lambda x: x[order], rows)._replace(key=key)
+        enough = stack.num_present >= fewest
+        return jax.tree.map(lambda x: jnp.where(enough, x, 0), aggregate(stack))
 
     return Reducer(zero, add, finish, linear=False, fewest=fewest)
+
+
+def check_cohort(reducer: Reducer, cohort_size: float) -> None:
+    """Refuses a reducer that a cohort of the expected size, if that is known and not 0, does not serve.
+
+    Args:
+      reducer: any.
+      cohort_size: clients a round, as ``Sampler.cohort_size``.
+
+    Raises:
+      InvalidInput: fewer than the reducer's ``fewest``.
+
+    Example:
+      >>> check_cohort(fc.reduce.krum(2), 7)  # of 6 clients Krum cannot tell two bad ones
+    """
+    if 0 < cohort_size < reducer.fewest:
+        raise InvalidInput(
+            f"This reducer needs at least {reducer.fewest} clients in a round, not {cohort_size:g}: ask for a "
+            "larger cohort, or let the reducer expect fewer bad clients."
+        )
 
 
 def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | None = None) -> Reducer:

@@ -1,6 +1,6 @@
 """Tasks: data, a model, a loss and its metrics, ready to train."""
 
-from fedjax_clip.tasks.base import Task, binary_classifier, classifier, penalised, regressor
+from fedjax_clip.tasks.base import Task, binary_classifier, classifier, penalised, refuse_fitted, regressor
 from fedjax_clip.tasks.classification import classification, digits, npz, tfds
 from fedjax_clip.tasks.language import (
     next_character,
@@ -10,9 +10,10 @@ from fedjax_clip.tasks.language import (
     text_files,
     tweets,
 )
+from fedjax_clip.tasks.packaged import ames, chem97, heart, schools
 from fedjax_clip.tasks.recommendation import insteval, movielens, ratings
 from fedjax_clip.tasks.synthetic import linear_regression, mlp_regression, relu_classifier, two_nodes
-from fedjax_clip.tasks.tabular import ames, chem97, csv, heart, schools
+from fedjax_clip.tasks.tabular import csv
 from fedjax_clip.tasks.vision import cifar, emnist, fashion_mnist, mnist
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "npz",
     "penalised",
     "ratings",
+    "refuse_fitted",
     "regressor",
     "relu_classifier",
     "schools",

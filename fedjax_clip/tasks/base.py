@@ -25,6 +25,8 @@ class Task:
       per_example_loss: ``(params, batch, key) -> (losses[B], {metric: values[B]})``.
       summarise: scores of a held-out population besides those means, see ``fc.client_evaluator``.
       frozen: which parameters stay as they are, see ``fc.partially_frozen``; ``None``: all train.
+      fitted: what was computed exactly from the clients' data before training, and what to give instead: no
+        epsilon of the training covers it, see ``refuse_fitted``. Empty: nothing was.
 
     Example:
       >>> task = fc.tasks.digits()
@@ -38,6 +40,27 @@ class Task:
     per_example_loss: PerExampleLoss
     summarise: Summary | None = None
     frozen: str | None = None
+    fitted: str = ""
+
+
+def refuse_fitted(task: Task) -> None:
+    """Refuses a task of which an epsilon would not say all, since its clients' data were used before training.
+
+    A quantile is somebody's value, a mean moves with each client, and the accountant sees the training alone.
+
+    Args:
+      task: to be trained under a claimed epsilon.
+
+    Raises:
+      InvalidInput: something was computed exactly from the clients' data; it says what to give instead.
+
+    Example:
+      >>> refuse_fitted(fc.tasks.digits())
+    """
+    if task.fitted:
+        raise InvalidInput(
+            f"An epsilon counts the training alone, and this task has computed {task.fitted}, or train without --delta."
+        )
 
 
 def classifier(model: nn.Module) -> PerExampleLoss:

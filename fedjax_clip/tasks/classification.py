@@ -31,7 +31,7 @@ def digits(
 
     Source: Alpaydin and Kaynak (1998), the UCI test set in scikit-learn.
     """
-    return classification(sources.digits(), hidden, held_out_forms, held_out_examples, seed)
+    return classification(sources.digits(), hidden, held_out_forms, held_out_examples, seed, classes=10)
 
 
 def npz(
@@ -41,6 +41,7 @@ def npz(
     alpha: float | None = None,
     hidden: Sequence[int] = (128,),
     seed: int = 0,
+    classes: int | None = None,
 ) -> Task:
     """Classification of a local ``.npz`` with fields ``x`` and ``y``.
 
@@ -52,6 +53,7 @@ def npz(
       alpha: label skew, smaller is more skewed.
       hidden: widths of the MLP's hidden layers.
       seed: of the partition and of the splits.
+      classes: see ``classification``.
 
     Raises:
       InvalidInput: data that cannot be read or learned from, fractions or widths out of range.
@@ -59,7 +61,8 @@ def npz(
     Example:
       >>> task = fc.tasks.npz("mine.npz", by="hospital")
     """
-    return classification(deal(sources.npz(path, by), num_clients, 10, alpha, seed), hidden, seed=seed)
+    data = deal(sources.npz(path, by), num_clients, 10, alpha, seed)
+    return classification(data, hidden, seed=seed, classes=classes)
 
 
 def tfds(
@@ -72,6 +75,7 @@ def tfds(
     download: bool = False,
     hidden: Sequence[int] = (128,),
     seed: int = 0,
+    classes: int | None = None,
 ) -> Task:
     """Classification of any TFDS data set of images and labels, by default dealt to 100 clients.
 
@@ -84,7 +88,7 @@ def tfds(
       >>> task = fc.tasks.tfds("mnist", num_clients=100, alpha=0.1)
     """
     examples = sources.tfds(name, split, data_dir, by, download=download)
-    return classification(deal(examples, num_clients, 100, alpha, seed), hidden, seed=seed)
+    return classification(deal(examples, num_clients, 100, alpha, seed), hidden, seed=seed, classes=classes)
 
 
 def classification(
@@ -93,6 +97,7 @@ def classification(
     held_out_clients: float = 0.2,
     held_out_examples: float = 0.2,
     seed: int = 0,
+    classes: int | None = None,
 ) -> Task:
     """An MLP on any population of ``{"x": [N, ...], "y": int[N]}``; whole clients and examples are held out.
 
@@ -102,6 +107,7 @@ def classification(
       held_out_clients: fraction of the clients that is never trained on.
       held_out_examples: fraction of the other clients' examples that is never trained on.
       seed: of both splits.
+      classes: how many there are, known beforehand, which an epsilon needs; as many as the labels say if ``None``.
 
     Raises:
       InvalidInput: data that cannot be read or learned from, fractions or widths out of range.
@@ -119,7 +125,11 @@ def classification(
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
         found = f"{labels.dtype} of shape {labels.shape}, beginning {labels.flat[:3].tolist()}"
         raise InvalidInput(f"Labels y must be whole numbers from 0, one an example, not {found}.")
-    if (last := int(labels.max())) > 2 * (several := len(np.unique(labels))) + 10:  # the model has an output for each
+    last = int(labels.max())
+    if classes is not None:
+        if last >= checks.count("classes", classes, most=2**20):
+            raise InvalidInput(f"Labels y run up to {last}, and {classes} classes from 0 to {classes - 1}.")
+    elif last > 2 * (several := len(np.unique(labels))) + 10:  # the model has an output for each
         raise InvalidInput(
             f"Labels y take {several} values and run up to {last}: number the classes from 0, as "
             "np.unique(y, return_inverse=True)[1] does."
@@ -135,8 +145,10 @@ def classification(
     data = dataclasses.replace(data, examples={"x": inputs, "y": labels.astype(np.int32)})
     train, clients = data.split_clients(held_out_clients, seed)
     train, examples = train.split_examples(held_out_examples, seed)
-    model = models.MLP(widths(hidden), last + 1)
-    return make(train, {"examples": examples, "clients": clients}, model, classifier(model))
+    model = models.MLP(widths(hidden), last + 1 if classes is None else classes)
+    task = make(train, {"examples": examples, "clients": clients}, model, classifier(model))
+    fitted = "the number of classes from the clients' labels: give classes=10, say" if classes is None else ""
+    return dataclasses.replace(task, fitted=fitted)
 
 
 def deal(data, num_clients: int | None, default: int, alpha: float | None, seed: int) -> FederatedData:

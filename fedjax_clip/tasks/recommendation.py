@@ -83,6 +83,7 @@ def ratings(
         init,
         rating_loss(model, l2, l2_bias),
         _scores(baselines(train, examples, len(names))),
+        fitted="the mean rating, and counts and biases of items, from the users' exact ratings: choose another task",
     )
 
 

@@ -19,12 +19,13 @@ def linear_regression(num_clients: int = 100, noise: float = 0.1, seed: int = 0)
       seed: of the data.
 
     Raises:
-      InvalidInput: no clients.
+      InvalidInput: no clients, noise that is none.
 
     Example:
       >>> task = fc.tasks.linear_regression(num_clients=10)
     """
     check_positive(num_clients=num_clients)
+    checks.within("noise", noise, 0, 1e30)
     rng = np.random.default_rng(checks.seed("seed", seed))
     x = rng.uniform(-1, 1, (10 * num_clients, 1)).astype(np.float32)
     y = (2 * x[:, 0] + 1 + noise * rng.normal(size=len(x))).astype(np.float32)

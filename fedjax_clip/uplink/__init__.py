@@ -8,6 +8,7 @@ from fedjax_clip.uplink.grid import Grid, discrete_gaussian, integer_grid, skell
 from fedjax_clip.uplink.memory import memory, relative_to_last, with_bias
 from fedjax_clip.uplink.noise import gaussian, local_gaussian
 from fedjax_clip.uplink.promises import Noise, Promises, Wire
+from fedjax_clip.uplink.scale import preconditioned
 
 __all__ = [
     "Context",
@@ -32,6 +33,7 @@ __all__ = [
     "memory",
     "on_parts",
     "power_sgd",
+    "preconditioned",
     "quantile_clip",
     "relative_to_last",
     "skellam",

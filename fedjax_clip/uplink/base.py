@@ -144,7 +144,8 @@ def chain(*links: Uplink) -> Uplink:
             update, c, report = encoded(link, update, s, c, context(position, state, ctx, update))
             report = dict(report)
             states.append(c)
-            sent |= {name: report.pop(name) for name in SENT if name in report}
+            here = {name: report.pop(name) for name in SENT if name in report}
+            sent = sent or here  # the first that says: what follows, such as noise, is the server's work
             reports.append(report)
         return update, tuple(states), _numbered(reports) | sent
 

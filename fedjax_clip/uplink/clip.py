@@ -13,6 +13,7 @@ from fedjax_clip.clipping.guarantee import group_sizes
 from fedjax_clip.clipping.parts import Norm, Scope, hard, l2, measure, spread, whole
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.uplink import lattice
 from fedjax_clip.uplink.base import Uplink, at_client, nothing
 from fedjax_clip.uplink.promises import Promises
 
@@ -119,10 +120,10 @@ def quantile_clip(
         if bits_noise is not None:
             if ctx.denominator is None:
                 raise InvalidInput("Noise on quantile_clip's bits needs a fixed mean: make fixed_mean the reducer.")
-            noise = bits_noise * math.sqrt(len(bounds)) * jax.random.normal(ctx.key, (len(bounds),), jnp.float32)
-            for n, (k, b) in zip(noise, within.items(), strict=True):
-                centred = jnp.where(ctx.weight > 0, (b - 0.5) * ctx.weight, 0)
-                within[k] = 0.5 + (centred + n) / ctx.denominator
+            centred = jnp.stack([jnp.where(ctx.weight > 0, (b - 0.5) * ctx.weight, 0) for b in within.values()])
+            together = math.sqrt(len(bounds)) / 2  # what one client's bits, less one half, are long
+            noised = lattice.noised(ctx.key, centred, together, 2 * bits_noise, ctx.denominator)
+            within = {k: 0.5 + x / ctx.denominator for k, x in zip(within, noised, strict=True)}
         moved = {k: _towards_quantile(c, within[k], target_unclipped_quantile, rate) for k, c in bounds.items()}
         if equal:
             aggregate = spread(groups, bounds, aggregate)

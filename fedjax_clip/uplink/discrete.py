@@ -1,9 +1,10 @@
 """Integer noise, drawn all coordinates at once: discrete Gaussian and Skellam.
 
-Where the noise is wide, by rounding a normal variable of a variance less by 1/12, which rounding adds; else with
-rejection. Probabilities are right to about 1e-5 of their size out to 6.6 standard deviations, where the normal ends (32
-random bits): for research on accuracy and accounting. A deployment that is attacked through its floating point draws by
-exact arithmetic instead.
+A discrete Gaussian of a width that is known when a round is traced is drawn by exact arithmetic (``alias.py``). Of a
+width that is traced, as in a sweep, and for Skellam noise, probabilities are right to about 1e-5 of their size out to 6
+standard deviations or more, where what 32 bits draw ends. That is for research on accuracy: an adversary who sees 1e9
+coordinates can tell such noise from what is accounted for. Wide noise is then a rounded normal variable of a variance
+less by 1/12, which rounding adds; narrow noise is drawn with rejection.
 """
 
 import math
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.typing import Array
+from fedjax_clip.uplink import alias
 
 LEAST_STDDEV = 0.2  # below, acceptance gets rare: noise is then a little larger than asked for
+FARTHEST = 120  # from zero, for variances up to LARGE: under 1e-20 lies beyond
 LARGE = 100  # variance from which a Skellam variable is drawn as a corrected discrete Gaussian
 WIDE_GAUSSIAN, WIDE_SKELLAM = 20, 1000  # the standard deviation, and the variance, from which nothing is rejected
 
@@ -23,16 +26,21 @@ WIDE_GAUSSIAN, WIDE_SKELLAM = 20, 1000  # the standard deviation, and the varian
 def discrete_gaussian(key: Array, shape: tuple[int, ...], stddev: float | Array) -> Array:
     """``P(k) ~ exp(-k^2 / (2 stddev^2))`` on the integers; zero for a stddev of zero.
 
+    Where stddev is not traced, to a statistical distance of 2^-93 a coordinate: ``x1 + k x2`` of two draws by a table,
+    each of standard deviation ``stddev / sqrt(1 + k^2)``, as in ``lattice.py``.
+
     Args:
       key: PRNG key.
       shape: of the result, int32.
-      stddev: up to a million; may be traced.
+      stddev: up to two million; may be traced.
 
     Example:
       >>> noise = discrete_gaussian(jax.random.key(0), (1000,), 3.0)
 
     Source: Canonne, Kamath and Steinke (2020), "The Discrete Gaussian for Differential Privacy", Definition 1.
     """
+    if not isinstance(stddev, jax.core.Tracer) and 0 < stddev <= alias.widest() ** 2 / 2:
+        return _by_table(key, shape, float(stddev))
     known, stddev = stddev, jnp.float32(stddev)
     scale = jnp.where(stddev > 0, jnp.maximum(stddev, LEAST_STDDEV), 1)  # whatever is quick where there is no noise
 
@@ -44,6 +52,14 @@ def discrete_gaussian(key: Array, shape: tuple[int, ...], stddev: float | Array)
         return jnp.round(less * _normal(key, shape)).astype(jnp.int32)
 
     return jnp.where(stddev > 0, _choose(known, (WIDE_GAUSSIAN,), (narrow, wide), key), 0)
+
+
+def _by_table(key: Array, shape: tuple[int, ...], stddev: float) -> Array:
+    wide = stddev > alias.widest()
+    spread = math.floor(math.sqrt(stddev / 2 - 1)) if wide else 0  # the most that smooths: the smallest table
+    table = alias.gaussian_table(stddev / math.sqrt(1 + spread**2))
+    first, *second = alias.draw(key, math.prod(shape), table, 2 if spread else 1)
+    return sum((spread * x for x in second), first).reshape(shape)
 
 
 def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Array:
@@ -64,9 +80,7 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
     known, variance = variance, jnp.float32(variance)
 
     def small(key):
-        plus, minus = jax.random.split(key)
-        mean = jnp.minimum(variance, LARGE) / 2
-        return jax.random.poisson(plus, mean, shape, jnp.int32) - jax.random.poisson(minus, mean, shape, jnp.int32)
+        return _by_inversion(key, shape, jnp.minimum(variance, LARGE))
 
     def large(key):
         mu = jnp.maximum(variance, LARGE)
@@ -89,6 +103,26 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
         return jnp.round(jnp.sqrt(square) * (z + z * bend)).astype(jnp.int32)
 
     return _choose(known, (LARGE, WIDE_SKELLAM), (small, large, wide), key)
+
+
+def _by_inversion(key: Array, shape: tuple[int, ...], mu: Array) -> Array:
+    """A Skellam variable of variance at most ``LARGE``: a sign, and how many k >= 0 there are with ``u < P(|X| > k)``.
+
+    ``P(X = k) ~ I_k(mu)``, from ``I_k / I_(k - 1) = mu / (2 k + mu I_(k + 1) / I_k)`` and sums that begin at the far
+    end: tails keep their relative precision.
+    """
+
+    def down(i, ratios):
+        k = FARTHEST - i
+        return ratios.at[k].set(mu / (2 * jnp.float32(k) + mu * ratios[k + 1]))
+
+    ratios = jax.lax.fori_loop(0, FARTHEST, down, jnp.zeros(FARTHEST + 2, jnp.float32))[1:-1]
+    weights = jnp.cumprod(ratios)  # of 1, 2 ... over that of 0
+    beyond = jnp.cumsum(weights[::-1])  # P(|X| > k) up to a factor, the largest k first
+    bits = jax.random.bits(key, shape, jnp.uint32)
+    u = ((bits >> 1).astype(jnp.float32) + 0.5) * 2.0**-31 * (beyond[-1] + 0.5)
+    size = FARTHEST - jnp.searchsorted(beyond, u, side="right").astype(jnp.int32)
+    return jnp.where(bits & 1 == 1, size, -size)
 
 
 def _choose(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from fedjax_clip import checks, tree
 from fedjax_clip.metrics import Mean
 from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.uplink import lattice
 from fedjax_clip.uplink.base import Uplink, nothing
 from fedjax_clip.uplink.orders import NO_BOUND
 from fedjax_clip.uplink.promises import Promises, Wire
@@ -44,18 +45,26 @@ def fedexp(noise_multiplier: float | Array | None = None, epsilon: float = 1e-3)
     if noise_multiplier is not None:
         checks.within("fedexp: noise_multiplier", noise_multiplier, 0, finite=True)
 
+    def on(ctx):
+        if ctx.denominator is None:
+            raise InvalidInput("Noise on fedexp's squares needs a fixed mean: make fixed_mean the reducer.")
+        if ctx.bound is None:
+            raise InvalidInput(NO_BOUND)
+        assert noise_multiplier is not None
+        return lattice.lattice(jnp.square(ctx.bound), noise_multiplier, ctx.denominator)
+
     def encode(update, state, client_state, ctx):
-        return update, client_state, {"squares": Mean(jnp.square(tree.norm(update)), jnp.ones((), jnp.float32))}
+        square = jnp.square(tree.norm(update)).astype(jnp.float32)
+        if noise_multiplier is None:
+            return update, client_state, {"squares": Mean(square, jnp.ones((), jnp.float32))}
+        return update, client_state, {"squares": lattice.truncated(square, on(ctx))}
 
     def decode(aggregate, state, report, ctx):
-        squares = jnp.where(ctx.weight > 0, report["squares"], 0)
-        if noise_multiplier is not None:
-            if ctx.denominator is None:
-                raise InvalidInput("Noise on fedexp's squares needs a fixed mean: make fixed_mean the reducer.")
-            if ctx.bound is None:
-                raise InvalidInput(NO_BOUND)
-            noise = noise_multiplier * jnp.square(ctx.bound) * jax.random.normal(ctx.key, (), jnp.float32)
-            squares = (squares * ctx.weight + noise) / ctx.denominator
+        if noise_multiplier is None:
+            squares = jnp.where(ctx.weight > 0, report["squares"], 0)
+        else:
+            total = report["squares"] + lattice.noise(ctx.key, report["squares"], on(ctx))
+            squares = lattice.values(total, on(ctx).step / jnp.float32(ctx.denominator))
         eta = jnp.maximum(1, squares / (2 * (jnp.square(tree.norm(aggregate)) + epsilon)))
         return jax.tree.map(lambda x: tree.scaled(eta, x), aggregate), state, {"extrapolation": eta}
 

@@ -6,10 +6,16 @@ import optax
 
 from fedjax_clip import checks, tree
 from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import Array, InvalidInput, PyTree
+from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.uplink import lattice
 from fedjax_clip.uplink.base import Context, Uplink, nothing
 from fedjax_clip.uplink.orders import NO_BOUND
 from fedjax_clip.uplink.promises import Noise, Promises, Wire
+
+NEEDS_EXACT_SUM = (
+    "gaussian adds its noise to an exact sum of integers, and this reducer makes no such sum: make fixed_mean the "
+    "reducer, alone."
+)
 
 
 def gaussian(
@@ -23,11 +29,18 @@ def gaussian(
     that the noise cannot be on another scale than the sum's sensitivity. Guarantee: each round is a Gaussian
     mechanism of noise multiplier z for the presence of one client; ``fc.privacy`` says what that is worth over a run.
 
+    It holds for the bits that are released, not for real numbers only. Messages are truncated toward zero to whole
+    steps of a lattice (``lattice.py``: up to ``2^19 / z`` steps in C), added as integers, and the noise is an integer
+    by exact arithmetic. Truncation moves a sum by at most n steps, where the noise has 2^19 for ``n / z`` up to 2000.
+    With a z of 0 that is known when the algorithm is built, messages are left as they are; with one that is traced,
+    they stay on the lattice without noise.
+
     With a ``mechanism`` it is DP-FTRL: the noise of the rounds is ``C^-1 Z``, Z as above, so that later rounds take
     back noise of earlier ones. All rounds together then are one Gaussian mechanism, whose noise multiplier is z over
     ``fc.privacy.sensitivity``. The bound in front of it must not move from round to round.
 
     Metrics: ``noise_std``, of one coordinate of the mean (of Z, with a mechanism); ``noise_cohort`` where one is given.
+    The standard deviation in the mean is 1e-6 C or more, unless z is 0.
 
     Args:
       noise_multiplier: z >= 0, ratio of the sum's noise to C; may be traced.
@@ -36,38 +49,54 @@ def gaussian(
       mechanism: of ``fc.mechanism``, how noise depends on that of the rounds before; independent by default.
 
     Raises:
-      InvalidInput: no clip in front of it, a mean without a fixed denominator, a link that leaks, a link behind it
-        that may make messages larger, a mechanism behind a bound that moves (all when the algorithm is built).
+      InvalidInput: no clip in front of it, a reducer that is no ``fixed_mean``, a link that leaks, a link behind it, a
+        mechanism behind a bound that moves (all when the algorithm is built).
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.3), fc.uplink.gaussian(1.0))
       >>> algorithm = fc.fedavg(per_example_loss, client_tx, uplink=uplink, reducer=fc.fixed_mean(50))
 
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", Algorithm 1; Kairouz et
-    al. (2021), DP-FTRL.
+    al. (2021), DP-FTRL; Mironov (2012) and Canonne, Kamath and Steinke (2020) for the lattice.
     """
     checks.within("gaussian: noise_multiplier", noise_multiplier, 0)
     if noise_cohort is not None:
         checks.positive("gaussian: noise_cohort", noise_cohort)
     checks.kind("gaussian: mechanism", mechanism, Mechanism | None, "one such as fc.mechanism.tree(64)")
+    silent = lattice.is_zero(noise_multiplier)
+    rescaled = {} if noise_cohort is None else {"noise_cohort": jnp.float32(noise_cohort)}
+    unit = 1.0 if mechanism is None else lattice.diagonal(mechanism)
 
-    def decode(aggregate, state, report, ctx):
+    def on(ctx):
         if ctx.denominator is None:
             raise InvalidInput("gaussian needs a mean with a fixed denominator: make fixed_mean the reducer.")
-        cohort = ctx.denominator if noise_cohort is None else noise_cohort
-        std = noise_multiplier * _bound(ctx) / cohort
-        rescaled = {} if noise_cohort is None else {"noise_cohort": jnp.float32(noise_cohort)}
-        noise = optax.tree.random_like(ctx.key, aggregate, sampler=jax.random.normal)
-        if mechanism is not None:
-            noise, state = mechanism.next(noise, state)
-        return _plus(aggregate, std, noise), state, {"noise_std": jnp.float32(std)} | rescaled
+        rescale = 1 if noise_cohort is None else ctx.denominator / noise_cohort
+        z = jnp.float32(noise_multiplier) * jnp.float32(rescale) / unit
+        return lattice.lattice(_bound(ctx), z, ctx.denominator)
 
     def encode(update, state, client_state, ctx):
-        return update, client_state, {}
+        if silent:
+            return update, client_state, {}
+        message = lattice.truncated(update, on(ctx))
+        travels = tree.nbytes(update)  # whole steps are what the server makes of it
+        other = {} if travels == tree.nbytes(message) else {"bytes": jnp.float32(travels)}
+        return message, client_state, other
+
+    def decode(aggregate, state, report, ctx):
+        steps = on(ctx)
+        seen = {"noise_std": unit * steps.stddev / jnp.float32(ctx.denominator)} | rescaled
+        if silent:
+            return aggregate, state, seen
+        if not all(jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(aggregate)):
+            raise InvalidInput(NEEDS_EXACT_SUM)
+        noise = lattice.noise(ctx.key, aggregate, steps)
+        if mechanism is not None:
+            noise, state = lattice.correlated(mechanism, noise, state)
+        total = jax.tree.map(jnp.add, aggregate, noise)  # modulo 2^32
+        return lattice.values(total, steps.step / jnp.float32(ctx.denominator)), state, seen
 
     def init(params):
-        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, tree.wide_type(x)), params)
-        return () if mechanism is None else mechanism.init(wide)
+        return () if mechanism is None else lattice.init_correlated(mechanism, params)
 
     promises = Promises(
         contracts=True,
@@ -87,6 +116,7 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
     C is the bound of the clip before it. Guarantee: one message is a Gaussian mechanism of noise multiplier z / 2 for
     any change of the client's data (two updates of norm C lie 2 C apart), whoever reads it. The mean of n messages
     carries z C / sqrt(n) of noise, sqrt(n) times that of ``gaussian``. Links behind it only process what is private.
+    Update and noise meet as whole steps of a lattice, as in ``gaussian``, before they become floating-point numbers.
 
     Args:
       noise_multiplier: z >= 0, ratio of the noise to C; may be traced.
@@ -97,13 +127,20 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
     Source: Dwork and Roth (2014), section 12.1 (the local model) and appendix A (the Gaussian mechanism).
     """
     checks.within("local_gaussian: noise_multiplier", noise_multiplier, 0)
+    silent = lattice.is_zero(noise_multiplier)
+
+    def on(ctx):
+        return lattice.lattice(_bound(ctx), noise_multiplier, 1)
 
     def encode(update, state, client_state, ctx):
-        noise = optax.tree.random_like(ctx.key, update, sampler=jax.random.normal)
-        return _plus(update, noise_multiplier * _bound(ctx), noise), client_state, {}
+        if silent:
+            return update, client_state, {}
+        steps = on(ctx)
+        noised = jax.tree.map(jnp.add, lattice.truncated(update, steps), lattice.noise(ctx.key, update, steps))
+        return optax.tree.cast_like(lattice.values(noised, steps.step), update), client_state, {}
 
     def decode(aggregate, state, report, ctx):
-        return aggregate, state, {"noise_std": jnp.float32(noise_multiplier * _bound(ctx))}
+        return aggregate, state, {"noise_std": on(ctx).stddev}
 
     return Uplink(nothing, nothing, encode, decode, Promises(noise=Noise.CLIENT, needs_bound=True))
 
@@ -112,7 +149,3 @@ def _bound(ctx: Context) -> Array:
     if ctx.bound is None:
         raise InvalidInput(NO_BOUND)
     return ctx.bound
-
-
-def _plus(values: PyTree, std: float | Array, noise: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, n: x + tree.scaled(jnp.asarray(std), n).astype(x.dtype), values, noise)

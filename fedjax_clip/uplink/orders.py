@@ -53,8 +53,11 @@ def check_chain(links: Sequence[Promises]) -> None:
     for position, link in enumerate(links):
         if link.needs_bound and last_bound(links[:position]) is None:
             raise InvalidInput(NO_BOUND)
-        if link.noise is Noise.SERVER and not all(behind.contracts for behind in links[position + 1 :]):
-            raise InvalidInput("A link behind the noise may make a message larger than its bound: move the noise last.")
+        if link.noise is Noise.SERVER and links[position + 1 :]:
+            raise InvalidInput(
+                "A link behind the server's noise would work on whole steps of its lattice, which stand for an update: "
+                "move the noise last."
+            )
     changing = [link for link in links if link.wire is not Wire.KEEPS]
     if any(link.wire in (Wire.PACKS, Wire.SUMS) for link in changing[:-1]):
         raise InvalidInput(
@@ -109,8 +112,8 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
         raise InvalidInput(
             "The server's noise needs a mean with a fixed denominator and without weights: make fixed_mean the reducer."
         )
-    if promises.noise is Noise.SERVER and not reducer.linear:
+    if promises.noise is Noise.SERVER and (reducer.hides or not reducer.linear):
         raise InvalidInput(
-            "The server's noise is in proportion to what one client moves a sum, and this reducer makes no sum of the "
-            "messages as they were sent: make fixed_mean the reducer."
+            "The server's noise is in proportion to what one client moves an exact sum, and this reducer makes no such "
+            "sum of the messages as they were sent: make fixed_mean the reducer."
         )

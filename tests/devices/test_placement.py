@@ -13,6 +13,7 @@ from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, on
 import fedjax_clip as fc
 from fedjax_clip.dispatch import scatter
 from fedjax_clip.placement import AXIS, pmap_rounds, replicate, split
+from fedjax_clip.secret import Secret
 
 FEW = ["fedavg", "fedavg, stateful link", "fedadam"]
 
@@ -69,7 +70,8 @@ def test_the_server_and_what_clients_keep_are_donated():
     assert not cohorts.batches.is_deleted()
 
 
-def test_train_agrees_over_any_number_of_devices():
+@pytest.mark.parametrize("secret", [None, Secret.of_seed(3)])
+def test_train_agrees_over_any_number_of_devices(secret):
     run = entry("fedavg, stateful link")
 
     def train(devices, **options):
@@ -82,6 +84,7 @@ def test_train_agrees_over_any_number_of_devices():
             cohort_size=5,
             batch_size=4,
             devices=jax.local_devices()[:devices],
+            secret=secret,
             **options,
         )
 

@@ -1,0 +1,112 @@
+"""Accounting by replays: epsilon of samplers whose losses are drawn, as they cannot be added up.
+
+The privacy loss of a run is drawn many times, from a fixed seed, with a client and without. An epsilon is taken when
+its delta, over those draws, lies so far below the one that is asked for that this would happen with probability
+``FALSE`` or less if it were not true (Chernoff's bound of a mean of numbers between 0 and 1). The delta falls as
+epsilon grows, so that this holds for the least epsilon that is taken.
+"""
+
+import functools
+import math
+
+import numpy as np
+import scipy.special
+
+FALSE = 1e-7
+DRAWS = 400.0  # over delta, at least: so many have a loss beyond epsilon
+FEWEST = 2**18
+MOST = 2**32  # numbers drawn; of a smaller delta, no more than without sampling is claimed
+AT_ONCE = 2**24
+
+
+def balls_in_bins(strategy: np.ndarray | None, bins: int, z: float, rounds: int, delta: float) -> float:
+    """Epsilon of ``fc.sampling.balls_in_bins``: a client's bin is one of many, and the likelihood a mean over them.
+
+    Args:
+      strategy: C, ``[R, R]``; the identity by default.
+      bins: how many.
+      z: noise multiplier.
+      rounds: that count, of R.
+      delta: of the guarantee.
+
+    Source: Choquette-Choo et al. (2024), "Near Exact Privacy Amplification for Matrix Mechanisms".
+    """
+    means = np.zeros((bins, rounds))
+    for own in range(min(bins, rounds)):
+        if strategy is None:
+            means[own, own::bins] = 1 / z
+        else:
+            means[own] = strategy[:rounds, own:rounds:bins].sum(axis=1) / z
+    projected = np.asarray(np.linalg.qr(means.T, mode="r")).T  # [bins, bins]: the losses depend on nothing else
+    squares = np.sum(projected**2, axis=1) / 2
+    count = max(FEWEST, math.ceil(DRAWS / delta))
+    if count * projected.size > MOST:
+        return math.inf
+    rng = np.random.default_rng(0)
+
+    def losses(there: bool) -> np.ndarray:
+        found = []
+        for start in range(0, count, size := max(1, AT_ONCE // projected.size)):
+            few = min(size, count - start)
+            seen = rng.standard_normal((few, projected.shape[1]))
+            if there:
+                seen += projected[rng.integers(0, len(projected), few)]
+            ratios = seen @ projected.T - squares
+            largest = ratios.max(axis=1)
+            found.append(largest + np.log(np.mean(np.exp(ratios - largest[:, None]), axis=1)))
+        return np.concatenate(found)
+
+    return _least(losses(True), -losses(False), delta)
+
+
+def b_min_sep(p: float, separation: int, column: np.ndarray, z: float, rounds: int, delta: float) -> float:
+    """Epsilon of ``fc.sampling.b_min_sep``, by jax-privacy's losses.
+
+    Args:
+      p: with which a rested client comes.
+      separation: rounds from one of a client's to its next.
+      column: of C's first column, no longer than that.
+      z, rounds, delta: as for ``balls_in_bins``.
+    """
+    from jax_privacy.batch_selection import BMinSepSampling
+    from jax_privacy.experimental.monte_carlo import sample_generation
+
+    strategy = BMinSepSampling(sampling_prob=p, iterations=rounds, min_sep=separation)
+    count = max(FEWEST, math.ceil(DRAWS / delta))
+    if count * rounds > MOST / 4:  # a round of theirs takes longer than a draw
+        return math.inf
+    rng = np.random.default_rng(0)
+
+    def losses(there: bool) -> np.ndarray:
+        size = max(1, AT_ONCE // rounds)
+        draw = functools.partial(sample_generation.get_privacy_loss_sample, strategy, z, column, rng, there)
+        with np.errstate(divide="ignore"):  # if p is 1
+            return np.concatenate([draw(min(size, count - start))[0] for start in range(0, count, size)])
+
+    return _least(losses(True), losses(False), delta)
+
+
+def _least(with_client: np.ndarray, without: np.ndarray, delta: float) -> float:
+    """The least epsilon, to 1e-4, whose delta both draws are sure to be under; infinite if there is none."""
+    draws = [np.sort(x) for x in (with_client, without)]
+
+    def sure(epsilon: float) -> bool:
+        for losses in draws:
+            beyond = losses[np.searchsorted(losses, epsilon) :]
+            found = float(np.sum(-np.expm1(epsilon - beyond))) / len(losses)
+            apart = scipy.special.rel_entr(found, delta) + scipy.special.rel_entr(1 - found, 1 - delta)
+            if found >= delta or len(losses) * apart < math.log(2 / FALSE):
+                return False
+        return True
+
+    if sure(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while not sure(high):
+        low, high = high, 2 * high
+        if high > 1e6:
+            return math.inf
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if sure(middle) else (middle, high)
+    return high

@@ -1,0 +1,39 @@
+"""Secure aggregation by pairwise masks: the server learns a sum, and no message. The protocol itself, on the host.
+
+X25519 agrees on keys, HKDF-SHA256 derives them, ChaCha20 expands them to masks, ChaCha20-Poly1305 carries Shamir shares
+between clients through the server, and Ed25519 signs keys and the set of survivors. All parties run in one process:
+there is no network, and the registry of who owns which signing key is trusted.
+
+Needs the extra ``secure``.
+"""
+
+from fedjax_clip.typing import InvalidInput
+
+try:
+    import cryptography  # noqa: F401
+except ImportError:
+    raise InvalidInput("Secure aggregation needs cryptography: pip install 'fedjax_clip[secure]'.") from None
+
+from fedjax_clip.secure.client import Client, Keys, Stage
+from fedjax_clip.secure.graph import Neighbourhood, harary, neighbourhood
+from fedjax_clip.secure.server import Transcript, aggregate, pairwise_masks, unmask
+from fedjax_clip.secure.sharing import PRIME, SHARE, agree, expand, join, split
+
+__all__ = [
+    "PRIME",
+    "SHARE",
+    "Client",
+    "Keys",
+    "Neighbourhood",
+    "Stage",
+    "Transcript",
+    "aggregate",
+    "agree",
+    "expand",
+    "harary",
+    "join",
+    "neighbourhood",
+    "pairwise_masks",
+    "split",
+    "unmask",
+]

@@ -1,0 +1,274 @@
+"""A client of the protocol: a state machine that believes the server nothing that it can check."""
+
+import enum
+import functools
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from fedjax_clip import checks
+from fedjax_clip.secure.graph import Neighbourhood
+from fedjax_clip.secure.sharing import SHARE, agree, expand, signed, split, verified
+from fedjax_clip.typing import InvalidInput
+
+
+class Stage(enum.Enum):
+    """What a client does next. Each of its methods belongs to one stage; one that has refused is ``OVER``.
+
+    Example:
+      >>> fc.secure.Stage.ADVERTISE
+    """
+
+    ADVERTISE = "advertise"
+    SHARE = "share"
+    MASK = "mask"
+    CONFIRM = "confirm"
+    REVEAL = "reveal"
+    OVER = "over"
+
+
+class Keys(NamedTuple):
+    """What a client is known by in one sum.
+
+    Attributes:
+      sealing: its public key of X25519 for shares.
+      masking: its public key of X25519 for masks.
+      signature: of both, by the client that the registry knows.
+
+    Example:
+      >>> client.advertise().masking
+    """
+
+    sealing: bytes
+    masking: bytes
+    signature: bytes
+
+
+def _in(stage: Stage, then: Stage) -> Callable[[Callable], Callable]:
+    """Lets a method run in its stage only. Whatever it raises, the client takes no further part."""
+
+    def wrap(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def call(self: "Client", *args: Any) -> Any:
+            here, self.stage = self.stage, Stage.OVER
+            if here is not stage:
+                now = "its part in this sum is over" if here is Stage.OVER else f"its next step is to {here.value}"
+                raise InvalidInput(
+                    f"Client {self.number} is asked to {stage.value}, and {now}: each step comes once, in the order "
+                    "advertise, share, mask, confirm, reveal, and none after a refusal."
+                )
+            try:
+                result = method(self, *args)
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as fault:
+                if isinstance(fault, InvalidInput):
+                    raise
+                raise InvalidInput(
+                    f"What client {self.number} was told in order to {stage.value} has not the form of it: {fault}."
+                ) from None
+            self.stage = then
+            return result
+
+        return call
+
+    return wrap
+
+
+class Client:
+    """One party of one sum: two key pairs, a seed of its own, and what the others have sent it.
+
+    It goes through ``advertise``, ``share``, ``mask``, ``confirm``, ``reveal``, each once and in this order. What the
+    server says is checked before it is used, and after the first lie the client takes no further part. It opens a sum
+    of at least ``threshold`` clients, itself among them, of which t have signed that they open the same one.
+
+    If ``2 t > n + k``, a server that lies and k clients who help it learn one sum, of at least t - k of the others. A
+    server that follows the protocol may be joined by any k < t. With ``neighbours`` the first of these does not hold:
+    the server draws the graph.
+
+    Args:
+      number: from 0.
+      threshold: t, fewest clients whose sum it helps to open; more than half of those in the roster.
+      identity: its signing key, for life.
+      registry: ``{client: public signing key}`` of all that may take part, from whom all clients trust.
+      session: a name of this sum that the server cannot choose twice, such as the round's number in bytes: signatures
+        of one sum are worth nothing in another.
+      neighbours: of a sparse graph, ``(numbers of its neighbours, Neighbourhood)``; all clients by default.
+
+    Attributes:
+      stage: what it does next.
+
+    Raises:
+      InvalidInput: (by every method) a step out of order; a statement of the server's that is refused, by name.
+
+    Example:
+      >>> identity = Ed25519PrivateKey.generate()
+      >>> client = Client(0, 2, identity, {0: identity.public_key().public_bytes_raw()})
+      >>> client.advertise()
+
+    Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preserving Machine Learning", Figure 4
+    with the steps of the malicious setting, and Theorem 6.5 for t. Bell et al. (2020), "Secure Single-Server
+    Aggregation with (Poly)Logarithmic Overhead", Algorithm 2, for ``neighbours``.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        threshold: int,
+        identity: Ed25519PrivateKey,
+        registry: Mapping[int, bytes],
+        session: bytes = b"",
+        neighbours: tuple[Collection[int], Neighbourhood] | None = None,
+    ):
+        self.number = checks.client_number("number", number)
+        self.threshold = checks.count("threshold", threshold, 2)
+        self.stage = Stage.ADVERTISE
+        self._identity, self._registry, self._session = identity, dict(registry), session
+        self._sealing, self._masking = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+        self._seed = os.urandom(32)
+        self._near = None if neighbours is None else {self.number, *neighbours[0]}
+        self._shares_needed = threshold if neighbours is None else neighbours[1].threshold
+
+    @_in(Stage.ADVERTISE, Stage.SHARE)
+    def advertise(self) -> Keys:
+        """Round 0: its public keys, signed."""
+        sealing, masking = (key.public_key().public_bytes_raw() for key in (self._sealing, self._masking))
+        self._own = Keys(sealing, masking, self._identity.sign(self._of_keys(sealing, masking)))
+        return self._own
+
+    @_in(Stage.SHARE, Stage.MASK)
+    def share(self, roster: Mapping[int, Keys]) -> dict[int, bytes]:
+        """Round 1: for each of the others, sealed, shares of the masking key and of the seed.
+
+        Refused: a roster without this client, with fewer than t clients or so many that t is no majority, with a key
+        twice, or with one that its owner has not signed.
+        """
+        self._check_roster(roster)
+        self._roster = dict(roster)
+        points = [v + 1 for v in roster]
+        keys = split(self._masking.private_bytes_raw(), self._shares_needed, points)
+        seeds = split(self._seed, self._shares_needed, points)
+        plain = {v: k.to_bytes(SHARE) + s.to_bytes(SHARE) for v, k, s in zip(roster, keys, seeds, strict=True)}
+        self._shares = {self.number: plain.pop(self.number)}
+        return {v: self._box(v).encrypt(_nonce(self.number, v), text, self._session) for v, text in plain.items()}
+
+    @_in(Stage.MASK, Stage.CONFIRM)
+    def mask(self, message: np.ndarray, inbox: Mapping[int, bytes]) -> np.ndarray:
+        """Round 2: its message under its own mask and one for each client whose shares arrived, modulo its type.
+
+        Refused: shares of fewer than t clients (its own among them), of one that is not in the roster, or changed on
+        the way.
+        """
+        message = np.asarray(message)
+        if message.dtype.kind != "u":
+            raise InvalidInput(f"A message must be of unsigned integers, not {message.dtype}.")
+        self._known("The inbox", inbox, set(self._roster) - {self.number})
+        self._enough("shares in its inbox", len(inbox) + 1, self._shares_needed)
+        for v, text in inbox.items():
+            self._shares[v] = self._opened(v, text)
+        total = message + expand(self._seed, message)
+        for v in inbox:
+            total += signed(self.number, v, expand(agree(self._masking, self._roster[v].masking), message))
+        return total
+
+    @_in(Stage.CONFIRM, Stage.REVEAL)
+    def confirm(self, survivors: Collection[int]) -> bytes:
+        """Round 3: its signature of the one set of survivors whose sum it will open.
+
+        Refused: a set of fewer than t, without this client, or with one whose shares never came.
+        """
+        self._survivors = frozenset(survivors)
+        known = set(self._roster) if self._near is None else self._near
+        heard = set(self._shares) if self._near is None else set(self._shares) | (set(self._registry) - known)
+        self._known("The survivors", self._survivors, heard)
+        if self.number not in self._survivors:
+            raise InvalidInput(f"The survivors lack client {self.number}: it does not open a sum that it is not in.")
+        self._enough("survivors", len(self._survivors), self.threshold)
+        self._enough("surviving neighbours", len(self._survivors & self._shares.keys()), self._shares_needed)
+        return self._identity.sign(self._of_survivors())
+
+    @_in(Stage.REVEAL, Stage.OVER)
+    def reveal(self, signatures: Mapping[int, bytes]) -> dict[int, int]:
+        """Round 4: of each survivor the share of its seed, of each other the share of its key; never both.
+
+        Refused: fewer than t signatures, its own among them, of the survivors that it has confirmed itself.
+        """
+        self._known("The signatures", signatures, self._survivors & self._shares.keys())
+        for v, signature in signatures.items():
+            if not self._agrees(v, signature):
+                raise InvalidInput(f"Client {v} has not signed the survivors that client {self.number} was told of.")
+        self._enough("signatures of the survivors", len({self.number, *signatures}), self._shares_needed)
+        halves = {v: (text[:SHARE], text[SHARE:]) for v, text in self._shares.items()}
+        return {v: int.from_bytes(halves[v][v in self._survivors]) for v in halves}
+
+    def _check_roster(self, roster: Mapping[int, Keys]) -> None:
+        self._known("The roster", roster, self._registry.keys() if self._near is None else self._near)
+        if roster.get(self.number) != self._own:
+            raise InvalidInput(f"The roster lacks client {self.number}, or has other keys for it.")
+        self._enough("clients in the roster", len(roster), self._shares_needed)
+        self._check_majority(len(roster))
+        self._check_distinct(roster)
+        for v, keys in roster.items():
+            if not self._authentic(v, keys):
+                raise InvalidInput(f"The keys that the roster has for client {v} are not signed by it for this sum.")
+
+    def _check_majority(self, count: int) -> None:
+        if self._near is None and 2 * self.threshold <= count:
+            raise InvalidInput(
+                f"A threshold of {self.threshold} is no majority of the {count} clients in the roster, so a server "
+                "that lies could open two sums: take a higher threshold."
+            )
+
+    def _check_distinct(self, roster: Mapping[int, Keys]) -> None:
+        public = [key for keys in roster.values() for key in keys[:2]]
+        if len(set(public)) < len(public):
+            raise InvalidInput("The roster has the same key twice: each client has two of its own.")
+
+    def _authentic(self, v: int, keys: Keys) -> bool:
+        return verified(self._registry[v], keys.signature, self._of_keys(keys.sealing, keys.masking))
+
+    def _agrees(self, v: int, signature: bytes) -> bool:
+        return verified(self._registry[v], signature, self._of_survivors())
+
+    def _opened(self, v: int, text: bytes) -> bytes:
+        try:
+            return self._box(v).decrypt(_nonce(v, self.number), text, self._session)
+        except (InvalidTag, TypeError, ValueError):
+            raise InvalidInput(
+                f"The shares from client {v} to client {self.number} were changed on the way, or are of another pair."
+            ) from None
+
+    def _known(self, what: str, clients: Iterable[int], known: Collection[int]) -> None:
+        strangers = sorted(set(clients) - set(known))
+        if strangers:
+            raise InvalidInput(
+                f"{what} hold client {strangers[0]}, of whom client {self.number} has no keys or shares: invented, or "
+                "not in this sum."
+            )
+
+    def _enough(self, what: str, count: int, needed: int) -> None:
+        if count < needed:
+            raise InvalidInput(f"Client {self.number} has {count} {what}. {too_few(count, needed)}")
+
+    def _of_keys(self, sealing: bytes, masking: bytes) -> bytes:
+        return b"".join((b"keys", len(self._session).to_bytes(4), self._session, sealing, masking))
+
+    def _of_survivors(self) -> bytes:
+        numbers = b"".join(v.to_bytes(6) for v in sorted(self._survivors))
+        return b"".join((b"survivors", len(self._session).to_bytes(4), self._session, numbers))
+
+    def _box(self, v: int) -> ChaCha20Poly1305:
+        return ChaCha20Poly1305(agree(self._sealing, self._roster[v].sealing))
+
+
+def too_few(count: int, threshold: int) -> str:
+    """What is said of a sum that stays closed."""
+    return f"{count} clients are left, fewer than the threshold of {threshold}: their sum stays closed."
+
+
+def _nonce(sender: int, receiver: int) -> bytes:
+    return sender.to_bytes(6) + receiver.to_bytes(6)

@@ -1,0 +1,94 @@
+"""What the protocol is made of: shares of a secret, keys that two agree on, masks, signatures."""
+
+import functools
+import secrets
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedjax_clip.typing import InvalidInput
+
+PRIME = 2**256 + 297  # the first beyond every 32 bytes
+SHARE = 33  # bytes of a number below it
+
+
+def split(secret: bytes, threshold: int, points: Sequence[int]) -> list[int]:
+    """Shamir's shares of 32 bytes: any ``threshold`` of them give it back, fewer say nothing about it.
+
+    Args:
+      secret: 32 bytes.
+      threshold: t, so that the polynomial has degree t - 1.
+      points: distinct and positive, at which it is evaluated.
+
+    Source: Shamir (1979), "How to Share a Secret".
+    """
+    coefficients = [int.from_bytes(secret), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
+
+    def at(x: int) -> int:
+        return functools.reduce(lambda value, c: (value * x + c) % PRIME, reversed(coefficients), 0)
+
+    return [at(x) for x in points]
+
+
+def join(shares: Mapping[int, int]) -> bytes:
+    """The secret of at least ``threshold`` shares, by their points: Lagrange's interpolation at zero.
+
+    Args:
+      shares: ``{point: share}``.
+    """
+    total = 0
+    for x, share in shares.items():
+        above = below = 1
+        for other in shares:
+            if other != x:
+                above, below = above * other % PRIME, below * (other - x) % PRIME
+        total += share * above * pow(below, -1, PRIME)
+    return (total % PRIME).to_bytes(SHARE)[1:]
+
+
+def agree(own: X25519PrivateKey, other: bytes) -> bytes:
+    """32 bytes that the owners of both keys know, and nobody else.
+
+    Args:
+      own: a private key.
+      other: the other's public key.
+
+    Raises:
+      InvalidInput: bytes that are no public key.
+    """
+    try:
+        secret = own.exchange(X25519PublicKey.from_public_bytes(other))
+    except (TypeError, ValueError):
+        raise InvalidInput("A public key must be 32 bytes, a point of X25519 that is not of small order.") from None
+    return HKDF(hashes.SHA256(), 32, None, b"fedjax_clip").derive(secret)
+
+
+def expand(seed: bytes, like: np.ndarray) -> np.ndarray:
+    """ChaCha20's key stream as an array: a mask.
+
+    Args:
+      seed: 32 bytes, used for nothing else.
+      like: whose shape and type it has.
+    """
+    stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(like.nbytes))
+    return np.frombuffer(stream, like.dtype).reshape(like.shape)
+
+
+def signed(u: int, v: int, mask: np.ndarray) -> np.ndarray:
+    """u adds what v subtracts."""
+    return mask if u < v else np.negative(mask)
+
+
+def verified(public: bytes, signature: bytes, statement: bytes) -> bool:
+    """Whether the owner of this Ed25519 key has signed the statement."""
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, statement)
+    except (InvalidSignature, TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""Noise of which no bit tells what it was added to: whole steps of a lattice on whole steps of the same lattice.
+
+A sum of floating-point numbers tells more than real numbers would. Noise drawn in float32 takes a few million values,
+so that an output which is no such value away from a candidate excludes it (Mironov 2012). Here all is exact until the
+noise is added: a message is truncated to multiples of ``step``, sums are of int32, and noise is a discrete Gaussian by
+exact arithmetic. What follows, the way back to floating point, only processes what is private already.
+
+**Why it is worth z.** Truncation toward zero lengthens no vector, so a message of norm C has at most C / step steps.
+The noise is ``x1 + spread x2``, both discrete Gaussians of standard deviation ``WIDTH``. By Poisson's summation formula
+``sum_k exp(-(k - y)^2 / (2 s^2))`` depends on y by a factor of ``1 +- 2 exp(-2 pi^2 s^2)``, which is 1e-34 from s = 2
+on. Up to such factors the noise therefore is
+
+- a discrete Gaussian of variance ``WIDTH^2 (1 + spread^2)``, with ``s = WIDTH / sqrt(1 + spread^2)`` (Micciancio and
+  Walter 2017, after Micciancio and Peikert 2013, Theorem 3.3), and so
+- a normal variable y of variance ``WIDTH^2 (1 + spread^2) - SMOOTH^2``, rounded at random, to the whole number k with
+  probability in proportion to ``exp(-(k - y)^2 / (2 SMOOTH^2))`` (Peikert 2010, Theorem 3.1).
+
+Such rounding commutes with adding whole steps. So a release IS the Gaussian mechanism whose normal variable has
+standard deviation z C, processed: each accountant of Gaussian mechanisms holds as it is, with sampling, over rounds.
+
+**What is lost.** Each of two draws is 2^-95 from its distribution, by the table. With those factors it is under 1e-28 a
+coordinate, so that a thousand rounds of a million coordinates add 1e-19 to delta. float32 measures norms and shortens
+messages, in clips and here; so messages are made shorter by 1e-5, and by one part in 2^7 more in bfloat16 (2^10 in
+float16), to make up for its errors. And all of it is only as random as the bits of the key.
+
+Source: Canonne, Kamath and Steinke (2020), "The Discrete Gaussian for Differential Privacy"; Mironov (2012), "On
+Significance of the Least Significant Bits for Differential Privacy"; Micciancio and Walter (2017), "Gaussian Sampling
+over the Integers".
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_clip import tree
+from fedjax_clip.mechanism import Mechanism
+from fedjax_clip.typing import Array, PyTree
+from fedjax_clip.uplink import alias
+
+WIDTH = 1024  # standard deviation of each of the two draws
+SPREAD = 511  # at most, so that the first smooths the steps of the second
+SMOOTH = 2.0
+ROOM = 2.0**30  # steps for a sum of messages: half of int32, and the noise has 2^23
+MARGIN = 1e-5  # what float32 may measure too little of a norm
+
+
+class Lattice(NamedTuple):
+    """Steps for a sum of bounded messages and its noise.
+
+    Attributes:
+      bound: C, L2 norm of one message.
+      levels: steps in C.
+      spread: of the noise, whose standard deviation is ``WIDTH sqrt(1 + spread^2)`` steps.
+      noisy: whether there is noise.
+    """
+
+    bound: Array
+    levels: Array
+    spread: Array
+    noisy: Array
+
+    @property
+    def step(self) -> Array:
+        """Length of a step, in the units of the messages."""
+        return self.bound / self.levels
+
+    @property
+    def stddev(self) -> Array:
+        """Standard deviation of the noise, in the units of the messages."""
+        return jnp.where(self.noisy, _width(self.spread) * self.step, 0)
+
+
+def lattice(bound: float | Array, noise_multiplier: float | Array, count: float | Array) -> Lattice:
+    """The finest lattice, up to 2^19 steps in the noise, on which the sum of a cohort does not wrap around.
+
+    int32 wraps around where more than ``2 (n + 6 sqrt(n) + 6)`` messages of norm C point into one and the same
+    coordinate; the sum is then wrong, and as private as any. Noise under ``1e-6 (n + 6 sqrt(n) + 6)`` bounds would be
+    too narrow for the table: it is that large then.
+
+    Args:
+      bound: C, norm of a message.
+      noise_multiplier: z, of the sum's noise; may be traced.
+      count: n, of messages that are expected.
+    """
+    bound, z, count = (jnp.asarray(x, jnp.float32) for x in (bound, noise_multiplier, count))
+    most = ROOM / (count + 6 * jnp.sqrt(count) + 6)
+    wanted = jnp.square(most * z / WIDTH) - 1
+    spread = jnp.clip(jnp.floor(jnp.sqrt(jnp.maximum(wanted, 0))), 0, SPREAD).astype(jnp.int32)
+    levels = jnp.where(z > 0, jnp.minimum(most, _width(spread) / tree.or_one(z)), most)
+    return Lattice(bound, levels, spread, z > 0)
+
+
+def is_zero(noise_multiplier: float | Array) -> bool:
+    """Whether there is known to be no noise, and so no lattice; a traced zero leaves the lattice without its noise."""
+    return not isinstance(noise_multiplier, jax.core.Tracer) and float(noise_multiplier) == 0
+
+
+def _width(spread: Array) -> Array:
+    """Standard deviation, in steps, of the normal variable that the noise is a rounding of."""
+    return jnp.sqrt(WIDTH**2 * (1 + jnp.square(spread.astype(jnp.float32))) - SMOOTH**2)
+
+
+def truncated(messages: PyTree, on: Lattice) -> PyTree:
+    """Whole steps, int32, none of them longer than what they stand for; zero for what is no number."""
+
+    def truncate(x: Array) -> Array:
+        narrow = float(jnp.finfo(x.dtype).eps) if x.dtype.itemsize < 4 else 0.0
+        levels = on.levels * jnp.where(on.noisy, 1 - MARGIN - narrow, 1)
+        steps = x.astype(jnp.float32) / on.bound * levels
+        return jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -on.levels, on.levels)).astype(jnp.int32)
+
+    return jax.tree.map(truncate, messages)
+
+
+def noise(key: Array, like: PyTree, on: Lattice) -> PyTree:
+    """Discrete Gaussian noise, int32 in the shapes of ``like``; zeros where there is none."""
+    _, restore = tree.ravel(like)
+    fine, coarse = alias.draw(key, tree.size(like), alias.gaussian_table(float(WIDTH)), 2)
+    return restore(jax.lax.optimization_barrier(jnp.where(on.noisy, fine + on.spread * coarse, 0)))
+
+
+def noised(key: Array, totals: Array, bound: float | Array, z: float | Array, count: float | Array) -> Array:
+    """A few sums that were added up in floating point, in float32 with noise: they are rounded to whole steps first.
+
+    That moves each by half a step at most, of which the bound has up to ``2^19 / z``. Bits and other whole numbers lose
+    nothing else; what float32 lost in adding up others stays lost.
+
+    Args:
+      totals: sums of a cohort.
+      bound: L2 norm by which one client moves all of them together.
+      z: standard deviation of the noise over the bound; ``totals`` stay as they are where it is 0.
+      count: n, of clients that are expected.
+    """
+    on = lattice(bound, z, count)
+    steps = jnp.clip(jnp.round(totals / on.step), -ROOM, ROOM).astype(jnp.int32)
+    return jnp.where(on.noisy, values(steps + noise(key, totals, on), on.step), totals)
+
+
+def values(steps: PyTree, step: Array) -> PyTree:
+    """float32 ``step`` times steps: what the world sees."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) * step.astype(jnp.float32), steps)
+
+
+def diagonal(mechanism: Mechanism) -> float:
+    """``C[0, 0]``: ``C^-1 Z`` has whole steps of independent noise in it where Z is so many times whole steps."""
+    return float(np.asarray(mechanism.strategy(1))[0, 0])
+
+
+def init_correlated(mechanism: Mechanism, params: PyTree) -> PyTree:
+    """The mechanism's state before round 0."""
+    return mechanism.init(_rows(mechanism, params))
+
+
+def correlated(mechanism: Mechanism, steps: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    """``C^-1 Z`` in whole steps, Z being ``diagonal`` times these: this round's steps plus a rounded past.
+
+    The past is a function of earlier noise alone, so that for each value of the messages there is exactly one Z that
+    makes an output: no output excludes a value. A mechanism of whole numbers (``tree``) is exact.
+
+    One that computes in floating point (``toeplitz``, ``banded``) is not. Its past is rounded, by e in each coordinate
+    and round, so the messages' sensitivity is that of ``C (x + e - e')``: above that of ``C x`` by about ``||C|| sqrt(d
+    T)`` steps at most, for d coordinates and T rounds, where the noise has up to 2^19 steps. Roundings that are like
+    independent ones add no more than ``||C||^2 d T / 4`` to its square. Accounting does not count it.
+    """
+    rows, unit = _rows(mechanism, steps), diagonal(mechanism)
+    past, _ = mechanism.next(jax.tree.map(jnp.zeros_like, rows), state)
+    now = jax.tree.map(lambda z, r: z if z.dtype == r.dtype else unit * z.astype(r.dtype), steps, rows)
+    _, state = mechanism.next(now, state)
+    return jax.tree.map(lambda z, p: z + jnp.round(p).astype(jnp.int32), steps, past), state
+
+
+def _rows(mechanism: Mechanism, like: PyTree) -> PyTree:
+    """Zeros of the type in which the mechanism computes."""
+    dtype = jnp.int32 if mechanism.whole else jnp.float32
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), like)

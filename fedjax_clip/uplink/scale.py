@@ -1,0 +1,58 @@
+"""Coordinates on a common scale before a clip and noise: scale, then privatise."""
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_clip import checks, tree
+from fedjax_clip.typing import Array
+from fedjax_clip.uplink.base import Uplink, nothing
+
+
+def preconditioned(decay: float | Array = 0.99, eps: float | Array = 1e-3) -> Uplink:
+    """Clients divide each coordinate by what it usually is, and the server multiplies it back: ``s u``, ``mean / s``.
+
+    ``s_t = 1 / (sqrt(v_t) + eps)``, with ``v <- decay v + (1 - decay) (mean / s)^2`` at the server, beginning at 0. In
+    front of a clip and noise it is scale-then-privatise: the clip measures, and the noise is added, on the scale of an
+    adaptive optimiser, so that a coordinate has noise in proportion to its own size. It costs no privacy: v knows of
+    clients only what the noised means tell. The clip's bound is then in units of ``1 / eps`` updates in the first
+    round, and of updates over their root mean squares later. The noise of a mean must be well under 1 in a coordinate,
+    or v grows with what is multiplied back.
+
+    Metrics: ``scale``, the mean of s over coordinates.
+
+    Args:
+      decay: of v, between 0 and 1, 1 excluded; that of the server's Adam, say. May be traced.
+      eps: positive; a large one scales all coordinates alike, a small one adds much noise to small coordinates.
+
+    Raises:
+      InvalidInput: numbers out of range.
+
+    Example:
+      >>> clip, noise = fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(1.0)
+      >>> uplink = fc.uplink.chain(fc.uplink.preconditioned(0.99, eps=1e-3), clip, noise)
+      >>> adam, mean = optax.adam(1e-2, b2=0.99), fc.fixed_mean(50)
+      >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), adam, uplink=uplink, reducer=mean)
+
+    Source: Ganesh, McMahan and Thakurta (2025), "On Design Principles for Private Adaptive Optimizers", Algorithm 8.
+    """
+    checks.fraction("preconditioned: decay", decay, zero=True)
+    checks.positive("preconditioned: eps", eps, finite=True)
+
+    def usual(v):
+        return jnp.sqrt(v) + jnp.asarray(eps, v.dtype)
+
+    def init(params):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, tree.wide_type(x)), params)
+
+    def encode(update, state, client_state, ctx):
+        return jax.tree.map(lambda u, v: (u / usual(v)).astype(u.dtype), update, state), client_state, {}
+
+    def decode(aggregate, state, report, ctx):
+        mean = jax.tree.map(lambda x, v: x.astype(v.dtype) * usual(v), aggregate, state)
+        kept, new = jnp.asarray(decay), 1 - jnp.asarray(decay)
+        after = jax.tree.map(lambda x, v: tree.scaled(kept, v) + tree.scaled(new, x * x), mean, state)
+        scale = jnp.mean(jnp.concatenate([jnp.ravel(1 / usual(v)).astype(jnp.float32) for v in jax.tree.leaves(state)]))
+        back = jax.tree.map(lambda x, a: x.astype(a.dtype), mean, aggregate)
+        return back, after, {"scale": scale}
+
+    return Uplink(init, nothing, encode, decode)
