@@ -612,6 +612,18 @@ def right() -> dict[str, Callable[[], Case]]:
         "records, partially private": lambda: by_records(
             private, make=functools.partial(fc.partially_private, private="^a$")
         ),
+        "banded inverse, everyone": lambda: everyone(clip(), gaussian(6.0, mechanism=mechanism.banded_inverse(3))),
+        "buffered Toeplitz": lambda: of(clip(), gaussian(3.0, mechanism=mechanism.blt(ROUNDS, 3, 2))),
+        "cyclic Poisson": lambda: sampled(clip(), gaussian(1.0), sampler=sampling.cyclic_poisson(4, groups=3)),
+        "cyclic Poisson, banded": lambda: sampled(
+            clip(),
+            gaussian(1.0, mechanism=mechanism.banded(ROUNDS, 3)),
+            sampler=sampling.cyclic_poisson(4, groups=3),
+        ),
+        "truncated Poisson": lambda: sampled(clip(), gaussian(1.0), sampler=sampling.truncated_poisson(4, most=6)),
+        "balls in bins": lambda: sampled(clip(), gaussian(1.0), sampler=sampling.balls_in_bins(4)),
+        "rounds kept apart": lambda: sampled(clip(), gaussian(1.0), sampler=sampling.b_min_sep(2, separation=3)),
+        "preconditioned": lambda: of(uplink.preconditioned(0.99, eps=1.0), clip(), gaussian(2.0)),
         "FedSGD": lambda: of(clip(), gaussian(2.0), make=fc.fedsgd),
         "FedBuff": lambda: of(clip(), gaussian(2.0), make=functools.partial(fc.fedbuff, max_staleness=2)),
         "partially private": lambda: of(

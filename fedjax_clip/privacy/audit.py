@@ -12,8 +12,8 @@ from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.privacy import scores
 from fedjax_clip.privacy.accounting import epsilon as epsilon_of
-from fedjax_clip.privacy.accounting import together
 from fedjax_clip.privacy.distributed import distributed
+from fedjax_clip.privacy.gaussians import together
 from fedjax_clip.privacy.participation import Separated
 from fedjax_clip.privacy.canaries import HUGE, Build, Stage, Trial
 from fedjax_clip.typing import Algorithm, InvalidInput, Params
@@ -196,9 +196,7 @@ def claimed(
     present = "data" if replaced else "zeros" if sampler.scheme == "truncated_poisson" else "presence"
 
     def account(z: Any, sampler: Sampler | Separated = sampler) -> Callable[[float], float]:
-        tight = not callable(z) and not replaced
-        run = sampler, num_clients, rounds
-        return lambda delta: epsilon_of(z, *run, delta, "pld" if tight else "rdp", promises.mechanism)
+        return lambda delta: epsilon_of(z, sampler, num_clients, rounds, delta, mechanism=promises.mechanism)
 
     if records or promises.noise is Noise.CLIENT:
         if noise_multiplier is None:
