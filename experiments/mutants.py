@@ -2,6 +2,7 @@
 
 A fault spoils a link, a reducer, a sampler, an algorithm or an accountant, and leaves what it promises as it was.
 """
+# ruff: noqa: D103 (a fault's name says what it is; the table has it)
 
 import functools
 from collections.abc import Callable, Mapping
@@ -63,17 +64,20 @@ def of(
 
 def sampled(*links: fc.Uplink, **options: Any) -> Case:
     """The same of a Poisson sample."""
-    return of(*links, **{"sampler": POISSON, "num_clients": POISSON_OF} | options)
+    chosen: dict[str, Any] = {"sampler": POISSON, "num_clients": POISSON_OF, **options}
+    return of(*links, **chosen)
 
 
 def everyone(*links: fc.Uplink, **options: Any) -> Case:
     """The same of all four clients in each round."""
-    return of(*links, **{"sampler": EVERYONE, "num_clients": EVERYONE_OF} | options)
+    chosen: dict[str, Any] = {"sampler": EVERYONE, "num_clients": EVERYONE_OF, **options}
+    return of(*links, **chosen)
 
 
 def in_shares(*links: fc.Uplink, **options: Any) -> Case:
     """The same of messages that only a modular sum adds."""
-    return of(*links, **{"reducer": fc.reduce.modular_sum(4, 3)} | options)
+    chosen: dict[str, Any] = {"reducer": fc.reduce.modular_sum(4, 3), **options}
+    return of(*links, **chosen)
 
 
 def by_records(gradient: Gradient, z: float = 4.0, **options: Any) -> Case:
@@ -276,7 +280,7 @@ def noise_without_tails() -> Case:
 def uniform_noise() -> Case:
     def draw(key, x, std, ctx):
         half = std * np.sqrt(3)
-        return optax.tree.random_like(key, x, sampler=lambda *at: jax.random.uniform(*at, minval=-half, maxval=half))
+        return optax.tree.random_like(key, x, sampler=lambda *at: half * (2 * jax.random.uniform(*at) - 1))
 
     return of(clip(), with_noise(draw))
 
@@ -440,7 +444,7 @@ def in_turn_with_a_favourite() -> Case:
 
 
 def replacing_accounted_as_joining() -> Case:
-    drawn = {"sampler": sampling.uniform(12), "num_clients": POISSON_OF}
+    drawn: dict[str, Any] = {"sampler": sampling.uniform(12), "num_clients": POISSON_OF}
     return of(clip(), uplink.gaussian(2.0), **drawn, reducer=fc.fixed_mean(12), epsilon=poisson_epsilon(2.0, cohort=12))
 
 
@@ -557,7 +561,7 @@ MUTANTS: Mapping[str, Callable[[], Case]] = {
 def right() -> dict[str, Callable[[], Case]]:
     """Right configurations by name: mechanisms, samplers, links, algorithms, reducers."""
     gaussian, uniform = uplink.gaussian, sampling.uniform(4)
-    drawn = {"sampler": uniform, "num_clients": 24}
+    drawn: dict[str, Any] = {"sampler": uniform, "num_clients": 24}
     top_k = uplink.compress(compression.top_k(0.5))
     private = fc.private_gradient(1.0, 4.0)
     return {
@@ -577,15 +581,15 @@ def right() -> dict[str, Callable[[], Case]]:
         "quantile_clip, Poisson": lambda: sampled(
             uplink.quantile_clip(1.0, 0.5, bits_noise=2.0), gaussian(2.0), published=BOUND
         ),
-        "clip of each layer": lambda: of(
-            uplink.at_client(clipping.clip(0.5, scope=clipping.layer())), gaussian(2.0)
-        ),
+        "clip of each layer": lambda: of(uplink.at_client(clipping.clip(0.5, scope=clipping.layer())), gaussian(2.0)),
         "quantile_clip by layer": lambda: of(
             uplink.quantile_clip(1.0, 0.5, bits_noise=4.0, scope=clipping.layer(), allocation="equal"), gaussian(2.0)
         ),
         "FedExP": lambda: of(clip(), uplink.fedexp(8.0), gaussian(2.0)),
         "SCAFFOLD": lambda: of(
-            clip(), gaussian(3.0), make=functools.partial(fc.scaffold, variate_uplink=uplink.chain(clip(), gaussian(3.0)))
+            clip(),
+            gaussian(3.0),
+            make=functools.partial(fc.scaffold, variate_uplink=uplink.chain(clip(), gaussian(3.0))),
         ),
         "SCAFFOLD, records": lambda: by_records(private, make=fc.scaffold),
         "Clip21-SGD2M": lambda: everyone(
