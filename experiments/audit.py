@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import binary, mutants, privacy, registry, run, spec
+from experiments import audited, binary, mutants, privacy, registry, run, spec
 from fedjax_clip import checks, files, tasks
 from fedjax_clip.keys import seeded
 
@@ -152,7 +152,7 @@ def audit_mutants(path: str) -> bool:
     """Audits all of ``mutants``, writes the table, and says whether it is as it should be."""
     begun, lines = time.monotonic(), [HEAD]
     counts: dict[str, tuple[int, int]] = {}
-    for title, cases in (("Faults", mutants.MUTANTS), ("Right", mutants.right())):
+    for title, cases in (("Faults", mutants.MUTANTS), ("Right", audited.right())):
         lines += [f"\n## {title}\n", "| what | audited | accounted | at delta | found by |", "|---|---|---|---|---|"]
         broken = 0
         for name, case in cases.items():
@@ -167,7 +167,7 @@ def audit_mutants(path: str) -> bool:
     lines.insert(
         1,
         f"{caught[0]} of {caught[1]} faults were found, and {wronged[0]} of {wronged[1]} right configurations were "
-        f"called broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {mutants.ROUNDS} rounds with "
+        f"called broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {audited.ROUNDS} rounds with "
         f"each canary, and holds at {FLAGS.confidence:.2%}.",
     )
     files.expanded(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
