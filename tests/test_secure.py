@@ -8,12 +8,14 @@ import sys
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 import tenseal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import softmax_loss
 from tenseal import sealapi
 
 import fedjax_clip as fc
@@ -421,6 +423,26 @@ def test_the_server_does_not_get_the_key_from_a_decrypted_sum(scale):
     assert key_of(scheme, total, scheme._approximate(total)) == true  # what left the clients before
     guessed = key_of(scheme, total, scheme.decrypt(total))
     assert sum(a == b for a, b in zip(guessed, true, strict=True)) < 3
+
+
+EXTRAS = {
+    "scaffold": lambda **parts: fc.scaffold(softmax_loss, optax.sgd(0.1), num_clients=8, **parts),
+    "mime": lambda **parts: fc.mime(softmax_loss, optax.sgd(0.1), **parts),
+    "episode": lambda **parts: fc.episode(softmax_loss, 1.0, optax.sgd(0.1), **parts),
+    "episode_plus": lambda **parts: fc.episode_plus(softmax_loss, 1.0, optax.sgd(0.1), num_clients=8, **parts),
+    "fednova": lambda **parts: fc.fednova(softmax_loss, optax.sgd(0.1), **parts),
+}
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_what_is_sent_beside_the_update_does_not_go_in_the_clear(name):
+    clip, grid = fc.uplink.clip_by_global_norm(1.0), fc.uplink.integer_grid()
+    for link, reducer in (
+        (clip, fc.homomorphic.ckks_mean(8)),
+        (fc.uplink.chain(clip, grid), secure.pairwise_masks(8)),
+    ):
+        with pytest.raises(fc.InvalidInput, match="take fedavg or fedsgd"):
+            EXTRAS[name](uplink=link, reducer=reducer)
 
 
 def test_a_server_that_lies_reads_a_ckks_message():
