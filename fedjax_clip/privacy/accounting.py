@@ -165,13 +165,7 @@ def _said(
         if params is None:
             raise InvalidInput("What noise on a grid is worth depends on the model's size: give epsilon params=.")
         return distributed(parts.uplink, params, parts.reducer), None
-    beside = promises if parts.beside is None else parts.beside.promises
-    if beside.mechanism is not promises.mechanism:
-        raise InvalidInput(
-            "Two parts of a message have noise of different mechanisms, which nobody has accounted for together: give "
-            "both the same, or none."
-        )
-    return together([float(z) for z in parts.noise_multipliers]), promises.mechanism
+    return together([float(z) for z in promises.noise_multipliers]), promises.mechanism
 
 
 def noise_multiplier(
