@@ -79,7 +79,7 @@ def ratings(
     names, item = np.unique(item, return_inverse=True)
     rating = np.asarray(rating, np.float32)
     if bounds is not None:
-        (bounds,) = tables.read_bounds({"rating": bounds}).values()
+        tables.read_bounds({"rating": bounds})  # refuses what is none
         rating = np.clip(rating, *bounds)
     given = {"x": item.astype(np.int32), "y": rating, "user": user}
     train, examples = partition.natural(given, "user").split_examples(held_out, seed)
