@@ -119,7 +119,7 @@ def truncated(messages: PyTree, on: Lattice) -> PyTree:
         narrow = float(jnp.finfo(x.dtype).eps) if x.dtype.itemsize < 4 else 0.0
         levels = on.levels * jnp.where(on.noisy, 1 - MARGIN - narrow, 1)
         steps = x.astype(jnp.float32) / on.bound * levels
-        return jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -on.levels, on.levels)).astype(jnp.int32)
+        return jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -ROOM, ROOM)).astype(jnp.int32)
 
     return jax.tree.map(truncate, messages)
 
