@@ -52,7 +52,8 @@ def exchange(
 
     Returns:
       ``(update, uplink_state, client_states [C, ...], metrics)``, the same on every device but for client_states.
-      Among the metrics: ``bytes_down``, what all clients are sent (``shared``, not a link's state), and ``bytes_up``,
+      Among the metrics: ``asked``, the clients that were sent something, ``clients``, those whose messages counted;
+      ``bytes_down``, what all clients are sent (``shared``, not a link's state), and ``bytes_up``,
       their messages as arrays, or the bytes of the codes that stand for them, with ``bytes_up_entropy`` beside them
       (see ``fc.uplink.compress``); reports do not count. With ``cohort.non_finite == "stop"`` also ``dropped_ids``
       ``int32 [8]``, up to eight of the clients whose updates were not finite, -1 behind them.
@@ -160,6 +161,7 @@ def exchange(
                 **metrics.finish(report["client"]),
                 **metrics.prefixed("uplink", link_metrics),
                 **{f"client_norm/p{q}": report["norms"].quantile(q / 100) for q in (10, 50, 90)},
+                "asked": asked,
                 "clients": report["clients"],
                 "weight": report["weight"],
                 "dropped": report["dropped"],

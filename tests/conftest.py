@@ -45,9 +45,10 @@ def compilations():
 @pytest.fixture
 def binaries(tmp_path, monkeypatch, capsys):
     """Runs a binary in this process, in an empty directory: ``("run", *flags) -> (exit code, stdout, stderr)``."""
-    from experiments import binary, registry, report, run, sweep
+    from experiments import audit, binary, registry, report, run, sweep
 
     options = {
+        "audit": (audit, {"notes": registry.describe}),
         "run": (run, {"notes": registry.describe}),
         "sweep": (sweep, {"notes": sweep.describe, "without": sweep.UNUSED}),
         "report": (report, {"operands": True}),

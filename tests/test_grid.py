@@ -305,7 +305,7 @@ def test_epsilon_is_the_papers(noise):
 
 def test_fine_steps_cost_what_a_gaussian_does():
     fine = epsilon(uplink.skellam(6.0), sampling.round_robin(8), rounds=20)
-    assert fine == pytest.approx(privacy.epsilon(6.0, sampling.round_robin(8), 100, 20, 1e-3), rel=1e-3)
+    assert fine == pytest.approx(privacy.epsilon(6.0, sampling.round_robin(8), 100, 20, 1e-3, "rdp"), rel=1e-3)
     assert epsilon(uplink.skellam(0.0)) == math.inf
     assert epsilon(uplink.skellam(1.0), rounds=0) == 0
 

@@ -153,6 +153,7 @@ def test_clients_that_diverge_are_dropped_and_counted(run, name):
     without, _others, expected = run.rounds(parameters(), [[4, 3]])
     assert history[0].pop("dropped") == 1
     assert expected[0].pop("dropped") == 0
+    assert (history[0].pop("asked"), expected[0].pop("asked")) == (3, 2)
     for sent, floats in zip(("bytes_down", "bytes_up"), TRAFFIC.get(name, (P, P)), strict=True):
         assert history[0].pop(sent) == 3 * 4 * floats  # who is dropped was sent the parameters, and answered
         assert expected[0].pop(sent) == 2 * 4 * floats

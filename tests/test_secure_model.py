@@ -151,7 +151,7 @@ class LyingServer(RuleBasedStateMachine):
             if "confirm" not in self.lies:
                 story = everyone
             elif kind == "one story":
-                story = rest
+                story = [v for v in everyone if v != min(victims)]
             elif kind == "parts":
                 story = victims if u in victims else rest
             else:  # each hears of the target, itself, and no others or as few as will do

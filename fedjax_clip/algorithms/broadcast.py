@@ -62,8 +62,7 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
         missing = optax.tree.sub(new, sent)
         w = optax.tree.sub(x, missing)  # = last + sent, and x to the last bit where nothing is missing
         after, client_states, metrics = algorithm.round(server._replace(params=w, own=own), cohort, key)
-        asked = tree.count(cohort.ids >= 0).astype(jnp.float32)
-        asked = asked if cohort.axis_name is None else jax.lax.psum(asked, cohort.axis_name)
+        asked = metrics["asked"]
         rest = metrics["bytes_down"] - asked * float(tree.nbytes(x))
         down = {
             "bytes_down": rest + asked * compression.nbytes(code).astype(jnp.float32),

@@ -1,0 +1,231 @@
+"""Attacks a run's privacy: replays it with canaries, and bounds epsilon from below by how well they are told apart."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_clip import checks, tree
+from fedjax_clip.data.sampling import Sampler
+from fedjax_clip.mechanism import Mechanism
+from fedjax_clip.privacy import scores
+from fedjax_clip.privacy.accounting import epsilon as epsilon_of
+from fedjax_clip.privacy.distributed import distributed
+from fedjax_clip.privacy.gaussians import together
+from fedjax_clip.privacy.participation import Separated
+from fedjax_clip.privacy.canaries import HUGE, Build, Stage, Trial
+from fedjax_clip.typing import Algorithm, InvalidInput, Params
+from fedjax_clip.uplink.promises import Noise
+
+
+DELTAS = 0.01, 0.1, 0.3  # at which a claim must hold, too: together they bound the whole trade-off curve
+
+
+class Claim(NamedTuple):
+    """What a run's accounting claims, and what its neighbouring runs are.
+
+    Attributes:
+      epsilon: of all rounds, ``delta -> epsilon``.
+      neighbours: ``"presence"`` (a client is there or not), ``"zeros"`` (its update, or its record's gradient, counts
+        or is zero), or ``"data"`` (it sends one thing or another).
+      noise_multiplier: z, of one round.
+      gaussian: whether all rounds together are one Gaussian mechanism: no chance in who takes part, no grid.
+      messages: whether the attacker sees every message, not their sum alone.
+      mechanism: of the noise over the rounds.
+    """
+
+    epsilon: Callable[[float], float]
+    neighbours: str
+    noise_multiplier: float
+    gaussian: bool
+    messages: bool = False
+    mechanism: Mechanism | None = None
+
+
+class Audit(NamedTuple):
+    """What came of an audit.
+
+    Attributes:
+      audited: lower bound of epsilon, at the confidence asked for.
+      accounted: epsilon as the run claims it.
+      delta: of both: yours, or one at which the claim does not hold.
+      neighbours: what the runs that were told apart differ in; see ``Claim``.
+      attack: canary and score that gave the bound.
+      estimator: that turned scores into the bound.
+      attempts: bounds tried, over all of which the confidence holds.
+
+    Example:
+      >>> found = fc.privacy.audit(build, fc.sampling.poisson(4), num_clients=24, delta=1e-3)
+      >>> found.broken, found.attack, found.estimator
+    """
+
+    audited: float
+    accounted: float
+    delta: float
+    neighbours: str
+    attack: str
+    estimator: str
+    attempts: int
+
+    @property
+    def broken(self) -> bool:
+        """Whether the run is less private than accounted for; if not, nothing is proved."""
+        return self.audited > self.accounted
+
+
+def audit(
+    build: Build,
+    sampler: Sampler,
+    *,
+    num_clients: int,
+    delta: float,
+    rounds: int = 6,
+    noise_multiplier: float | None = None,
+    records: bool = False,
+    epsilon: Callable[[float], float] | None = None,
+    published: Sequence[str] = (),
+    params: Params | None = None,
+    replays: int = 2000,
+    confidence: float = 0.999,
+    seed: int = 0,
+) -> Audit:
+    """Replays your algorithm, links, reducer, mechanism and sampler with canaries, and bounds epsilon from below.
+
+    A canary is a client, or a record, with a huge gradient in a direction that nobody else's has. In each replay a
+    coin decides whether it is there. The attacker knows all else, sees what the claim lets it see in every round, and
+    guesses the coin. How often it is right bounds epsilon from below, whatever the mechanism: over the accountant's
+    epsilon the implementation is broken, and under it nothing is proved. All replays are lanes of one compiled program.
+
+    Yours are the algorithm and all that it is built of but its two optimisers, the sampler, and the number of clients
+    and rounds. The audit's are the model (a few numbers, unless ``params`` says otherwise), the data, the loss (linear)
+    and plain SGD on both sides: privacy must hold whatever clients send, and what the server does afterwards is its own.
+
+    Canaries: a huge update or none; the same where the others send nothing; an update that is not finite. Scores: the
+    likelihood ratio under the claimed noise, Fisher's discriminant of all that is seen, and values that come back to
+    the last bit. Bounds: Clopper and Pearson's, those of Gaussian DP where that is claimed, and those for one run with
+    several canaries. The confidence is shared among all of them (Bonferroni).
+
+    Args:
+      build: ``(loss, client_tx, server_tx) -> Algorithm``, such as ``functools.partial(fc.fedavg, uplink=...,
+        reducer=...)``. Where single messages are to be private (``local_gaussian``, ``private_gradient``), it must take
+        ``reducer=``, too: one that lets the server read them.
+      sampler: from ``fc.sampling``.
+      num_clients: M, of the population.
+      delta: of the guarantee.
+      rounds: R, of a replay.
+      noise_multiplier: z of noise that no promise tells: that of ``local_gaussian``, or of ``private_gradient``.
+      records: whether the canary is one record of a client, as ``private_gradient`` protects them.
+      epsilon: what is claimed for these rounds, ``delta -> epsilon``; by default what ``fc.privacy`` says.
+      published: names of metrics that are made public with the model, such as ``clients``; all that begin so.
+      params: of the model, ``{"a": [4], "b": [2, 4], "c": [4]}`` by default; only shapes and names matter.
+      replays: of each canary.
+      confidence: that the lower bound holds: of right implementations one in ``1 / (1 - confidence)`` is called broken.
+      seed: of all draws.
+
+    Returns:
+      An ``Audit``: ``found.audited``, ``found.accounted``, ``found.broken``.
+
+    Raises:
+      InvalidInput: no noise to audit; noise or a sampler that nobody can account for, if no ``epsilon`` is given;
+        numbers that cannot be.
+
+    Example:
+      >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(2.0))
+      >>> build = functools.partial(fc.fedavg, uplink=uplink, reducer=fc.fixed_mean(4))
+      >>> found = fc.privacy.audit(build, fc.sampling.round_robin(4), num_clients=12, delta=1e-3)
+
+    Source: Jagielski, Ullman and Oprea (2020), "Auditing Differentially Private Machine Learning"; Nasr et al. (2021),
+    "Adversary Instantiation"; Andrew et al. (2024), "One-shot Empirical Privacy Estimation for Federated Learning", for
+    canaries of one direction.
+    """
+    num_clients, rounds = checks.count("num_clients", num_clients, most=10**6), checks.count("rounds", rounds, most=1000)
+    replays, seed = checks.count("replays", replays, 100, 10**7), checks.seed("seed", seed)
+    checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
+    checks.fraction("delta", delta)
+    if not 0.5 < confidence < 1:
+        raise InvalidInput(f"confidence must lie between 0.5 and 1, not {confidence}.")
+    params = {"a": jnp.zeros(4), "b": jnp.zeros((2, 4)), "c": jnp.zeros(4)} if params is None else params
+    algorithm = build(lambda params, batch, key: jnp.zeros(()), optax.sgd(1.0), optax.sgd(1.0))
+    claim = claimed(algorithm, sampler, num_clients, rounds, params, noise_multiplier, records)
+    if epsilon is not None:
+        claim = claim._replace(epsilon=epsilon)
+    deltas = (delta, *(x for x in DELTAS if x > delta))
+    accounted = {x: claim.epsilon(x) for x in deltas}
+    chosen = sampler, num_clients, rounds, params, tuple(f"{name}/" for name in published), records, claim.messages
+    stage = Stage(build, *chosen, replays, seed)
+    strategy = np.eye(rounds) if claim.mechanism is None else np.asarray(claim.mechanism.strategy(rounds), np.float64)
+    law = scores.Law(claim.noise_multiplier, strategy, claim.neighbours == "data")
+
+    def outcome(bound: float, at: float, attack: str, estimator: str) -> Audit:
+        return Audit(bound, accounted[at], at, claim.neighbours, attack, estimator, attempts)
+
+    trials = trials_of(claim)
+    attempts = sum(1 if trial.several else scores.SCORES * len(deltas) for trial in trials)
+    significance = (1 - confidence) / attempts
+    found: list[Audit] = []
+    for trial in trials:
+        seen = stage.replay(trial)
+        if trial.several:
+            ratios = [scores.likelihood_ratio(law, seen, canary) for canary in range(stage.canaries)]
+            pooled = np.concatenate(ratios), seen.present.T.ravel()
+            by, bound = scores.one_run(*pooled, significance, delta, claim.gaussian, seed)
+            found.append(outcome(bound, delta, f"{trial.name}; likelihood ratio", by))
+            continue
+        for name, *judged in scores.scores(seen, law):
+            bounds = [(at, scores.bound(*judged, significance, at, seed)) for at in deltas]
+            found += [outcome(bound, at, f"{trial.name}; {name}", "Clopper-Pearson") for at, bound in bounds]
+    return max(found, key=lambda audit: (audit.broken, audit.delta == delta, audit.audited - audit.accounted))
+
+
+def claimed(
+    algorithm: Algorithm,
+    sampler: Sampler,
+    num_clients: int,
+    rounds: int,
+    params: Params,
+    noise_multiplier: float | None,
+    records: bool,
+) -> Claim:
+    """What an algorithm's parts claim; arguments as for ``audit``."""
+    if (parts := algorithm.parts) is None:
+        raise InvalidInput("Only built-in algorithms say what they are made of, and so what noise they claim to add.")
+    promises, everyone = parts.uplink.promises, sampler.cohort_size == num_clients
+    replaced = sampler.scheme == "uniform" and not everyone
+    present = "data" if replaced else "zeros" if sampler.scheme == "truncated_poisson" else "presence"
+
+    def account(z: Any, sampler: Sampler | Separated = sampler) -> Callable[[float], float]:
+        return lambda delta: epsilon_of(z, sampler, num_clients, rounds, delta, mechanism=promises.mechanism)
+
+    if records or promises.noise is Noise.CLIENT:
+        if noise_multiplier is None:
+            raise InvalidInput("Say noise_multiplier=, of local_gaussian or of private_gradient: no promise tells it.")
+        z = noise_multiplier if records else noise_multiplier / 2
+        messages = parts.reducer.threshold is None
+        return Claim(account(z, Separated(1)), "zeros" if records else "data", z, True, messages)
+    if promises.noise is Noise.SERVER:
+        z = together([float(z) for z in promises.noise_multipliers])
+        known = sampler.scheme == "round_robin" or everyone
+        return Claim(account(z), present, z, known, mechanism=promises.mechanism)
+    if promises.noise is Noise.SHARES:
+        grid = promises.grid(tree.size(params), parts.reducer.denominator, parts.reducer.threshold)
+        z = float(grid.stddev * np.sqrt(grid.clients) / grid.l2)
+        curve = distributed(parts.uplink, params, parts.reducer)
+        return Claim(account(curve), "data" if replaced else "zeros", z, False)
+    raise InvalidInput(
+        "There is no noise to audit: put gaussian(1.0), skellam(1.0) or local_gaussian(1.0) behind a clip, or audit "
+        "private_gradient by records=True."
+    )
+
+
+def trials_of(claim: Claim) -> list[Trial]:
+    """How an attacker prepares the neighbouring runs of a claim."""
+    absent = {"presence": None, "zeros": 0.0, "data": -HUGE}[claim.neighbours]
+    other = {"presence": "no client", "zeros": "zeros", "data": "its opposite"}[claim.neighbours]
+    huge = Trial(f"a huge update or {other}", HUGE, absent)
+    broken = Trial(f"an update that is not finite or {other}", np.nan, absent, quiet=True)
+    if claim.messages:
+        return [huge, huge._replace(name=f"{huge.name}, less another message", contrast=-1.0), broken]
+    alone = huge._replace(name=f"{huge.name}, where nobody else sends", quiet=True)
+    return [huge, alone, broken, huge._replace(name=f"several: {huge.name}", several=True)]

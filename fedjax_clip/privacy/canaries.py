@@ -1,0 +1,240 @@
+"""Replays of a small training with canaries in it, as lanes of one compiled program."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_clip import lanes
+from fedjax_clip.cohort import Cohort
+from fedjax_clip.data.population import FederatedData
+from fedjax_clip.data.sampling import Sampler
+from fedjax_clip.keys import seeded
+from fedjax_clip.reduce import Reducer
+from fedjax_clip.typing import Algorithm, Array, Metrics, Params, PyTree
+
+HUGE = 1e4  # a canary's gradient: any clip is far below
+EXAMPLES = 8  # of a canary; other clients have one, so that weights would show
+CANARIES = 4  # of which there are several, or only the first
+CHUNK = 1000  # replays of one call of the compiled program
+
+Build = Callable[..., Algorithm]
+
+
+class Trial(NamedTuple):
+    """How an attacker prepares a run.
+
+    Attributes:
+      name: in words.
+      present: times a unit vector, the canary's gradient where it is there.
+      absent: the same where it is not; ``None``: there is no such client.
+      quiet: whether all others send nothing, or are not there if clients are drawn one by one.
+      contrast: of messages that are seen one by one, what the second client's counts beside the canary's.
+      several: whether all canaries toss coins, not the first one alone.
+    """
+
+    name: str
+    present: float
+    absent: float | None
+    quiet: bool = False
+    contrast: float = 0.0
+    several: bool = False
+
+
+class Seen(NamedTuple):
+    """What an attacker sees of L replays of R rounds, and what is true of them.
+
+    Attributes:
+      present: bool ``[L, canaries]``, whether each canary was there.
+      chance: ``[canaries, R]``, that a canary is drawn, as it is known beforehand; 0 or 1 if it is known.
+      moved: ``[L, canaries, R]``, the model's move in each canary's direction.
+      updates: ``[L, R, d]``, all of the move, and that of what the server keeps and sends besides.
+      published: ``{name: [L, R]}``, metrics that are made public.
+    """
+
+    present: np.ndarray
+    chance: np.ndarray
+    moved: np.ndarray
+    updates: np.ndarray
+    published: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A training that is replayed.
+
+    Attributes:
+      build: ``(loss, client_tx, server_tx) -> Algorithm``; with ``reducer=`` where ``messages``.
+      sampler, num_clients, rounds: who takes part.
+      params: of the model.
+      published: names of metrics, which stand for all under them, each with a slash at its end.
+      records: whether a canary is one record of its client.
+      messages: whether the attacker sees every message: that of the canary, which is in every round.
+      replays: L.
+      seed: of all draws.
+    """
+
+    build: Build
+    sampler: Sampler
+    num_clients: int
+    rounds: int
+    params: Params
+    published: tuple[str, ...]
+    records: bool
+    messages: bool
+    replays: int
+    seed: int
+
+    @functools.cached_property
+    def canaries(self) -> int:
+        """How many there are: some clients and directions must be left for others."""
+        return 1 if self.messages else max(1, min(CANARIES, self.num_clients // 2, len(self.directions) // 2))
+
+    @functools.cached_property
+    def directions(self) -> np.ndarray:
+        """``[d, d]``: orthogonal unit vectors, first those of the canaries."""
+        size = sum(np.size(x) for x in jax.tree.leaves(self.params))
+        return np.linalg.qr(np.random.default_rng(7).normal(size=(size, size)))[0].T
+
+    @functools.cached_property
+    def data(self) -> FederatedData:
+        """Each client's gradient is constant, and of norm 1; ``canary`` numbers those of a lane's own."""
+        sizes = np.where(np.arange(self.num_clients) < self.canaries, EXAMPLES, 1)
+        client = np.repeat(np.arange(self.num_clients), sizes)
+        free = max(1, len(self.directions) - self.canaries)
+        slopes = self.directions[-1 - client % free]
+        first = np.concatenate([[0], np.cumsum(sizes)])
+        is_canary = client < self.canaries
+        if self.records:  # one of its client's examples
+            is_canary &= np.arange(len(client)) == first[client]
+        examples = {"slope": slopes, "canary": np.where(is_canary, client, -1)}
+        examples = {"slope": examples["slope"].astype(np.float32), "canary": examples["canary"].astype(np.int32)}
+        return FederatedData(examples, first)
+
+    @functools.cached_property
+    def drawn(self) -> np.ndarray:
+        """``[L, R, C]``: each replay's cohorts, -1 behind the last client. All trials share them."""
+        if self.messages:
+            pair = np.arange(min(2, self.num_clients))
+            return np.broadcast_to(pair, (self.replays, self.rounds, len(pair)))
+        sizes, alike = np.ones(self.num_clients), self.sampler.scheme == "round_robin"
+        seeds = (self.seed * 2**20 + np.arange(1 if alike else self.replays)) % 2**32
+        drawn = [self.sampler.draw(sizes, int(seed), r) for seed in seeds for r in range(self.rounds)]
+        padded = np.full((len(drawn), max(1, max(map(len, drawn)))), -1)
+        for row, ids in zip(padded, drawn):
+            row[: len(ids)] = ids
+        return np.broadcast_to(padded.reshape(len(seeds), self.rounds, -1), (self.replays, self.rounds, len(padded[0])))
+
+    @functools.cached_property
+    def program(self) -> Callable[..., tuple[Array, Array, Metrics]]:
+        """``(gradients [canaries, d], others, contrast, cohorts [R], key)`` of lanes to what they show."""
+        population = self.data.examples
+
+        def one(gradients: Array, others: Array, contrast: Array, cohorts: Cohort, key: Array) -> Any:
+            def loss(params: Params, batch: PyTree, key: Any) -> Array:
+                number = batch["canary"]
+                slopes = jnp.where(number[:, None] >= 0, gradients[number], others * batch["slope"])
+                return -slopes @ flat(params)
+
+            options: dict[str, Any] = {"reducer": read_by_server(contrast)} if self.messages else {}
+            algorithm = self.build(loss, optax.sgd(1.0), optax.sgd(1.0), **options)
+
+            def round(state: PyTree, cohort: Cohort) -> Any:
+                after, metrics = lanes.one_round(algorithm.round, state, cohort, population, key)
+                moves = [public(s[0]) for s in (state, after)]
+                shown = {name: x for name, x in metrics.items() if f"{name}/".startswith(self.published)}
+                return after, (moves[1][0] - moves[0][0], moves[1][1] - moves[0][1], shown)
+
+            state = lanes.init_state(algorithm, self.params, self.num_clients)
+            return jax.lax.scan(round, state, cohorts)[1]
+
+        return jax.jit(jax.vmap(one))
+
+    def replay(self, trial: Trial) -> Seen:
+        """What a trial's replays show; a fair coin says which canaries are there."""
+        rng = np.random.default_rng([self.seed, *trial.name.encode()])
+        present = rng.random((self.replays, self.canaries)) < 0.5
+        times = np.where(present, trial.present, trial.absent or 0.0)
+        if not trial.several:
+            present[:, 1:], times[:, 1:] = False, 0.0
+        directions = self.directions[: self.canaries]
+        gradients = (times[:, :, None] * directions).astype(np.float32)
+        keys = jax.random.split(jax.random.fold_in(seeded(self.seed), int(rng.integers(2**31))), self.replays)
+        parts = []
+        for begin in range(0, self.replays, CHUNK):
+            chosen = np.minimum(np.arange(begin, begin + CHUNK), self.replays - 1)  # the last one again, to fill a call
+            others = np.full(CHUNK, 0.0 if trial.quiet else 1.0, np.float32)
+            contrast = np.full(CHUNK, trial.contrast, np.float32)
+            cohorts = self._cohorts(self.drawn[chosen], trial, present[chosen])
+            shown = self.program(gradients[chosen], others, contrast, cohorts, keys[chosen])
+            parts.append(jax.tree.map(np.asarray, shown))
+        joined = jax.tree.map(lambda *xs: np.concatenate(xs)[: self.replays].astype(np.float64), *parts)
+        updates, beside, published = joined
+        chance = np.array([(self.drawn == canary).any(-1).mean(0) for canary in range(self.canaries)])
+        moved = np.einsum("lrd,cd->lcr", np.nan_to_num(updates, nan=0, posinf=0, neginf=0), directions)
+        return Seen(present, chance, moved, np.concatenate([updates, beside], axis=-1), published)
+
+    def _cohorts(self, ids: np.ndarray, trial: Trial, present: np.ndarray) -> Cohort:
+        """Of a chunk's replays ``[L, R]``: each client takes one step on all of its examples."""
+        canary = (ids >= 0) & (ids < self.canaries)
+        if trial.absent is None and trial.quiet and self.sampler.scheme == "poisson":
+            ids = np.where(canary, ids, -1)
+        if trial.absent is None:
+            there = np.take_along_axis(present[:, None, :], np.where(canary, ids, 0), axis=2)
+            ids = np.where(canary & ~there, -1, ids)
+        ids = np.take_along_axis(ids, np.argsort(ids < 0, axis=-1, kind="stable"), axis=-1)
+        sizes = np.where(ids < 0, 0, self.data.sizes[ids])
+        place = np.arange(EXAMPLES)
+        weight = (place < sizes[..., None]).astype(np.float32)
+        here = np.ones(ids.shape[:2])
+        return Cohort(
+            ids=ids.astype(np.int32),
+            weight=sizes.astype(np.float32),
+            first=np.broadcast_to(np.arange(ids.shape[-1], dtype=np.int32), ids.shape),
+            num_steps=(ids >= 0).astype(np.int32),
+            batches=(self.data.offsets[ids][..., None] + place * (weight > 0)).astype(np.int32),
+            example_weight=weight,
+            num_clients=(here * self.num_clients).astype(np.int32),
+            total_weight=(here * self.data.sizes.sum()).astype(np.float32),
+            width=ids.shape[-1],
+        )
+
+
+def flat(params: PyTree) -> Array:
+    """All numbers as one float32 vector."""
+    leaves = [jnp.ravel(x).astype(jnp.float32) for x in jax.tree.leaves(params)]
+    return jnp.concatenate(leaves) if leaves else jnp.zeros(0, jnp.float32)
+
+
+def public(server: Any) -> tuple[Array, Array]:
+    """The model, and what the server keeps besides and sends to clients; its uplink's state is its own secret."""
+    model = flat(server.params)
+    own = [x for x in jax.tree.leaves(getattr(server, "own", ())) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+    beside = flat(own)
+    return model, beside if beside.size <= 2 * model.size else beside[:0]
+
+
+def read_by_server(contrast: Array) -> Reducer:
+    """What a server that reads messages makes of them: the canary's, and ``contrast`` times the next client's."""
+
+    def zero(message, roster):
+        ids = jnp.asarray(roster.ids)
+        counts = jnp.where(ids == 0, 1.0, jnp.where(ids == 1, contrast, 0.0))
+        total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), message)
+        return total, counts, jnp.zeros((), jnp.int32)
+
+    def add(acc, messages, weights):
+        total, counts, place = acc
+        here = jax.lax.dynamic_slice_in_dim(counts, place, len(weights))
+        total = jax.tree.map(lambda t, m: t + jnp.tensordot(here, m.astype(jnp.float32), 1), total, messages)
+        return total, counts, place + len(weights)
+
+    def finish(acc, axis_name):
+        return acc[0] if axis_name is None else jax.lax.psum(acc[0], axis_name)
+
+    return Reducer(zero, add, finish, True, 1.0)
