@@ -253,7 +253,7 @@ def test_a_cohorts_sum_and_its_noise_fit_and_the_noise_is_what_was_asked_for(n, 
     on = lattice.lattice(C, z, n)
     most = float(on.levels) * (n + 6 * math.sqrt(n)) + alias.REACH * lattice.WIDTH * (1 + int(on.spread))
     assert most < 2**31
-    floor = lattice.WIDTH / lattice.ROOM * (n + 6 * math.sqrt(n) + 6)
+    floor = lattice.WIDTH / lattice.ROOM * (math.sqrt(n) + 3) ** 2
     assert float(on.stddev) == pytest.approx(max(z, floor) * C, rel=1e-5)
     if 1000 * n < 2**31 * z / lattice.WIDTH:  # the error of truncation is under a thousandth of the noise
         assert n / (float(on.stddev / on.step)) < 2e-3 * max(1, n / 1000)
