@@ -149,8 +149,9 @@ def report(track: Track, found: Found, epsilons: Sequence[float], delta: float, 
         "and the bound: half of them spread over their ranges, half around the best of those. Trials run on "
         f"{len(track.tuning)} seeds and are judged on training pictures that no client has. The best pair is run on "
         f"{len(track.measuring)} other seeds. Accuracy on the test split after the last round: their mean and half a "
-        "95% interval. Tuning itself is not counted in epsilon. Epsilons in different units of the second column are "
-        "different promises, and no row is better than another for them."
+        "95% interval. The intervals are over seeds, not over tunings: with so few trials, which of two mechanisms is "
+        "ahead by 0.02 may be luck. Tuning itself is not counted in epsilon. Epsilons in different units of the second "
+        "column are different promises, and no row is better than another for them."
         + "".join(f" `{name}` runs only if it is named: its noise takes many times as long to draw." for name in left),
         "",
     ]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import fedjax_clip as fc
 from fedjax_clip.secure import Stage
+from fedjax_clip.secure.sharing import PRIME
 
 FALSE_ALARM = 1e-6  # of each statistical test below: keys and masks are fresh in every run
 secure = fc.secure
@@ -79,7 +80,7 @@ def test_fewer_shares_than_the_threshold_open_nothing():
     some = {x: shares[x] for x in (2, 3, 5, 7)}
     assert secure.join(some) == secret
     assert secure.join({x: some[x] for x in (2, 3, 5)}) != secret
-    assert pow(7, secure.PRIME - 1, secure.PRIME) == 1  # Fermat
+    assert pow(7, PRIME - 1, PRIME) == 1  # Fermat
 
     # Three shares of 1 and of 2^255 look alike: their top bits, over fresh polynomials.
     def high(secret):
