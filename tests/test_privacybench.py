@@ -68,10 +68,20 @@ def test_the_page_of_privacy_quotes_the_report():
     at = {name: head.index(f" ε = {name} ") for name in ("1", "none")}
     quoted = [line for line in page[page.index("## What privacy costs") :].splitlines() if line.startswith("| `")]
     names = [line.split("`")[1] for line in quoted]
-    assert set(names) == set(MECHANISMS)
+    assert set(names) == set(MECHANISMS) - set(privacybench.SLOW) == set(rows)
     for name, line in zip(names, quoted, strict=True):
         assert line.split("|")[-2].strip() == rows[name][at["1"]].strip()
     assert f"(none: {rows['gaussian'][at['none']].split()[0]})" in page
+
+    def ends(name):
+        centre, half = map(float, rows[name][at["1"]].split("±"))
+        return centre - half, centre + half
+
+    in_turn = ends("gaussian in turn")
+    for better in ("banded", "banded inverse", "blt", "gaussian in bins", "gaussian"):
+        assert ends(better)[0] > in_turn[1]  # what the page says of them
+    for no_better in ("tree", "bands in bins"):
+        assert ends(no_better)[0] < in_turn[1]
 
 
 @pytest.mark.parametrize(

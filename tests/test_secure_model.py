@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 import fedjax_clip as fc
-from fedjax_clip.secure import SHARE, Client, Keys
+from fedjax_clip.secure import Client, Keys
+from fedjax_clip.secure.sharing import SHARE
 
 SESSION = b"round 3"
 SIZES = [(4, 3, 0), (4, 3, 1), (5, 3, 0), (5, 4, 1), (5, 4, 2)]  # n, t, k with 2 t > n + k
@@ -151,7 +152,7 @@ class LyingServer(RuleBasedStateMachine):
             if "confirm" not in self.lies:
                 story = everyone
             elif kind == "one story":
-                story = rest
+                story = [v for v in everyone if v != min(victims)]
             elif kind == "parts":
                 story = victims if u in victims else rest
             else:  # each hears of the target, itself, and no others or as few as will do

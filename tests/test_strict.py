@@ -153,6 +153,8 @@ GRADIENTS = {
     "private": lambda: {"gradient": fc.private_gradient(1.0, 0.5)},
     "tree": lambda: mechanised(fc.mechanism.tree(4)),
     "banded": lambda: mechanised(fc.mechanism.banded(4, 2)),
+    "buffers": lambda: mechanised(fc.mechanism.buffered_toeplitz([0.9, 0.5], [0.2, 0.3])),
+    "banded inverse": lambda: mechanised(fc.mechanism.banded_inverse(3)),
 }
 
 

@@ -4,11 +4,10 @@ import numpy as np
 
 from fedjax_clip import checks
 from fedjax_clip.data.planning import LocalWork
-from fedjax_clip.data.population import FederatedData
+from fedjax_clip.data.population import FederatedData, check_alike
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.privacy.accounting import epsilon, noise_multiplier
 from fedjax_clip.privacy.participation import Separated
-from fedjax_clip.typing import InvalidInput
 
 
 def record_epsilons(
@@ -88,11 +87,7 @@ def _uses(data: FederatedData, work: LocalWork, sampler: Sampler, rounds: int, s
     checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
     checks.kind("data", data, FederatedData, "a FederatedData")
     checks.kind("work", work, LocalWork, "an fc.LocalWork")
-    if data.weights is not None and np.any((weights := data.weights[data.weights > 0]) != weights[:1]):
-        raise InvalidInput(
-            "The data's examples weigh differently, and private_gradient counts all alike: it would train on another "
-            "objective than is meant. Give it data without weights (class weights, too)."
-        )
+    check_alike(data)
     rounds = checks.count("rounds", rounds, 0)
     clients = np.arange(data.num_clients)
     drawn = [sampler.draw(data.sizes, seed, round) for round in range(rounds)]

@@ -17,11 +17,9 @@ except ImportError:
 from fedjax_clip.secure.client import Client, Keys, Stage
 from fedjax_clip.secure.graph import Neighbourhood, harary, neighbourhood
 from fedjax_clip.secure.server import Transcript, aggregate, pairwise_masks, unmask
-from fedjax_clip.secure.sharing import PRIME, SHARE, agree, expand, join, split
+from fedjax_clip.secure.sharing import agree, expand, join, split
 
 __all__ = [
-    "PRIME",
-    "SHARE",
     "Client",
     "Keys",
     "Neighbourhood",

@@ -14,29 +14,35 @@ from fedjax_clip.evaluation import Summary
 from fedjax_clip.tasks.base import Task, check_positive
 from fedjax_clip.typing import PerExampleLoss
 
+FITTED = "the mean rating, and counts and biases of items, from exact ratings: give public=True, or a rating's bounds"
 
-def insteval(rank: int = 4, l2: float = 20.0, l2_bias: float = 5.0, held_out: float = 0.2, seed: int = 0) -> Task:
+
+def insteval(
+    rank: int = 4, l2: float = 20.0, l2_bias: float = 5.0, held_out: float = 0.2, seed: int = 0, public: bool = False
+) -> Task:
     """73,421 ratings (1 to 5) of 1128 lecturers by 2972 students of ETH Zurich, who are the clients.
 
-    Arguments as for ``ratings``.
+    Arguments as for ``ratings``; ``public`` gives it the scale, as an epsilon needs, and the lecturers count as public.
 
     Source: InstEval of the R package lme4 (Bates, Mächler, Bolker and Walker 2015).
     """
     table = tables.rdataset("lme4", "InstEval")
-    return ratings(table["s"].astype(np.int64), table["d"], table["y"], rank, l2, l2_bias, held_out, seed)
+    user, bounds = table["s"].astype(np.int64), (1, 5) if public else None
+    return ratings(user, table["d"], table["y"], rank, l2, l2_bias, held_out, seed, bounds)
 
 
-def movielens(rank: int = 8, l2: float = 20.0, l2_bias: float = 5.0, held_out: float = 0.2, seed: int = 0) -> Task:
+def movielens(
+    rank: int = 8, l2: float = 20.0, l2_bias: float = 5.0, held_out: float = 0.2, seed: int = 0, public: bool = False
+) -> Task:
     """100,004 ratings (0.5 to 5) of 9066 films by 671 users, who are the clients: MovieLens "latest small" of 2016.
 
-    Arguments as for ``ratings``.
+    Arguments as for ``ratings``; ``public`` gives it the scale, as an epsilon needs, and the films count as public.
 
     Source: Harper and Konstan (2015), "The MovieLens Datasets", as in the R package dslabs.
     """
     table = tables.rdataset("dslabs", "movielens")
-    return ratings(
-        table["userId"].astype(np.int64), table["movieId"], table["rating"], rank, l2, l2_bias, held_out, seed
-    )
+    user, bounds = table["userId"].astype(np.int64), (0.5, 5) if public else None
+    return ratings(user, table["movieId"], table["rating"], rank, l2, l2_bias, held_out, seed, bounds)
 
 
 def ratings(
@@ -48,6 +54,7 @@ def ratings(
     l2_bias: float = 5.0,
     held_out: float = 0.2,
     seed: int = 0,
+    bounds: tuple[float, float] | None = None,
 ) -> Task:
     """Matrix factorisation of ratings, ``r ~ mean + b_user + b_item + <p_user, q_item>``, for ``partially_private``.
 
@@ -62,16 +69,29 @@ def ratings(
       l2, l2_bias: strength of the penalty on a user's and on an item's factors and bias, see ``rating_loss``.
       held_out: fraction of each user's ratings.
       seed: of the split.
+      bounds: the least and the greatest rating, known beforehand, as an epsilon needs; the items then count as public,
+        too. The mean is their middle, biases begin at 0, and a rating's share of its item's penalty is that of its
+        user's: no sums are asked for.
     """
     check_positive(rank=rank)
     for name, value in (("l2", l2), ("l2_bias", l2_bias)):
         checks.within(name, value, 0, finite=True)
     names, item = np.unique(item, return_inverse=True)
-    given = {"x": item.astype(np.int32), "y": np.asarray(rating, np.float32), "user": user}
+    rating = np.asarray(rating, np.float32)
+    if bounds is not None:
+        tables.read_bounds({"rating": bounds})  # refuses what is none
+        rating = np.clip(rating, *bounds)
+    given = {"x": item.astype(np.int32), "y": rating, "user": user}
     train, examples = partition.natural(given, "user").split_examples(held_out, seed)
-    mean, counts = float(moments(train, "y").mean), item_counts(train, len(names))
+    counts: np.ndarray | None = None
+    if bounds is None:
+        mean, counts = float(moments(train, "y").mean), item_counts(train, len(names))
+        biases, constants = item_biases(train, len(names), l2_bias), baselines(train, examples, len(names))
+    else:
+        mean, biases = sum(bounds) / 2, np.zeros(len(names))
+        constants = {"rmse_of_middle": float(np.sqrt(np.mean(np.square(examples.examples["y"] - mean))))}
     train, examples = (_with_shares(data, train, counts) for data in (train, examples))
-    model, biases = models.Factorisation(len(names), rank, mean), item_biases(train, len(names), l2_bias)
+    model = models.Factorisation(len(names), rank, mean)
 
     def init(key):
         leaves = model.init(key, jnp.zeros(1, jnp.int32))["params"]
@@ -82,8 +102,8 @@ def ratings(
         {"examples": examples},
         init,
         rating_loss(model, l2, l2_bias),
-        _scores(baselines(train, examples, len(names))),
-        fitted="the mean rating, and counts and biases of items, from the users' exact ratings: choose another task",
+        _scores(constants),
+        fitted="" if bounds else FITTED,
     )
 
 
@@ -115,11 +135,14 @@ def item_counts(train: FederatedData, num_items: int) -> np.ndarray:
     return federated_sums(train, lambda examples: np.bincount(examples["x"], minlength=num_items))
 
 
-def _with_shares(data: FederatedData, train: FederatedData, counts: np.ndarray) -> FederatedData:
-    """With a field ``share [N, 2]``: 1 over the number of training ratings of a rating's user and of its item."""
+def _with_shares(data: FederatedData, train: FederatedData, counts: np.ndarray | None) -> FederatedData:
+    """With a field ``share [N, 2]``: 1 over the number of training ratings of a rating's user and of its item.
+
+    Without ``counts`` of the items both are the user's.
+    """
     own = dict(zip(map(train.name, range(train.num_clients)), train.sizes.tolist(), strict=True))
     of_user = np.repeat([own.get(data.name(c), 1) for c in range(data.num_clients)], data.sizes)
-    of_item = np.maximum(counts[data.examples["x"]], 1)
+    of_item = of_user if counts is None else np.maximum(counts[data.examples["x"]], 1)
     share = (1 / np.stack([of_user, of_item], axis=1)).astype(np.float32)
     return dataclasses.replace(data, examples={**data.examples, "share": share})
 

@@ -28,7 +28,7 @@ Significance of the Least Significant Bits for Differential Privacy"; Micciancio
 over the Integers".
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,21 +75,30 @@ class Lattice(NamedTuple):
 def lattice(bound: float | Array, noise_multiplier: float | Array, count: float | Array) -> Lattice:
     """The finest lattice, up to 2^19 steps in the noise, on which the sum of a cohort does not wrap around.
 
-    int32 wraps around where more than ``2 (n + 6 sqrt(n) + 6)`` messages of norm C point into one and the same
-    coordinate; the sum is then wrong, and as private as any. Noise under ``1e-6 (n + 6 sqrt(n) + 6)`` bounds would be
-    too narrow for the table: it is that large then.
+    int32 wraps around where more than ``2 (sqrt(n) + 3)^2`` messages of norm C point into one and the same coordinate;
+    the sum is then wrong, and as private as any. Noise under ``1e-6 (sqrt(n) + 3)^2`` bounds would be too narrow for
+    the table: it is that large then.
+
+    Client and server compute it apart, and must agree: so it has no product that is added to anything, which compilers
+    may or may not round in between, and is computed before the program where its numbers are known.
 
     Args:
       bound: C, norm of a message.
       noise_multiplier: z, of the sum's noise; may be traced.
       count: n, of messages that are expected.
     """
-    bound, z, count = (jnp.asarray(x, jnp.float32) for x in (bound, noise_multiplier, count))
-    most = ROOM / (count + 6 * jnp.sqrt(count) + 6)
-    wanted = jnp.square(most * z / WIDTH) - 1
-    spread = jnp.clip(jnp.floor(jnp.sqrt(jnp.maximum(wanted, 0))), 0, SPREAD).astype(jnp.int32)
-    levels = jnp.where(z > 0, jnp.minimum(most, _width(spread) / tree.or_one(z)), most)
-    return Lattice(bound, levels, spread, z > 0)
+    known = not any(isinstance(x, jax.core.Tracer) for x in (noise_multiplier, count))
+    lib: Any = np if known else jnp
+    z, count = lib.asarray(noise_multiplier, lib.float32), lib.asarray(count, lib.float32)
+    most = lib.float32(ROOM) / lib.square(lib.sqrt(count) + 3)
+    widths = lib.minimum(z, 1e9) * most / WIDTH
+    spread = lib.floor(lib.sqrt(lib.maximum((widths - 1) * (widths + 1), 0)))
+    spread = lib.minimum(spread, SPREAD).astype(lib.int32)
+    levels = lib.where(z > 0, lib.minimum(most, _width(spread) / lib.where(z > 0, z, 1)), most)
+    f32 = jnp.float32
+    return Lattice(
+        jnp.asarray(bound, f32), jnp.asarray(levels, f32), jnp.asarray(spread, jnp.int32), jnp.asarray(z > 0)
+    )
 
 
 def is_zero(noise_multiplier: float | Array) -> bool:
@@ -97,9 +106,10 @@ def is_zero(noise_multiplier: float | Array) -> bool:
     return not isinstance(noise_multiplier, jax.core.Tracer) and float(noise_multiplier) == 0
 
 
-def _width(spread: Array) -> Array:
+def _width(spread: Any) -> Any:
     """Standard deviation, in steps, of the normal variable that the noise is a rounding of."""
-    return jnp.sqrt(WIDTH**2 * (1 + jnp.square(spread.astype(jnp.float32))) - SMOOTH**2)
+    lib: Any = jnp if isinstance(spread, jax.Array) else np
+    return lib.sqrt(WIDTH**2 * (1 + lib.square(spread.astype(lib.float32))) - lib.float32(SMOOTH**2))
 
 
 def truncated(messages: PyTree, on: Lattice) -> PyTree:
@@ -109,7 +119,7 @@ def truncated(messages: PyTree, on: Lattice) -> PyTree:
         narrow = float(jnp.finfo(x.dtype).eps) if x.dtype.itemsize < 4 else 0.0
         levels = on.levels * jnp.where(on.noisy, 1 - MARGIN - narrow, 1)
         steps = x.astype(jnp.float32) / on.bound * levels
-        return jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -on.levels, on.levels)).astype(jnp.int32)
+        return jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -ROOM, ROOM)).astype(jnp.int32)
 
     return jax.tree.map(truncate, messages)
 
