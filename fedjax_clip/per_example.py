@@ -93,7 +93,8 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
 
     Source: Abadi et al. (2016), "Deep Learning with Differential Privacy", Algorithm 1; ``uplink/lattice.py``.
     """
-    checks.within("private_gradient: noise_multiplier", noise_multiplier, 0)
+    checks.positive("private_gradient: max_norm", max_norm, finite=True)
+    checks.within("private_gradient: noise_multiplier", noise_multiplier, 0, finite=True)
     clip = clipping.clip_by_global_norm(max_norm)
     clipped, silent = per_example_gradient(clip), lattice.is_zero(noise_multiplier)
 
