@@ -35,8 +35,9 @@ class Secret:
     neither the model nor all other numbers that a run publishes say anything of them. ``repr`` shows nothing, and
     ``pickle`` and ``copy`` are refused. The bytes are in the memory of the process, where a debugger finds them.
 
-    A secret is for ONE run. Two runs of the same secret and seed, on other data say, have the same noise: what they
-    publish differs by what the noise hid.
+    A secret is for ONE run. ``fc.train`` draws from ``of(data)``, so a run that begins again on other data has other
+    noise. Two runs of one secret on the same data, with another clip say, have the same noise: what they publish
+    differs by what it hid.
 
     Args:
       content: 32 bytes, as ``os.urandom`` makes them: take ``Secret.fresh()`` or ``Secret.kept(path)``.
@@ -99,6 +100,14 @@ class Secret:
         except OSError as error:
             raise InvalidInput(f"The secret key {file} cannot be read or made: {error.strerror}.") from None
 
+    def of(self, fingerprint: str) -> "Secret":
+        """What a run on these data draws from: on others, what was drawn says nothing of it.
+
+        Args:
+          fingerprint: a hash of the data.
+        """
+        return Secret(self._derived("data", of=fingerprint.encode()), self.known)
+
     @property
     def commitment(self) -> str:
         """A hash by which a run knows it again, in 32 hexadecimal digits. To find a secret by it takes 2^256 trials."""
@@ -116,9 +125,9 @@ class Secret:
         """What samplers draw cohorts from."""
         return SecretSeed(self._derived("cohorts"))
 
-    def _derived(self, purpose: str, size: int = SIZE) -> bytes:
+    def _derived(self, purpose: str, size: int = SIZE, of: bytes = b"") -> bytes:
         """Keyed BLAKE2b: what is known of one purpose says nothing of another's."""
-        return hashlib.blake2b(key=self._content, person=purpose.encode(), digest_size=size).digest()
+        return hashlib.blake2b(of, key=self._content, person=purpose.encode(), digest_size=size).digest()
 
     def __repr__(self) -> str:
         return f"<a secret{' that is known' * self.known}>"

@@ -145,7 +145,8 @@ def train(
       secret: what cohorts, the noise of links and gradients, and all else that is random at clients and links are drawn
         from, in place of the seed, which anybody can guess: ``fc.privacy.Secret.fresh()``. Whatever epsilon says of a
         run, it says of a run with one. Batches, and what clients and server share (rotations, sketches), stay on the
-        seed. A resumed run needs the same one: ``fc.privacy.Secret.kept(path)``.
+        seed. A resumed run needs the same one: ``fc.privacy.Secret.kept(path)``. On other
+        data it draws other numbers.
 
     Returns:
       A ``Result``. A row has ``round`` (1 after the first; of an algorithm with a ``start``, the first row's bytes and
@@ -208,8 +209,9 @@ def train(
         suspected = None  # to stop in some round would show whom it drew
 
     run: dict[str, Any] = {} if checkpoints is None else identity.identify(algorithm, data, sampler, work, seed)
-    if run and secret is not None:
-        run["secret"] = secret.commitment
+    if secret is not None:
+        run |= {"secret": secret.commitment} if run else {}
+        secret = secret.of(identity.fingerprint(data))  # no noise of a run that begins again on other data
     state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients), run)
     stateful = bool(jax.tree.leaves(state.clients))
     if sampler.replacement and stateful:

@@ -17,8 +17,8 @@ import pytest
 from test_run import kills  # noqa: F401 (a fixture)
 
 import fedjax_clip as fc
-from experiments import privacy, results, run, rundir
-from fedjax_clip import files, keys, secret, tree
+from experiments import privacy, registry, results, run, rundir, spec
+from fedjax_clip import files, identity, keys, secret, tree
 from fedjax_clip.privacy import Secret
 
 DIM = 40
@@ -60,10 +60,19 @@ def everything(directory):
     return found
 
 
+def fingerprints(directory):
+    """Hashes of the data that a run was on, if it has begun."""
+    if not (directory / "config.json").exists():
+        return []
+    task = json.loads((directory / "config.json").read_text())["config"]["task"]
+    return [identity.fingerprint(spec.one(task, registry.TASKS, "--task").data)]
+
+
 def leaks(directory, content):
     """Files of a run that hold the secret, or anything that is drawn with."""
-    hidden = Secret(content)
-    needles = {form for x in (content, hidden.words().tobytes(), bytes(hidden.seed())) for form in forms(x)}
+    drawn = [Secret(content), *(Secret(content).of(found) for found in fingerprints(directory))]
+    hidden = [x for secret in drawn for x in (secret._content, secret.words().tobytes(), bytes(secret.seed()))]
+    needles = {form for x in hidden for form in forms(x)}
     files = everything(directory)
     return [path for path, held in files.items() if any(needle in held for needle in needles)], len(files)
 

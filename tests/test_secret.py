@@ -20,6 +20,7 @@ import fedjax_clip as fc
 from fedjax_clip import keys, secret
 from fedjax_clip.data import draws
 from fedjax_clip.dispatch import Dispatcher
+from fedjax_clip.identity import fingerprint
 from fedjax_clip.privacy import Secret
 from fedjax_clip.uplink import discrete
 
@@ -269,8 +270,8 @@ def recovered(published, public_seed, guesses, ways=("public", "known")):
     hits = []
     for part in np.array_split(np.asarray(guesses), max(1, len(guesses) // 2**13)):
         for way in ways:
-            known = np.stack([Secret.of_seed(int(g)).words() for g in part]) if way == "known" else None
-            noise = replay()[0](part.astype(np.uint32)) if known is None else replay()[1](public_seed, known)
+            known = [Secret.of_seed(int(g)).of(fingerprint(data())).words() for g in part] if way == "known" else None
+            noise = replay()[0](part.astype(np.uint32)) if known is None else replay()[1](public_seed, np.stack(known))
             left = published - np.asarray(noise)
             found = np.flatnonzero(np.linalg.norm(left, axis=1) <= 0.3 * CLIENTS / N)
             hits += [(way, int(part[i]), left[i]) for i in found]
@@ -346,6 +347,23 @@ def test_a_secret_run_resumes_to_the_same_bits_and_refuses_another_secret(tmp_pa
     assert np.any(train(rounds=5, secret=Secret.of_seed(8)).params["w"] != whole.params["w"])
     with pytest.raises(fc.InvalidInput, match=r"secret must be an fc\.privacy\.Secret"):
         train(secret=SECRET.seed())
+
+
+def test_a_run_that_begins_again_on_other_data_has_other_noise():
+    """With the same noise under two sets of data, the difference of two models is that of two exact means."""
+    everyone = {"sampler": fc.sampling.uniform(CLIENTS), "seed": 1, "rounds": 1}
+
+    def published(noise, scale, secret):
+        there = dataclasses.replace(data(), examples=data().examples | {"y": scale * data().examples["y"]})
+        return fc.train(algorithm(noise), there, START, secret=secret, **everyone).params["w"]
+
+    exact, seen, private = (
+        published(noise, 1, secret) - published(noise, -3, secret)
+        for noise, secret in ((0.0, None), (8.0, None), (8.0, SECRET))
+    )
+    np.testing.assert_allclose(seen, exact, atol=1e-4)  # of a public seed
+    assert np.linalg.norm(private - exact) > 10 * np.linalg.norm(exact)
+    assert SECRET.of("a").words().tolist() != SECRET.of("b").words().tolist() != SECRET.words().tolist()
 
 
 def test_local_noise_is_each_clients_own_and_changes_with_neither_width_nor_place():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -254,6 +255,49 @@ def test_signatures_of_another_sum_are_worth_nothing():
     seen = brought_to(Stage.SHARE, clients)
     with pytest.raises(fc.InvalidInput, match="not signed by it for this sum"):
         clients[0].share(seen.keys)
+
+
+CURVE = 2**255 - 19
+SPELLINGS = {  # of a public key u: other bytes that agree with every private key on the same point
+    "the top bit, which is ignored": lambda u: u | 1 << 255,
+    "a point of order two added": lambda u: pow(u, -1, CURVE),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_another_spelling_of_a_key_cancels_no_mask(spelling):
+    """n = 3, t = 3, k = 1: client 2 advertised client 0's key so, and client 1's two masks took each other away."""
+    clients = party(3, 3)
+    seen = secure.Transcript(keys={c.number: c.advertise() for c in clients})
+    helper, honest = clients[2], seen.keys[0]
+    other = SPELLINGS[spelling](int.from_bytes(honest.masking, "little")).to_bytes(32, "little")
+    assert other != honest.masking
+    drawn = X25519PrivateKey.generate()
+    assert len({drawn.exchange(X25519PublicKey.from_public_bytes(key)) for key in (honest.masking, other)}) == 1
+    sealing = seen.keys[2].sealing
+    seen.keys[2] = helper._own = secure.Keys(sealing, other, helper._identity.sign(helper._of_keys(sealing, other)))
+    for c in clients:
+        seen.sealed |= {(c.number, v): text for v, text in c.share(seen.keys).items()}
+    seen.masked = {c.number: c.mask(MESSAGES[c.number], inbox(seen, c.number)) for c in clients}
+    seen.confirmed = {c.number: c.confirm({0, 1, 2}) for c in clients}
+    shares = {c.number + 1: c.reveal(others(seen.confirmed, c.number))[1] for c in clients}
+    opened = seen.masked[1] - secure.expand(secure.join(shares), seen.masked[1])
+    assert not np.array_equal(opened, MESSAGES[1])
+
+
+def test_a_neighbourhood_whose_shares_are_the_secret_is_refused():
+    for near in (secure.Neighbourhood(4, 1), secure.Neighbourhood(4, 0), secure.Neighbourhood(4, 5), (4, 2)):
+        for build in (
+            lambda near=near: secure.pairwise_masks(8, neighbours=near),
+            lambda near=near: secure.aggregate(MESSAGES, 4, neighbours=near),
+            lambda near=near: party(5, 4, ([{1, 2}] * 5, near)),
+        ):
+            with pytest.raises(fc.InvalidInput, match="neighbours"):
+                build()
+
+
+def test_messages_of_another_order_of_bytes_have_the_same_sum():
+    assert secure.aggregate(MESSAGES.astype(">u4"), 4)[0].tolist() == MESSAGES.sum(0).tolist()
 
 
 def test_a_threshold_must_be_a_majority():

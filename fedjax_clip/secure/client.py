@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from fedjax_clip import checks
-from fedjax_clip.secure.graph import Neighbourhood
+from fedjax_clip.secure.graph import Neighbourhood, check_neighbourhood
 from fedjax_clip.secure.sharing import SHARE, agree, expand, signed, split, verified
 from fedjax_clip.typing import InvalidInput
 
@@ -130,8 +130,9 @@ class Client:
         self._identity, self._registry, self._session = identity, dict(registry), session
         self._sealing, self._masking = X25519PrivateKey.generate(), X25519PrivateKey.generate()
         self._seed = os.urandom(32)
-        self._near = None if neighbours is None else {self.number, *neighbours[0]}
-        self._shares_needed = threshold if neighbours is None else neighbours[1].threshold
+        graph, near = (None, None) if neighbours is None else neighbours
+        self._near = None if graph is None else {self.number, *graph}
+        self._shares_needed = threshold if check_neighbourhood(near) is None else near.threshold
 
     @_in(Stage.ADVERTISE, Stage.SHARE)
     def advertise(self) -> Keys:

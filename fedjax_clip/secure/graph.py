@@ -88,6 +88,19 @@ def _log_disconnected(n: int, k: int, removed: int) -> float:
     return math.log(n) + math.log(n - k - 1) - math.log(2) + ratio
 
 
+def check_neighbourhood(neighbours: Neighbourhood | None) -> Neighbourhood | None:
+    """Refuses one whose threshold hides nothing: the shares of a threshold of 1 are the secret itself.
+
+    Raises:
+      InvalidInput: no neighbourhood; a size or a threshold below 2, or a threshold beyond the size.
+    """
+    checks.kind("neighbours", neighbours, Neighbourhood | None, "an fc.secure.neighbourhood(...)")
+    if neighbours is not None:
+        size = checks.count("neighbours: size", neighbours.size, 2)
+        checks.count("neighbours: threshold", neighbours.threshold, 2, size)
+    return neighbours
+
+
 def harary(num_clients: int, size: int) -> list[frozenset[int]]:
     """The neighbours of each client on a circle in random order: the ``size / 2`` nearest on either side.
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedjax_clip.reduce import Reducer, majority, on_host, secure_threshold
 from fedjax_clip.secure.client import Client, Keys, too_few
-from fedjax_clip.secure.graph import Neighbourhood, harary
+from fedjax_clip.secure.graph import Neighbourhood, check_neighbourhood, harary
 from fedjax_clip.secure.sharing import SHARE, agree, expand, join, signed
 from fedjax_clip.typing import InvalidInput
 
@@ -73,7 +73,7 @@ def aggregate(
 
     Raises:
       InvalidInput: messages of another type, fewer than t clients at any stage, or of a sparse graph in any
-        neighbourhood.
+        neighbourhood; a neighbourhood whose threshold is below 2.
 
     Example:
       >>> total, _ = fc.secure.aggregate(np.ones((5, 3), np.uint32), threshold=4)
@@ -83,7 +83,7 @@ def aggregate(
     if messages.dtype.kind != "u" or messages.ndim != 2:
         raise InvalidInput(f"Messages must be [n, d] unsigned integers, not {messages.dtype} {messages.shape}.")
     n = len(messages)
-    threshold = secure_threshold(n, threshold)
+    threshold, neighbours = secure_threshold(n, threshold), check_neighbourhood(neighbours)
     arrived = np.ones(n, bool) if came is None else np.asarray(came, bool)
     opening = arrived if answered is None else arrived & np.asarray(answered, bool)
     for count in (arrived.sum(), opening.sum()):
@@ -159,7 +159,7 @@ def pairwise_masks(cohort_size: int, threshold: int | None = None, neighbours: N
 
     Source: Bonawitz et al. (2017), Figure 4; Bell et al. (2020), Algorithm 2.
     """
-    threshold = secure_threshold(cohort_size, threshold)
+    threshold, neighbours = secure_threshold(cohort_size, threshold), check_neighbourhood(neighbours)
 
     def protocol(messages: np.ndarray, came: np.ndarray) -> np.ndarray:
         n = len(messages)

@@ -53,7 +53,10 @@ def join(shares: Mapping[int, int]) -> bytes:
 
 
 def agree(own: X25519PrivateKey, other: bytes) -> bytes:
-    """32 bytes that the owners of both keys know, and nobody else.
+    """32 bytes that the owners of both keys know, and nobody else, of these two keys as they were advertised.
+
+    Several public keys agree with a private one on the same point (the top bit is ignored, and so is a part of small
+    order). So both keys go into the derivation, or whoever spells another's key differently would have its masks.
 
     Args:
       own: a private key.
@@ -61,12 +64,15 @@ def agree(own: X25519PrivateKey, other: bytes) -> bytes:
 
     Raises:
       InvalidInput: bytes that are no public key.
+
+    Source: Langley, Hamburg and Turner (2016), RFC 7748, section 7, on keys that are to be derived from.
     """
     try:
         secret = own.exchange(X25519PublicKey.from_public_bytes(other))
     except (TypeError, ValueError):
         raise InvalidInput("A public key must be 32 bytes, a point of X25519 that is not of small order.") from None
-    return HKDF(hashes.SHA256(), 32, None, b"fedjax_clip").derive(secret)
+    pair = b"".join(sorted((own.public_key().public_bytes_raw(), other)))
+    return HKDF(hashes.SHA256(), 32, None, b"fedjax_clip" + pair).derive(secret)
 
 
 def expand(seed: bytes, like: np.ndarray) -> np.ndarray:
@@ -74,10 +80,10 @@ def expand(seed: bytes, like: np.ndarray) -> np.ndarray:
 
     Args:
       seed: 32 bytes, used for nothing else.
-      like: whose shape and type it has.
+      like: whose shape and type it has, in this machine's order of bytes.
     """
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(like.nbytes))
-    return np.frombuffer(stream, like.dtype).reshape(like.shape)
+    return np.frombuffer(stream, like.dtype.newbyteorder("=")).reshape(like.shape)
 
 
 def signed(u: int, v: int, mask: np.ndarray) -> np.ndarray:
