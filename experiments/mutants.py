@@ -1,6 +1,7 @@
 """Planted faults, each of which an audit should find.
 
 A fault spoils a link, a reducer, a sampler, an algorithm or an accountant, and leaves what it promises as it was.
+Faults of clips are planted beside noise that believes them: ``gaussian`` itself shortens what exceeds its bound.
 """
 # ruff: noqa: D103 (a fault's name says what it is; the table has it)
 
@@ -34,6 +35,7 @@ from experiments.audited import (
     promised,
     rounds_seen_as,
     sampled,
+    trusting,
     with_noise,
 )
 from fedjax_clip import clipping, compression, mechanism, sampling, tree, uplink
@@ -42,29 +44,29 @@ from fedjax_clip.local import Gradient, batch_gradient
 
 
 def no_clip() -> Case:
-    return of(encoding(clip(), lambda update, ctx: update), uplink.gaussian(2.0))
+    return of(encoding(clip(), lambda update, ctx: update), trusting(2.0))
 
 
 def clip_by_layer() -> Case:
-    return of(promised(clipping.clip(1.0, scope=clipping.layer())), uplink.gaussian(2.0))
+    return of(promised(clipping.clip(1.0, scope=clipping.layer())), trusting(2.0))
 
 
 def clip_by_value() -> Case:
-    return of(promised(optax.clip(1.0)), uplink.gaussian(2.0))
+    return of(promised(optax.clip(1.0)), trusting(2.0))
 
 
 def clip_to_twice_the_bound() -> Case:
-    return of(promised(clipping.clip_by_global_norm(2.0)), uplink.gaussian(2.0))
+    return of(promised(clipping.clip_by_global_norm(2.0)), trusting(2.0))
 
 
 def momentum_behind_the_clip() -> Case:
     moved = optax.chain(clipping.clip_by_global_norm(1.0), optax.trace(0.9))
-    return everyone(promised(moved, keep_state=True), uplink.gaussian(4.0))
+    return everyone(promised(moved, keep_state=True), trusting(4.0))
 
 
 def error_feedback_behind_the_clip() -> Case:
     lossy = uplink.error_feedback(compression.threshold(0.6))
-    return everyone(clip(), lossy.promising(contracts=True), uplink.gaussian(2.0))
+    return everyone(clip(), lossy.promising(contracts=True), trusting(2.0))
 
 
 def memory_added_again() -> Case:
@@ -74,7 +76,7 @@ def memory_added_again() -> Case:
         message, after, report = link.encode(update, state, client_state, ctx)
         return jax.tree.map(jnp.add, message, client_state[1]), after, report
 
-    return everyone(link._replace(encode=encode), uplink.gaussian(4.0))
+    return everyone(link._replace(encode=encode), trusting(4.0))
 
 
 def weights_by_size() -> Case:
