@@ -205,7 +205,7 @@ def noise_once_for_two_rounds() -> Case:
 def noise_in_proportion_to_the_first_bound() -> Case:
     moving = uplink.quantile_clip(0.1, 1.0, rate=1.0, bits_noise=4.0)
     fixed = moving.promising(bound=lambda state, like: jnp.float32(0.1))
-    return everyone(fixed, uplink.gaussian(4.0))
+    return everyone(fixed, trusting(4.0))
 
 
 def bits_without_noise() -> Case:
