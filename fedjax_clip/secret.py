@@ -36,7 +36,7 @@ class Secret:
     ``pickle`` and ``copy`` are refused. The bytes are in the memory of the process, where a debugger finds them.
 
     A secret is for ONE run. Two runs of the same secret and seed, on other data say, have the same noise: what they
-    publish differs by what the noise hid.
+    publish differs by what the noise hid. ``fc.train`` refuses one that has begun a run in this process.
 
     Args:
       content: 32 bytes, as ``os.urandom`` makes them: take ``Secret.fresh()`` or ``Secret.kept(path)``.
@@ -53,12 +53,12 @@ class Secret:
       >>> fc.train(algorithm, data, params, rounds=100, sampler=sampler, secret=secret)
     """
 
-    __slots__ = ("_content", "known")
+    __slots__ = ("_begun", "_content", "known")
 
     def __init__(self, content: bytes, known: bool = False):
         if not isinstance(content, bytes) or len(content) != SIZE:
             raise InvalidInput(f"A secret is {SIZE} bytes, such as os.urandom({SIZE}) makes.")
-        self._content, self.known = content, known
+        self._content, self.known, self._begun = content, known, False
 
     @classmethod
     def fresh(cls) -> "Secret":
@@ -98,6 +98,19 @@ class Secret:
             return cls(_read(file))
         except OSError as error:
             raise InvalidInput(f"The secret key {file} cannot be read or made: {error.strerror}.") from None
+
+    def begin(self) -> None:
+        """Says that a run begins with it.
+
+        Raises:
+          InvalidInput: it has begun one before, unless it is known and hides nothing anyway.
+        """
+        if self._begun and not self.known:
+            raise InvalidInput(
+                "This secret has begun a run before, whose noise another one would repeat: take another, as "
+                "fc.privacy.Secret.fresh() makes them, or resume that run from its checkpoints."
+            )
+        self._begun = True
 
     @property
     def commitment(self) -> str:
