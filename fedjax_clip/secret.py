@@ -35,9 +35,9 @@ class Secret:
     neither the model nor all other numbers that a run publishes say anything of them. ``repr`` shows nothing, and
     ``pickle`` and ``copy`` are refused. The bytes are in the memory of the process, where a debugger finds them.
 
-    A secret is for ONE run. ``fc.train`` draws from ``of(data)``, so a run that begins again on other data has other
-    noise. Two runs of one secret on the same data, with another clip say, have the same noise: what they publish
-    differs by what it hid.
+    A secret is for ONE run, and ``fc.train`` refuses one that has begun another in this process. It draws from
+    ``of(data)``, so a run that begins again on other data has other noise. Two runs of one secret on the same data, with
+    another clip say, would have the same noise: what they publish differs by what it hid.
 
     Args:
       content: 32 bytes, as ``os.urandom`` makes them: take ``Secret.fresh()`` or ``Secret.kept(path)``.
@@ -54,12 +54,12 @@ class Secret:
       >>> fc.train(algorithm, data, params, rounds=100, sampler=sampler, secret=secret)
     """
 
-    __slots__ = ("_content", "known")
+    __slots__ = ("_begun", "_content", "known")
 
     def __init__(self, content: bytes, known: bool = False):
         if not isinstance(content, bytes) or len(content) != SIZE:
             raise InvalidInput(f"A secret is {SIZE} bytes, such as os.urandom({SIZE}) makes.")
-        self._content, self.known = content, known
+        self._content, self.known, self._begun = content, known, False
 
     @classmethod
     def fresh(cls) -> "Secret":
@@ -107,6 +107,19 @@ class Secret:
           fingerprint: a hash of the data.
         """
         return Secret(self._derived("data", of=fingerprint.encode()), self.known)
+
+    def begin(self) -> None:
+        """Says that a run begins with it.
+
+        Raises:
+          InvalidInput: it has begun one before, unless it is known and hides nothing anyway.
+        """
+        if self._begun and not self.known:
+            raise InvalidInput(
+                "This secret has begun a run before, whose noise another one would repeat: take another, as "
+                "fc.privacy.Secret.fresh() makes them, or resume that run from its checkpoints."
+            )
+        self._begun = True
 
     @property
     def commitment(self) -> str:

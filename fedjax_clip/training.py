@@ -218,6 +218,8 @@ def train(
         raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
     start, state = (checkpoints and checkpoints.restore(state)) or (0, state)
     identity.check("The checkpoint", state.run, run)
+    if secret is not None and start == 0:
+        secret.begin()
     if start > rounds:
         raise InvalidInput(
             f"The checkpoint is of a run that has done {start} rounds, more than rounds={rounds}: ask for {start} or "

@@ -130,6 +130,7 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
         uplink=fc.uplink.chain(
             fc.uplink.relative_to_last(), fc.uplink.clip_by_global_norm(0.2), fc.uplink.local_gaussian(0.1)
         ),
+        reducer=fc.uniform_mean(),
     ),
     "fedavg, centered thrice": lambda: fc.fedavg(
         softmax_loss, clipped_sgd, uplink=fc.uplink.relative_to_last(), reducer=fc.reduce.centered_mean(0.2, 3)

@@ -366,6 +366,15 @@ def test_a_run_that_begins_again_on_other_data_has_other_noise():
     assert SECRET.of("a").words().tolist() != SECRET.of("b").words().tolist() != SECRET.words().tolist()
 
 
+def test_a_secret_begins_one_run_and_resumes_it(tmp_path):
+    """The difference of two runs of the same noise on other data is what the noise hid."""
+    hidden, checkpoints = Secret.fresh(), fc.checkpoint.Checkpoints(tmp_path)
+    train(rounds=1, secret=hidden, checkpoints=checkpoints)
+    train(rounds=2, secret=hidden, checkpoints=checkpoints)
+    with pytest.raises(fc.InvalidInput, match="take another"):
+        train(rounds=1, secret=hidden)
+
+
 def test_local_noise_is_each_clients_own_and_changes_with_neither_width_nor_place():
     wide, narrow = (train(4.0, kind="local_gaussian", secret=SECRET, clients_per_chunk=width) for width in (1, 5))
     assert_close(wide.params, narrow.params)

@@ -65,7 +65,8 @@ def fedexp(noise_multiplier: float | Array | None = None, epsilon: float = 1e-3)
         else:
             total = report["squares"] + lattice.noise(ctx.key, report["squares"], on(ctx))
             squares = lattice.values(total, on(ctx).step / jnp.float32(ctx.denominator))
-        eta = jnp.maximum(1, squares / (2 * (jnp.square(tree.norm(aggregate)) + epsilon)))
+        short = jnp.square(tree.norm(aggregate)).astype(jnp.float32)
+        eta = jnp.maximum(1, squares / (2 * (short + epsilon)))
         return jax.tree.map(lambda x: tree.scaled(eta, x), aggregate), state, {"extrapolation": eta}
 
     link = Uplink(nothing, nothing, encode, decode, Promises(contracts=True, wire=Wire.KEEPS))
