@@ -128,16 +128,19 @@ def updates_in(directory):
 def test_a_private_run_keeps_its_key_until_it_is_complete_and_in_no_other_file(cli, tmp_path, monkeypatch):
     here, made = tmp_path / "here", os.urandom(32)
     monkeypatch.setattr(os, "urandom", lambda size: made[:size] if size == 32 else bytes(size))
-    seen = []
+    seen, modes = [], []
 
     def look(self, row):
         add(self, row)
         seen.append(((here / rundir.KEY).stat().st_mode & 0o777, leaks(here, made)[0]))
+        if (here / "checkpoints").exists():
+            modes.append((here / "checkpoints").stat().st_mode & 0o777)
 
     add = rundir.RunDirectory.add
     monkeypatch.setattr(rundir.RunDirectory, "add", look)
     out, _ = a_run(cli, here, 4, "--checkpoint_every=1")
     assert seen == [(0o600, [])] * 2
+    assert modes == [0o700]
     found, files = leaks(here, made)
     assert (found, files > 4) == ([], True)
     assert {path.name for path in here.iterdir()} == {
@@ -164,6 +167,11 @@ def test_a_private_run_keeps_its_key_until_it_is_complete_and_in_no_other_file(c
         f"error: --rounds=6: {here} is a private run that was complete after 2 rounds, and its secret key was removed, so "
         "no more can be added: name another --workdir.\n"
     )
+    kept = (here / "params.npz").read_bytes()
+    for damage, said in ((lambda file: file.write_bytes(kept[:-30]), "is damaged or missing"), (os.mkfifo, "is no file")):
+        (here / "params.npz").unlink()
+        damage(here / "params.npz")  # a pipe was waited for without end, SIGTERM or not
+        assert f"params.npz {said}" in a_run(cli, here, 4, "--checkpoint_every=1", code=2)[1]
     (here / "params.npz").unlink()
     assert "secret.key, from which the noise of 2 rounds was drawn, is gone" in a_run(cli, here, 4, code=2)[1]
 
