@@ -20,10 +20,9 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import binary, mutants, privacy, registry, run, spec
+from experiments import audited, binary, mutants, privacy, registry, run, spec
 from fedjax_clip import checks, files, tasks
 from fedjax_clip.keys import seeded
-from fedjax_clip.typing import InvalidInput
 
 FLAGS = flags.FLAGS
 
@@ -131,7 +130,8 @@ def summary(found: fc.privacy.Audit) -> str:
     verdict = "BROKEN: less private than accounted for" if found.broken else "nothing wrong found, which is no proof"
     return "\n".join(
         [
-            f"epsilon            [{found.audited:.3f}, {found.accounted:.3f}] audited and accounted, at delta {found.delta:g}",
+            f"epsilon            [{found.audited:.3f}, {found.accounted:.3f}] "
+            f"audited and accounted, at delta {found.delta:g}",
             f"neighbours         {NEIGHBOURS[found.neighbours]}",
             f"best attack        {found.attack}",
             f"estimator          {found.estimator}, at {FLAGS.confidence:.2%} over {found.attempts} attempts",
@@ -142,16 +142,17 @@ def summary(found: fc.privacy.Audit) -> str:
 
 HEAD = """# Planted faults
 
-`python -m experiments.audit --mutants=docs/audit.md` wrote this page: what [an audit](privacy.md#an-audit) says of faults
-that were planted, and of configurations that are right.
+`python -m experiments.audit --mutants=docs/audit.md` wrote this page: what [an audit](privacy.md#an-audit) says of
+faults that were planted, and of configurations that are right.
 """
 ROW = "| {} | {:.2f} | {:.2f} | {:g} | {} |"
 
 
 def audit_mutants(path: str) -> bool:
     """Audits all of ``mutants``, writes the table, and says whether it is as it should be."""
-    begun, counts, lines = time.monotonic(), {}, [HEAD]
-    for title, cases in (("Faults", mutants.MUTANTS), ("Right", mutants.right())):
+    begun, lines = time.monotonic(), [HEAD]
+    counts: dict[str, tuple[int, int]] = {}
+    for title, cases in (("Faults", mutants.MUTANTS), ("Right", audited.right())):
         lines += [f"\n## {title}\n", "| what | audited | accounted | at delta | found by |", "|---|---|---|---|---|"]
         broken = 0
         for name, case in cases.items():
@@ -165,9 +166,9 @@ def audit_mutants(path: str) -> bool:
     seconds = time.monotonic() - begun
     lines.insert(
         1,
-        f"{caught[0]} of {caught[1]} faults were found, and {wronged[0]} of {wronged[1]} right configurations were called "
-        f"broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {mutants.ROUNDS} rounds with each "
-        f"canary, and holds at {FLAGS.confidence:.2%}.",
+        f"{caught[0]} of {caught[1]} faults were found, and {wronged[0]} of {wronged[1]} right configurations were "
+        f"called broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {audited.ROUNDS} rounds with "
+        f"each canary, and holds at {FLAGS.confidence:.2%}.",
     )
     files.expanded(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(lines[1])

@@ -150,6 +150,7 @@ def claim(
     delta: float,
     private_seed: int | None,
     withheld: bool,
+    denominator: float | None = None,
 ) -> dict[str, Any]:
     """What a run claims, to be kept in its ``config.json``: ``statement`` says it in words.
 
@@ -160,6 +161,7 @@ def claim(
       delta: of epsilon.
       private_seed: what the secret key was made from, if it is known.
       withheld: whether metrics of clients' data are.
+      denominator: of the reducer; noise of a deployment of that size is the run's own.
     """
     shares = uplink.promises.noise is fc.uplink.Noise.SHARES
     size, everyone = f"{sampler.cohort_size:g}", sampler.cohort_size >= num_clients
@@ -175,7 +177,7 @@ def claim(
             seen = "who sees the sums of all rounds and no message, nor who took part, as a server does"
     return {
         "delta": delta,
-        "deployment": None if (of := uplink.promises.deployment) in (None, sampler.cohort_size) else float(of),
+        "deployment": None if (of := uplink.promises.deployment) in (None, denominator) else float(of),
         "protects": protects(uplink, sampler, num_clients),
         "from": seen,
         "noise": "the clients' own, a share of each" if shares else "the server's, on each round's sum",

@@ -230,6 +230,8 @@ def needed_reducer(link: fc.Uplink) -> str:
     """The name of the reducer without which a link says nothing; empty where any will do."""
     if link.promises.noise is uplink.Noise.SERVER:
         return "fixed_mean"
+    if link.promises.noise is uplink.Noise.CLIENT:
+        return "uniform_mean"
     return "modular_sum" if link.promises.grid else ""
 
 

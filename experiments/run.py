@@ -136,7 +136,8 @@ def main() -> None:
         config |= {"delta": FLAGS.delta, "private_metrics": FLAGS.private_metrics}
         config |= {} if FLAGS.private_seed is None else {"private_seed": FLAGS.private_seed}
         told = sampler, task.data.num_clients, FLAGS.delta, FLAGS.private_seed, withheld
-        claim = privacy.claim(uplink, *told)
+        assert algorithm.parts is not None  # as of all that flags can name
+        claim = privacy.claim(uplink, *told, algorithm.parts.reducer.denominator)
     if FLAGS.target_epsilon is not None:
         config |= {"target_epsilon": FLAGS.target_epsilon, "rounds": FLAGS.rounds}
         config["noise_multipliers"] = list(uplink.promises.noise_multipliers)

@@ -72,8 +72,8 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
 
     B is the number of examples in the batch, and C the clip's bound: it is said once. Guarantee: each step is a
     Gaussian mechanism of noise multiplier z for what one record adds; ``fc.privacy.record_epsilons`` says what that is
-    worth over a run. Examples count alike, whatever they weigh. A record whose gradient is not finite adds zero, noised
-    like any other: nothing shows it. Takes the memory of a batch of gradients.
+    worth over a run. Examples count alike: ``fc.train`` refuses data whose examples weigh differently. A record whose
+    gradient is not finite adds zero, noised like any other: nothing shows it. Takes the memory of a batch of gradients.
 
     As in ``fc.uplink.gaussian``, clipped gradients are truncated to whole steps of a lattice, and integer noise is
     added to their sum of integers, so that the guarantee holds for the bits that leave and not for real numbers only.
@@ -93,7 +93,8 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
 
     Source: Abadi et al. (2016), "Deep Learning with Differential Privacy", Algorithm 1; ``uplink/lattice.py``.
     """
-    checks.within("private_gradient: noise_multiplier", noise_multiplier, 0)
+    checks.positive("private_gradient: max_norm", max_norm, finite=True)
+    checks.within("private_gradient: noise_multiplier", noise_multiplier, 0, finite=True)
     clip = clipping.clip_by_global_norm(max_norm)
     clipped, silent = per_example_gradient(clip), lattice.is_zero(noise_multiplier)
 
@@ -112,4 +113,5 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
         mean = lattice.values(noised, steps.step / jnp.maximum(jnp.sum(present), 1))
         return optax.tree.cast_like(mean, params), report
 
+    gradient.counts_alike = True  # type: ignore[attr-defined] # ``fc.train`` refuses examples that weigh differently
     return gradient

@@ -15,7 +15,7 @@ import numpy as np
 from fedjax_clip import checks, classes, identity, interrupts, metrics, placement, reduce, tree
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.planning import LocalWork
-from fedjax_clip.data.population import FederatedData, check_fields, check_sets
+from fedjax_clip.data.population import FederatedData, check_alike, check_fields, check_sets
 from fedjax_clip.dispatch import Block, Dispatcher
 from fedjax_clip.local import batch_loss, examples_meet
 from fedjax_clip.secret import Secret
@@ -179,6 +179,8 @@ def train(
     checks.kind("secret", secret, Secret | None, "an fc.privacy.Secret, such as fc.privacy.Secret.fresh()")
     check_fields(data)
     check_named(algorithm, data.num_clients)
+    if getattr(getattr(algorithm.parts, "gradient", None), "counts_alike", False):
+        check_alike(data)
     kept = "the parameters and what all clients keep: fc.client_evaluator(...) makes one"
     for name, function, count, wanted in (
         ("evaluate", evaluate, 1, "the parameters: fc.evaluator(per_example_loss, sets) makes one"),
@@ -203,6 +205,8 @@ def train(
     suspected = algorithm.loss  # of labels that are no class
     if suspected is not None and classes.negative(data):
         classes.refuse_unknown(suspected, params, data)
+    if (made_of := algorithm.parts) and (made_of.uplink.promises.noise or made_of.reducer.hides):
+        suspected = None  # to stop in some round would show whom it drew
 
     run: dict[str, Any] = {} if checkpoints is None else identity.identify(algorithm, data, sampler, work, seed)
     if secret is not None:

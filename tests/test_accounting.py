@@ -253,3 +253,8 @@ def test_weights_that_a_private_gradient_would_ignore_are_refused():
     for solve in (privacy.record_epsilons, privacy.record_noise_multiplier):
         with pytest.raises(fc.InvalidInput, match="private_gradient counts all alike"):
             solve(4.0, weighted, *about)
+    algorithm = fc.fedavg(
+        lambda params, batch, key: batch["x"] @ params, optax.sgd(0.1), gradient=fc.private_gradient(1, 1)
+    )
+    with pytest.raises(fc.InvalidInput, match="private_gradient counts all alike"):
+        fc.train(algorithm, weighted, np.zeros(2, np.float32), rounds=1)

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedjax_clip as fc
 from fedjax_clip.data import draws
 
 # A chi-squared statistic with d degrees of freedom exceeds d + 5 sqrt(2 d) + 15 in fewer than one of 10^6 cases.
@@ -88,3 +89,9 @@ def test_uniform_draws_are_uniform_and_independent_of_their_neighbours():
     u = draws.uniform(3, np.arange(100_000))
     assert_uniform(np.histogram(u, 64, (0, 1))[0])
     assert abs(np.corrcoef(u[:-1], u[1:])[0, 1]) < 5 / np.sqrt(len(u))
+
+
+def test_a_draw_with_many_repetitions_ends():
+    """Of the first 32 draws of this round only 11 differ, where 12 are wanted."""
+    found = fc.sampling.uniform(12).sample(np.ones(24), seed=2336, round=1)
+    assert len(np.unique(found)) == 12

@@ -1,5 +1,6 @@
 """Links in an order that breaks a promise are refused when they are built, and the sentence says what to move where."""
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -46,6 +47,23 @@ BROKEN = {
         fc.reduce.modular_sum(8),
         "give it bits_noise",
     ),
+    "squares whose noise follows no mechanism": (
+        [clip, uplink.fedexp(8.0), uplink.gaussian(1.0, mechanism=fc.mechanism.toeplitz([0.1]))],
+        FIXED,
+        "give the noise no mechanism",
+    ),
+    "examples counted beside the clients' own noise": (
+        [clip, uplink.local_gaussian(1.0)],
+        fc.weighted_mean(),
+        "make uniform_mean the reducer",
+    ),
+    "the plain updates between the clip and the noise": ([uplink.with_bias(clip), noise], FIXED, "put a clip"),
+    "parts of which none has a bound": ([uplink.on_parts(noise, noise)], FIXED, "put a clip"),
+    "a bound of JAX's infinity under noise": (
+        [uplink.clip_by_global_norm(jnp.float32(np.inf)), noise],
+        FIXED,
+        "finite",
+    ),
     "a bound of infinity under noise": ([uplink.clip_by_global_norm(np.inf), noise], FIXED, "a finite bound"),
     "attackers behind the clip": ([clip, noise], fc.attacks.alie(FIXED, [0]), "in front of the clip"),
     "a robust rule under noise": ([clip, noise], fc.reduce.norm_bounded(1.0, FIXED), "make fixed_mean the reducer"),
@@ -63,6 +81,23 @@ def test_a_broken_order_is_refused_when_it_is_built(name):
     links, reducer, sentence = BROKEN[name]
     with pytest.raises(fc.InvalidInput, match=r"[.)]$") as caught:
         fc.fedavg(softmax_loss, optax.sgd(0.1), uplink=uplink.chain(*links), reducer=reducer)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: uplink.with_bias(uplink.chain(clip, uplink.local_gaussian(1.0))), "take with_bias out"),
+        (lambda: uplink.memory(uplink.fedexp(8.0)), "belong behind it"),
+        (lambda: fc.together(fc.homomorphic.ckks_mean(4), fc.uniform_mean()), "give each part a secure sum"),
+        (lambda: uplink.quantile_clip(np.inf, bits_noise=1.0), "finite"),
+        (lambda: uplink.gaussian(np.inf), "finite"),
+        (lambda: fc.private_gradient(np.inf, 1.0), "finite"),
+    ],
+)
+def test_what_no_order_could_mend_is_refused_at_once(build, sentence):
+    with pytest.raises(fc.InvalidInput, match=r"[.)]$") as caught:
+        build()
     assert sentence in str(caught.value)
 
 

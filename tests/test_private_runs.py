@@ -243,6 +243,14 @@ def test_the_epsilon_of_a_deployment_is_not_said_to_be_the_runs_own(cli):
     assert row["deployment_epsilon"] > 0
 
 
+def test_noise_of_the_samplers_cohort_is_the_runs_own_only_under_its_denominator():
+    """``fixed_mean(1)`` with ``noise_cohort=8`` and cohorts of 8 has an eighth of the noise."""
+    link = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.gaussian(1.0, noise_cohort=8))
+    told = link, fc.sampling.poisson(8), 100, 1e-5, None, True
+    assert privacy.claim(*told, 1.0)["deployment"] == 8
+    assert privacy.claim(*told, 8.0)["deployment"] is None
+
+
 class Killed(BaseException):
     """A kill, as far as one process can play it."""
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import test_pairs as pairs
-from problems import Run, parameters, population, softmax_loss
+from problems import Run, assert_identical, parameters, population, softmax_loss
 
 import fedjax_clip as fc
 from experiments import privacy as flags
@@ -302,6 +302,45 @@ def test_bounds_are_the_roots_of_sums_of_squares():
         assert bound_of(unbounded) is None
 
 
+SMALL = np.full(1000, 1.05e-19, "f4")  # whose squares are zero in float32, but for the first one's
+SMALL[0] = 1.1e-19
+UNBOUNDED = {  # links whose promised bound does not hold, for one reason or another, and what shows it
+    "normalised": (uplink.at_client(fc.clipping.normalised(1.0)), SMALL),
+    "smoothed": (uplink.at_client(fc.clipping.smoothed_clip(1.0, 1e-25)), SMALL),
+    "remembered": (uplink.memory(fc.clipping.smoothed_clip(1.0, 1e-25)), SMALL),
+    "narrow": (CLIP, jnp.asarray(np.linspace(1, 2, 7), jnp.bfloat16)),
+    "said": (uplink.at_client(optax.scale(5.0), bound=1.0), np.ones(1000, "f4")),
+    "of a part": (uplink.on_parts(CLIP), (np.ones(3, "f4"), np.full(1000, 5, "f4"))),
+}
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_noise_bounds_what_it_is_in_proportion_to_whatever_a_link_promises(name, noise):
+    """Old code sent 32 times the bound of a thousand coordinates: sensitivity, and so epsilon, were on no scale."""
+    first, update = UNBOUNDED[name]
+    update, key = jax.tree.map(jnp.asarray, update), jax.random.key(0)
+    link = uplink.chain(first, uplink.gaussian(1.0) if noise == "gaussian" else uplink.discrete_gaussian(0.0))
+    ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, threshold=3)
+    message, _, _ = link.encode(update, link.init(update), link.init_client(update), ctx)
+    if noise == "gaussian":
+        most = float(uplink.lattice.lattice(1.0, 1.0, 4.0).levels)
+    else:
+        message = jax.tree.map(lambda x: x.view(jnp.int32), message)
+        most = float(link.promises.grid(fc.tree.size(update), 4.0, 3).l2)
+    assert length(message) <= most
+    if name != "remembered":
+        assert length(message) >= 0.99 * most  # and no shorter than it must be
+
+
+@pytest.mark.parametrize("bare", ["server", "client", "shares"])
+def test_a_part_of_a_message_without_noise_does_not_travel_beside_one_with_it(bare):
+    """Parameters may be a tuple: then ``on_parts`` of one link would let all but their first leave as they are."""
+    link, parts = uplink.on_parts(BARE[bare]), (jnp.ones(3), jnp.ones(3))
+    with pytest.raises(fc.InvalidInput, match="a link for each part"):
+        link.encode(parts, link.init(parts), link.init_client(parts), None)
+
+
 IN_ORDER = {
     "relative": uplink.relative_to_last(),
     "clip": CLIP,
@@ -337,6 +376,24 @@ def test_a_round_of_nobody_looks_like_any_other_whatever_the_order_of_links():
         assert all(np.all(np.asarray(x) != 0) and np.all(np.isfinite(x)) for x in jax.tree.leaves(update)), names
         seen += 1
     assert seen > 30
+
+
+def test_what_clients_report_beside_their_messages_moves_nothing_that_is_kept_or_sent():
+    """Under the server's noise, but for bits and squares that are noised themselves; nor does how many came."""
+    params, key, seen = {"w": jnp.ones(5), "b": jnp.ones(3)}, jax.random.key(7), 0
+    for names, link in orders():
+        if {"quantile", "fedexp"} & set(names):
+            continue
+        state = link.init(params)
+        ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, share=jnp.float32(0.5))
+        sent, _, report = link.encode(params, state, link.init_client(params), ctx)
+        report, absurd = fc.metrics.finish(report), jax.tree.map(lambda x: x * 0 + 1e9, fc.metrics.finish(report))
+        server = ctx._replace(client_id=jnp.int32(-1), weight=jnp.float32(1))
+        honest = link.decode(sent, state, report, server)[:2]
+        other = link.decode(sent, state, absurd, server._replace(weight=jnp.float32(7)))[:2]
+        assert_identical(honest, other)
+        seen += 1
+    assert seen > 10
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedsgd", "feddyn", "partially_private", "fedbuff", "scaffold"])

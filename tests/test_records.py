@@ -75,6 +75,25 @@ def test_each_client_is_charged_for_its_own_passes(work, passes):
     np.testing.assert_allclose(actual, expected)
 
 
+def test_a_secret_runs_cohorts_are_counted_and_not_the_public_seeds():
+    """Else a client that the run drew seven times is charged for the three of another run."""
+    secret, sampler, spent = privacy.Secret.of_seed(5), sampling.uniform(2), []
+    drawn = np.concatenate([sampler.draw(DATA.sizes, secret.seed(), r) for r in range(9)])
+    for client in range(DATA.num_clients):
+        uses = int(np.sum(drawn == client))
+        spent.append(privacy.epsilon(Z, sampling.uniform(1), 1, uses, 1e-5) if uses else 0)
+    counted = privacy.record_epsilons(Z, DATA, fc.LocalWork(4), sampler, 9, 1e-5, secret=secret)
+    np.testing.assert_allclose(counted, spent)
+    assert np.any(counted != privacy.record_epsilons(Z, DATA, fc.LocalWork(4), sampler, 9, 1e-5))
+
+
+def test_batches_of_a_clients_own_size_are_counted():
+    own = fc.LocalWork(fc.speeds.BatchSizes(lambda ids, seed: np.full(len(ids), 4), 4), epochs=2)
+    about = DATA, fc.LocalWork(4, epochs=2), sampling.uniform(2), 5, 1e-5
+    expected = privacy.record_epsilons(Z, *about)
+    np.testing.assert_allclose(privacy.record_epsilons(Z, about[0], own, *about[2:]), expected)
+
+
 @pytest.mark.parametrize("work", [fc.LocalWork(4, epochs=2), fc.LocalWork(4, steps=5)])
 def test_a_record_is_used_no_more_often_than_it_is_charged_for(work):
     ids = np.arange(DATA.num_clients)

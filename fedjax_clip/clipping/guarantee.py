@@ -1,5 +1,6 @@
 """The L2 norm that nothing which leaves a clip exceeds: what noise behind the clip is in proportion to."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -49,8 +50,13 @@ def bound_by_groups(rule: Rule, norm: Norm, scope: Scope, shape: Shape) -> Bound
         return None
 
     def l2_bound(like: PyTree) -> Array:
-        squares = [jnp.square(of_group(k)) * n * widest(size) ** 2 for k, (n, size) in group_sizes(scope, like).items()]
-        return jnp.sqrt(sum(jnp.asarray(s, jnp.float32) for s in squares))
+        sizes = group_sizes(scope, like)
+        thresholds = {k: jnp.asarray(of_group(k), jnp.float32) for k in sizes}
+        unit = functools.reduce(jnp.maximum, thresholds.values(), jnp.float32(0))  # whose square float32 may not hold
+        squares = [
+            jnp.square(thresholds[k] / tree.or_one(unit)) * n * widest(size) ** 2 for k, (n, size) in sizes.items()
+        ]
+        return unit * jnp.sqrt(sum(squares, jnp.float32(0)))
 
     return l2_bound
 

@@ -229,7 +229,7 @@ def fixed(threshold: float | Array | Mapping[str, float]) -> Rule:
     values = [*threshold.values()] if isinstance(threshold, Mapping) else [threshold]
     for value in values:
         checks.positive("A clip's threshold", value)
-    known = of if all(isinstance(value, jax.Array) or math.isfinite(value) for value in values) else None
+    known = of if all(isinstance(value, jax.core.Tracer) or math.isfinite(value) for value in values) else None
     return Rule(
         lambda norms: (), lambda norms, state, _: ({k: jnp.asarray(of(k)) for k in norms}, state), threshold=known
     )

@@ -210,8 +210,7 @@ def clip_by_value(max_value: float | Array) -> optax.GradientTransformationExtra
     checks.positive("clip_by_value: max_value", max_value)
     made = watch(optax.clip(max_value), lambda updates: ~(optax.tree.norm(updates, ord=jnp.inf) <= max_value))
     limit = guarantee.bound_by_groups(parts.fixed(max_value), parts.l2(), parts.element(), parts.hard())
-    assert limit is not None
-    return guarantee.bounded(made, limit)
+    return made if limit is None else guarantee.bounded(made, limit)
 
 
 def auto_clip(percent: float | Array = 10.0, window: int = 1000) -> optax.GradientTransformationExtraArgs:

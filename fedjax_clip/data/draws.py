@@ -54,12 +54,13 @@ def choose(count: int, size: int, *words: Word) -> np.ndarray:
     """
     if 2 * count > size:
         return np.argsort(mix(*words, np.arange(size)), kind="stable")[:count]
-    drawn = np.zeros(0, np.int64)
-    while len(drawn) < count:
-        more = uniform(*words, np.arange(len(drawn) + 2 * (count - len(drawn)) + 8)) * size
-        values, first = np.unique(more.astype(np.int64), return_index=True)
-        drawn = values[np.argsort(first)]
-    return drawn[:count]
+    tried = 2 * count + 8
+    while True:
+        drawn = uniform(*words, np.arange(tried)) * size
+        values, first = np.unique(drawn.astype(np.int64), return_index=True)
+        if len(values) >= count:
+            return values[np.argsort(first)][:count]
+        tried *= 2  # not fewer than before, which would go on for ever
 
 
 def shuffles(sizes: np.ndarray, *words: np.ndarray | int) -> np.ndarray:

@@ -271,6 +271,22 @@ def as_array(name: str, x: Any) -> np.ndarray:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
+def check_alike(data: FederatedData) -> None:
+    """Refuses examples of different weights, where all of them count alike.
+
+    Args:
+      data: that ``fc.private_gradient`` is to be taken of.
+
+    Raises:
+      InvalidInput: some examples weigh more than others.
+    """
+    if data.weights is not None and np.any((weights := data.weights[data.weights > 0]) != weights[:1]):
+        raise InvalidInput(
+            "The data's examples weigh differently, and private_gradient counts all alike: it would train on another "
+            "objective than is meant. Give it data without weights (class weights, too)."
+        )
+
+
 def check_fields(data: FederatedData) -> None:
     """Refuses examples that a device cannot hold, or would hold as other numbers.
 

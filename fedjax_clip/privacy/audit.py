@@ -12,13 +12,12 @@ from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.privacy import scores
 from fedjax_clip.privacy.accounting import epsilon as epsilon_of
+from fedjax_clip.privacy.canaries import HUGE, Build, Stage, Trial
 from fedjax_clip.privacy.distributed import distributed
 from fedjax_clip.privacy.gaussians import together
 from fedjax_clip.privacy.participation import Separated
-from fedjax_clip.privacy.canaries import HUGE, Build, Stage, Trial
 from fedjax_clip.typing import Algorithm, InvalidInput, Params
 from fedjax_clip.uplink.promises import Noise
-
 
 DELTAS = 0.01, 0.1, 0.3  # at which a claim must hold, too: together they bound the whole trade-off curve
 
@@ -98,14 +97,14 @@ def audit(
     guesses the coin. How often it is right bounds epsilon from below, whatever the mechanism: over the accountant's
     epsilon the implementation is broken, and under it nothing is proved. All replays are lanes of one compiled program.
 
-    Yours are the algorithm and all that it is built of but its two optimisers, the sampler, and the number of clients
-    and rounds. The audit's are the model (a few numbers, unless ``params`` says otherwise), the data, the loss (linear)
-    and plain SGD on both sides: privacy must hold whatever clients send, and what the server does afterwards is its own.
+    Yours are the algorithm with all that it is built of, but for its two optimisers; the sampler; the number of clients
+    and rounds. The audit's are the model (a few numbers, unless ``params`` says otherwise), the data, a linear loss and
+    plain SGD on both sides: privacy must hold whatever clients send, and whatever the server does afterwards.
 
     Canaries: a huge update or none; the same where the others send nothing; an update that is not finite. Scores: the
-    likelihood ratio under the claimed noise, Fisher's discriminant of all that is seen, and values that come back to
-    the last bit. Bounds: Clopper and Pearson's, those of Gaussian DP where that is claimed, and those for one run with
-    several canaries. The confidence is shared among all of them (Bonferroni).
+    likelihood ratio under the claimed noise, Fisher's discriminant of all that is seen, numbers that lie where none
+    can, and numbers that come back to the last bit. Bounds: Clopper and Pearson's at several deltas, and one for runs
+    with several canaries. The confidence is shared among all of them (Bonferroni).
 
     Args:
       build: ``(loss, client_tx, server_tx) -> Algorithm``, such as ``functools.partial(fc.fedavg, uplink=...,
@@ -140,7 +139,10 @@ def audit(
     "Adversary Instantiation"; Andrew et al. (2024), "One-shot Empirical Privacy Estimation for Federated Learning", for
     canaries of one direction.
     """
-    num_clients, rounds = checks.count("num_clients", num_clients, most=10**6), checks.count("rounds", rounds, most=1000)
+    num_clients, rounds = (
+        checks.count("num_clients", num_clients, most=10**6),
+        checks.count("rounds", rounds, most=1000),
+    )
     replays, seed = checks.count("replays", replays, 100, 10**7), checks.seed("seed", seed)
     checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
     checks.fraction("delta", delta)
@@ -173,8 +175,8 @@ def audit(
             by, bound = scores.one_run(*pooled, significance, delta, claim.gaussian, seed)
             found.append(outcome(bound, delta, f"{trial.name}; likelihood ratio", by))
             continue
-        for name, *judged in scores.scores(seen, law):
-            bounds = [(at, scores.bound(*judged, significance, at, seed)) for at in deltas]
+        for name, score, there in scores.scores(seen, law):
+            bounds = [(at, scores.bound(score, there, significance, at, seed)) for at in deltas]
             found += [outcome(bound, at, f"{trial.name}; {name}", "Clopper-Pearson") for at, bound in bounds]
     return max(found, key=lambda audit: (audit.broken, audit.delta == delta, audit.audited - audit.accounted))
 

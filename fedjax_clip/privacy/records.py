@@ -4,11 +4,11 @@ import numpy as np
 
 from fedjax_clip import checks
 from fedjax_clip.data.planning import LocalWork
-from fedjax_clip.data.population import FederatedData
+from fedjax_clip.data.population import FederatedData, check_alike
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.privacy.accounting import epsilon, noise_multiplier
 from fedjax_clip.privacy.participation import Separated
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.secret import Secret
 
 
 def record_epsilons(
@@ -20,6 +20,7 @@ def record_epsilons(
     delta: float,
     seed: int = 0,
     accountant: str = "auto",
+    secret: Secret | None = None,
 ) -> np.ndarray:
     """``[M]``: each client's epsilon for one of its records, under ``fc.private_gradient(C, noise_multiplier)``.
 
@@ -38,6 +39,7 @@ def record_epsilons(
       delta: probability outside the guarantee.
       seed: the run's.
       accountant: as for ``epsilon``.
+      secret: the run's, if it has one: cohorts are drawn from it, and others would be counted without it.
 
     Raises:
       InvalidInput: a clock, which draws cohorts as it runs; data whose examples weigh differently, which
@@ -48,7 +50,7 @@ def record_epsilons(
 
     Source: Abadi et al. (2016), Algorithm 1, at each client; Mironov (2017) for the composition.
     """
-    uses = _uses(data, work, sampler, rounds, seed)
+    uses = _uses(data, work, sampler, rounds, seed, secret)
     spent = {
         int(n): epsilon(noise_multiplier, Separated(1), 1, int(n), delta, accountant) if n else 0.0
         for n in np.unique(uses)
@@ -65,12 +67,13 @@ def record_noise_multiplier(
     delta: float,
     seed: int = 0,
     accountant: str = "auto",
+    secret: Secret | None = None,
 ) -> float:
     """The least noise multiplier (to 1e-4) with which no client's ``record_epsilons`` exceed ``target_epsilon``.
 
     Args:
       target_epsilon: for a record of the client that makes most passes.
-      data, work, sampler, rounds, delta, seed, accountant: as for ``record_epsilons``.
+      data, work, sampler, rounds, delta, seed, accountant, secret: as for ``record_epsilons``.
 
     Raises:
       InvalidInput: as ``record_epsilons``; a target that no noise up to 10,000 reaches.
@@ -79,23 +82,23 @@ def record_noise_multiplier(
       >>> z = fc.privacy.record_noise_multiplier(2.0, data, fc.LocalWork(20), fc.sampling.uniform(8), 50, delta=1e-5)
       >>> gradient = fc.private_gradient(1.0, z)
     """
-    most = int(_uses(data, work, sampler, rounds, seed).max())
+    most = int(_uses(data, work, sampler, rounds, seed, secret).max())
     return noise_multiplier(target_epsilon, Separated(1), 1, most, delta, accountant)
 
 
-def _uses(data: FederatedData, work: LocalWork, sampler: Sampler, rounds: int, seed: int) -> np.ndarray:
+def _uses(
+    data: FederatedData, work: LocalWork, sampler: Sampler, rounds: int, seed: int, secret: Secret | None
+) -> np.ndarray:
     """``[M]``: passes over its records that each client makes in all its rounds."""
     checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
     checks.kind("data", data, FederatedData, "a FederatedData")
     checks.kind("work", work, LocalWork, "an fc.LocalWork")
-    if data.weights is not None and np.any((weights := data.weights[data.weights > 0]) != weights[:1]):
-        raise InvalidInput(
-            "The data's examples weigh differently, and private_gradient counts all alike: it would train on another "
-            "objective than is meant. Give it data without weights (class weights, too)."
-        )
+    check_alike(data)
     rounds = checks.count("rounds", rounds, 0)
     clients = np.arange(data.num_clients)
-    drawn = [sampler.draw(data.sizes, seed, round) for round in range(rounds)]
+    checks.kind("secret", secret, Secret | None, "an fc.privacy.Secret, or None")
+    drawn_from = seed if secret is None else secret.seed()
+    drawn = [sampler.draw(data.sizes, drawn_from, round) for round in range(rounds)]
     took_part = np.bincount(np.concatenate([*drawn, clients[:0]]), minlength=data.num_clients)
-    a_pass = -(-data.sizes // (data.sizes if work.batch_size is None else work.batch_size))
+    a_pass = -(-data.sizes // work.batch_sizes(clients, data.sizes, seed))
     return took_part * -(-work.num_steps(clients, data.sizes, seed) // a_pass)

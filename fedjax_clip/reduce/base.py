@@ -152,11 +152,18 @@ def together(*reducers: Reducer) -> Reducer:
     Args:
       reducers: one for each part of a message, in order.
 
+    Raises:
+      InvalidInput: what is no reducer; a secure sum beside what is none.
+
     Example:
       >>> reducer = fc.together(fc.weighted_mean(), fc.uniform_mean())  # for messages (update, change)
     """
     for reducer in reducers:
         checks.kind("A reducer", reducer, Reducer, "one such as fc.uniform_mean()")
+    if any(r.hides for r in reducers) and not all(r.hides for r in reducers):
+        raise InvalidInput(
+            "A part of the message would be in a secure sum and another one in the clear: give each part a secure sum."
+        )
 
     def zero(message, roster):
         return tuple(r.zero(m, roster) for r, m in zip(reducers, message, strict=True))
@@ -173,6 +180,7 @@ def together(*reducers: Reducer) -> Reducer:
         add=add,
         finish=finish,
         linear=all(r.linear for r in reducers),
+        weighted=any(r.weighted for r in reducers),
         fewest=max(r.fewest for r in reducers),
         hides=next((r.hides for r in reducers if r.hides), ""),
         forges=next((r.forges for r in reducers if r.forges), ""),

@@ -132,7 +132,8 @@ class Client:
         self._seed = os.urandom(32)
         graph, near = (None, None) if neighbours is None else neighbours
         self._near = None if graph is None else {self.number, *graph}
-        self._shares_needed = threshold if check_neighbourhood(near) is None else near.threshold
+        near = check_neighbourhood(near)
+        self._shares_needed = threshold if near is None else near.threshold
 
     @_in(Stage.ADVERTISE, Stage.SHARE)
     def advertise(self) -> Keys:

@@ -269,7 +269,8 @@ def on_parts(*links: Uplink) -> Uplink:
       links: for the first part, the second, ...
 
     Raises:
-      InvalidInput: noise, or a mechanism, on one of the parts and not on another; several parts on an integer grid.
+      InvalidInput: noise, or a mechanism, on one of the parts and not on another; several parts on an integer grid;
+        (when a round is traced) parts without a link beside noise or a grid.
 
     Example:
       >>> link = fc.uplink.on_parts(fc.uplink.clip_by_global_norm(1.0))  # for messages (update, change)
@@ -289,6 +290,12 @@ def on_parts(*links: Uplink) -> Uplink:
         return ctx if part == 0 else _at(ctx, -part)
 
     def encode(message, state, client_state, ctx):
+        if (promises.noise or promises.grid) and len(message) != count:
+            raise InvalidInput(
+                f"The message has {len(message)} parts, of which {count} have a link with noise or a grid, so that the "
+                "others would travel without: give on_parts a link for each part, or one link for all of them without "
+                "on_parts."
+            )
         sent, states = [], []
         report: Metrics = {}
         packed: dict[str, list[Any]] = {name: [] for name in SENT}

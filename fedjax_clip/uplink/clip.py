@@ -86,7 +86,7 @@ def quantile_clip(
     (2023), "Exploring the Limits of Differentially Private Deep Learning with Group-wise Clipping", sections 3 and 4,
     for groups and the allocation of noise among them.
     """
-    checks.positive("quantile_clip: initial", initial)
+    checks.positive("quantile_clip: initial", initial, finite=True)
     _check_quantile("quantile_clip", target_unclipped_quantile, rate)
     if bits_noise is not None:
         checks.within("quantile_clip: bits_noise", bits_noise, 0, finite=True)

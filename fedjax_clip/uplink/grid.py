@@ -13,6 +13,7 @@ from fedjax_clip.compression import hadamard, random_signs
 from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink import discrete
 from fedjax_clip.uplink.base import Context, Uplink, nothing
+from fedjax_clip.uplink.lattice import bounded
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM, NO_BOUND
 from fedjax_clip.uplink.promises import Noise, Promises
 
@@ -124,17 +125,17 @@ def skellam(noise_multiplier: float | Array, bits: int = 32, rotate: bool = Fals
 def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
     if (bits := checks.count("bits", bits)) not in TYPES:
         raise InvalidInput(f"An integer grid has 8, 16 or 32 bits, not {bits!r}.")
-    checks.within("noise_multiplier", z, 0)
+    checks.within("noise_multiplier", z, 0, finite=True)
     unsigned, signed = TYPES[bits]
     layout = functools.partial(_layout, bits=bits, rotate=rotate, noise=noise, z=z)
 
     def encode(update, state, client_state, ctx):
         x, restore = tree.ravel(update)
-        x = tree.wide(x)
-        grid, step = _of(layout, x.size, ctx)
+        grid, _ = _of(layout, x.size, ctx)
+        x = bounded(x, ctx.bound)
         x = _rotated(x, ctx.round_key) if rotate else x
         rounding, noising = jax.random.split(ctx.key)
-        steps = _rounded(jnp.where(jnp.isfinite(x), x / step.astype(x.dtype), 0), rounding, grid.l2 if noise else None)
+        steps = _rounded(x * jnp.float32(grid.levels), rounding, grid.l2 if noise else None)
         if noise == "gaussian":
             steps += discrete.discrete_gaussian(noising, x.shape, grid.stddev)
         elif noise == "skellam":

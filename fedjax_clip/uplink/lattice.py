@@ -19,9 +19,9 @@ Such rounding commutes with adding whole steps. So a release IS the Gaussian mec
 standard deviation z C, processed: each accountant of Gaussian mechanisms holds as it is, with sampling, over rounds.
 
 **What is lost.** Each of two draws is 2^-95 from its distribution, by the table. With those factors it is under 1e-28 a
-coordinate, so that a thousand rounds of a million coordinates add 1e-19 to delta. float32 measures norms and shortens
-messages, in clips and here; so messages are made shorter by 1e-5, and by one part in 2^7 more in bfloat16 (2^10 in
-float16), to make up for its errors. And all of it is only as random as the bits of the key.
+coordinate, so that a thousand rounds of a million coordinates add 1e-19 to delta. Each message is measured here once
+more, whatever clip stands in front, and shortened to C; and by 1e-5 more, to make up for float32's errors. And all of
+it is only as random as the bits of the key.
 
 Source: Canonne, Kamath and Steinke (2020), "The Discrete Gaussian for Differential Privacy"; Mironov (2012), "On
 Significance of the Least Significant Bits for Differential Privacy"; Micciancio and Walter (2017), "Gaussian Sampling
@@ -113,15 +113,27 @@ def _width(spread: Any) -> Any:
 
 
 def truncated(messages: PyTree, on: Lattice) -> PyTree:
-    """Whole steps, int32, none of them longer than what they stand for; zero for what is no number."""
+    """Whole steps, int32, none of them longer than what they stand for; zero for what is no number.
 
-    def truncate(x: Array) -> Array:
-        narrow = float(jnp.finfo(x.dtype).eps) if x.dtype.itemsize < 4 else 0.0
-        levels = on.levels * jnp.where(on.noisy, 1 - MARGIN - narrow, 1)
-        steps = x.astype(jnp.float32) / on.bound * levels
-        return jnp.where(jnp.isnan(steps), 0, jnp.clip(steps, -ROOM, ROOM)).astype(jnp.int32)
+    Together they are no more than ``levels``, whatever the links in front have promised of the message.
+    """
+    levels = on.levels * jnp.where(on.noisy, 1 - MARGIN, 1)
+    return jax.tree.map(lambda x: (x * levels).astype(jnp.int32), bounded(messages, on.bound))
 
-    return jax.tree.map(truncate, messages)
+
+def bounded(messages: PyTree, bound: Array) -> PyTree:
+    """float32 ``messages / bound``, shortened to a norm of 1 where it is more; zeros for what is no number.
+
+    Noise is in proportion to the bound, and this norm alone is what its sensitivity rests on: not how well a clip has
+    measured (in half precision, or numbers whose squares are zero in float32), nor what a link promises.
+    """
+
+    def finite(x: Array) -> Array:
+        return jnp.where(jnp.isfinite(x), x, 0)
+
+    units = jax.tree.map(lambda x: finite(x.astype(jnp.float32) / bound), messages)
+    longer = jnp.maximum(tree.norm(units), 1).astype(jnp.float32)
+    return jax.tree.map(lambda x: finite(x / longer), units)
 
 
 def noise(key: Array, like: PyTree, on: Lattice) -> PyTree:

@@ -7,7 +7,7 @@ import optax
 from fedjax_clip import checks, tree
 from fedjax_clip.typing import Array, InvalidInput
 from fedjax_clip.uplink.base import Uplink, at_client, nothing
-from fedjax_clip.uplink.promises import Wire
+from fedjax_clip.uplink.promises import Noise, Wire
 
 
 def memory(
@@ -51,7 +51,7 @@ def memory(
     checks.within("momentum", momentum, 0, 1)
     checks.within("step", step, 0, 1)
     link = tx if isinstance(tx, Uplink) else at_client(tx)
-    if link.promises.wire is Wire.SUMS or link.promises.noise:
+    if link.promises.wire is Wire.SUMS or link.promises.noise or link.promises.noise_multipliers:
         raise InvalidInput("memory keeps what was sent of each update: noise and sketches belong behind it.")
 
     averages = isinstance(momentum, jax.Array) or momentum != 1
@@ -121,7 +121,10 @@ def with_bias(link: Uplink) -> Uplink:
     simulation, so a round takes a second accumulator of the parameters' size.
 
     Args:
-      link: any link or chain.
+      link: any link or chain; the server's noise belongs into it.
+
+    Raises:
+      InvalidInput: a link on an integer grid, or with the clients' own noise.
 
     Example:
       >>> link = fc.uplink.with_bias(fc.uplink.quantile_clip(0.1))
@@ -141,6 +144,9 @@ def with_bias(link: Uplink) -> Uplink:
 
     if link.promises.grid is not None:
         raise InvalidInput("with_bias sends the plain updates, too, which no secure sum adds: take the grid out of it.")
-    bound = link.promises.bound
-    of_message = None if bound is None else lambda state, like: bound(state, like[0])
-    return link._replace(encode=encode, decode=decode).promising(bound=of_message)
+    if link.promises.noise is Noise.CLIENT:
+        raise InvalidInput(
+            "with_bias sends the plain updates, too, from which each client's own noise is to protect it: take "
+            "with_bias out, or study the bias without that noise."
+        )
+    return link._replace(encode=encode, decode=decode).promising(bound=None, contracts=False)  # of the plain updates

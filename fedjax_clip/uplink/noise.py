@@ -59,7 +59,7 @@ def gaussian(
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", Algorithm 1; Kairouz et
     al. (2021), DP-FTRL; Mironov (2012) and Canonne, Kamath and Steinke (2020) for the lattice.
     """
-    checks.within("gaussian: noise_multiplier", noise_multiplier, 0)
+    checks.within("gaussian: noise_multiplier", noise_multiplier, 0, finite=True)
     if noise_cohort is not None:
         checks.positive("gaussian: noise_cohort", noise_cohort)
     checks.kind("gaussian: mechanism", mechanism, Mechanism | None, "one such as fc.mechanism.tree(64)")
@@ -126,7 +126,7 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
 
     Source: Dwork and Roth (2014), section 12.1 (the local model) and appendix A (the Gaussian mechanism).
     """
-    checks.within("local_gaussian: noise_multiplier", noise_multiplier, 0)
+    checks.within("local_gaussian: noise_multiplier", noise_multiplier, 0, finite=True)
     silent = lattice.is_zero(noise_multiplier)
 
     def on(ctx):

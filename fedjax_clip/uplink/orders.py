@@ -40,6 +40,11 @@ def check_chain(links: Sequence[Promises]) -> None:
             f"{moves}'s bound moves from round to round, and noise that is correlated over rounds is in proportion to "
             "one that does not: put clip_by_global_norm in its place, or give the noise no mechanism."
         )
+    if trusts and any(link.mechanism for link in links):
+        raise InvalidInput(
+            f"{trusts}'s noise is drawn anew in each round, and beside a mechanism all noise is accounted for as if it "
+            f"followed that: take {trusts} out, or give the noise no mechanism."
+        )
     if any(link.grid for link in links) and any(link.noise for link in links if not link.grid):
         raise InvalidInput(
             "Noise beside an integer grid: let the clients add theirs on it, by discrete_gaussian(z) or skellam(z) as "
@@ -102,6 +107,11 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
             promises.leaks
             or f"{promises.trusts} tells the server single clients' bits, which the secure sum hides: put "
             "clip_by_global_norm in its place."
+        )
+    if promises.noise is Noise.CLIENT and reducer.weighted:
+        raise InvalidInput(
+            "A weighted mean needs each client's number of examples, which clients tell the server without the noise "
+            "that is to protect them from it: make uniform_mean the reducer."
         )
     if reducer.forges and promises.noise in (Noise.SERVER, Noise.SHARES):
         raise InvalidInput(

@@ -148,6 +148,7 @@ def beside(parts: Sequence[Promises]) -> Promises:
     return dataclasses.replace(
         joined(parts),
         bound=None if None in bounds else bound_of_all,
+        needs_bound=any(p.needs_bound for p in parts),
         wire=Wire.CHANGES if len({p.wire for p in parts}) > 1 else parts[0].wire,
     )
 
