@@ -221,7 +221,7 @@ class RunDirectory:
         """
         if self._keeps_key:
             for name in ("config.json", "metrics.jsonl", "params.npz"):
-                files.sync(self.path / name)
+                files.sync(files.regular(self.path / name))
             secrets.remove(self.path / KEY)
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
@@ -229,7 +229,7 @@ class RunDirectory:
         """The parameters at the end, by name."""
         file = files.regular(self.path / "params.npz")
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
                 return dict(arrays)
         except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, MemoryError):
             raise InvalidInput(

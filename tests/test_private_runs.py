@@ -93,7 +93,11 @@ def a_run(cli, directory, size, *flags, code=0):
     """A private run on data of its own in ``directory``; what it says."""
     x = np.random.default_rng(size).normal(size=(6 * size, DIM))
     np.savez(directory.with_suffix(".npz"), x=x, y=np.arange(6 * size) % 2, offsets=np.arange(0, 6 * size + 1, size))
-    task = f"--task=npz({str(directory.with_suffix('.npz'))!r}, hidden=())", "--cohort_size=2", "--sampler=poisson"
+    task = (
+        f"--task=npz({str(directory.with_suffix('.npz'))!r}, hidden=(), classes=2)",
+        "--cohort_size=2",
+        "--sampler=poisson",
+    )
     private = "--delta=0.01", "--uplink=clip_by_global_norm(0.3)|gaussian(8.0)", "--eval_every=2", "--rounds=2"
     found, out, err = cli(*task, *private, *flags, f"--workdir={directory}")
     assert found == code, err
@@ -106,7 +110,7 @@ MOST = 2 * 0.3 * 6 / 2  # the norm of two rounds' updates, if six clients took p
 def updates_in(directory):
     """F1 on a directory: for each whole number in its configuration, the updates' sum if all noise came from it."""
     config = json.loads((directory / "config.json").read_text())["config"]
-    task = fc.tasks.npz(re.search("'(.*)'", config["task"])[1], hidden=())
+    task = fc.tasks.npz(re.search("'(.*)'", config["task"])[1], hidden=(), classes=2)
     links = privacy.chain(config["uplink"], None)
     here = fc.fedavg(task.per_example_loss, optax.sgd(0.1), uplink=links, reducer=fc.fixed_mean(config["cohort_size"]))
     start = jax.tree.map(np.asarray, task.init(keys.seeded(config["seed"])))
@@ -168,7 +172,10 @@ def test_a_private_run_keeps_its_key_until_it_is_complete_and_in_no_other_file(c
         "no more can be added: name another --workdir.\n"
     )
     kept = (here / "params.npz").read_bytes()
-    for damage, said in ((lambda file: file.write_bytes(kept[:-30]), "is damaged or missing"), (os.mkfifo, "is no file")):
+    for damage, said in (
+        (lambda file: file.write_bytes(kept[:-30]), "is damaged or missing"),
+        (os.mkfifo, "is no file"),
+    ):
         (here / "params.npz").unlink()
         damage(here / "params.npz")  # a pipe was waited for without end, SIGTERM or not
         assert f"params.npz {said}" in a_run(cli, here, 4, "--checkpoint_every=1", code=2)[1]
