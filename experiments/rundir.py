@@ -10,6 +10,8 @@ import platform
 import shutil
 import sys
 import threading
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -59,9 +61,10 @@ class RunDirectory:
         self.path = files.expanded(path)
         self.config = dict(config)
         self.rounds, self.explicit, self.held_out = rounds, explicit, dict(held_out or {})
-        self.checkpoints = fc.checkpoint.Checkpoints(self.path / "checkpoints")
         self.claim = None if claim is None else dict(claim)
         self._keeps_key = claim is not None and claim["private_seed"] is None
+        mode = 0o700 if self._keeps_key else 0o777  # they hold noise that is to be taken back, and what clients keep
+        self.checkpoints = fc.checkpoint.Checkpoints(self.path / "checkpoints", mode=mode)
         self.about = self.extends = ""
         self._events: Any = None
         self._rows: Any = None
@@ -218,14 +221,20 @@ class RunDirectory:
         """
         if self._keeps_key:
             for name in ("config.json", "metrics.jsonl", "params.npz"):
-                files.sync(self.path / name)
+                files.sync(files.regular(self.path / name))
             secrets.remove(self.path / KEY)
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
     def params(self) -> dict[str, np.ndarray]:
         """The parameters at the end, by name."""
-        with np.load(self.path / "params.npz") as arrays:
-            return dict(arrays)
+        file = files.regular(self.path / "params.npz")
+        try:
+            with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, MemoryError):
+            raise InvalidInput(
+                f"{file} is damaged or missing: put it back, or remove {self.path} to train anew."
+            ) from None
 
     def rows(self) -> list[fc.training.Row]:
         """All whole rows on disk, in order."""

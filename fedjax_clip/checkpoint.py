@@ -24,6 +24,7 @@ class Checkpoints:
     Args:
       directory: where they lie; made when the first is saved.
       keep: how many of the newest are kept.
+      mode: permissions of the directory, if it is made: 0o700 keeps what clients keep from other users.
 
     Raises:
       InvalidInput: a directory that cannot be written; a checkpoint that is damaged or of another run.
@@ -32,9 +33,9 @@ class Checkpoints:
       >>> fc.train(algorithm, data, params, rounds=100, checkpoints=fc.checkpoint.Checkpoints("runs/mine"))
     """
 
-    def __init__(self, directory: files.PathLike, keep: int = 2):
+    def __init__(self, directory: files.PathLike, keep: int = 2, mode: int = 0o777):
         self.directory = files.expanded(directory).absolute()
-        self.keep = checks.count("keep", keep)
+        self.keep, self.mode = checks.count("keep", keep), checks.count("mode", mode, 0, 0o777)
         try:
             str(self.directory).encode()
         except UnicodeEncodeError:  # Orbax takes UTF-8 only
@@ -132,7 +133,7 @@ class Checkpoints:
                 max_to_keep=self.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
             )
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
+                self.directory.mkdir(self.mode, parents=True, exist_ok=True)
                 self._manager = ocp.CheckpointManager(self.directory, options=options)
             except OSError as error:
                 raise InvalidInput(f"Checkpoints cannot be written to {self.directory}: {error.strerror}.") from error

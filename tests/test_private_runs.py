@@ -93,7 +93,11 @@ def a_run(cli, directory, size, *flags, code=0):
     """A private run on data of its own in ``directory``; what it says."""
     x = np.random.default_rng(size).normal(size=(6 * size, DIM))
     np.savez(directory.with_suffix(".npz"), x=x, y=np.arange(6 * size) % 2, offsets=np.arange(0, 6 * size + 1, size))
-    task = f"--task=npz({str(directory.with_suffix('.npz'))!r}, hidden=())", "--cohort_size=2", "--sampler=poisson"
+    task = (
+        f"--task=npz({str(directory.with_suffix('.npz'))!r}, hidden=(), classes=2)",
+        "--cohort_size=2",
+        "--sampler=poisson",
+    )
     private = "--delta=0.01", "--uplink=clip_by_global_norm(0.3)|gaussian(8.0)", "--eval_every=2", "--rounds=2"
     found, out, err = cli(*task, *private, *flags, f"--workdir={directory}")
     assert found == code, err
@@ -106,7 +110,7 @@ MOST = 2 * 0.3 * 6 / 2  # the norm of two rounds' updates, if six clients took p
 def updates_in(directory):
     """F1 on a directory: for each whole number in its configuration, the updates' sum if all noise came from it."""
     config = json.loads((directory / "config.json").read_text())["config"]
-    task = fc.tasks.npz(re.search("'(.*)'", config["task"])[1], hidden=())
+    task = fc.tasks.npz(re.search("'(.*)'", config["task"])[1], hidden=(), classes=2)
     links = privacy.chain(config["uplink"], None)
     here = fc.fedavg(task.per_example_loss, optax.sgd(0.1), uplink=links, reducer=fc.fixed_mean(config["cohort_size"]))
     start = jax.tree.map(np.asarray, task.init(keys.seeded(config["seed"])))
@@ -128,16 +132,19 @@ def updates_in(directory):
 def test_a_private_run_keeps_its_key_until_it_is_complete_and_in_no_other_file(cli, tmp_path, monkeypatch):
     here, made = tmp_path / "here", os.urandom(32)
     monkeypatch.setattr(os, "urandom", lambda size: made[:size] if size == 32 else bytes(size))
-    seen = []
+    seen, modes = [], []
 
     def look(self, row):
         add(self, row)
         seen.append(((here / rundir.KEY).stat().st_mode & 0o777, leaks(here, made)[0]))
+        if (here / "checkpoints").exists():
+            modes.append((here / "checkpoints").stat().st_mode & 0o777)
 
     add = rundir.RunDirectory.add
     monkeypatch.setattr(rundir.RunDirectory, "add", look)
     out, _ = a_run(cli, here, 4, "--checkpoint_every=1")
     assert seen == [(0o600, [])] * 2
+    assert modes == [0o700]
     found, files = leaks(here, made)
     assert (found, files > 4) == ([], True)
     assert {path.name for path in here.iterdir()} == {
@@ -164,6 +171,14 @@ def test_a_private_run_keeps_its_key_until_it_is_complete_and_in_no_other_file(c
         f"error: --rounds=6: {here} is a private run that was complete after 2 rounds, and its secret key was removed, so "
         "no more can be added: name another --workdir.\n"
     )
+    kept = (here / "params.npz").read_bytes()
+    for damage, said in (
+        (lambda file: file.write_bytes(kept[:-30]), "is damaged or missing"),
+        (os.mkfifo, "is no file"),
+    ):
+        (here / "params.npz").unlink()
+        damage(here / "params.npz")  # a pipe was waited for without end, SIGTERM or not
+        assert f"params.npz {said}" in a_run(cli, here, 4, "--checkpoint_every=1", code=2)[1]
     (here / "params.npz").unlink()
     assert "secret.key, from which the noise of 2 rounds was drawn, is gone" in a_run(cli, here, 4, code=2)[1]
 
