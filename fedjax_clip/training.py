@@ -211,15 +211,16 @@ def train(
     run: dict[str, Any] = {} if checkpoints is None else identity.identify(algorithm, data, sampler, work, seed)
     if secret is not None:
         run |= {"secret": secret.commitment} if run else {}
-        secret = secret.of(identity.fingerprint(data))  # no noise of a run that begins again on other data
     state = State(algorithm.init(params), client_states(algorithm, params, data.num_clients), run)
     stateful = bool(jax.tree.leaves(state.clients))
     if sampler.replacement and stateful:
         raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
     start, state = (checkpoints and checkpoints.restore(state)) or (0, state)
     identity.check("The checkpoint", state.run, run)
-    if secret is not None and start == 0:
-        secret.begin()
+    if secret is not None:
+        if start == 0:
+            secret.begin()
+        secret = secret.of(identity.fingerprint(data))  # no noise of a run that begins again on other data
     if start > rounds:
         raise InvalidInput(
             f"The checkpoint is of a run that has done {start} rounds, more than rounds={rounds}: ask for {start} or "
