@@ -6,6 +6,7 @@ _WHO = {"step": "local step", "example": "example gradient", "client": "client u
 _WORDS = {
     "clipped_steps": "local steps clipped",
     "clipped_clients": "clients with a clipped step",
+    "asked": "clients asked",
     "too_few": "rounds of too few clients",
     "update_norm": "norm of the server's update",
 }

@@ -13,7 +13,7 @@ from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree
 # What a row of a run's history may hold besides what a loss reports: names, and beginnings of names.
 _TAKEN = (
     *("bytes_down", "bytes_down_entropy", "bytes_up", "bytes_up_entropy", "clients", "clipped_clients"),
-    *("clipped_round", "clipped_steps", "dropped", "dropped_ids", "examples", "late", "loss", "lost"),
+    *("asked", "clipped_round", "clipped_steps", "dropped", "dropped_ids", "examples", "late", "loss", "lost"),
     *("mean_gradient_norm", "round", "seconds", "simulated_seconds", "staleness", "steps", "too_few", "update_norm"),
     *("variate_norm", "wasted_steps", "weight"),
 )

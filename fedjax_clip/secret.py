@@ -36,8 +36,8 @@ class Secret:
     ``pickle`` and ``copy`` are refused. The bytes are in the memory of the process, where a debugger finds them.
 
     A secret is for ONE run, and ``fc.train`` refuses one that has begun another in this process. It draws from
-    ``of(data)``, so a run that begins again on other data has other noise. Two runs of one secret on the same data, with
-    another clip say, would have the same noise: what they publish differs by what it hid.
+    ``of(data)``, so a run that begins again on other data has other noise. Two runs of one secret on the same data,
+    with another clip say, would have the same noise: what they publish differs by what it hid.
 
     Args:
       content: 32 bytes, as ``os.urandom`` makes them: take ``Secret.fresh()`` or ``Secret.kept(path)``.

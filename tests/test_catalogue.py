@@ -221,7 +221,7 @@ def test_the_memory_of_all_clients_is_the_servers():
 @pytest.mark.parametrize("target", [0.25, 0.5, 0.9])
 def test_a_quantile_clip_settles_at_the_quantile_of_fixed_norms(target):
     link, norms = uplink.quantile_clip(3.0, target, 0.05), np.linspace(1.0, 2.0, 41, dtype=np.float32)
-    bound = link.init(None)
+    bound = link.init({"x": norms[0]})
     context = uplink.Context(jax.random.key(0), jax.random.key(0), jnp.int32(0), jnp.float32(1))
 
     @jax.jit
@@ -232,16 +232,16 @@ def test_a_quantile_clip_settles_at_the_quantile_of_fixed_norms(target):
 
     for _ in range(400):
         after = round(bound)
-        assert abs(np.log(after / bound)) <= 0.05 + 1e-6
+        assert abs(np.log(after[""] / bound[""])) <= 0.05 + 1e-6
         bound = after
-    assert abs(float(bound) - np.quantile(norms, target)) < 0.06
+    assert abs(float(bound[""]) - np.quantile(norms, target)) < 0.06
 
 
 def test_zeroing_comes_before_the_clip():
     """The clip sees the zero of what was far out, and its quantile counts it as unclipped."""
     link = uplink.chain(uplink.zeroing(1.0, multiplier=2.0, increment=0.0), uplink.quantile_clip(0.5))
     context = uplink.Context(jax.random.key(0), jax.random.key(0), jnp.int32(0), jnp.float32(1))
-    state = link.init(None)
+    state = link.init({"x": jnp.float32(0)})
     for size, sent, zeroed in ((3.0, 0.0, 1), (1.5, 0.5, 0), (0.2, 0.2, 0)):
         message, _, report = link.encode({"x": jnp.float32(size)}, state, ((), ()), context)
         assert_close(message["x"], np.float32(sent))
@@ -380,12 +380,13 @@ def test_agc_is_the_formula_and_optax_and_scale_free():
 @pytest.mark.parametrize("make", [uplink.quantile_clip, uplink.zeroing])
 def test_a_bound_that_follows_a_quantile_comes_back_from_the_smallest_number(make):
     link = make(1e-37, 0.5, 20.0)
-    bound = link.init({})
+    x = {"x": jnp.float32(0)}
+    bound = link.init(x)
     ctx = Context(jax.random.key(0), jax.random.key(0), jnp.int32(-1), jnp.float32(1))
     for within in (1.0, 1.0, 0.0):  # all updates are zero, twice, and then none
-        report = {"within": jnp.float32(within), "norm": jnp.float32(0), "zeroed": jnp.float32(0)}
-        _, bound, _ = link.decode({}, bound, report, ctx)
-    assert bound > 1e-37
+        report = dict.fromkeys(("norm", "zeroed", "clipped"), jnp.float32(0)) | {"within": jnp.float32(within)}
+        _, bound, _ = link.decode(x, bound, report, ctx)
+    assert all(float(b) > 1e-37 for b in jax.tree.leaves(bound))
 
 
 SHAPES = [

@@ -11,6 +11,7 @@ import shutil
 import struct
 import sys
 import threading
+import types
 import zipfile
 
 import numpy as np
@@ -218,8 +219,9 @@ def test_a_disk_that_is_full_after_so_many_writes_is_one_sentence_and_the_same_c
 
 def test_each_damage_of_a_run_directorys_files_is_refused_or_made_good(tmp_path, monkeypatch):
     for picture in ("curves", "clipping"):  # quick ones
-        monkeypatch.setattr(fc.plots, picture, lambda rows, title, name=picture: name)
-    monkeypatch.setattr(rundir, "save_picture", files.write)
+        drawn = types.SimpleNamespace(axes=[picture])
+        monkeypatch.setattr(fc.plots, picture, lambda rows, title, drawn=drawn: drawn)
+    monkeypatch.setattr(rundir, "save_picture", lambda path, figure: files.write(path, figure.axes[0]))
     good = tmp_path / "good"
     run_of_two_rounds(good)
     outcomes = set()
