@@ -93,8 +93,8 @@ def exchange(
         in_time = present & ~link_report.get(LATE, jnp.zeros((), bool))
         link_report = {name: x for name, x in link_report.items() if name not in (*SENT, LATE)}
         kept = clipping.bare_state(ClientState(own, link))  # what clips keep for the metrics may be infinite
-        sound = tree.stays_finite(kept, clipping.bare_state(state))
-        finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message)) & sound
+        lasting = tree.stays_finite(kept, clipping.bare_state(state))
+        finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message)) & lasting
         sound = in_time if cohort.non_finite == "keep" else in_time & finite
         arrived = in_time if hidden else sound
         seen = {"client": report, "norms": metrics.Histogram.of(norm)}

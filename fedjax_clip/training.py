@@ -142,11 +142,11 @@ def train(
       non_finite: what happens to a client whose update has a NaN, an infinity or a norm beyond 1e19. ``"drop"`` leaves
         it out, counts it in ``dropped`` and keeps its old state. This hides divergence: look at ``dropped``. ``"keep"``
         adds it, and the model shows it. ``"stop"`` ends training with an error that names the round and the clients.
+        Under noise or a secure sum only ``"drop"`` is allowed, and such a client sends zeros like any other message.
       secret: what cohorts, the noise of links and gradients, and all else that is random at clients and links are drawn
         from, in place of the seed, which anybody can guess: ``fc.privacy.Secret.fresh()``. Whatever epsilon says of a
         run, it says of a run with one. Batches, and what clients and server share (rotations, sketches), stay on the
-        seed. A resumed run needs the same one: ``fc.privacy.Secret.kept(path)``. On other
-        data it draws other numbers.
+        seed. A resumed run needs the same one: ``fc.privacy.Secret.kept(path)``. On other data it draws other numbers.
 
     Returns:
       A ``Result``. A row has ``round`` (1 after the first; of an algorithm with a ``start``, the first row's bytes and
