@@ -174,4 +174,4 @@ compare(tracks.heavy_tails(), ["both", "celgc"])
 
 # %% [markdown]
 # It is not: what the first clip has let through, the second only makes shorter. With the entry in the registry, ClipBench has it too:
-# `python -m experiments.bench.clip --rules=both,celgc` once the lines are in `experiments/rules.py`.
+# `python -m experiments.bench.clip --rules=both,celgc` once the lines are in `experiments/bench/rules.py`.
