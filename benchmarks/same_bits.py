@@ -56,9 +56,7 @@ def main() -> int:
     parser.add_argument("what", choices=["record", "compare"])
     parser.add_argument("file", type=pathlib.Path)
     parser.add_argument("--only", default="", help="Only the cases with this in their names.")
-    parser.add_argument(
-        "--optimised", action="store_true", help="Record what XLA makes for users; compiles for longer."
-    )
+    parser.add_argument("--optimised", action="store_true", help="Record the programs that users run.")
     parser.add_argument("--keep", type=pathlib.Path, help="An empty directory, to keep the run directories in.")
     given = parser.parse_args()
     known = json.loads(given.file.read_text()) if given.what == "compare" or given.file.exists() else None
@@ -83,26 +81,28 @@ def main() -> int:
             print(f"\r{len(found)} of {len(names)} cases, {list(some)[-1]:<60}", end="", file=sys.stderr, flush=True)
             if given.what == "record":
                 known["cases"] |= some
-                given.file.write_text(json.dumps(known, indent=1) + "\n")
-        print(file=sys.stderr)
-        uncovered = [] if given.only else not_covered(place)
+                beside = given.file.with_name(given.file.name + ".new")
+                beside.write_text(json.dumps(known, indent=1) + "\n")
+                beside.replace(given.file)
+        print(f"\n{len(found)} cases in {time.perf_counter() - begun:.0f} s, of the library in {ROOT}")
+        if not given.only and (names := not_covered(place)):
+            print(f"  no case has {', '.join(names)}")
 
-    print(f"{len(found)} cases in {time.perf_counter() - begun:.0f} s, of the library in {ROOT}")
-    checked = known["cases"] if given.what == "record" else found
-    failed = [name for name, case in checked.items() if case["exit"] != (2 if name in REFUSED else 0)]
+    if given.what == "record":
+        return check(known["cases"])
+    return max(check(found), compare(known, {"about": machine, "cases": found}))
+
+
+def check(cases: Mapping[str, Any]) -> int:
+    """Prints what is wrong whatever was before; 1 if anything is."""
+    failed = [name for name, case in cases.items() if case["exit"] != (2 if name in REFUSED else 0)]
     for name in failed:
-        print(f"  FAILED {name}: exit code {checked[name]['exit']}: {checked[name].get('said', '')}")
-    unequal = [
-        (a, b) for a, b in SAME.items() if a in checked and b in checked and not same(checked[a], checked[b], "params")
-    ]
+        print(f"  FAILED {name}: exit code {cases[name]['exit']}: {cases[name].get('said', '')}")
+    there = [(a, b) for a, b in SAME.items() if a in cases and b in cases]
+    unequal = [(a, b) for a, b in there if not same(cases[a], cases[b], "params")]
     for first, second in unequal:
         print(f"  UNEQUAL {first} and {second} should end with the same parameters")
-    if uncovered:
-        print(f"  no case has {', '.join(uncovered)}")
-    if given.what == "record":
-        print(f"{len(known['cases'])} cases recorded in {given.file}")
-        return 1 if failed or unequal else 0
-    return max(compare(known, {"about": machine, "cases": found}), 1 if unequal else 0)
+    return 1 if failed or unequal else 0
 
 
 def prepare(optimised: bool) -> None:
@@ -231,12 +231,14 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def read_sweep(workdir: pathlib.Path) -> dict[str, Any]:
-    """The digests of a sweep's trainings, whose metrics stand for their parameters, and of its table."""
+    """The digests of a sweep's scores, which stand for the parameters, of all its metrics, and of its table."""
     trials = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
-    trials.sort(key=lambda t: (t["point"], t["seed"], t["fold"], t["metrics"].get("round")))
-    values = [x for trial in trials for name, x in sorted(trial["metrics"].items()) if name not in CLOCKS]
+    trials.sort(key=lambda trial: (trial["point"], trial["seed"], trial["fold"]))
+    rows = [{name: x for name, x in sorted(trial["metrics"].items()) if name not in CLOCKS} for trial in trials]
+    scores = [math.nan if x is None else x for row in rows for name, x in row.items() if name.startswith("eval/")]
     return {
-        "params": {"sha256": hashed([trials, values]), "values": [math.nan if x is None else x for x in values]},
+        "params": {"sha256": hashed(scores), "values": scores},
+        "metrics": {"sha256": hashed(rows), "last": rows[-1]},
         "table": {"sha256": hashed((workdir / "table.md").read_text())},
     }
 
@@ -261,20 +263,19 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
     wrong = 0
     for name in both:
         was, now = old[name], new[name]
+        parts = [part for part in ("metrics", "clients", "table") if not same(was, now, part)]
         if was["exit"] != now["exit"]:
-            said = now.get("said") or was.get("said")
-            print(f"  DIFFERS {name}: exit code {was['exit']} -> {now['exit']}: {said}")
+            found = f"DIFFERS {name}: exit code {was['exit']} -> {now['exit']}: {now.get('said') or was.get('said')}"
         elif not same(was, now, "params"):
-            print(f"  DIFFERS {name}: parameters, by {relative(was['params']['values'], now['params']['values'])}")
-        elif parts := [part for part in ("metrics", "clients", "table") if not same(was, now, part)]:
-            print(f"  equal parameters, but {' and '.join(parts)} differ in {name}{_metrics(was, now)}")
-            wrong += 1
-            continue
+            found = f"DIFFERS {name}: parameters, by {relative(was['params']['values'], now['params']['values'])}"
+        elif parts:
+            found = f"differs in {' and '.join(parts)}, the parameters are equal: {name}{_metrics(was, now)}"
         else:
             continue
         wrong += 1
+        print(f"  {found}")
     equal = sum(old[n]["exit"] == new[n]["exit"] and same(old[n], new[n], "params") for n in both)
-    print(f"{len(both)} cases, {equal} with equal parameters, {len(both) - wrong} equal in all")
+    print(f"{len(both)} cases compared, {equal} with equal parameters, {len(both) - wrong} equal in all")
     if gone := [name for name in old if name not in CASES]:
         print(f"  recorded, and no case now: {', '.join(gone)}")
     if added := [name for name in new if name not in old]:

@@ -21,7 +21,8 @@ BASE = {
     "rounds_per_dispatch": 1,
 }
 CLIP = "clip_by_global_norm(0.2)"
-PRIVATE = {"sampler": "poisson", "uplink": f"{CLIP}|gaussian(2.0)", "delta": 0.01}
+KEYED = {"sampler": "poisson", "uplink": f"{CLIP}|gaussian(2.0)", "delta": 0.01}
+PRIVATE = {**KEYED, "private_seed": 3}
 SPEEDS = "lognormal(step=1.0, message=2.0)"
 TEXT = "width=8, layers=1, heads=2, length=20"
 PLAYS = f"plays=('hamlet', 'macbeth'), {TEXT}"
@@ -64,7 +65,7 @@ TRANSFORMS = {  # in front of sgd
     "clip_by_global_norm": "clip_by_global_norm(0.3)",
     "clip_by_layer_norm": "clip_by_layer_norm(0.2)",
     "clip_by_value": "clip_by_value(0.05)",
-    "delta_clip": "delta_clip(0.3, 0.1)",
+    "delta_clip": "delta_clip(0.3, 0.8)",
     "normalised": "normalised(0.5)",
     "proximal": "proximal(0.1)",
     "prune": "prune(cubic(0.5, 4))",
@@ -180,13 +181,14 @@ REDUCERS = {
     "uniform_mean": {"reducer": "uniform_mean()"},
     "weighted_mean": {"reducer": "weighted_mean()"},
 }
+CYCLIC = {"sampler": "cyclic_poisson(2)", "cohort_size": 2}
 SAMPLERS = {
     "available": {"sampler": "available(period=4, duty=0.6)"},
     "b_min_sep": {"sampler": "b_min_sep(2)", "cohort_size": 2},
     "balls_in_bins": {"sampler": "balls_in_bins", "cohort_size": 2},
     "by_size": {"sampler": "by_size"},
     "by_size_replacement": {"sampler": "by_size(replacement=True)"},
-    "cyclic_poisson": {"sampler": "cyclic_poisson(2)", "cohort_size": 2},
+    "cyclic_poisson": CYCLIC,
     "poisson": {"sampler": "poisson"},
     "round_robin": {"sampler": "round_robin"},
     "truncated_poisson": {"sampler": "truncated_poisson(5)", "cohort_size": 3},
@@ -217,35 +219,19 @@ OPTIONS = {
     "two_devices_feedback": {"devices": 2, "uplink": f"error_feedback({CLIP}, top_k(0.1))"},
 }
 PRIVATES = {
-    "seeded": {**PRIVATE, "private_seed": 3},
-    "seeded_exact": {**PRIVATE, "private_seed": 3, "private_metrics": "exact"},
-    "kept_key": PRIVATE,
-    "target_noise": {**PRIVATE, "private_seed": 3, "target_epsilon": 8.0, "uplink": f"{CLIP}|gaussian()"},
-    "target_rounds": {**PRIVATE, "private_seed": 3, "target_epsilon": 3.0},
-    "target_bits": {
-        **PRIVATE,
-        "private_seed": 3,
-        "target_epsilon": 8.0,
-        "uplink": "quantile_clip(0.2, bits_noise=4.0)|gaussian()",
-    },
-    "uniform": {**PRIVATE, "private_seed": 3, "sampler": "uniform"},
-    "skellam": {**PRIVATE, "private_seed": 3, "sampler": "uniform", "uplink": f"{CLIP}|skellam(1.0, bits=16)"},
-    "discrete": {**PRIVATE, "private_seed": 3, "uplink": f"{CLIP}|discrete_gaussian()", "target_epsilon": 50.0},
-    "tree": {
-        **PRIVATE,
-        "private_seed": 3,
-        "sampler": "round_robin",
-        "uplink": f"{CLIP}|gaussian(2.0, mechanism=tree(4))",
-    },
-    "bands": {
-        **PRIVATE,
-        "private_seed": 3,
-        "sampler": "cyclic_poisson(2)",
-        "cohort_size": 2,
-        "uplink": f"{CLIP}|gaussian(2.0, mechanism=banded(4, 2))",
-    },
-    "scaffold": {**PRIVATE, "private_seed": 3, "algorithm": "scaffold"},
-    "personal": {**PRIVATE, "private_seed": 3, "algorithm": "partially_private('Dense_1')"},
+    "seeded": PRIVATE,
+    "seeded_exact": {**PRIVATE, "private_metrics": "exact"},
+    "kept_key": KEYED,
+    "target_noise": {**PRIVATE, "target_epsilon": 8.0, "uplink": f"{CLIP}|gaussian()"},
+    "target_rounds": {**PRIVATE, "target_epsilon": 3.0},
+    "target_bits": {**PRIVATE, "target_epsilon": 8.0, "uplink": "quantile_clip(0.2, bits_noise=4.0)|gaussian()"},
+    "uniform": {**PRIVATE, "sampler": "uniform"},
+    "skellam": {**PRIVATE, "sampler": "uniform", "uplink": f"{CLIP}|skellam(1.0, bits=16)"},
+    "discrete": {**PRIVATE, "uplink": f"{CLIP}|discrete_gaussian()", "target_epsilon": 50.0},
+    "tree": {**PRIVATE, "sampler": "round_robin", "uplink": f"{CLIP}|gaussian(2.0, mechanism=tree(4))"},
+    "bands": {**PRIVATE, **CYCLIC, "uplink": f"{CLIP}|gaussian(2.0, mechanism=banded(4, 2))"},
+    "scaffold": {**PRIVATE, "algorithm": "scaffold"},
+    "personal": {**PRIVATE, "algorithm": "partially_private('Dense_1')"},
 }
 SHORT = {"cohort_size": 3, "algorithm": "fedavg(local_steps=2)", "rounds": 2, "eval_every": 2}
 TASKS = {
@@ -369,7 +355,11 @@ SAME |= {"resume/feedback": "feedback/fedavg", "resume/private": "private/seeded
 SAME |= {f"option/{name}": "algorithm/fedavg" for name in ("dispatch_2", "dispatch_3", "evaluations")}
 SAME |= {"reducer/pairwise_masks": "reducer/modular_sum"}
 
-REFUSED: frozenset[str] = frozenset()  # what the binary refuses with a sentence
+_SEND_MORE = ("episode", "episode_plus", "fednova", "mime", "scaffold")  # than the update, which noise does not cover
+REFUSED = {  # what the binary refuses with a sentence
+    *(f"{kind}/{name}" for kind in ("noise", "grid") for name in _SEND_MORE),
+    *("memory/fedbuff", "memory/partially_private", "grid/fedbuff", "private/scaffold"),
+}
 
 
 def write_data(place: pathlib.Path) -> None:
