@@ -54,9 +54,7 @@ def final_scores() -> dict[str, list[float]]:
             uplink = privacy.chain(FLAGS.uplink, None)
             algorithm, work = run.build_algorithm(task, uplink, cohort, task.data.num_clients)
             sampler = spec.one(FLAGS.sampler, registry.samplers(cohort), "--sampler", registry.SPEEDS)
-            judge = fc.extend.client_evaluator(
-                algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise
-            )
+            judge = run.evaluator(task, algorithm, task.evaluation)
         result = fc.train(
             algorithm,
             task.data,

@@ -27,6 +27,7 @@ from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.data import speeds
 from fedjax_clip.training import identity
+from fedjax_clip.training.evaluation import Evaluator
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
 
 FLAGS = flags.FLAGS
@@ -178,7 +179,7 @@ def main() -> None:
             directory.add(row)
             progress(row)
 
-        evaluate = fc.extend.client_evaluator(algorithm, task.per_example_loss, task.data, sets, task.summarise)
+        evaluate = evaluator(task, algorithm, sets)
         try:
             result = fc.train(
                 algorithm,
@@ -188,7 +189,7 @@ def main() -> None:
                 sampler=sampler,
                 batch_size=batch_size(),
                 seed=FLAGS.seed,
-                evaluate_clients=evaluate if sets else None,
+                evaluate=evaluate if sets else None,
                 eval_every=FLAGS.eval_every,
                 checkpoints=directory.checkpoints,
                 checkpoint_every=FLAGS.checkpoint_every,
@@ -369,10 +370,16 @@ def cohort_size(task: tasks.Task) -> int:
     return FLAGS.cohort_size or min(8, task.data.num_clients)
 
 
+def evaluator(task: tasks.Task, algorithm: fc.extend.Algorithm, sets: Mapping[str, fc.FederatedData]) -> Evaluator:
+    """Of these held-out sets: each client is judged by the model that it uses itself."""
+    own: dict[str, Any] = {"algorithm": algorithm, "population": task.data, "summarise": task.summarise}
+    return fc.evaluator(task.per_example_loss, sets, **own)
+
+
 def client_scores(task: tasks.Task, algorithm: fc.extend.Algorithm, result: fc.Result) -> dict[str, np.ndarray]:
     """``{"set/metric": [M]}`` of each held-out set; ``set/client`` are the names, ``set/examples`` the sizes."""
-    score = fc.extend.per_client(task.per_example_loss, task.evaluation, algorithm=algorithm, population=task.data)
-    scores = score(result.params, result.state.clients)
+    evaluate = evaluator(task, algorithm, task.evaluation)
+    scores = evaluate.per_client(result.params, result.state.clients)
     for name, data in task.evaluation.items():
         scores[f"{name}/client"] = np.array([data.name(c) for c in range(data.num_clients)])
         scores[f"{name}/examples"] = data.sizes

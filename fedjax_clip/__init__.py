@@ -17,7 +17,8 @@ from fedjax_clip.algorithms.scaffold import scaffold
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.training import sweeping
-from fedjax_clip.training.loop import Result, evaluator, train
+from fedjax_clip.training.evaluation import evaluator
+from fedjax_clip.training.loop import Result, train
 from fedjax_clip.training.sweeping import sweep
 
 __version__ = "0.1.0"

@@ -8,10 +8,8 @@ from fedjax_clip.core.cohort import Client, Cohort
 from fedjax_clip.core.types import Algorithm, ClientState, Row, Server
 from fedjax_clip.data.planning import LocalWork, plan, plan_rounds
 from fedjax_clip.local.steps import local_gradient, local_steps, local_update
-from fedjax_clip.training import evaluation, placement
-from fedjax_clip.training.checkpoint import Checkpoints
-from fedjax_clip.training.evaluation import client_evaluator, per_client
-from fedjax_clip.training.loop import State
+from fedjax_clip.training import placement
+from fedjax_clip.training.checkpoint import Checkpoints, State
 
 __all__ = [
     "Algorithm",
@@ -25,15 +23,12 @@ __all__ = [
     "Row",
     "Server",
     "State",
-    "client_evaluator",
-    "evaluation",
     "exchange",
     "init_server",
     "local_gradient",
     "local_steps",
     "local_update",
     "metrics",
-    "per_client",
     "placement",
     "plan",
     "plan_rounds",

@@ -40,7 +40,7 @@ def partially_private(
     Returns:
       An ``Algorithm`` whose clients keep v_i. The server's private leaves stay what they were at first: what a client
       that never trained begins with. ``algorithm.personal(params, state)`` is a client's model; see
-      ``fc.extend.client_evaluator``.
+      ``fc.evaluator``.
 
     Raises:
       InvalidInput: no regular expression, or (when a run begins) one that is found in no leaf or in all of them.

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip.core import checks, tree
+from fedjax_clip.core import checks
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, PyTree
+from fedjax_clip.training.rounds import BY_ROUND, run_rounds
 
 AXIS = "devices"
 
@@ -101,31 +102,32 @@ def _call(program: Callable[..., Any], owner: Any, *args: Any) -> Any:
 @remembered
 def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
     def one_device(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
-        def at(index: Array, xs: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), xs)
-
-        def put(index: Array, xs: PyTree, x: PyTree) -> PyTree:
-            return jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, index, 0), xs, x)
-
-        def round(server: PyTree, states: PyTree, index: Array):
-            cohort = dataclasses.replace(at(index, cohorts), population=population, axis_name=AXIS)
-            return play(server, dataclasses.replace(cohort, state=at(index, states)), key)
-
-        round, (_, _, metrics) = tree.traced(round, server, states, 0)
-        reports = jax.tree.map(lambda x: jnp.zeros((cohorts.ids.shape[0], *x.shape), x.dtype), metrics)
-
-        def body(index: Array, carry: tuple[PyTree, PyTree, Metrics]):  # states stay where they lie: they are large
-            server, states, reports = carry
-            server, state, metrics = round(server, states, index)
-            return server, put(index, states, state), put(index, reports, metrics)
-
-        return jax.lax.fori_loop(0, count, body, (server, states, reports))
+        state, metrics = run_rounds(play, (server, states), cohorts, population, key, count, BY_ROUND, AXIS)
+        return *state, metrics
 
     compiled = _on_each(one_device, devices, num_mapped=4, num_shared=2, donate=(0, 1))
 
     def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
         rest = dataclasses.replace(cohorts, state=(), population=None)
         return compiled(server, cohorts.state, rest, cohorts.population, key, np.int32(count))
+
+    return run
+
+
+def eager_rounds(
+    algorithm: Algorithm, devices: Sequence[jax.Device]
+) -> Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]:
+    """``pmap_rounds`` of one device without compilation: each operation of each client by itself, for debugging.
+
+    Call it under ``jax.disable_jit()``. Plan the cohorts with ``width=1``; donate nothing.
+    """
+
+    def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
+        server, cohorts = jax.tree.map(lambda x: jnp.asarray(x)[0], (server, cohorts))
+        rest = dataclasses.replace(cohorts, state=(), population=None)
+        arguments = rest, cohorts.population, key, np.int32(count)
+        state, metrics = run_rounds(algorithm.round, (server, cohorts.state), *arguments, BY_ROUND)
+        return jax.tree.map(lambda x: x[None], (*state, metrics))
 
     return run
 

@@ -237,7 +237,7 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
         (lambda: train(population(), sampler="uniform"), "sampler must be"),
         (lambda: train(population(), sampler=fc.data.sampling.uniform(2), cohort_size=2), "give one of them"),
         (lambda: train(population(), evaluate=softmax_loss), "evaluate must be a function of the parameters"),
-        (lambda: train(population(), evaluate_clients=lambda params: {}), "and what all clients keep"),
+        (lambda: train(population(), evaluate=lambda params, clients: {}), "evaluate must be a function of the par"),
         (
             lambda: train(population(), uplink=link(lambda u, s, c, ctx: u)),
             "encode must return (message, client_state, report)",

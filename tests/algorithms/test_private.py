@@ -75,8 +75,8 @@ def test_it_is_the_loop_of_the_paper():
 def test_private_parameters_fit_clients_that_one_model_cannot():
     data = intercepts()
     algorithm = fc.partially_private(squared, optax.sgd(LR), private="own")
-    evaluate = fc.extend.client_evaluator(algorithm, squared, data, {"seen": data})
-    private = fc.train(algorithm, data, START, rounds=150, evaluate_clients=evaluate)
+    evaluate = fc.evaluator(squared, {"seen": data}, algorithm=algorithm, population=data)
+    private = fc.train(algorithm, data, START, rounds=150, evaluate=evaluate)
     shared = fc.train(
         fc.fedavg(squared, optax.sgd(LR)), data, START, rounds=150, evaluate=fc.evaluator(squared, {"seen": data})
     )
@@ -151,7 +151,8 @@ def test_clients_are_evaluated_with_their_own_model_and_new_ones_with_the_first(
         gathered.update(values)
         return {"worst": values["loss"].max()}
 
-    evaluate = fc.extend.client_evaluator(algorithm, squared, data, {"set": held_out}, summarise, batch_size=7)
+    options = {"algorithm": algorithm, "population": data, "summarise": summarise, "batch_size": 7}
+    evaluate = fc.evaluator(squared, {"set": held_out}, **options)
     scores = evaluate(params, clients)
     intercept = np.repeat([4, 0.25, 1, 3], SIZES)
     losses = 0.5 * (data.examples["x"] @ params["slope"] + intercept - data.examples["y"]) ** 2
@@ -163,12 +164,10 @@ def test_clients_are_evaluated_with_their_own_model_and_new_ones_with_the_first(
 def test_without_a_model_of_ones_own_it_is_the_evaluator():
     data = dataclasses.replace(population(), weights=np.linspace(0.5, 2, population().num_examples))
     algorithm = fc.fedavg(softmax_loss, optax.sgd(0.1))
-    ours = fc.extend.client_evaluator(algorithm, softmax_loss, data, {"a": data, "b": population()}, batch_size=8)(
-        parameters(), ()
-    )
-    theirs = fc.evaluator(softmax_loss, {"a": data, "b": population()}, batch_size=8)(parameters())
-    assert ours.keys() == theirs.keys()
-    assert_close(ours, theirs, rtol=1e-6)
+    sets = {"a": data, "b": population()}
+    ours = fc.evaluator(softmax_loss, sets, algorithm=algorithm, batch_size=8)(parameters(), ())
+    theirs = fc.evaluator(softmax_loss, sets, batch_size=8)(parameters())
+    assert ours == theirs
 
 
 def test_auroc_is_scikit_learns():

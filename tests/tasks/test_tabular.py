@@ -34,10 +34,12 @@ def clinic(path, num=120, seed=0):
 
 def fit(task, client_tx, rounds=60, algorithm=fc.fedavg, cohort_size=None, **options):
     algorithm = algorithm(task.per_example_loss, client_tx, **options)
-    evaluate = fc.extend.client_evaluator(algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise)
+    evaluate = fc.evaluator(
+        task.per_example_loss, task.evaluation, algorithm=algorithm, population=task.data, summarise=task.summarise
+    )
     params = task.init(jax.random.key(0))
     size = {"cohort_size": cohort_size, "eval_every": rounds}
-    return fc.train(algorithm, task.data, params, rounds=rounds, evaluate_clients=evaluate, **size)
+    return fc.train(algorithm, task.data, params, rounds=rounds, evaluate=evaluate, **size)
 
 
 def test_a_csv_of_words_becomes_logistic_regression_by_clinic(tmp_path):
