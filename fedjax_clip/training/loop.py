@@ -41,7 +41,6 @@ class Result(NamedTuple):
     history: list[Row]
 
 
-@jax.transfer_guard("allow")  # a driver sends data to the devices, and means it
 def train(
     algorithm: Algorithm,
     data: FederatedData,
@@ -138,28 +137,30 @@ def train(
     Example:
       >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10)
     """
-    run = settings.checked(
-        *(algorithm, data, params),
-        rounds=rounds,
-        cohort_size=cohort_size,
-        sampler=sampler,
-        work=(batch_size, local_epochs, local_steps, shuffle),
-        seed=seed,
-        evaluate=evaluate,
-        eval_every=eval_every,
-        checkpoints=checkpoints,
-        checkpoint_every=checkpoint_every,
-        on_round=on_round,
-        should_stop=should_stop,
-        devices=devices,
-        clients_per_chunk=clients_per_chunk,
-        rounds_per_dispatch=rounds_per_dispatch,
-        non_finite=non_finite,
-        secret=secret,
-        debug=debug,
-    )
-    with failures.Explained(run.data, debug), jax.disable_jit() if debug else contextlib.nullcontext():
-        return _train(run)
+    with jax.transfer_guard("allow"):  # a driver sends data to the devices, and means it
+        run = settings.checked(
+            *(algorithm, data, params),
+            rounds=rounds,
+            cohort_size=cohort_size,
+            sampler=sampler,
+            work=(batch_size, local_epochs, local_steps, shuffle),
+            seed=seed,
+            evaluate=evaluate,
+            eval_every=eval_every,
+            checkpoints=checkpoints,
+            checkpoint_every=checkpoint_every,
+            on_round=on_round,
+            should_stop=should_stop,
+            devices=devices,
+            clients_per_chunk=clients_per_chunk,
+            rounds_per_dispatch=rounds_per_dispatch,
+            non_finite=non_finite,
+            secret=secret,
+            debug=debug,
+        )
+        eagerly = jax.disable_jit() if debug else contextlib.nullcontext()
+        with failures.Explained(run.data, debug), eagerly:
+            return _train(run)
 
 
 def _train(run: Settings) -> Result:
@@ -171,8 +172,8 @@ def _train(run: Settings) -> Result:
                 watch.check(columns, range(1))
         with saver.interrupts() as interrupted:
             dispatcher.begin(range(start, run.rounds), run.due, run.params)
-            while (block := dispatcher.next()) is not None:  # its cohorts are sampled and planned
-                dispatcher.send(block)  # and plan the next one while the devices work
+            while (block := dispatcher.next()) is not None:  # rounds whose cohorts are sampled and planned
+                dispatcher.send(block)  # and plan the next block while the devices work
                 columns = dispatcher.wait()
                 watch.check(columns, block.rounds)
                 rows, done = _rows(block.rounds, columns), block.rounds.stop

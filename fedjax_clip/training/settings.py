@@ -141,7 +141,7 @@ def checked(
         reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
     local_work, devices = LocalWork(*work), placement.local(devices)
     if algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work):
-        warnings.warn(watch.MEET, stacklevel=4)  # of who called train, which is decorated
+        warnings.warn(watch.MEET, stacklevel=3)  # at the call of train
     return Settings(
         *(algorithm, data, params, rounds, sampler, local_work, seed, evaluate),
         checkpoints=checkpoints,
