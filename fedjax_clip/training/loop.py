@@ -137,7 +137,9 @@ def train(
     Example:
       >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10)
     """
-    with jax.transfer_guard("allow"):  # a driver sends data to the devices, and means it
+    eagerly = jax.disable_jit() if debug else contextlib.nullcontext()
+    # A driver sends data to the devices, and means it.
+    with jax.transfer_guard("allow"), failures.Explained(data, debug), eagerly:
         run = settings.checked(
             *(algorithm, data, params),
             rounds=rounds,
@@ -158,19 +160,12 @@ def train(
             secret=secret,
             debug=debug,
         )
-        eagerly = jax.disable_jit() if debug else contextlib.nullcontext()
-        with failures.Explained(run.data, debug), eagerly:
-            return _train(run)
-
-
-def _train(run: Settings) -> Result:
-    watch, saver, history = Watch(run.algorithm, run.params, run.data), Saver(run), list[Row]()
-    start, state = saver.restore()
-    with _dispatcher(run, start, state, saver.secret(start)) as dispatcher:
-        if start == 0 and run.algorithm.start is not None:
-            for columns in dispatcher.start():
-                watch.check(columns, range(1))
-        with saver.interrupts() as interrupted:
+        saver, watch, history = Saver(run), Watch(run.algorithm, run.params, run.data), list[Row]()
+        start, state = saver.restore()
+        with (
+            _dispatcher(run, start, state, saver.secret(start), watch) as dispatcher,
+            saver.interrupts() as interrupted,
+        ):
             dispatcher.begin(range(start, run.rounds), run.due, run.params)
             while (block := dispatcher.next()) is not None:  # rounds whose cohorts are sampled and planned
                 dispatcher.send(block)  # and plan the next block while the devices work
@@ -187,10 +182,10 @@ def _train(run: Settings) -> Result:
                 if stop:
                     break
         state = saver.state(dispatcher)
-    return Result(state.server.params, state, history)
+        return Result(state.server.params, state, history)
 
 
-def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None) -> Dispatcher:
+def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None, watch: Watch) -> Dispatcher:
     """What sends this run's rounds, from this state on. A resumed run keeps the width that it began with."""
     alone = run.debug or bool(jax.tree.leaves(state.clients))
     length = 1 if alone else run.rounds_per_dispatch
@@ -198,6 +193,9 @@ def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None) 
     dispatcher = Dispatcher(run.algorithm, planner, state.server, state.clients, run.debug)
     wanted = 1 if run.debug else run.clients_per_chunk or int(state.run.get("width", 0))
     planner.width = min(wanted, run.data.num_clients) if wanted else width.choose(dispatcher, run.params, start)
+    if start == 0 and run.algorithm.start is not None:
+        for columns in dispatcher.start():
+            watch.check(columns, range(1))
     return dispatcher
 
 
