@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib
+import inspect
 from collections.abc import Callable
 
 import chex
@@ -181,6 +183,59 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
     "mime": lambda: fc.mime(softmax_loss, clipped_sgd),
     "mime, lite": lambda: fc.mime(softmax_loss, clipped_sgd, lite=True),
 }
+
+
+# Every algorithm of the library with what it needs, as ``make(per_example_loss, client_tx, server_tx=None, **parts)``.
+MAKERS: dict[str, Callable[..., fc.extend.Algorithm]] = {
+    "episode": functools.partial(fc.episode, threshold=0.5),
+    "episode_plus": functools.partial(fc.episode_plus, threshold=0.3),
+    "fedavg": fc.fedavg,
+    "fedbuff": functools.partial(fc.fedbuff, max_staleness=2),
+    "feddyn": functools.partial(fc.feddyn, alpha=0.3),
+    "fednova": fc.fednova,
+    "fedsgd": fc.fedsgd,
+    "mime": fc.mime,
+    "mime, lite": functools.partial(fc.mime, lite=True),
+    "scaffold": fc.scaffold,
+}
+OUTSIDE: set[str] = set()  # entries from outside of the repository, see ``only_outside``
+
+
+def only_outside(names: str) -> None:
+    """Makes the laws run over others' algorithms and links alone: ``"module:name,module:name"``.
+
+    A name is a function ``(per_example_loss, client_tx, server_tx=None, **parts) -> Algorithm``, such as ``fc.fedavg``,
+    or one without arguments that gives a link or a client's optimiser, which FedAvg then uses. Arguments that it needs
+    besides belong into a ``functools.partial``.
+    """
+    ENTRIES.clear()
+    MAKERS.clear()
+    for name in names.split(","):
+        module, _, attribute = name.partition(":")
+        thing = getattr(importlib.import_module(module), attribute)
+        made = thing() if takes_nothing(thing) else None
+        if isinstance(made, Uplink):
+            make = functools.partial(fc.fedavg, uplink=made)
+        elif made is not None:
+            make = lambda loss, client_tx, *args, tx=made, **parts: fc.fedavg(  # noqa: E731
+                loss, optax.chain(tx, optax.sgd(0.2)), *args, **parts
+            )
+        else:
+            make = thing
+        MAKERS[name] = make
+        ENTRIES[name] = functools.partial(make, softmax_loss, clipped_sgd)
+        if not isinstance(made, Uplink):
+            link = fc.uplink.chain(leaky_error_feedback(0.05), fc.uplink.clip_by_global_norm(0.2))
+            ENTRIES[f"{name}, stateful link"] = functools.partial(
+                make, softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3), uplink=link
+            )
+    OUTSIDE.update(ENTRIES)
+
+
+def takes_nothing(function: Callable) -> bool:
+    """Whether a function can be called without arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 @dataclasses.dataclass
