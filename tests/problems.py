@@ -202,11 +202,11 @@ OUTSIDE: set[str] = set()  # entries from outside of the repository, see ``only_
 
 
 def only_outside(names: str) -> None:
-    """Makes the laws run over others' algorithms and links alone: ``"module:name,module:name"``.
+    """Makes the laws run over others' algorithms, links and clips in place of ours: ``"module:name,module:name"``.
 
     A name is a function ``(per_example_loss, client_tx, server_tx=None, **parts) -> Algorithm``, such as ``fc.fedavg``,
-    or one without arguments that gives a link or a client's optimiser, which FedAvg then uses. Arguments that it needs
-    besides belong into a ``functools.partial``.
+    or one without arguments that gives a link, or a clip of local steps. What it needs besides belongs into a
+    ``functools.partial``.
     """
     ENTRIES.clear()
     MAKERS.clear()
@@ -215,20 +215,15 @@ def only_outside(names: str) -> None:
         thing = getattr(importlib.import_module(module), attribute)
         made = thing() if takes_nothing(thing) else None
         if isinstance(made, Uplink):
-            make = functools.partial(fc.fedavg, uplink=made)
+            ENTRIES[name] = functools.partial(fc.fedavg, softmax_loss, clipped_sgd, uplink=made)
         elif made is not None:
-            make = lambda loss, client_tx, *args, tx=made, **parts: fc.fedavg(  # noqa: E731
-                loss, optax.chain(tx, optax.sgd(0.2)), *args, **parts
-            )
+            ENTRIES[name] = functools.partial(fc.fedavg, softmax_loss, optax.chain(made, optax.sgd(0.2)))
         else:
-            make = thing
-        MAKERS[name] = make
-        ENTRIES[name] = functools.partial(make, softmax_loss, clipped_sgd)
-        if not isinstance(made, Uplink):
+            MAKERS[name] = thing
+            ENTRIES[name] = functools.partial(thing, softmax_loss, clipped_sgd)
             link = fc.uplink.chain(leaky_error_feedback(0.05), fc.uplink.clip_by_global_norm(0.2))
-            ENTRIES[f"{name}, stateful link"] = functools.partial(
-                make, softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3), uplink=link
-            )
+            adam = optax.adam(0.03, eps=1e-3)
+            ENTRIES[f"{name}, stateful link"] = functools.partial(thing, softmax_loss, clipped_sgd, adam, uplink=link)
     OUTSIDE.update(ENTRIES)
 
 
