@@ -234,6 +234,8 @@ def algorithm(
       ...         return now.step(now.exchange(client_fn, now.server.params))
       ...     return fc.extend.algorithm(round, per_example_loss, client_tx, server_tx, **parts)
     """
+    checks.kind("round", round, Callable, "a function of an fc.extend.Round")
+    checks.kind("beside", beside, list | tuple, "links, or None, one for each part beside the update")
     checks.kind("per_example_loss", per_example_loss, Callable, "a function of (params, batch, key)")
     check_client_tx(client_tx)
     checks.kind("gradient", gradient, Callable, "such as fc.local.per_example_gradient(clip)")
