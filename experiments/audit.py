@@ -77,13 +77,10 @@ def builder(task: tasks.Task, uplink: fc.uplink.Uplink, cohort_size: int) -> Cal
     parts["num_clients"] = task.data.num_clients
 
     def build(loss: Any, client_tx: Any, server_tx: Any, **options: Any) -> fc.extend.Algorithm:
-        def whole(loss: Any) -> fc.extend.Algorithm:
-            algorithm = make(loss, client_tx, server_tx, **(parts | options))
-            if not FLAGS.downlink:
-                return algorithm
-            return spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS)(algorithm)
-
-        return whole(loss) if task.frozen is None else fc.partially_frozen(whole, loss, task.frozen)
+        algorithm = make(loss, client_tx, server_tx, **(parts | options))
+        if FLAGS.downlink:
+            algorithm = spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS)(algorithm)
+        return algorithm if task.frozen is None else fc.partially_frozen(algorithm, task.frozen)
 
     return build
 

@@ -24,7 +24,7 @@ from fedjax_clip import tasks
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.keys import seeded
 from fedjax_clip.core.secret import Secret
-from fedjax_clip.core.types import InvalidInput, Params, PerExampleLoss
+from fedjax_clip.core.types import InvalidInput, Params
 from fedjax_clip.data import speeds
 from fedjax_clip.training import identity
 from fedjax_clip.training.evaluation import Evaluator
@@ -288,20 +288,18 @@ def build_algorithm(
     reduced = FLAGS.compute_dtype != "float32"
     loss = fc.local.mixed_precision(task.per_example_loss, FLAGS.compute_dtype) if reduced else task.per_example_loss
 
-    def build(loss: PerExampleLoss) -> fc.extend.Algorithm:
-        algorithm = make_algorithm(
-            loss,
-            registry.client_tx(FLAGS.client, values),
-            registry.server_tx(FLAGS.server, values),
-            uplink=uplink,
-            reducer=build_reducer(uplink, cohort_size),
-            num_clients=num_clients,
-        )
-        if not FLAGS.downlink:
-            return algorithm
-        return spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS, values)(algorithm)
-
-    return build(loss) if task.frozen is None else fc.partially_frozen(build, loss, task.frozen), work
+    algorithm = make_algorithm(
+        loss,
+        registry.client_tx(FLAGS.client, values),
+        registry.server_tx(FLAGS.server, values),
+        uplink=uplink,
+        reducer=build_reducer(uplink, cohort_size),
+        num_clients=num_clients,
+    )
+    if FLAGS.downlink:
+        downlink = spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS, values)
+        algorithm = downlink(algorithm)
+    return algorithm if task.frozen is None else fc.partially_frozen(algorithm, task.frozen), work
 
 
 def local_devices() -> list[jax.Device]:

@@ -265,26 +265,24 @@ def _episode(
     local_epochs: int | None = None,
     local_steps: int | None = None,
 ) -> Made:
-    def make(loss, client, server, *, num_clients, **kwargs):
-        return fc.episode(loss, threshold, client, server, fresh_batches=fresh_batches, **kwargs)
-
-    return make, _work(local_epochs, local_steps)
-
-
-def _episode_plus(threshold: float, local_epochs: int | None = None, local_steps: int | None = None) -> Made:
-    def make(loss, client, server, **kwargs):
-        return fc.episode_plus(loss, threshold, client, server, **kwargs)
-
-    return make, _work(local_epochs, local_steps)
-
-
-def _partially_private(private: str, local_epochs: int | None = None, local_steps: int | None = None) -> Made:
-    make = functools.partial(fc.partially_private, private=private)
+    make = functools.partial(fc.episode, threshold=threshold, fresh_batches=fresh_batches)
     return _without_population(make), _work(local_epochs, local_steps)
 
 
+def _episode_plus(threshold: float, local_epochs: int | None = None, local_steps: int | None = None) -> Made:
+    make = functools.partial(fc.episode_plus, threshold=threshold)
+    return _without_population(make), _work(local_epochs, local_steps)
+
+
+def _partially_private(private: str, local_epochs: int | None = None, local_steps: int | None = None) -> Made:
+    def make(*args, num_clients, **kwargs):
+        return fc.partially_private(fc.fedavg(*args, **kwargs), private)
+
+    return make, _work(local_epochs, local_steps)
+
+
 def _scaffold(local_epochs: int | None = None, local_steps: int | None = None) -> Made:
-    return fc.scaffold, _work(local_epochs, local_steps)
+    return _without_population(fc.scaffold), _work(local_epochs, local_steps)
 
 
 def _fednova(local_epochs: int | None = None, local_steps: int | None = None) -> Made:
@@ -292,7 +290,7 @@ def _fednova(local_epochs: int | None = None, local_steps: int | None = None) ->
 
 
 def _feddyn(alpha: float = 0.1, local_epochs: int | None = None, local_steps: int | None = None) -> Made:
-    return functools.partial(fc.feddyn, alpha=alpha), _work(local_epochs, local_steps)
+    return _without_population(functools.partial(fc.feddyn, alpha=alpha)), _work(local_epochs, local_steps)
 
 
 def _mime(

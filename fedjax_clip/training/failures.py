@@ -35,6 +35,7 @@ STAGES = {
     ("reduce/", ""): "the reducer",
     ("algorithms/base.py", "step_server"): "the server's step (server_tx)",
     ("algorithms/exchange.py", "exchange.<locals>.one_client"): "the client function",
+    ("algorithms/exchange.py", "_worked"): "the client function",
     ("algorithms/exchange.py", "exchange.<locals>.body"): "the reducer",
     ("algorithms/", ""): "the algorithm's round",
     ("training/settings.py", "Settings.scores"): "the evaluation",
