@@ -35,7 +35,7 @@ def run(
       doc: what ``--help`` opens with.
       notes: what ``--help`` closes with.
       operands: whether ``main`` takes what is written besides flags; else that is refused.
-      without: flags that come with a module and that say nothing here: refused, and not in ``--help``.
+      without: flags that come with a module and that have no effect here: refused, and not in ``--help``.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -53,7 +53,7 @@ def run(
             _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
         for name in without:
             if flags.FLAGS[name].present:
-                _fail(f"--{name} says nothing here: leave it out.")
+                _fail(f"--{name} has no effect here: leave it out.")
         logging.set_verbosity(logging.FATAL)  # what libraries log of an error, the error says again
         return rest
 

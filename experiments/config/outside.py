@@ -4,12 +4,12 @@ A flag is text that is read without running any of it. ``--import`` is the one e
 the command line and not in a flag file.
 """
 
-import importlib
+import functools
+import importlib.util
 import inspect
 import pathlib
-import re
-import sys
 import traceback
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -47,8 +47,8 @@ def load() -> None:
         _imported(name)
 
 
-def find(name: str, flag: str) -> Any:
-    """What a dotted name stands for.
+def find(name: str, flag: str) -> Callable[..., Any]:
+    """The function that a dotted name stands for; whatever goes wrong in it is one sentence.
 
     Args:
       name: ``"my_module.fedexp"``.
@@ -79,10 +79,21 @@ def find(name: str, flag: str) -> Any:
         inspect.signature(found)
     except (TypeError, ValueError):
         raise InvalidInput(f"{flag}: {name} does not say which arguments it takes.") from None
-    return found
+
+    @functools.wraps(found)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return found(*args, **kwargs)
+        except InvalidInput:
+            raise
+        except Exception as error:
+            raise InvalidInput(f"{name}: {_said(error)}{_place(error, module)}.") from error
+
+    called.__name__ = name
+    return called
 
 
-def checked(thing: Any, kind: type | tuple[type, ...], name: str) -> Any:
+def checked(thing: Any, kind: Any, name: str) -> Any:
     """``thing``, which the function of a dotted name made, if it is of the kind that is needed."""
     if not isinstance(thing, kind):
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
@@ -90,23 +101,26 @@ def checked(thing: Any, kind: type | tuple[type, ...], name: str) -> Any:
     return thing
 
 
-def place(error: BaseException) -> str:
-    """``" (my_module.py, line 7)"``: the last line of an imported module that an error passed; else nothing."""
-    files = {getattr(sys.modules.get(name), "__file__", None) for name in modules()}
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
-    return f" ({pathlib.Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
-
-
 def _imported(name: str) -> ModuleType:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
+    if not all(part.isidentifier() for part in name.split(".")):
         raise InvalidInput(f"--import={name} is not the name of a module: write my_module for the file my_module.py.")
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise InvalidInput(
-                f"--import={name}: there is no module {error.name} here or in $PYTHONPATH: set PYTHONPATH to its "
-                "directory."
+                f"--import={name}: there is no module {error.name} here or in $PYTHONPATH: set PYTHONPATH to the "
+                "directory that it is in."
             ) from None
-        sentence = " ".join(str(error).split()) or "it gave no reason"
-        raise InvalidInput(f"--import={name}: {type(error).__name__} on import: {sentence.rstrip('.')}.") from error
+        raise InvalidInput(f"--import={name} fails: {_said(error)}{_place(error, name)}.") from error
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}".rstrip(".")
+
+
+def _place(error: BaseException, module: str) -> str:
+    """``" (my_module.py, line 7)"``: the last line of the module that an error passed; else nothing."""
+    spec = importlib.util.find_spec(module)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if spec is not None and f.filename == spec.origin]
+    return f" ({pathlib.Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

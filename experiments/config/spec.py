@@ -9,7 +9,6 @@ A dotted name is looked up in the modules that ``--import`` gives (see ``outside
 import ast
 import dataclasses
 import difflib
-import functools
 import inspect
 import math
 import types
@@ -17,42 +16,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from experiments.config import outside
+from experiments.config.components import Components
 from fedjax_clip.core.types import InvalidInput
 
 Registry = Mapping[str, Callable[..., Any]]
 NONE_NESTED: Registry = types.MappingProxyType({})
 NO_VALUES: Mapping[str, Any] = types.MappingProxyType({})
 MAX_LENGTH = 10_000
-
-
-class Components(dict[str, Callable[..., Any]]):
-    """What a flag may name at one place.
-
-    Args:
-      kind: the type, or types, of what all of them build. A function from outside must build it, too.
-      makers: functions by name.
-      fit: what each function passes before a flag calls it, one from outside too: it may fill arguments in.
-    """
-
-    def __init__(
-        self,
-        kind: type | tuple[type, ...],
-        makers: Registry,
-        fit: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda make: make,
-    ):
-        super().__init__((name, fit(makers[name])) for name in sorted(makers))
-        self.kind, self.fit = kind, fit
-
-    def outside(self, name: str, flag: str) -> Callable[..., Any]:
-        """The function of a dotted name, held to the kind."""
-        make = self.fit(outside.find(name, flag))
-
-        @functools.wraps(make)
-        def build(*args: Any, **kwargs: Any) -> Any:
-            return outside.checked(make(*args, **kwargs), self.kind, name)
-
-        return build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +235,7 @@ def _construct(call: Call, registry: Registry, flag: str, nested: Registry, valu
     except (TypeError, ValueError, ArithmeticError, OSError) as error:
         sentence = " ".join(str(error).split())
         named = sentence if sentence.startswith((f"{name} ", f"{name}: ")) else f"{name}: {sentence}"
-        raise InvalidInput(f"{flag}: {named}{outside.place(error)}") from error
+        raise InvalidInput(f"{flag}: {named}") from error
 
 
 def _check_arguments(call: Call, signature: inspect.Signature, flag: str) -> None:
