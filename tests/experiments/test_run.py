@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 
 import fedjax_clip as fc
-from experiments import run
-from experiments.config import binary, rundir
+from experiments.config import binary, problem, rundir
 from fedjax_clip.core import files, tree
 from fedjax_clip.training.checkpoint import Checkpoints
 
@@ -332,7 +331,7 @@ def test_what_fits_in_no_memory_is_one_sentence(cli, tmp_path, monkeypatch):
         OverflowError("too large"),
         RuntimeError("RESOURCE_EXHAUSTED"),
     ):
-        monkeypatch.setattr(run, "initial", mock.Mock(side_effect=error))
+        monkeypatch.setattr(problem, "initial", mock.Mock(side_effect=error))
         assert_refused(cli(*QUICK), tmp_path, [], "this needs more memory than there is, or a number is too large")
 
 
