@@ -52,7 +52,7 @@ def final_scores() -> dict[str, list[float]]:
             task = problem(seed if FLAGS.splits else None)
             cohort = flagged.cohort_size(task)
             uplink = privacy.chain(FLAGS.uplink, None)
-            algorithm = flagged.build_algorithm(task, uplink, cohort, task.data.num_clients)
+            algorithm = flagged.build_algorithm(task, uplink, cohort)
             sampler = flagged.sampler(cohort)
             judge = fc.extend.client_evaluator(
                 algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise

@@ -45,13 +45,12 @@ def main() -> None:
     if FLAGS.mutants is not None:
         sys.exit(0 if audit_mutants(FLAGS.mutants) else 1)
     asked = problem.read()
-    num_clients = asked.task.data.num_clients
     reducer = in_program(problem.build_reducer(asked.uplink, asked.cohort_size))
     delta = DELTA if FLAGS.delta is None else FLAGS.delta
     found = fc.privacy.audit(
-        problem.builder(asked.task, asked.uplink, reducer, num_clients),
+        problem.builder(asked.task, asked.uplink, reducer),
         asked.sampler,
-        num_clients=num_clients,
+        num_clients=asked.task.data.num_clients,
         delta=delta,
         rounds=min(FLAGS.rounds, FLAGS.audit_rounds),
         noise_multiplier=local_noise(),

@@ -41,7 +41,7 @@ def main() -> None:
     asked = problem.read()
     task, uplink, epsilons = asked.task, asked.uplink, asked.epsilons
     rounds = FLAGS.rounds if epsilons is None else len(epsilons)
-    algorithm = problem.build_algorithm(task, uplink, asked.cohort_size, task.data.num_clients)
+    algorithm = problem.build_algorithm(task, uplink, asked.cohort_size)
 
     withheld = FLAGS.delta is not None and FLAGS.private_metrics == "withheld"
     claim = None if FLAGS.delta is None else claimed(asked, algorithm, withheld)

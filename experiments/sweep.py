@@ -126,9 +126,9 @@ def main() -> None:
 
     def build(hyper: Mapping[str, Any]) -> fc.extend.Algorithm:
         uplink = privacy.chain(FLAGS.uplink, None, hyper)
-        return problem.build_algorithm(task, uplink, cohort_size, hyper["num_clients"], hyper)
+        return problem.build_algorithm(task, uplink, cohort_size, hyper)
 
-    build(first | {"num_clients": task.data.num_clients})  # says at once what is wrong with the flags
+    build(first)  # says at once what is wrong with the flags
     metric = chosen_metric(task)
     config = {name: FLAGS[name].value for name in IDENTITY} | {"cohort_size": cohort_size}
     if modules := outside.modules():

@@ -142,9 +142,7 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
         uplink=fc.uplink.chain(fc.uplink.clip_by_global_norm(0.2), fc.attacks.noise([4], 0.1)),
         reducer=fc.reduce.bucketing(fc.reduce.norm_bounded(0.1, fc.reduce.geometric_median(3, 1e-3)), 2),
     ),
-    "scaffold, robust": lambda: fc.scaffold(
-        softmax_loss, clipped_sgd, num_clients=len(SIZES), reducer=fc.attacks.ipm(fc.reduce.krum(0), [4])
-    ),
+    "scaffold, robust": lambda: fc.scaffold(softmax_loss, clipped_sgd, reducer=fc.attacks.ipm(fc.reduce.krum(0), [4])),
     "fedsgd, memory": lambda: fc.fedsgd(
         softmax_loss, clipped_sgd, uplink=fc.uplink.memory(fc.clipping.clip_by_global_norm(0.2), 0.7, 0.9)
     ),
@@ -159,19 +157,18 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
     "scaffold, sketched": lambda: fc.scaffold(
         softmax_loss,
         clipped_sgd,
-        num_clients=len(SIZES),
         uplink=fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.count_sketch(3, 4, k=9, momentum=0.9)),
     ),
     "partially_private": lambda: fc.partially_private(
-        softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3), private="^b$", uplink=fc.uplink.quantile_clip(0.3)
+        fc.fedavg(softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3), uplink=fc.uplink.quantile_clip(0.3)), "^b$"
     ),
-    "scaffold": lambda: fc.scaffold(softmax_loss, clipped_sgd, num_clients=len(SIZES)),
-    "episode": lambda: fc.episode(softmax_loss, 0.5, optax.sgd(0.2)),
-    "episode_plus": lambda: fc.episode_plus(softmax_loss, 0.3, optax.sgd(0.2), num_clients=len(SIZES)),
+    "scaffold": lambda: fc.scaffold(softmax_loss, clipped_sgd),
+    "episode": lambda: fc.episode(softmax_loss, optax.sgd(0.2), threshold=0.5),
+    "episode_plus": lambda: fc.episode_plus(softmax_loss, optax.sgd(0.2), threshold=0.3),
     "fednova, few by leaf": lambda: fc.fednova(
         softmax_loss, clipped_sgd, uplink=fc.uplink.compress(fc.compression.random_k(0.4), by_leaf=True)
     ),
-    "feddyn": lambda: fc.feddyn(softmax_loss, clipped_sgd, alpha=0.3, num_clients=len(SIZES)),
+    "feddyn": lambda: fc.feddyn(softmax_loss, clipped_sgd, alpha=0.3),
     "fedbuff": lambda: fc.fedbuff(softmax_loss, clipped_sgd, max_staleness=2),
     "fedbuff, stateful link": lambda: fc.fedbuff(
         softmax_loss,

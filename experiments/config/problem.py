@@ -197,7 +197,6 @@ def build_algorithm(
     task: tasks.Task,
     uplink: fc.uplink.Uplink,
     cohort_size: int,
-    num_clients: Any,
     values: Mapping[str, Any] = spec.NO_VALUES,
 ) -> fc.extend.Algorithm:
     """The algorithm that the flags describe.
@@ -206,12 +205,11 @@ def build_algorithm(
       task: what to learn.
       uplink: what ``--uplink`` says.
       cohort_size: clients a round.
-      num_clients: N, of the population.
       values: of the flags' placeholders.
     """
     reduced = FLAGS.compute_dtype != "float32"
     loss = fc.local.mixed_precision(task.per_example_loss, FLAGS.compute_dtype) if reduced else task.per_example_loss
-    build = builder(task, uplink, build_reducer(uplink, cohort_size), num_clients, values)
+    build = builder(task, uplink, build_reducer(uplink, cohort_size), values)
     return build(loss, optimisers.client_tx(FLAGS.client, values), optimisers.server_tx(FLAGS.server, values))
 
 
@@ -219,11 +217,10 @@ def builder(
     task: tasks.Task,
     uplink: fc.uplink.Uplink,
     reducer: fc.reduce.Reducer | None,
-    num_clients: Any,
     values: Mapping[str, Any] = spec.NO_VALUES,
 ) -> Callable[..., fc.extend.Algorithm]:
     """``(loss, client_tx, server_tx, **options) -> algorithm``: all that the flags say but those three."""
-    make = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm", values=values)
+    make = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm", registry.ALGORITHMS, values)
     for flag, part in (("server", "server_tx"), ("uplink", "uplink"), ("reducer", "reducer")):
         if FLAGS[flag].present and FLAGS[flag].value and not make.takes(part):
             raise InvalidInput(f"--{flag}: {FLAGS.algorithm} has no argument {part}: leave --{flag} out.")
@@ -231,15 +228,11 @@ def builder(
         raise InvalidInput("--algorithm=fedsgd takes one local step: leave --local_epochs and --local_steps out.")
 
     def build(loss: Any, client_tx: Any, server_tx: Any, **options: Any) -> fc.extend.Algorithm:
-        parts = {"uplink": uplink, "reducer": reducer, "num_clients": num_clients, **options}
-
-        def whole(loss: Any) -> fc.extend.Algorithm:
-            algorithm = make(loss, client_tx, server_tx, **parts)
-            if not FLAGS.downlink:
-                return algorithm
-            return spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS, values)(algorithm)
-
-        return whole(loss) if task.frozen is None else fc.partially_frozen(whole, loss, task.frozen)
+        algorithm = make(loss, client_tx, server_tx, **{"uplink": uplink, "reducer": reducer, **options})
+        if FLAGS.downlink:
+            wrap = spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS, values)
+            algorithm = wrap(algorithm)
+        return algorithm if task.frozen is None else fc.partially_frozen(algorithm, task.frozen)
 
     return build
 
@@ -261,7 +254,7 @@ def on_grid(uplink: fc.uplink.Uplink, task: tasks.Task) -> Callable[..., Any]:
     reducer = build_reducer(uplink, cohort_size(task))
     if reducer is None or reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)
-    algorithm = build_algorithm(task, uplink, cohort_size(task), task.data.num_clients)
+    algorithm = build_algorithm(task, uplink, cohort_size(task))
     params = jax.eval_shape(task.init, seeded(0))
     sent = terminal.trained(task, params)
     if algorithm.personal is not None:  # what clients keep is not sent

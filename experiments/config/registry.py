@@ -15,6 +15,7 @@ from experiments.config.components import Components, Make, defaulted, filled, r
 from experiments.config.optimisers import OPTIMIZERS, SCHEDULES, clip_by_layer_norm
 from fedjax_clip import attacks, clipping, compression, reduce, tasks, uplink
 from fedjax_clip.compression import Compressor
+from fedjax_clip.core import checks
 from fedjax_clip.core.types import Algorithm, InvalidInput
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.reduce import Reducer
@@ -208,12 +209,12 @@ def needed_reducer(link: Uplink) -> str:
 
 # Algorithms
 
-FILLED = ("client_tx", "server_tx", "uplink", "variate_uplink", "reducer", "gradient", "num_clients")  # and the loss
+FILLED = ("server_tx", "uplink", "variate_uplink", "reducer", "gradient")
 
 
 @dataclasses.dataclass(frozen=True)
 class Maker:
-    """An algorithm whose own arguments are known: ``(loss, client_tx=..., uplink=...) -> Algorithm``."""
+    """An algorithm whose own arguments are known: ``(loss, client_tx, server_tx, uplink=...) -> Algorithm``."""
 
     make: Make
     own: Mapping[str, Any]
@@ -223,15 +224,15 @@ class Maker:
         parameters = inspect.signature(self.make).parameters
         return part in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
-    def __call__(self, loss: Any, client_tx: Any, server_tx: Any, **parts: Any) -> Algorithm:
-        parts |= {"client_tx": client_tx, "server_tx": server_tx}
-        made = self.make(loss, **{name: x for name, x in parts.items() if self.takes(name)}, **self.own)
+    def __call__(self, loss: Any, client_tx: Any, server_tx: Any = None, **parts: Any) -> Algorithm:
+        parts |= {"server_tx": server_tx}
+        made = self.make(loss, client_tx, **{name: x for name, x in parts.items() if self.takes(name)}, **self.own)
         return outside.checked(made, Algorithm, self.make.__name__)
 
 
 def _maker(make: Make) -> Make:
     """``make`` with nothing but the algorithm's own arguments, by name or in their order."""
-    rest = list(inspect.signature(make).parameters.values())[1:]
+    rest = list(inspect.signature(make).parameters.values())[2:]  # without the loss and the clients' optimiser
     own = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in rest if p.name not in FILLED and p.kind != p.VAR_KEYWORD]
     signature = inspect.Signature(sorted(own, key=lambda p: p.default is not p.empty))
 
@@ -246,13 +247,28 @@ def _maker(make: Make) -> Make:
 ALGORITHMS = Components(
     Maker,
     {
-        # Left out: what a task asks for by itself, and what --downlink says.
-        **read(fc, Algorithm, without=("partially_frozen", "compressed_broadcast")),
+        # Left out: what a task asks for by itself, what --downlink says, and what is made of an algorithm.
+        **read(fc, Algorithm, without=("partially_frozen", "compressed_broadcast", "partially_private")),
         "fedbuff": defaulted(fc.fedbuff, max_staleness=10),
         "feddyn": defaulted(fc.feddyn, alpha=0.1),
     },
     _maker,
 )
+
+
+def _partially_private(private: str, algorithm: Maker | None = None) -> Maker:
+    """Any algorithm, FedAvg by default, for the shared parameters; each client keeps its own private ones."""
+    inner = ALGORITHMS["fedavg"]() if algorithm is None else algorithm
+    checks.kind("algorithm", inner, Maker, "an algorithm, such as scaffold()")
+
+    @functools.wraps(inner.make)
+    def make(*args: Any, **parts: Any) -> Algorithm:
+        return fc.partially_private(inner(*args, **parts), private)
+
+    return Maker(make, {})
+
+
+ALGORITHMS["partially_private"] = _partially_private
 
 
 def describe() -> str:
@@ -275,7 +291,7 @@ def describe() -> str:
     lines = ["Components:"]
     for group, makers in groups.items():
         lines.append(f"  {group}")
-        for name, make in makers.items():
+        for name, make in sorted(makers.items()):
             shown = ", ".join(map(_argument, inspect.signature(make).parameters.values()))
             what, *_ = (inspect.getdoc(make) or "").splitlines() or [""]
             lines += [f"    {name}({shown})", f"        {what.replace('``', '')}"]

@@ -251,7 +251,7 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
         (lambda: train(fc.FederatedData({"x": np.array(["a"])}, [0, 1])), "Field 'x' holds <U1"),
         (lambda: fc.fedavg(softmax_loss, optax.sgd), "client_tx is the function sgd itself"),
         (
-            lambda: fc.scaffold(softmax_loss, functools.partial(optax.adam, b1=0.5), num_clients=6),
+            lambda: fc.scaffold(softmax_loss, functools.partial(optax.adam, b1=0.5)),
             "function adam itself",
         ),
         (lambda: fc.fedavg(softmax_loss, fc.clipping.clip_by_global_norm), "function clip_by_global_norm itself"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import OPTIMIZED
-from problems import SIZES, Run, assert_close, parameters, population
+from problems import Run, assert_close, parameters, population
 
 import fedjax_clip as fc
 from experiments.config import optimisers, privacy, registry, spec
@@ -81,7 +81,7 @@ def build(algorithm, links="", reducer="", downlink=""):
     reducer = reducer or registry.needed_reducer(uplink)
     parts = {"uplink": uplink, "reducer": spec.one(reducer, reducers, "--reducer", reducers) if reducer else None}
     txs = optimisers.client_tx("sgd(0.01)"), optimisers.server_tx("sgd(1.0)")
-    made = make(squared_loss, *txs, num_clients=len(SIZES), **parts)
+    made = make(squared_loss, *txs, **parts)
     if not downlink:
         return made
     return spec.one(downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS)(made)

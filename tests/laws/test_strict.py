@@ -117,7 +117,7 @@ def test_every_link_reducer_and_downlink_keeps_types_and_ranks(algorithm, dtype,
 
 def with_client(algorithm, text):
     make = pairs.spec.one(pairs.written(algorithm), registry.ALGORITHMS, "--algorithm")
-    return make(squared_loss, optimisers.client_tx(text), optimisers.server_tx("sgd(1.0)"), num_clients=6)
+    return make(squared_loss, optimisers.client_tx(text), optimisers.server_tx("sgd(1.0)"))
 
 
 def transform(name):

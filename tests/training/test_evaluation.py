@@ -49,9 +49,9 @@ def test_clients_weighed_by_their_examples_are_the_evaluators_mean():
 
 
 def test_each_client_is_scored_by_the_model_of_its_own():
-    algorithm = fc.partially_private(softmax_loss, optax.sgd(0.1), private="b")
+    algorithm = fc.partially_private(fc.fedavg(softmax_loss, optax.sgd(0.1)), "b")
     own = np.random.default_rng(3).normal(size=(len(SIZES), 3)).astype(np.float32)
-    kept = fc.extend.ClientState({"b": own, "w": None}, ())
+    kept = fc.extend.ClientState((), (), {"b": own, "w": None})
     sets = {"few": dataclasses.replace(DATA.select([4, 2]), names=["4", "new"])}  # a stranger begins with the server's
     score = fc.extend.per_client(softmax_loss, sets, 5, algorithm=algorithm, population=DATA)
     models = [parameters() | {"b": own[4]}, parameters()]

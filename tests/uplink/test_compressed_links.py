@@ -207,7 +207,7 @@ CLIP, NOISE, SGD = uplink.clip_by_global_norm(1.0), uplink.gaussian(1.0), optax.
         (lambda: c.nbytes(c.qsgd(12, coding="huffman").encode(VECTOR, jax.random.key(0))), "at most 256 letters"),
         (lambda: fc.compressed_broadcast(fc.fedbuff(softmax_loss, SGD, max_staleness=2), c.sign()), "past models"),
         (
-            lambda: fc.compressed_broadcast(fc.partially_private(softmax_loss, SGD, private="b"), c.sign()),
+            lambda: fc.compressed_broadcast(fc.partially_private(fc.fedavg(softmax_loss, SGD), "b"), c.sign()),
             "or a part of one",
         ),
         (lambda: fc.compressed_broadcast(fc.fedavg(softmax_loss, SGD), CLIP), "must be of fc.compression"),
