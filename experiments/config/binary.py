@@ -160,7 +160,10 @@ def _flags_help(without: Collection[str]) -> str:
     modules = flags.FLAGS.flags_by_module_dict()
     project = str(flags.FLAGS.find_module_defining_flag("workdir")), outside.__name__, sys.argv[0]
     own = [f for name in dict.fromkeys(project) for f in modules.get(name, []) if f.name not in without]
-    rows = [(f"  --{f.name}" + ("" if f.default is None else f"={f.default}"), f.help or "") for f in own]
+    rows = [
+        (f"  --{f.name}" + ("" if f.default in (None, []) else f"={f.default}"), (f.help or "").split(";\n")[0])
+        for f in own
+    ]
     indent = " " * 23
     return "\n".join(
         textwrap.fill(f"{head:<22} {text}" if len(head) < 23 else f"{head}  {text}", 110, subsequent_indent=indent)

@@ -25,9 +25,8 @@ def define_flag() -> None:
     flags.DEFINE_multi_string(
         "import",
         [],
-        "Modules of your own, separated by commas. This runs their code. Afterwards flags may name what is in them: "
-        '--import=my_module --algorithm="my_module.fedexp()". A module is looked for where Python runs and in '
-        "$PYTHONPATH.",
+        "Modules of your own, joined by commas. This runs their code. Other flags may then name their functions, as in "
+        '--import=my_module --algorithm="my_module.fedexp()". Python finds them in this directory and in $PYTHONPATH.',
     )
 
 

@@ -222,7 +222,7 @@ def builder(
     """``(loss, client_tx, server_tx, **options) -> algorithm``: all that the flags say but those three."""
     make = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm", registry.ALGORITHMS, values)
     for flag, part in (("server", "server_tx"), ("uplink", "uplink"), ("reducer", "reducer")):
-        if FLAGS[flag].present and FLAGS[flag].value and not make.takes(part):
+        if FLAGS[flag].value != FLAGS[flag].default and not make.takes(part):
             raise InvalidInput(f"--{flag}: {FLAGS.algorithm} has no argument {part}: leave --{flag} out.")
     if make.make is fc.fedsgd and (FLAGS.local_epochs or 1, FLAGS.local_steps or 1) != (1, 1):
         raise InvalidInput("--algorithm=fedsgd takes one local step: leave --local_epochs and --local_steps out.")
@@ -258,7 +258,7 @@ def on_grid(uplink: fc.uplink.Uplink, task: tasks.Task) -> Callable[..., Any]:
     params = jax.eval_shape(task.init, seeded(0))
     sent = terminal.trained(task, params)
     if algorithm.personal is not None:  # what clients keep is not sent
-        kept = jax.eval_shape(algorithm.init_client, params).own
+        kept = jax.eval_shape(algorithm.init_client, params).private
         sent = np.empty(tree.size(sent) - tree.size(kept), np.float32)
     return fc.privacy.distributed(uplink, sent, reducer)
 
