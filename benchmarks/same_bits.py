@@ -15,7 +15,7 @@ import contextlib
 import functools
 import gc
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -24,6 +24,7 @@ import pathlib
 import platform
 import re
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -62,13 +63,14 @@ def main() -> int:
     known = json.loads(given.file.read_text()) if given.what == "compare" or given.file.exists() else None
     optimised = known["about"]["xla"] == "optimised" if known else given.optimised
     names = [name for name in CASES if given.only in name]
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     prepare(optimised)
     machine = about(optimised)
     if given.what == "record":
         known = known or {"about": machine, "cases": {}}
         if known["about"] != machine:
             parser.error(f"{given.file} was recorded with other versions: name another file")
-        names = [name for name in names if name not in known["cases"]]  # the same command goes on where it was killed
+        names = [name for name in names if not as_expected(name, known["cases"])]  # goes on where it was killed
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -93,9 +95,14 @@ def main() -> int:
     return max(check(found), compare(known, {"about": machine, "cases": found}))
 
 
+def as_expected(name: str, cases: Mapping[str, Any]) -> bool:
+    """Whether a case is there, and ran or was refused as it should."""
+    return name in cases and cases[name]["exit"] == (2 if name in REFUSED else 0)
+
+
 def check(cases: Mapping[str, Any]) -> int:
     """Prints what is wrong whatever was before; 1 if anything is."""
-    failed = [name for name, case in cases.items() if case["exit"] != (2 if name in REFUSED else 0)]
+    failed = [name for name in cases if not as_expected(name, cases)]
     for name in failed:
         print(f"  FAILED {name}: exit code {cases[name]['exit']}: {cases[name].get('said', '')}")
     there = [(a, b) for a, b in SAME.items() if a in cases and b in cases]
@@ -144,11 +151,12 @@ def run_cases(names: list[str], place: pathlib.Path) -> Iterator[dict[str, Any]]
 
 
 def fork(act: Callable[[], None]) -> int:
-    """Runs ``act`` in a process of its own; its exit code."""
+    """Runs ``act`` in a process of its own, which ends with this one; its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             act()
             os._exit(0)
@@ -156,7 +164,11 @@ def fork(act: Callable[[], None]) -> int:
             traceback.print_exc()
         finally:
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
 
 
 def work(names: list[str], module: str, devices: int, place: pathlib.Path) -> None:
@@ -187,8 +199,10 @@ def work(names: list[str], module: str, devices: int, place: pathlib.Path) -> No
 
 def call(module: str, line: list[str]) -> tuple[int, str]:
     """``python -m module line`` in this process: its exit code and what it wrote."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
     for name in list(absl.flags.FLAGS):
-        if absl.flags.FLAGS.find_module_defining_flag(name) == module:
+        if absl.flags.FLAGS.find_module_defining_flag(name) == spec.origin:  # as runpy has argv[0]
             delattr(absl.flags.FLAGS, name)  # the module runs again, and defines it again
         else:
             absl.flags.FLAGS[name].unparse()

