@@ -13,6 +13,7 @@ from fedjax_clip.algorithms.exchange import Answer, ClientFn, exchange, populati
 from fedjax_clip.core import checks, optimiser, tree
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.loss import Gradient, batch_gradient
+from fedjax_clip.core.metrics import check_own_names
 from fedjax_clip.core.types import (
     Algorithm,
     Array,
@@ -156,10 +157,14 @@ class Round:
 
         Returns:
           ``(server, client_states, metrics)``, what ``Algorithm.round`` returns.
+
+        Raises:
+          InvalidInput: a loss that reports a metric of the algorithm.
         """
         seen = answer.metrics if update is None else answer.metrics | {"update_norm": tree.norm(update)}
         update = answer.update if update is None else update
         own = self.server.own if own is None else own
+        check_own_names(metrics or {}, seen)
         after = step_server(self.server, self.parts, update, answer.uplink, own)
         return after, answer.clients, seen | (metrics or {})
 
@@ -229,7 +234,7 @@ def algorithm(
       ...         return now.step(now.exchange(client_fn, now.server.params))
       ...     return fc.extend.algorithm(round, per_example_loss, client_tx, server_tx, **parts)
     """
-    checks.kind("per_example_loss", per_example_loss, Callable, "a function (params, batch, key)")
+    checks.kind("per_example_loss", per_example_loss, Callable, "a function of (params, batch, key)")
     check_client_tx(client_tx)
     checks.kind("gradient", gradient, Callable, "such as fc.local.per_example_gradient(clip)")
     link = checked_link(uplink)

@@ -13,7 +13,7 @@ from fedjax_clip.core import keys, metrics, tree
 from fedjax_clip.core.cohort import Client, Cohort
 from fedjax_clip.core.types import Array, ClientState, InvalidInput, Metrics, PyTree
 from fedjax_clip.reduce import Reducer, Roster
-from fedjax_clip.uplink.base import LATE, SENT, Context, Uplink, decoded, encoded
+from fedjax_clip.uplink.base import Context, Uplink, decoded, encoded
 
 # (shared, client, key) -> (update, what the client keeps, report), and its private parameters if it has trained some
 ClientFn = Callable[[PyTree, Client, Array], tuple[Any, ...]]
@@ -116,10 +116,10 @@ def exchange(
         ctx = Context(
             own_key, link_key, id, weight, reducer.denominator, staleness=staleness, threshold=reducer.threshold
         )
-        message, link, link_report = encoded(uplink, update, uplink_state, state.uplink, ctx)
-        sent = {name: link_report[name] for name in SENT if name in link_report}
-        in_time = present & ~link_report.get(LATE, jnp.zeros((), bool))
-        link_report = {name: x for name, x in link_report.items() if name not in (*SENT, LATE)}
+        (message, nbytes, entropy_bytes, late), link, link_report = encoded(
+            uplink, update, uplink_state, state.uplink, ctx
+        )
+        in_time = present if late is None else present & ~late
         new = ClientState(own, link, *(private or [state.private]))
         kept = clipping.bare_state(new)  # what clips keep for the metrics may be infinite
         lasting = tree.stays_finite(kept, clipping.bare_state(state))
@@ -137,7 +137,7 @@ def exchange(
             tree.where(sound, seen, optax.tree.zeros_like(seen))
             | tree.where(arrived, came, optax.tree.zeros_like(came))
             | {"asked": present.astype(jnp.float32), "dropped": (present & ~sound).astype(jnp.float32)}
-            | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), sent)},  # who is dropped has answered
+            | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), (nbytes, entropy_bytes))},  # dropped or not
         )
 
     def chunk(index, states):
@@ -180,7 +180,7 @@ def exchange(
         share=None if cohort.num_clients is None else population_share(reducer, cohort, report),
     )
     update, uplink_state, link_metrics = decoded(uplink, aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
-    asked = report["asked"]
+    asked, (nbytes, entropy_bytes) = report["asked"], report["sent"]
     return Answer(
         update,
         uplink_state,
@@ -197,8 +197,8 @@ def exchange(
                 **({"too_few": too_few.astype(jnp.float32)} if fewest > 1 else {}),
                 **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
                 "bytes_down": asked * float(tree.nbytes(shared)),
-                "bytes_up": report["sent"].get("bytes", asked * float(tree.nbytes(message))),
-                **({"bytes_up_entropy": report["sent"]["entropy_bytes"]} if "entropy_bytes" in report["sent"] else {}),
+                "bytes_up": asked * float(tree.nbytes(message)) if nbytes is None else nbytes,
+                **({} if entropy_bytes is None else {"bytes_up_entropy": entropy_bytes}),
                 "update_norm": tree.norm(update),
             }
         ),

@@ -13,7 +13,7 @@ from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Algorithm, Array, ClientTx, InvalidInput, PerExampleLoss
 from fedjax_clip.local.steps import at_round
 from fedjax_clip.reduce import Reducer, uniform_mean
-from fedjax_clip.uplink.base import LATE, Uplink
+from fedjax_clip.uplink.base import Uplink, encoded
 
 
 def fedbuff(
@@ -100,10 +100,10 @@ def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Up
     """What a link delivers, times ``(1 + staleness)^-exponent``; too late, so dropped, beyond ``max_staleness``."""
 
     def encode(update, state, client_state, ctx):
-        message, client_state, report = link.encode(update, state, client_state, ctx)
+        message, client_state, report = encoded(link, update, state, client_state, ctx)
         weight = (1.0 + jnp.float32(ctx.staleness)) ** -exponent
-        report = {**report, LATE: ctx.staleness > max_staleness}
-        return jax.tree.map(lambda m: _shortened(weight, m), message), client_state, report
+        value = jax.tree.map(lambda m: _shortened(weight, m), message.value)
+        return message._replace(value=value, late=ctx.staleness > max_staleness), client_state, report
 
     return link._replace(encode=encode)
 

@@ -20,6 +20,7 @@ from experiments.config import registry
 from fedjax_clip import compression, privacy, reduce, uplink
 from fedjax_clip.core import tree
 from fedjax_clip.reduce import Roster
+from fedjax_clip.uplink.base import encoded
 
 CLIP, FIXED = uplink.clip_by_global_norm(1.0), fc.reduce.fixed_mean(4)
 SGD = optax.sgd(0.1)
@@ -262,8 +263,8 @@ def test_no_message_breaks_a_links_bound_or_its_contraction(name):
     state, kept_by_client = link.init(params), link.init_client(params)
     key = jax.random.key(0)
     encode = jax.jit(
-        lambda update, kept: link.encode(
-            update, state, kept, uplink.Context(key, key, jnp.int32(0), jnp.float32(1), bound=jnp.float32(1e30))
+        lambda update, kept: encoded(
+            link, update, state, kept, uplink.Context(key, key, jnp.int32(0), jnp.float32(1), bound=jnp.float32(1e30))
         )[:2]
     )
     rng = np.random.default_rng(1)
@@ -271,7 +272,7 @@ def test_no_message_breaks_a_links_bound_or_its_contraction(name):
         update = jax.tree.map(lambda x, size=size: (size * rng.normal(size=x.shape)).astype("f4"), LIKE)
         if one:
             update = jax.tree.map(np.zeros_like, LIKE) | {"head": np.eye(4, 2, dtype="f4") * np.float32(size)}
-        message, kept_by_client = encode(update, kept_by_client)
+        (message, *_), kept_by_client = encode(update, kept_by_client)
         if link.promises.bound is not None:
             assert length(message) <= float(link.promises.bound(state, LIKE)) * (1 + 1e-5)
         if link.promises.contracts:
@@ -368,7 +369,7 @@ def test_a_round_of_nobody_looks_like_any_other_whatever_the_order_of_links():
     for names, link in orders():
         state = link.init(params)
         ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, share=jnp.float32(0.5))
-        sent, _, report = link.encode(params, state, link.init_client(params), ctx)
+        (sent, *_), _, report = encoded(link, params, state, link.init_client(params), ctx)
         total, sums = jax.tree.map(jnp.zeros_like, (sent, report))  # as they add up over nobody
         server = ctx._replace(client_id=jnp.int32(-1), weight=jnp.float32(0))
         update, _, _ = link.decode(total, state, fc.extend.metrics.finish(sums), server)
@@ -385,7 +386,7 @@ def test_what_clients_report_beside_their_messages_moves_nothing_that_is_kept_or
             continue
         state = link.init(params)
         ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, share=jnp.float32(0.5))
-        sent, _, report = link.encode(params, state, link.init_client(params), ctx)
+        (sent, *_), _, report = encoded(link, params, state, link.init_client(params), ctx)
         report, absurd = (
             fc.extend.metrics.finish(report),
             jax.tree.map(lambda x: x * 0 + 1e9, fc.extend.metrics.finish(report)),
