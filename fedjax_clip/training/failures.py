@@ -17,6 +17,7 @@ from fedjax_clip.training.planner import Block
 LIBRARY = str(pathlib.Path(__file__).parents[1]) + os.sep
 JAX = str(pathlib.Path(jax.__file__).parent) + os.sep
 
+MARK = "fedjax_clip: raised in "
 HINT = (
     " With fc.train(..., debug=True) one client runs after the other, uncompiled: print shows values, and an error "
     "names the round, the client and the local step."
@@ -68,9 +69,14 @@ class Explained:
         if not seen or _file(seen[-1]).startswith(LIBRARY) or stage is None:
             return
         hint = _where(seen, self.data) if self.debug else f".{HINT}"
-        error.add_note(f"fedjax_clip: raised in {stage}{hint}")
+        error.add_note(f"{MARK}{stage}{hint}")
         if jax.config.jax_traceback_filtering != "off":  # type: ignore[attr-defined]
             error.__traceback__ = _joined([frame for frame in seen if not _file(frame).startswith(LIBRARY)])
+
+
+def explained(error: BaseException) -> bool:
+    """Whether an error is known to come from a user's function."""
+    return any(note.startswith(MARK) for note in getattr(error, "__notes__", ()))
 
 
 def _frames(traceback: types.TracebackType | None) -> Iterator[types.TracebackType]:

@@ -16,7 +16,7 @@ from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork, plan_rounds
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
-from fedjax_clip.training import placement
+from fedjax_clip.training import failures, placement
 from fedjax_clip.training.evaluation import Rows, measure, rows
 from fedjax_clip.training.rounds import init_state, one_round, run_rounds
 
@@ -179,7 +179,7 @@ class Lanes:
         devices: Sequence[jax.Device],
         width: int,
     ):
-        self.points, self.plans, self.devices, self.width = points, plans, devices, width
+        self.points, self.plans, self.devices, self.width, self.data = points, plans, devices, width, data
         num_kept = max(int(plan.stream.num_clients) for plan in plans.values())
         first = next(iter(plans.values())).stream
         hyper = {name: values[0] for name, values in points.items()} | {"num_clients": first.num_clients}
@@ -229,7 +229,7 @@ class Lanes:
                 continue
             stream = _stack([s._replace(cohorts=plan.blocks[i][1]) for s, plan in zip(common, plans)])
             counts = np.int32(rounds.start), np.int32(len(rounds)), np.bool_(rounds.stop == stop)
-            with _while_tracing():
+            with _while_tracing(), failures.Explained(self.data, debug=False):
                 state, report = self.program(hyper, state, stream, self.population, self.sets, *counts)
             report = {name: np.asarray(x) for name, x in report.items()}  # waits
             on_rounds(len(rounds) * len(lanes))
@@ -247,6 +247,8 @@ def _while_tracing() -> Iterator[None]:
     try:
         yield
     except TypeError as error:
+        if failures.explained(error) and not isinstance(error, jax.errors.JAXTypeError):
+            raise  # of the user's own
         why = str(error).splitlines()[0]
         raise InvalidInput(f"A swept number decides what is compiled, which only a known one can: {why}") from error
 

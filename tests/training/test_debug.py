@@ -136,6 +136,20 @@ def test_a_run_without_compilation_is_the_run(make):
             assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4), name
 
 
+def test_a_sweep_lets_an_error_through_as_well():
+    with pytest.raises(TypeError, match="contracting dimensions") as caught:
+        fc.sweep(
+            lambda hyper: fc.fedavg(wrong_shape, optax.sgd(hyper["lr"])),
+            {"lr": [0.1]},
+            NAMED,
+            parameters(),
+            softmax_loss,
+            rounds=1,
+        )
+    assert "raised in per_example_loss" in caught.value.__notes__[-1]
+    assert traceback.extract_tb(caught.value.__traceback__)[-1].name == "wrong_shape"
+
+
 def test_numbers_can_be_printed(capsys):
     def loss(params, batch, key):
         if not isinstance(batch["x"], jax.core.Tracer):
