@@ -10,7 +10,8 @@ from fedjax_clip.data.planning import LocalWork, plan, plan_rounds
 from fedjax_clip.local.steps import local_steps
 from fedjax_clip.local.worker import Worker
 from fedjax_clip.training import placement
-from fedjax_clip.training.checkpoint import Checkpoints, State
+from fedjax_clip.training.checkpoint import Checkpoints
+from fedjax_clip.training.state import State
 
 __all__ = [
     "Algorithm",

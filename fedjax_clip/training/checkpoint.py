@@ -3,31 +3,15 @@
 import hashlib
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from fedjax_clip.core import checks, files
-from fedjax_clip.core.types import InvalidInput, PyTree
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.training import identity
-
-
-class State(NamedTuple):
-    """All that a run needs to go on: the server, what the clients keep, and which run it is.
-
-    Attributes:
-      server: what the algorithm's ``init`` makes and its rounds change.
-      clients: ``[M, ...]`` on the host, what ``init_client`` makes for each of the M clients.
-      run: what a checkpoint must agree with (``fc.train`` says what that is), if there are checkpoints; and the width.
-
-    Example:
-      >>> result.state.server.params
-    """
-
-    server: PyTree
-    clients: PyTree
-    run: dict[str, Any]
+from fedjax_clip.training.state import State
 
 
 class Checkpoints:

@@ -13,12 +13,12 @@ from fedjax_clip.core.types import Algorithm, Params, Row
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.training import failures, placement, settings, width
-from fedjax_clip.training.checkpoint import State
 from fedjax_clip.training.dispatch import Columns, Dispatcher
 from fedjax_clip.training.planner import Planner
-from fedjax_clip.training.rounds import client_states as client_states
 from fedjax_clip.training.saving import Saver
 from fedjax_clip.training.settings import Evaluate, Settings, Store
+from fedjax_clip.training.state import State
+from fedjax_clip.training.state import client_states as client_states
 from fedjax_clip.training.watch import Watch
 
 

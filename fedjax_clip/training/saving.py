@@ -11,10 +11,9 @@ import jax
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.training import identity, placement
-from fedjax_clip.training.checkpoint import State
 from fedjax_clip.training.dispatch import Dispatcher
-from fedjax_clip.training.rounds import client_states
 from fedjax_clip.training.settings import Settings
+from fedjax_clip.training.state import State, client_states
 
 
 class Saver:

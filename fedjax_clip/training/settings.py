@@ -16,8 +16,9 @@ from fedjax_clip.data import clock, sampling
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData, check_alike, check_fields
 from fedjax_clip.training import placement, watch
-from fedjax_clip.training.checkpoint import Checkpoints, State
+from fedjax_clip.training.checkpoint import Checkpoints
 from fedjax_clip.training.evaluation import Evaluator
+from fedjax_clip.training.state import State
 
 Evaluate = Callable[[Params], Mapping[str, float]] | Evaluator
 
