@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,7 @@ class Dispatcher:
         for block in self.planner.everyone():
             self.server, columns = self.run(self.server, self.clients, block, run_rounds)
             self._started.append(columns)
+        self.planner.seconds = math.inf  # of a round, which that was not
         return self._started
 
     def begin(self, rounds: range, every: tuple[int, ...], params: Params) -> None:

@@ -1,7 +1,7 @@
 """Rounds over all local devices: the cohort is split, the server replicated, its buffers donated.
 
 ``run_rounds`` is the one loop over rounds, whoever compiles it; ``pmap_rounds`` is what ``fc.train`` compiles. A round
-itself knows nothing of this: give it an unsplit cohort under ``jax.jit``, or a split one under ``jax.shard_map``, and it
+itself knows nothing of this: under ``jax.jit`` with an unsplit cohort, or under ``jax.shard_map`` with a split one, it
 computes the same.
 """
 
