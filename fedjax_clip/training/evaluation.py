@@ -55,10 +55,12 @@ def evaluator(
         of the wrong shape.
 
     Example:
-      >>> evaluate = fc.evaluator(per_example_loss, {"clients": held_out_clients})
-      >>> result = fc.train(algorithm, train, params, rounds=100, evaluate=evaluate)
-      >>> scores = evaluate.per_client(result.params, result.state.clients)
-      >>> held_out_clients.name(scores["clients/loss"].argmax())  # the client that the model serves worst
+      >>> evaluate = fc.evaluator(per_example_loss, {"examples": held_out, "clients": held_out_clients})
+      >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10, evaluate=evaluate)
+      >>> result.history[-1]["eval/clients/accuracy"] > 0.8
+      True
+      >>> worst = evaluate.per_client(result.params)["clients/loss"].argmax()
+      >>> name = held_out_clients.name(worst)  # of the client that the model serves worst
     """
     check_sets("sets", sets)
     checks.kind("algorithm", algorithm, Algorithm | None, "an algorithm such as fc.fedavg(...)")

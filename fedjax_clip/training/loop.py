@@ -33,7 +33,9 @@ class Result(NamedTuple):
       history: a row a round, see ``fc.train``.
 
     Example:
-      >>> fc.train(algorithm, data, params, rounds=100).history[-1]["loss"]
+      >>> result = fc.train(algorithm, data, params, rounds=20)
+      >>> result.history[-1]["round"], bool(result.history[-1]["loss"] < result.history[0]["loss"])
+      (20.0, True)
     """
 
     params: Params
@@ -87,7 +89,7 @@ def train(
         ``fc.data.speeds.batch_budget(...)``.
       local_epochs: passes of a client over its examples in a round.
       local_steps: local steps a round, in place of ``local_epochs``; each client's own by
-      ``fc.data.speeds.budget(...)``.
+        ``fc.data.speeds.budget(...)``.
       shuffle: whether a client shuffles its examples in each pass.
       seed: of everything random, but for what a ``secret`` is for.
       evaluate: ``fc.evaluator(...)``, or a function ``params -> {name: value}``, called every ``eval_every`` rounds and

@@ -111,7 +111,11 @@ def run_rounds(
       ``(state, metrics [R, ...])``; metrics of rounds that were not run are 0.
 
     Example:
-      >>> (server, clients), metrics = run_rounds(algorithm.round, (server, clients), cohorts, None, key, 10)
+      >>> work = fc.extend.LocalWork(20)
+      >>> cohorts = fc.extend.plan_rounds(data, [np.array([3, 1, 4])], work, seed=0, first_round=0)
+      >>> cohorts = jax.tree.map(lambda x: x[0], cohorts)  # those of the first device
+      >>> state = algorithm.init(params), algorithm.init_client(params)  # FedAvg's clients keep nothing
+      >>> state, metrics = fc.extend.placement.run_rounds(algorithm.round, state, cohorts, None, key, 1)
     """
 
     def one(state: PyTree, index: Array) -> tuple[PyTree, Metrics]:

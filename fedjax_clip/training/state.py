@@ -19,7 +19,8 @@ class State(NamedTuple):
       run: what a checkpoint must agree with (``fc.train`` says what that is), if there are checkpoints; and the width.
 
     Example:
-      >>> result.state.server.params
+      >>> state = fc.train(algorithm, data, params, rounds=1).state
+      >>> trained = state.server.params
     """
 
     server: PyTree
