@@ -12,7 +12,8 @@ import numpy as np
 
 BASE = {
     "task": "npz('data.npz', hidden=(8,), classes=3)",
-    "algorithm": "fedavg(local_epochs=2)",
+    "algorithm": "fedavg",
+    "local_epochs": 2,
     "client": "clip_by_global_norm(0.5)|sgd(0.3)",
     "cohort_size": 4,
     "batch_size": 4,
@@ -28,25 +29,27 @@ TEXT = "width=8, layers=1, heads=2, length=20"
 PLAYS = f"plays=('hamlet', 'macbeth'), {TEXT}"
 
 ALGORITHMS = {
-    "episode": "episode(0.5, local_epochs=2)",
-    "episode_plus": "episode_plus(0.5, local_epochs=2)",
-    "fedavg": "fedavg(local_epochs=2)",
-    "fedbuff": "fedbuff(max_staleness=3, local_epochs=2)",
-    "feddyn": "feddyn(alpha=0.1, local_epochs=2)",
-    "fednova": "fednova(local_epochs=2)",
+    "episode": "episode(0.5)",
+    "episode_plus": "episode_plus(0.5)",
+    "fedavg": "fedavg",
+    "fedbuff": "fedbuff(max_staleness=3)",
+    "feddyn": "feddyn(alpha=0.1)",
+    "fednova": "fednova",
     "fedsgd": "fedsgd()",
-    "mime": "mime(beta=0.9, local_epochs=2)",
-    "partially_private": "partially_private('Dense_1', local_epochs=2)",
-    "scaffold": "scaffold(local_epochs=2)",
+    "mime": "mime(beta=0.9)",
+    "partially_private": "partially_private('Dense_1')",
+    "scaffold": "scaffold",
 }
+STEPS = {"local_epochs": None, "local_steps": 3}
+KEPT = {"algorithm": "fedavg(keep_opt_state=True)"}
 VARIANTS = {
-    "episode_fresh": {"algorithm": "episode(0.5, fresh_batches=1, local_steps=3)"},
-    "fedavg_steps": {"algorithm": "fedavg(local_steps=3)"},
-    "fedavg_kept": {"algorithm": "fedavg(local_steps=3, keep_opt_state=True)", "client": "sgd(0.1, momentum=0.9)"},
-    "fedavg_kept_auto_clip": {"algorithm": "fedavg(keep_opt_state=True)", "client": "auto_clip(50.0, 8)|sgd(0.3)"},
-    "mime_lite": {"algorithm": "mime(lite=True)", "client": "sgd(0.1, momentum=0.9)"},
-    "partially_private_biases": {"algorithm": "partially_private('bias')"},
-    "budget_of_steps": {"algorithm": "fedavg(local_steps=budget(lognormal(), seconds=4, most=5))"},
+    "episode_fresh": {"algorithm": "episode(0.5, fresh_batches=1)", **STEPS},
+    "fedavg_steps": STEPS,
+    "fedavg_kept": {**KEPT, **STEPS, "client": "sgd(0.1, momentum=0.9)"},
+    "fedavg_kept_auto_clip": {**KEPT, "client": "auto_clip(50.0, 8)|sgd(0.3)", "local_epochs": 1},
+    "mime_lite": {"algorithm": "mime(lite=True)", "client": "sgd(0.1, momentum=0.9)", "local_epochs": 1},
+    "partially_private_biases": {"algorithm": "partially_private('bias')", "local_epochs": 1},
+    "budget_of_steps": {**STEPS, "local_steps": "budget(lognormal(), seconds=4, most=5)"},
 }
 MET = {  # what every algorithm is met with
     "packed": {"uplink": "quantile_clip()|top_k(0.5)", "reducer": "krum(0)"},
@@ -195,12 +198,16 @@ SAMPLERS = {
     "uniform": {"sampler": "uniform"},
 }
 CLOCKS = {
-    "buffered": {"sampler": f"buffered({SPEEDS}, concurrency=5)", "algorithm": "fedbuff(local_epochs=2)"},
-    "buffered_dropout": {"sampler": f"buffered({SPEEDS}, concurrency=5, dropout=0.2)", "algorithm": "fedbuff(2)"},
+    "buffered": {"sampler": f"buffered({SPEEDS}, concurrency=5)", "algorithm": "fedbuff"},
+    "buffered_dropout": {
+        "sampler": f"buffered({SPEEDS}, concurrency=5, dropout=0.2)",
+        "algorithm": "fedbuff(2)",
+        "local_epochs": 1,
+    },
     "synchronous": {"sampler": f"synchronous({SPEEDS}, select=6, deadline=12.0)"},
     "synchronous_two_tier": {"sampler": "synchronous(two_tier(message=1.0), select=5, dropout=0.2)"},
     "synchronous_measured": {"sampler": "synchronous(measured((1.0, 2.0, 3.0, 1.0, 2.0, 3.0, 1.0, 2.0)))"},
-    "steps_two_tier": {"algorithm": "fedavg(local_steps=budget(two_tier(), seconds=4, most=5))"},
+    "steps_two_tier": {**STEPS, "local_steps": "budget(two_tier(), seconds=4, most=5)"},
     "batches": {"batch_size": "budget(lognormal(), seconds=2, most=6)"},
 }
 OPTIONS = {
@@ -230,10 +237,10 @@ PRIVATES = {
     "discrete": {**PRIVATE, "uplink": f"{CLIP}|discrete_gaussian()", "target_epsilon": 50.0},
     "tree": {**PRIVATE, "sampler": "round_robin", "uplink": f"{CLIP}|gaussian(2.0, mechanism=tree(4))"},
     "bands": {**PRIVATE, **CYCLIC, "uplink": f"{CLIP}|gaussian(2.0, mechanism=banded(4, 2))"},
-    "scaffold": {**PRIVATE, "algorithm": "scaffold"},
-    "personal": {**PRIVATE, "algorithm": "partially_private('Dense_1')"},
+    "scaffold": {**PRIVATE, "algorithm": "scaffold", "local_epochs": 1},
+    "personal": {**PRIVATE, "algorithm": "partially_private('Dense_1')", "local_epochs": 1},
 }
-SHORT = {"cohort_size": 3, "algorithm": "fedavg(local_steps=2)", "rounds": 2, "eval_every": 2}
+SHORT = {"cohort_size": 3, "local_epochs": None, "local_steps": 2, "rounds": 2, "eval_every": 2}
 TASKS = {
     "ames": "ames",
     "ames_public": "ames(public=True)",
@@ -260,7 +267,7 @@ TASKS = {
     "tweets": "tweets(num_clients=6, width=4, vocabulary=128)",
     "two_nodes": "two_nodes",
 }
-FACTORS = {"algorithm": "partially_private('user', local_steps=2)", "server": "adam(0.02)"}
+FACTORS = {"algorithm": "partially_private('user')", "server": "adam(0.02)"}
 SWEPT = {name: x for name, x in BASE.items() if name not in ("eval_every", "rounds_per_dispatch")}
 SWEEP = {
     **SWEPT,
@@ -278,6 +285,7 @@ SWEEPS = {
     },
     "scaffold_links": {
         "algorithm": "scaffold",
+        "local_epochs": 1,
         "client": "sgd({lr})",
         "uplink": "quantile_clip({start})|top_k(0.5)",
         "points": "grid(lr=(0.1, 0.3), start=(0.1, 0.5))",
@@ -292,7 +300,9 @@ SWEEPS = {
 
 
 def _line(flags: dict[str, Any]) -> list[str]:
-    return [f"--{name}={value}" for name, value in flags.items() if name != "devices"]
+    if flags["algorithm"] == "fedsgd()":  # which has no local epochs
+        flags = {**flags, "local_epochs": None}
+    return [f"--{name}={value}" for name, value in flags.items() if name != "devices" and value is not None]
 
 
 def _run(*changes: dict[str, Any]) -> dict[str, Any]:

@@ -59,9 +59,7 @@ def lora(
 
     Example:
       >>> tuned = fc.lora(per_example_loss, base, rank=4, pattern="query|value")
-      >>> algorithm = fc.partially_frozen(
-      ...     lambda loss: fc.fedavg(loss, client_tx), tuned.per_example_loss, tuned.frozen
-      ... )
+      >>> algorithm = fc.partially_frozen(fc.fedavg(tuned.per_example_loss, optax.sgd(0.1)), tuned.frozen)
       >>> result = fc.train(algorithm, data, tuned.init(jax.random.key(0)), rounds=100)
       >>> params = tuned.merge(result.params)
 
