@@ -119,7 +119,7 @@ def _as_link(make: Make) -> Make:
 
 
 # Left out: what is written otherwise, and what takes other than text.
-_OTHERWISE = ("chain", "compress", "identity", "at_client", "by_group", "memory", "on_parts", "with_bias")
+_OTHERWISE = ("at_client", "by_group", "chain", "compress", "identity", "memory", "on_parts", "stateless", "with_bias")
 UPLINKS = Components(
     Uplink,
     {
