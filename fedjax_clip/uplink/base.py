@@ -311,6 +311,12 @@ def stateless(
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), uplink=fc.uplink.stateless(encode))
     """
 
+    checks.kind("stateless: encode", encode, Callable, "a function (update, ctx) -> (message, report)")
+    checks.kind(
+        "stateless: decode", decode, Callable | None, "a function (aggregate, report, ctx) -> (update, metrics)"
+    )
+    checks.kind("stateless: promises", promises, Promises, "an fc.uplink.Promises")
+
     def encode_at(update, state, client_state, ctx):
         message, report = encode(update, ctx)
         return message, client_state, report
