@@ -1,9 +1,11 @@
 """The tests run on one host device, except those in tests/laws/devices, which test_devices.py starts with eight."""
 
+import contextlib
 import gc
 import importlib.util
 import os
 import pathlib
+import re
 import signal
 import sys
 
@@ -19,18 +21,26 @@ jax.config.update("jax_num_cpu_devices", DEVICES)
 collect_ignore = [] if DEVICES > 1 else ["laws/devices"]
 
 
-@pytest.fixture(autouse=True)
-def few_mappings():
-    """Forgets compiled programs before Linux's limit of 65,530 memory mappings, at which XLA aborts the process."""
-    yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
-        jax.clear_caches()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives one worker all tests of an ``@entry``, or else of a file, because they share compiled programs.
+
+    pytest-xdist's own groups have no effect under pytest 9.2 (pytest-dev/pytest-xdist#1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Sharing(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            entry = re.search(r"[\[-]@(.+)\]$", nodeid)
+            return entry[1] if entry else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # or test_devices.py, the longest of one test, comes last
+    return Sharing(config, log)
 
 
-@pytest.fixture
-def compilations():
-    """How many programs are compiled."""
+@contextlib.contextmanager
+def counted_compilations():
+    """A list that grows with every program compiled."""
     seen = []
     event = "/jax/core/compile/backend_compile_duration"
 
@@ -41,6 +51,33 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield seen
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def compilations():
+    """How many programs are compiled."""
+    with counted_compilations() as seen:
+        yield seen
+
+
+@pytest.fixture(scope="session")
+def since_mappings_were_counted():
+    with counted_compilations() as seen:
+        yield seen
+
+
+@pytest.fixture(autouse=True)
+def few_mappings(since_mappings_were_counted):
+    """Forgets compiled programs before Linux's limit of 65,530 memory mappings, at which XLA aborts the process.
+
+    A program has about ten. To count them takes up to 20 ms, which is too much after every test.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if len(since_mappings_were_counted) > 100 and maps.exists():
+        since_mappings_were_counted.clear()
+        if maps.read_bytes().count(b"\n") > 30_000:
+            jax.clear_caches()
 
 
 @pytest.fixture
