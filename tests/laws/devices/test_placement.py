@@ -15,7 +15,7 @@ from fedjax_clip.core.secret import Secret
 from fedjax_clip.training.dispatch import scatter
 from fedjax_clip.training.placement import AXIS, pmap_rounds, replicate, split
 
-FEW = ["fedavg", "fedavg, stateful link", "fedadam"]
+FEW = ["fedavg", "fedavg, stateful link", "fedadam, clipped update"]
 
 
 @pytest.mark.parametrize(("name", "devices"), [*((n, 8) for n in ENTRIES), *((n, d) for n in FEW for d in (1, 2))])
@@ -108,7 +108,7 @@ def test_a_start_and_what_is_not_finite_are_the_same_over_devices():
         fc.train(algorithm, data, {"w": np.float32(0)}, rounds=1, devices=jax.local_devices()[:4], non_finite="stop")
 
 
-@pytest.mark.parametrize(("name", "devices"), [("fedavg, dropout", 1), ("fedavg, dropout", 8), ("fedadam", 2)])
+@pytest.mark.parametrize(("name", "devices"), [("fedavg, dropout", 1), ("fedavg, dropout", 8), ("fedadam, clipped update", 2)])
 def test_many_rounds_a_dispatch_give_the_bits_of_one(name, devices):
     run = entry(name)
 
