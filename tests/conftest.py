@@ -81,7 +81,22 @@ def few_mappings(since_mappings_were_counted):
 
 
 @pytest.fixture
-def binaries(tmp_path, monkeypatch, capsys):
+def unrendered(monkeypatch):
+    """Figures are built, but not rendered, which takes two thirds of a short run; returns the function that renders."""
+    from experiments.config import rundir
+    from fedjax_clip.core import files
+
+    def save_picture(path, figure):
+        with files.replacing(path) as file:
+            file.write(b"\x89PNG")
+
+    render = rundir.save_picture
+    monkeypatch.setattr(rundir, "save_picture", save_picture)
+    return render
+
+
+@pytest.fixture
+def binaries(tmp_path, monkeypatch, capsys, unrendered):
     """Runs a binary in this process, in an empty directory: ``("run", *flags) -> (exit code, stdout, stderr)``."""
     from experiments import audit, report, run, sweep
     from experiments.config import binary, registry

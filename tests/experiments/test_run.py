@@ -256,7 +256,8 @@ def test_bad_files_are_one_sentence_and_exit_code_2(cli, tmp_path):
         assert_refused(cli(flag, *quick), tmp_path, before, words)
 
 
-def test_a_run_leaves_what_the_readme_says_and_the_same_command_adds_nothing(cli, tmp_path):
+def test_a_run_leaves_what_the_readme_says_and_the_same_command_adds_nothing(cli, tmp_path, unrendered, monkeypatch):
+    monkeypatch.setattr(rundir, "save_picture", unrendered)
     code, out, err = cli(*QUICK, "--workdir=here")
     assert code == 0
     assert "held-out examples" in out
@@ -267,6 +268,7 @@ def test_a_run_leaves_what_the_readme_says_and_the_same_command_adds_nothing(cli
         *("checkpoints", "clients.npz", "config.json", "clipping.png", "curves.png", "metrics.jsonl", "params.npz"),
         *("report.html", "tensorboard"),
     }
+    assert all((here / name).stat().st_size > 10_000 for name in ("clipping.png", "curves.png"))
     rows = [json.loads(line) for line in (here / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3]
     assert "eval/examples/loss" in rows[-1]
