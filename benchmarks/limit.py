@@ -27,12 +27,12 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "peers"))
-import fedjax_clip.training.dispatch
 import tasks
 from workers.fedjax_clip import loss, to_model
 from workers.jax_model import per_example_loss
 
 import fedjax_clip as fc
+import fedjax_clip.training.dispatch
 from fedjax_clip.data.planning import wasted_steps
 
 
