@@ -13,7 +13,7 @@ import fedjax_clip as fc
 from experiments.bench import audited, mutants
 from fedjax_clip.privacy import canaries, scores
 
-QUICK = {"replays": 1000, "confidence": 0.999}  # the seed is fixed: it is right for good, or wrong for good
+QUICK = {"replays": 2000, "confidence": 0.999}  # the seed is fixed: it is right for good, or wrong for good
 
 
 @pytest.mark.parametrize("name", ["gaussian, in turn", "memory of a clip"])
