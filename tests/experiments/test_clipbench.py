@@ -32,7 +32,7 @@ PAPER = {"client_lr": 0.01, "threshold": 5.0, "server_lr": 1.0}  # of EPISODE's 
 
 
 @pytest.fixture(autouse=True)
-def compiled_as_all_tests_are(monkeypatch):
+def compiled_as_all_tests_are(monkeypatch, unrendered):
     monkeypatch.setattr(lanes, "FAST", {})
 
 
