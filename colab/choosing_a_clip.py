@@ -43,10 +43,11 @@ import optax
 
 import fedjax_clip as fc
 from experiments.bench import tracks
-from experiments.bench.contest import Banks, play
-from experiments.bench.report import draw
-from experiments.bench.rules import RULES, Rule
-from experiments.bench.standings import Standing
+from experiments.bench.clip import draw
+from experiments.bench.core.grid import Banks, play
+from experiments.bench.core.rule import Rule
+from experiments.bench.core.standing import Standing
+from experiments.bench.rules import RULES
 
 # %matplotlib inline
 SHORT = os.environ.get("FEDJAX_CLIP_SHORT") == "1"  # the project's tests run this notebook with less work

@@ -1,51 +1,16 @@
 """The rules that ClipBench compares: clips, and algorithms that clip, each one line."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
 
 import fedjax_clip as fc
-from experiments.bench.tuning import Range
+from experiments.bench.core.rule import PLAIN, RATES, SERVER, Build, Rule
+from experiments.bench.core.tuning import Range
 from fedjax_clip import clipping, uplink
-from fedjax_clip.core.types import PerExampleLoss
 
-Build = Callable[[PerExampleLoss, Mapping[str, Any]], fc.extend.Algorithm]
 Clip = Callable[[Any], optax.GradientTransformation]
-RATE, STEP, SERVER = ("client_lr",), ("client_lr", "threshold"), ("client_lr", "threshold", "server_lr")
-RATES = ("client_lr", "server_lr")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A rule, the knobs that it is tuned by, and what it costs.
-
-    Attributes:
-      build: ``(loss, point) -> algorithm``; the point has a number for each knob, which may be traced.
-      knobs: of ``client_lr``, ``threshold`` and ``server_lr`` those that the rule has.
-      ranges: its own range of a knob, where the track's would mean nothing.
-      fresh: batches that a client takes in a round before those of its local steps.
-      passes: gradients on each batch of the local steps.
-      note: what is clipped, and what the threshold is.
-      fixed: numbers of a point that are no knobs; rules that differ in them alone share a program.
-    """
-
-    build: Build
-    knobs: tuple[str, ...] = STEP
-    ranges: Mapping[str, Range] = dataclasses.field(default_factory=dict)
-    fresh: int = 0
-    passes: int = 1
-    note: str = ""
-    fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    def space(self, ranges: Mapping[str, Range]) -> dict[str, Range]:
-        """The knobs' ranges on a track."""
-        return {knob: self.ranges.get(knob, ranges[knob]) for knob in self.knobs}
-
-    def gradients(self, steps: int) -> int:
-        """Gradients of one batch that a client computes in a round."""
-        return self.fresh + self.passes * steps
 
 
 def _stepwise(make: Clip, keep: bool = False) -> Build:
@@ -97,7 +62,7 @@ _SCORES = {"threshold": Range(0.25, 4.0)}
 _RATIOS = {"threshold": Range(0.003, 10.0)}
 
 RULES: dict[str, Rule] = {
-    "fedavg": Rule(lambda loss, p: fc.fedavg(loss, _sgd(p)), RATE, note="no clip"),
+    "fedavg": PLAIN,
     "fedavg_server": Rule(
         lambda loss, p: fc.fedavg(loss, _sgd(p), _server(p)), RATES, note="no clip; the server's step has a rate, too"
     ),

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from experiments.bench.rules import Rule
-from experiments.bench.tracks import Track
-from experiments.bench.tuning import best
+from experiments.bench.core.problem import Track
+from experiments.bench.core.rule import Rule
+from experiments.bench.core.tuning import best
 
 LEVEL = 0.05
 QUARTERS = 4
@@ -81,6 +81,15 @@ class Standing:
         All rules meet the same cohorts, so what a run does to both is not counted.
         """
         return interval(self.costs - first.costs, LEVEL / max(1, comparisons))
+
+    def compared(self, first: "Standing", comparisons: int) -> str:
+        """The difference of accuracies, or the ratio of errors, to the first, with its corrected interval."""
+        if self is first or self.diverged:
+            return "–"
+        mean, low, high = self.against(first, comparisons)
+        if self.track.accuracy:
+            return f"{-mean:+.4f} [{-high:+.4f}, {-low:+.4f}]"
+        return "×" + "{:.3g} [{:.3g}, {:.3g}]".format(*(math.exp(min(x, 700)) for x in (mean, low, high)))
 
     def equals(self, first: "Standing", comparisons: int) -> bool:
         """Whether that interval holds zero."""

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedjax_clip as fc
-from experiments.bench.rules import Rule
-from experiments.bench.tracks import Measure, Run, Track
-from experiments.bench.tuning import Point
+from experiments.bench.core.problem import Measure, Run, Track
+from experiments.bench.core.rule import Rule
+from experiments.bench.core.tuning import Point
 from fedjax_clip.core.keys import seeded, threefry
 
 HUGE = 1e6  # an error this large is called divergence
