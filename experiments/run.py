@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments.config import binary, privacy, registry, rundir, spec, terminal
+from experiments.config import binary, outside, privacy, registry, rundir, spec, terminal
 from experiments.page import page
 from fedjax_clip import tasks
 from fedjax_clip.core import checks, tree
@@ -104,6 +104,7 @@ flags.DEFINE_integer(
     "clients_per_chunk", None, "Clients that a device trains at once; by default what is measured best."
 )
 flags.DEFINE_integer("devices", None, "Devices to use; by default all (on a CPU, one for each core).")
+outside.define_flag()
 
 # What the results depend on. More rounds only make a run longer.
 IDENTITY = (

@@ -101,9 +101,6 @@ SPACINGS: Mapping[str, Callable[..., Any]] = {"linear": linear, "log": log}
 
 def main() -> None:
     """Runs what the flags say."""
-    for name in UNUSED:
-        if FLAGS[name].present:
-            raise InvalidInput(f"--{name} says nothing to a sweep: leave it out.")
     run.check_numbers()
     check_numbers()
     points = read_points()

@@ -3,11 +3,13 @@
 A chain is ``name(value, key=value)`` joined by ``|``; a bare ``name`` is ``name()`` and empty text an empty chain.
 A value is a number (also ``inf`` and ``nan``), text in quotes, True, False, None, a tuple or list of values, again
 ``name(...)``, which is looked up among the nested components, or ``{name}``, which is given a value when it is built.
+A dotted name is looked up in the modules that ``--import`` gives (see ``outside``).
 """
 
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import types
@@ -15,12 +17,42 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from experiments.config import outside
 from fedjax_clip.core.types import InvalidInput
 
 Registry = Mapping[str, Callable[..., Any]]
 NONE_NESTED: Registry = types.MappingProxyType({})
 NO_VALUES: Mapping[str, Any] = types.MappingProxyType({})
 MAX_LENGTH = 10_000
+
+
+class Components(dict[str, Callable[..., Any]]):
+    """What a flag may name at one place.
+
+    Args:
+      kind: the type, or types, of what all of them build. A function from outside must build it, too.
+      makers: functions by name.
+      fit: what each function passes before a flag calls it, one from outside too: it may fill arguments in.
+    """
+
+    def __init__(
+        self,
+        kind: type | tuple[type, ...],
+        makers: Registry,
+        fit: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda make: make,
+    ):
+        super().__init__((name, fit(makers[name])) for name in sorted(makers))
+        self.kind, self.fit = kind, fit
+
+    def outside(self, name: str, flag: str) -> Callable[..., Any]:
+        """The function of a dotted name, held to the kind."""
+        make = self.fit(outside.find(name, flag))
+
+        @functools.wraps(make)
+        def build(*args: Any, **kwargs: Any) -> Any:
+            return outside.checked(make(*args, **kwargs), self.kind, name)
+
+        return build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,17 +173,15 @@ class _Reader:
         return [self.call(node), *reversed(links)]
 
     def call(self, node: ast.expr) -> Call:
-        match node:
-            case ast.Name(id=name):
-                return Call(name)
-            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-                kwargs: dict[str, Any] = {}
-                for keyword in keywords:
-                    if keyword.arg is None or keyword.arg in kwargs:
-                        self.refuse(keyword)
-                    kwargs[keyword.arg] = self.value(keyword.value)
-                return Call(name, tuple(self.value(x) for x in args), kwargs)
-        self.refuse(node)
+        called = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        name, kwargs = _dotted(called.func), {}
+        if not name:
+            self.refuse(node)
+        for keyword in called.keywords:
+            if keyword.arg is None or keyword.arg in kwargs:
+                self.refuse(keyword)
+            kwargs[keyword.arg] = self.value(keyword.value)
+        return Call(name, tuple(self.value(x) for x in called.args), kwargs)
 
     def value(self, node: ast.expr) -> Any:
         match node:
@@ -174,7 +204,7 @@ class _Reader:
                 return tuple(self.value(x) for x in items)
             case ast.List(elts=items):
                 return [self.value(x) for x in items]
-            case ast.Name() | ast.Call():
+            case ast.Name() | ast.Attribute() | ast.Call():
                 return self.call(node)
             case ast.Set(elts=[ast.Name(id=name)]):
                 return Placeholder(name)
@@ -185,8 +215,25 @@ class _Reader:
         raise InvalidInput(f"{self.flag}: {piece} cannot stand here; a chain is written {_FORM}, text in quotes.")
 
 
-def _construct(call: Call, registry: Registry, flag: str, nested: Registry, values: Mapping[str, Any]) -> Any:
-    name = call.name
+def _dotted(node: ast.expr) -> str:
+    """``"my_module.fedexp"`` of the node of such a name; empty for any other."""
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=module, attr=name):
+            return f"{_dotted(module)}.{name}" if _dotted(module) else ""
+    return ""
+
+
+def component(name: str, registry: Registry, flag: str, nested: Registry = NONE_NESTED) -> Callable[..., Any]:
+    """The function that a name stands for.
+
+    Raises:
+      InvalidInput: a name that stands for none here.
+    """
+    if "." in name:
+        adopted = registry if isinstance(registry, Components) else Components(object, {})
+        return adopted.outside(name, flag)
     if not registry:
         raise InvalidInput(f"{flag}: {_quote(name)} is not a value; text is written in quotes.")
     if name not in registry and name in nested:
@@ -194,7 +241,11 @@ def _construct(call: Call, registry: Registry, flag: str, nested: Registry, valu
     if name not in registry:
         hint = f"unknown component {_quote(name)}{_nearest(name, registry)} (valid: {_names(registry)})"
         raise InvalidInput(f"{flag}: {hint}.")
-    component = registry[name]
+    return registry[name]
+
+
+def _construct(call: Call, registry: Registry, flag: str, nested: Registry, values: Mapping[str, Any]) -> Any:
+    name, make = call.name, component(call.name, registry, flag, nested)
 
     def resolve(value: Any) -> Any:
         if isinstance(value, tuple | list):
@@ -207,15 +258,14 @@ def _construct(call: Call, registry: Registry, flag: str, nested: Registry, valu
             return values[value.name]
         return _construct(value, nested, flag, nested, values) if isinstance(value, Call) else value
 
-    signature = inspect.signature(component)
-    _check_arguments(call, signature, flag)
+    _check_arguments(call, inspect.signature(make), flag)
     args, kwargs = resolve(call.args), {k: resolve(v) for k, v in call.kwargs.items()}
     try:
-        return component(*args, **kwargs)
+        return make(*args, **kwargs)
     except (TypeError, ValueError, ArithmeticError, OSError) as error:
         sentence = " ".join(str(error).split())
         named = sentence if sentence.startswith((f"{name} ", f"{name}: ")) else f"{name}: {sentence}"
-        raise InvalidInput(f"{flag}: {named}") from error
+        raise InvalidInput(f"{flag}: {named}{outside.place(error)}") from error
 
 
 def _check_arguments(call: Call, signature: inspect.Signature, flag: str) -> None:

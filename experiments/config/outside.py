@@ -1,0 +1,112 @@
+"""Components from outside of this repository: ``--import=my_module``, then ``--algorithm="my_module.fedexp()"``.
+
+A flag is text that is read without running any of it. ``--import`` is the one exception, so that it counts only on
+the command line and not in a flag file.
+"""
+
+import importlib
+import inspect
+import pathlib
+import re
+import sys
+import traceback
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+
+from fedjax_clip.core.types import InvalidInput
+
+FLAGS = flags.FLAGS
+
+
+def define_flag() -> None:
+    """Defines ``--import`` for a binary."""
+    flags.DEFINE_multi_string(
+        "import",
+        [],
+        "Modules of your own, separated by commas. This runs their code. Afterwards flags may name what is in them: "
+        '--import=my_module --algorithm="my_module.fedexp()". A module is looked for where Python runs and in '
+        "$PYTHONPATH.",
+    )
+
+
+def modules() -> list[str]:
+    """The names of the modules that ``--import`` gives, each once."""
+    given = FLAGS["import"].value or [] if "import" in FLAGS else []
+    return list(dict.fromkeys(name.strip() for text in given for name in text.split(",")))
+
+
+def load() -> None:
+    """Imports all modules of ``--import``; to be called once JAX is configured, for a module may use JAX.
+
+    Raises:
+      InvalidInput: a module that cannot be imported.
+    """
+    for name in modules():
+        _imported(name)
+
+
+def find(name: str, flag: str) -> Any:
+    """What a dotted name stands for.
+
+    Args:
+      name: ``"my_module.fedexp"``.
+      flag: where the name was written, for error messages.
+
+    Example:
+      >>> find("json.dumps", "--task")
+      Traceback (most recent call last):
+      ...
+      fedjax_clip.core.types.InvalidInput: --task: "json.dumps" is from outside of the library: add --import=json, ...
+
+    Raises:
+      InvalidInput: a module that ``--import`` does not name or that cannot be imported, a name that it lacks, or
+        something that is no function.
+    """
+    module, _, attribute = name.rpartition(".")
+    if module not in modules():
+        raise InvalidInput(
+            f'{flag}: "{name}" is from outside of the library: add --import={module}, which runs the code of that '
+            "module, or write text in quotes."
+        )
+    found = getattr(_imported(module), attribute, None)
+    if found is None:
+        raise InvalidInput(f"{flag}: the module {module} has no {attribute}.")
+    if not callable(found):
+        raise InvalidInput(f"{flag}: {name} is not a function but of type {type(found).__name__}.")
+    try:
+        inspect.signature(found)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"{flag}: {name} does not say which arguments it takes.") from None
+    return found
+
+
+def checked(thing: Any, kind: type | tuple[type, ...], name: str) -> Any:
+    """``thing``, which the function of a dotted name made, if it is of the kind that is needed."""
+    if not isinstance(thing, kind):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise InvalidInput(f"{name} must return a thing of type {kinds}, not {type(thing).__name__}.")
+    return thing
+
+
+def place(error: BaseException) -> str:
+    """``" (my_module.py, line 7)"``: the last line of an imported module that an error passed; else nothing."""
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in modules()}
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return f" ({pathlib.Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+
+
+def _imported(name: str) -> ModuleType:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", name):
+        raise InvalidInput(f"--import={name} is not the name of a module: write my_module for the file my_module.py.")
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise InvalidInput(
+                f"--import={name}: there is no module {error.name} here or in $PYTHONPATH: set PYTHONPATH to its "
+                "directory."
+            ) from None
+        sentence = " ".join(str(error).split()) or "it gave no reason"
+        raise InvalidInput(f"--import={name}: {type(error).__name__} on import: {sentence.rstrip('.')}.") from error
