@@ -3,6 +3,11 @@
   python -m experiments.bench.clip --quick --rules=fedavg,celgc,episode
   python -m experiments.bench.clip --tracks=quartic,quartic_far,three_numbers,heavy_tails,client_sampling
   python -m experiments.bench.clip
+  python -m experiments.bench.clip --import=my_module --rules=celgc,my_module.fedexp
+
+A rule of your own is a function in a module of your own, named with a dot: an algorithm ``(loss, client_tx)``, or
+``(loss, client_tx, server_tx)``; an algorithm ``(loss, point)`` of the knobs ``point["client_lr"]`` and
+``point["threshold"]``; or ``(threshold)``, which returns an optax transform for each local step, or a link.
 
 The working directory gets results.jsonl (a line for each track and rule, with all its trials), report.md, and a picture
 of each track. Stopped in any way, the same command goes on where it was. What has changed since runs again by itself: a
@@ -24,8 +29,9 @@ from experiments.bench.core import command, grid, picture
 from experiments.bench.core.problem import Track, sized
 from experiments.bench.core.standing import QUARTERS, Standing, ranks
 from experiments.bench.core.table import table
-from experiments.bench.rules import RULES
+from experiments.bench.rules import RULES, named
 from experiments.bench.tracks import TRACKS
+from experiments.config import outside
 
 KNOBS = "client_lr", "threshold", "server_lr"
 
@@ -33,8 +39,9 @@ KNOBS = "client_lr", "threshold", "server_lr"
 def define_flags() -> None:
     """Defines the flags."""
     command.define_flags("runs/clipbench", "Few rounds, seeds and trials")
+    outside.define_flag()
     flags.DEFINE_list("tracks", None, "Problems to compare on; by default all whose data are here.")
-    flags.DEFINE_list("rules", None, "Rules to compare; by default all.")
+    flags.DEFINE_list("rules", None, "Rules to compare, functions of --import's among them; by default all.")
     flags.DEFINE_integer(
         "trials", None, "Points of its knobs that each rule may try, an even number; by default the track's."
     )
@@ -44,6 +51,7 @@ def main(values: flags.FlagValues, should_stop: command.ShouldStop) -> None:
     """Runs what the flags say."""
     # Else the second run would report how long it takes to read a program, and not to compile it.
     jax.config.update("jax_enable_compilation_cache", False)
+    outside.load()
     rules = list(RULES) if values.rules is None else values.rules
     bench(values.tracks, rules, values.trials, values.workdir, values.quick, should_stop)
 
@@ -68,9 +76,8 @@ def bench(
     """
     if tracks is not None:
         command.check_names("--tracks", "track", tracks, TRACKS)
-    command.check_names("--rules", "rule", rules, RULES)
+    compared = named(rules, RULES)
     chosen = sized(problems.build(tracks, TRACKS), trials, quick)
-    compared = {name: RULES[name] for name in rules}
     return grid.compare(chosen, compared, workdir, lambda found: report(found, quick), draw, should_stop)
 
 

@@ -1,14 +1,18 @@
 """The rules that ClipBench compares: clips, and algorithms that clip, each one line."""
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optax
 
 import fedjax_clip as fc
-from experiments.bench.core.rule import PLAIN, RATES, SERVER, Build, Rule
+from experiments.bench.core import command
+from experiments.bench.core.rule import PLAIN, RATE, RATES, SERVER, Build, Rule
 from experiments.bench.core.tuning import Range
+from experiments.config import outside
 from fedjax_clip import clipping, uplink
+from fedjax_clip.core.types import InvalidInput
 
 Clip = Callable[[Any], optax.GradientTransformation]
 
@@ -156,3 +160,55 @@ RULES: dict[str, Rule] = {
         note="each local step with the server's momentum of 0.9",
     ),
 }
+
+
+def named(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rules of these names; one with a dot is made of a function of ``--import``'s, see ``from_outside``.
+
+    Raises:
+      InvalidInput: a name that no rule has, or no name at all.
+    """
+    own = [name for name in names if "." not in name]
+    if own or not names:
+        command.check_names("--rules", "rule", own, rules)
+    return {name: from_outside(name) if "." in name else rules[name] for name in names}
+
+
+def from_outside(name: str) -> Rule:
+    """The rule of a function from outside of the repository, by what the function takes.
+
+    ``(loss, client_tx, ...)``: an algorithm. Its knob is the clients' rate, and the server's if it takes ``server_tx``.
+    ``(loss, point)``: an algorithm that takes the numbers ``client_lr`` and ``threshold`` from the point itself.
+    ``(threshold)``: a clip of each local step if it returns an optax transform, or of the update if it returns a link.
+
+    Args:
+      name: such as ``"my_module.fedexp"``, of a module that ``--import`` names.
+
+    Raises:
+      InvalidInput: see ``outside.find``; a function of something else.
+    """
+    name = name.removesuffix("()")
+    make = outside.find(name, "--rules")
+    takes = list(inspect.signature(make).parameters)
+    note = (inspect.getdoc(make) or "–").splitlines()[0]
+    if takes[1:2] == ["client_tx"]:
+        knobs, served = (RATES, True) if "server_tx" in takes else (RATE, False)
+
+        def build(loss, p):
+            options = {"server_tx": _server(p)} if served else {}
+            return outside.checked(make(loss, _sgd(p), **options), fc.extend.Algorithm, name)
+
+        return Rule(build, knobs, note=note)
+    if takes[1:2] == ["point"]:
+        return Rule(lambda loss, p: outside.checked(make(loss, p), fc.extend.Algorithm, name), note=note)
+    try:
+        made = make(1.0)
+    except Exception as error:
+        raise InvalidInput(
+            f"--rules: {name} must take (loss, client_tx), (loss, point) or a threshold, and {name}(1.0) raised "
+            f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{outside.place(error)}."
+        ) from error
+    outside.checked(made, (optax.GradientTransformation, fc.uplink.Uplink), name)
+    if isinstance(made, fc.uplink.Uplink):
+        return Rule(_linked(make), SERVER, note=note)
+    return Rule(_stepwise(make), note=note)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import tqdm
 from matplotlib.figure import Figure
@@ -15,7 +16,9 @@ from experiments.bench.core.problem import Track
 from experiments.bench.core.results import Entry, Results, numbers
 from experiments.bench.core.rule import PLAIN, Rule
 from experiments.bench.core.standing import Standing
+from experiments.config import outside
 from fedjax_clip.core import files
+from fedjax_clip.core.types import InvalidInput
 
 Standings = Sequence[tuple[Track, Sequence[Standing]]]  # of each track the rules, the best one first
 
@@ -54,7 +57,13 @@ def cells(tracks: Sequence[Track], rules: Mapping[str, Rule]) -> list[Cell]:
     for name, rule in tqdm.tqdm(rules.items(), desc="reading rules", unit="rule", leave=False, dynamic_ncols=True):
         key = rule.build, rule.fresh, rule.knobs, tuple(rule.fixed)  # rules of other fixed numbers share a program
         if key not in known:
-            known[key] = fingerprint(small, rule)
+            try:
+                known[key] = fingerprint(small, rule)
+            except jax.errors.ConcretizationTypeError as error:
+                raise InvalidInput(
+                    f"{name} makes a Python number of a knob: compute with jax.numpy, for all trials of a rule are one "
+                    f"program{outside.place(error)}."
+                ) from error
         programs[name] = known[key]
     found = []
     for track in tracks:
