@@ -137,6 +137,7 @@ def interval(values: np.ndarray, level: float = LEVEL) -> tuple[Any, Any, Any]:
     count, centre = values.shape[-1], values.mean(axis=-1)
     if count < 2:
         return centre, centre - math.inf, centre + math.inf
+    # Not t.interval, which is NaN where all values are equal.
     half = scipy.stats.t.ppf(1 - level / 2, count - 1) * values.std(axis=-1, ddof=1) / math.sqrt(count)
     return centre, centre - half, centre + half
 

@@ -260,7 +260,7 @@ def test_rules_of_ones_own_are_tuned_and_reported_like_the_others(own, tmp_path)
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("my_own_rules.number", r"jax.numpy.*my_own_rules.py, line 27"),
+        ("my_own_rules.number", r"jax.numpy.*my_own_rules.py, line 25"),
         ("my_own_rules.nothing", "GradientTransformation or Uplink, not int"),
         ("my_own_rules.row_of", "has no row_of"),
         ("others.rule", "--import=others"),
