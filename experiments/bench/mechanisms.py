@@ -1,4 +1,4 @@
-"""The ways of adding noise that PrivacyBench compares, each one line."""
+"""The noise mechanisms that PrivacyBench compares, a line each."""
 
 import dataclasses
 import functools

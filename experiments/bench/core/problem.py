@@ -29,7 +29,7 @@ class Run:
 
     Attributes:
       seed: of start, cohorts and noise.
-      clients: ``[N]`` numbers of those that train; ``None``: all.
+      clients: ``[N]`` indices of the clients that train; ``None``: all.
       judged: examples that the measures see; ``None``: those of all clients.
     """
 
@@ -47,17 +47,18 @@ class Track:
     """A problem on which rules are compared.
 
     Attributes:
-      name: as the report has it.
+      name: in the report.
       data, loss: the clients and what they minimise.
       start: ``seed -> params``.
       measures: what is measured, by name; rules are ranked by the first.
-      ranges: where ``client_lr``, ``threshold`` and ``server_lr`` are searched, by rules without a range of their own.
+      ranges: of ``client_lr``, ``threshold`` and ``server_lr``, for rules without a range of their own.
       rounds, cohort_size, work: of the training.
-      accuracy: whether more is better, and differences count; else less is, and ratios do.
-      resolution: errors below it are none.
+      accuracy: True: the measure is an accuracy, and rules are compared by differences. False: it is an error, and they
+        are compared by ratios.
+      resolution: errors below it count as equal.
       sampler: ``cohort_size -> sampler``.
       width: how many clients train side by side; all of them by default.
-      tuning, measuring: the runs from which knobs are chosen, and the others, which are reported.
+      tuning, measuring: the runs that knobs are chosen on, and those that are reported.
       trials: points of its knobs that each rule may try; an even number.
     """
 

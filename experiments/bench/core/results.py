@@ -1,4 +1,4 @@
-"""What benchmarks write and find again: results that survive a kill."""
+"""Results on disk: a killed benchmark loses at most the pair that it was running."""
 
 import json
 import os
@@ -17,7 +17,7 @@ Entry = dict[str, Any]
 
 
 class Results:
-    """``results.jsonl``: a line for each entry, on the disk as soon as it is there.
+    """``results.jsonl``, a line for each entry; an entry is on disk as soon as ``add`` returns.
 
     Args:
       workdir: the directory of the file; made where it is missing.

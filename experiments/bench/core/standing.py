@@ -1,4 +1,4 @@
-"""How rules stand on a track: scores, ranks, and what can be told apart."""
+"""How rules compare on a track: scores, intervals and ranks."""
 
 import dataclasses
 import math
@@ -18,10 +18,11 @@ QUARTERS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """How a rule did on a track: a line of the results, and what is read from it.
+    """A rule's results on a track.
 
     Attributes:
-      track, name, rule, entry: of the line.
+      track, name, rule: the pair.
+      entry: its line of the results.
     """
 
     track: Track
@@ -46,14 +47,14 @@ class Standing:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """The score as it is shown decides; the cheaper rule is named first among equals."""
+        """Sorts by the score as it is shown; among equal scores the cheaper rule comes first."""
         if self.diverged:
             return (1, self.diverged, 0.0, 0.0, 0.0)
         gradients = self.rule.gradients(self.track.steps)
         return (0, 0, -self.score if self.track.accuracy else self.score, self.traffic("bytes_up"), gradients)
 
     def shown(self, cost: float) -> str:
-        """A cost as what it is of: an accuracy in four decimals, an error in four digits."""
+        """The accuracy of a cost, in four decimals, or the error, in four digits."""
         return f"{1 - cost:.4f}" if self.track.accuracy else f"{math.exp(cost):.4g}"
 
     def value(self) -> str:
@@ -78,7 +79,7 @@ class Standing:
     def against(self, first: "Standing", comparisons: int) -> tuple[float, float, float]:
         """``cost - the first's``, run by run: mean and ends of its interval, corrected for so many comparisons.
 
-        All rules meet the same cohorts, so what a run does to both is not counted.
+        All rules train on the same cohorts, so the effect of a run on both cancels.
         """
         return interval(self.costs - first.costs, LEVEL / max(1, comparisons))
 
@@ -143,7 +144,7 @@ def interval(values: np.ndarray, level: float = LEVEL) -> tuple[Any, Any, Any]:
 
 
 def ranks(rows: Sequence[Standing]) -> list[str]:
-    """``1, 2=, 2=, 4, –``: equal scores, as they are shown, share a rank; who diverged has none."""
+    """``1, 2=, 2=, 4, –``: scores that are shown equal share a rank; a rule that diverged has none."""
     scores = [
         None if row.diverged else max(row.score, 0 if row.track.accuracy else row.track.resolution) for row in rows
     ]
