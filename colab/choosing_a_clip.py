@@ -174,5 +174,5 @@ RULES["both"] = Rule(both, note="each step, and the update at four steps' length
 compare(tracks.heavy_tails(), ["both", "celgc"])
 
 # %% [markdown]
-# It is not: what the first clip has let through, the second only makes shorter. With the entry in the registry, ClipBench has it too:
-# `python -m experiments.bench.clip --rules=both,celgc` once the lines are in `experiments/bench/rules.py`.
+# It is not: what the first clip has let through, the second only makes shorter. ClipBench takes the function from a file
+# of yours, too: `python -m experiments.bench.clip --import=my_rules --rules=my_rules.both,celgc` once it is in `my_rules.py`.
