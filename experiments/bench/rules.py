@@ -201,13 +201,12 @@ def from_outside(name: str) -> Rule:
         return Rule(build, knobs, note=note)
     if takes[1:2] == ["point"]:
         return Rule(lambda loss, p: outside.checked(make(loss, p), fc.extend.Algorithm, name), note=note)
-    try:
-        made = make(1.0)
-    except Exception as error:
+    needed = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
+    if len(takes) == 0 or len(needed) > 1:
         raise InvalidInput(
-            f"--rules: {name} must take (loss, client_tx), (loss, point) or a threshold, and {name}(1.0) raised "
-            f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}{outside.place(error)}."
-        ) from error
+            f"--rules: {name} must take (loss, client_tx), (loss, point) or (threshold), not ({', '.join(takes)})."
+        )
+    made = make(1.0)
     outside.checked(made, (optax.GradientTransformation, fc.uplink.Uplink), name)
     if isinstance(made, fc.uplink.Uplink):
         return Rule(_linked(make), SERVER, note=note)

@@ -16,7 +16,6 @@ from experiments.bench.core.problem import Track
 from experiments.bench.core.results import Entry, Results, numbers
 from experiments.bench.core.rule import PLAIN, Rule
 from experiments.bench.core.standing import Standing
-from experiments.config import outside
 from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput
 
@@ -57,13 +56,7 @@ def cells(tracks: Sequence[Track], rules: Mapping[str, Rule]) -> list[Cell]:
     for name, rule in tqdm.tqdm(rules.items(), desc="reading rules", unit="rule", leave=False, dynamic_ncols=True):
         key = rule.build, rule.fresh, rule.knobs, tuple(rule.fixed)  # rules of other fixed numbers share a program
         if key not in known:
-            try:
-                known[key] = fingerprint(small, rule)
-            except jax.errors.ConcretizationTypeError as error:
-                raise InvalidInput(
-                    f"{name} makes a Python number of a knob: compute with jax.numpy, for all trials of a rule are one "
-                    f"program{outside.place(error)}."
-                ) from error
+            known[key] = _fingerprint(small, name, rule)
         programs[name] = known[key]
     found = []
     for track in tracks:
@@ -188,6 +181,18 @@ def play(track: Track, rule: Rule, banks: Banks) -> Entry:
         "tune_seconds": sum(x.run_seconds for x in spent),
         "run_seconds": outcome.run_seconds / outcome.lanes,
     }
+
+
+def _fingerprint(track: Track, name: str, rule: Rule) -> str:
+    try:
+        return fingerprint(track, rule)
+    except (jax.errors.ConcretizationTypeError, InvalidInput) as error:
+        causes = error, error.__cause__  # a function of --import's says itself what was raised in it
+        if not any(isinstance(cause, jax.errors.ConcretizationTypeError) for cause in causes):
+            raise
+        raise InvalidInput(
+            f"{name} makes a Python number of a knob: compute with jax.numpy, for all trials of a rule are one program."
+        ) from error
 
 
 def _config(track: Track, rule: Rule) -> dict[str, Any]:

@@ -228,6 +228,10 @@ def number(threshold):
 
 def nothing(threshold):
     return 3
+
+
+def stranger(a, b):
+    return a
 """
 
 
@@ -260,7 +264,8 @@ def test_rules_of_ones_own_are_tuned_and_reported_like_the_others(own, tmp_path)
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("my_own_rules.number", r"jax.numpy.*my_own_rules.py, line 25"),
+        ("my_own_rules.number", "my_own_rules.number makes a Python number of a knob"),
+        ("my_own_rules.stranger", r"or \(threshold\), not \(a, b\)"),
         ("my_own_rules.nothing", "GradientTransformation or Uplink, not int"),
         ("my_own_rules.row_of", "has no row_of"),
         ("others.rule", "--import=others"),
