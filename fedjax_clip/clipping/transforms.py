@@ -101,6 +101,8 @@ def watch(tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]) ->
     checks.kind("tx", tx, optax.GradientTransformation, "an optax transform")
     tx = optax.with_extra_args_support(tx)
 
+    # Not by optax.monitor, whose state has another structure after the first step, so that no scan can carry it; nor by
+    # optax.snapshot, whose states clip_report would not find.
     def init(params):
         return ClipState({"": jnp.zeros((), jnp.float32)}, {}, {}, tx.init(params))
 

@@ -11,7 +11,7 @@ import fedjax_clip as fc
 from experiments.bench import privacy as privacybench
 from experiments.bench.mechanisms import MECHANISMS, sampled_by
 
-DOCS = pathlib.Path(__file__).parents[2] / "docs"
+DOCS = pathlib.Path(__file__).parents[3] / "docs"
 REPLAYED = ("gaussian in bins", "bands in bins")  # solved to 1e-2
 
 
