@@ -123,7 +123,7 @@ def end(directory: rundir.RunDirectory, uplink: fc.uplink.Uplink) -> None:
 
 def configuration(uplink: fc.uplink.Uplink) -> dict[str, Any]:
     """What the results depend on, for ``config.json``."""
-    config = problem.values(IDENTITY)
+    config = problem.config(IDENTITY)
     if FLAGS.non_finite != "drop":
         config["non_finite"] = FLAGS.non_finite
     if FLAGS.delta is not None:

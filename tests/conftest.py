@@ -37,6 +37,17 @@ def pytest_configure(config):
         problems.only_outside(names)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves the laws over what is from outside, if something is."""
+    if names := config.getoption("--laws-over"):
+        chosen = names.split(",")
+        of = [
+            getattr(item, "callspec", None) and str(item.callspec.params.get("name")).split(", ")[0] for item in items
+        ]
+        config.hook.pytest_deselected(items=[item for item, name in zip(items, of, strict=True) if name not in chosen])
+        items[:] = [item for item, name in zip(items, of, strict=True) if name in chosen]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Gives one worker all tests of an ``@entry``, or else of a file, because they share compiled programs.

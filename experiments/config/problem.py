@@ -164,7 +164,7 @@ def check_numbers() -> None:
         checks.seed("--private_seed", FLAGS.private_seed)
 
 
-def values(names: Iterable[str]) -> dict[str, Any]:
+def config(names: Iterable[str]) -> dict[str, Any]:
     """What these flags say, for ``config.json``, and the modules of ``--import``."""
     found = {name: FLAGS[name].value for name in names}
     if FLAGS.local_steps is None:
