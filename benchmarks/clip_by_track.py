@@ -22,7 +22,7 @@ UNCLIPPED = ("fedavg", "fedavg_server", "scaffold", "unclipped_memory")
 
 
 def measured(text: str) -> tuple[dict[str, dict[str, float]], set[tuple[str, str]]]:
-    """``{track: {rule: distance to the first}}``, NaN where a rule diverged, and the pairs not told apart from the first."""
+    """``{track: {rule: distance to the best}}``, NaN where a rule diverged, and the pairs that equal the best."""
     distances: dict[str, dict[str, float]] = {}
     equal = set()
     for section in text.split("\n## ")[1:]:

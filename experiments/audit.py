@@ -170,8 +170,8 @@ def audit_mutants(path: str) -> bool:
     lines.insert(
         1,
         f"The audit found {caught[0]} of {caught[1]} faults, and called {wronged[0]} of {wronged[1]} correct "
-        f"configurations broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {audited.ROUNDS} rounds "
-        f"with each canary, at a confidence of {FLAGS.confidence:.2%}.",
+        f"configurations broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {audited.ROUNDS} "
+        f"rounds with each canary, at a confidence of {FLAGS.confidence:.2%}.",
     )
     files.expanded(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(lines[1])

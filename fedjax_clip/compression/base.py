@@ -90,8 +90,9 @@ def check_memory(name: str, compressor: Compressor, tree: PyTree) -> None:
     size = sum(np.size(x) for x in jax.tree.leaves(tree))
     if (error := compressor.error(size)) > 1:
         raise InvalidInput(
-            f"{name} sends later what is lost now, and of {size} values this compressor may lose {error:.3g} times "
-            "what there is: what is left would grow without end. Take more bits, smaller buckets, or unbiased=False."
+            f"{name} stores what is lost and sends it later, but of {size} values this compressor may lose "
+            f"{error:.3g} times their norm squared, so that what it stores would grow without end. Take more bits, "
+            "smaller buckets, or unbiased=False."
         )
 
 

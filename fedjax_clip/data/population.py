@@ -282,8 +282,8 @@ def check_alike(data: FederatedData) -> None:
     """
     if data.weights is not None and np.any((weights := data.weights[data.weights > 0]) != weights[:1]):
         raise InvalidInput(
-            "The data's examples weigh differently, and private_gradient counts all alike: it would train on another "
-            "objective than is meant. Give it data without weights (class weights, too)."
+            "The examples have unequal weights, and private_gradient counts all equally, so it would train on another "
+            "objective: give it data without weights, class weights included."
         )
 
 

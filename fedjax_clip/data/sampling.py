@@ -324,8 +324,8 @@ def b_min_sep(cohort_size: float, separation: int) -> Sampler:
 def _check_apart(cohort_size: float, period: int, num_clients: int) -> None:
     if cohort_size * period > num_clients:
         raise InvalidInput(
-            f"{cohort_size:g} clients in each of {period} rounds, and none in two of them, are more than there "
-            f"are ({num_clients}): take a smaller cohort, or fewer rounds apart."
+            f"{period} rounds with {cohort_size:g} clients each, all different, need more than the {num_clients} "
+            "clients there are: take a smaller cohort, or fewer rounds apart."
         )
 
 

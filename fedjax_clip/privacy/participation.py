@@ -82,8 +82,8 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
     cohort = sampler.cohort_size  # type: ignore[union-attr]
     if sampler.scheme != "round_robin" and not (sampler.scheme and cohort == num_clients):  # type: ignore[union-attr]
         raise InvalidInput(
-            "Noise of a mechanism is in proportion to what a client does in all its rounds, and this sampler may draw "
-            "it in any: use fc.data.sampling.round_robin, or cyclic_poisson for bands, or give the noise no mechanism."
+            "Correlated noise needs to know in which rounds a client may take part, and this sampler may draw it in "
+            "any: use fc.data.sampling.round_robin, or cyclic_poisson for bands, or give the noise no mechanism."
         )
     strategy = strategy_of(mechanism, rounds)
     same = math.gcd(int(cohort), num_clients)  # clients in a row that always come together

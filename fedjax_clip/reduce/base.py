@@ -141,7 +141,7 @@ def looks_at_messages(name: str, reducer: Reducer) -> None:
     """
     if reducer.hides:
         raise InvalidInput(
-            f"{name} looks at single messages, which {reducer.hides} hides from everybody: take {reducer.hides} alone, "
+            f"{name} reads single messages, which {reducer.hides} hides: take {reducer.hides} alone, "
             "and let a clip of the uplink bound what one client sends."
         )
 

@@ -156,7 +156,7 @@ def deal(data, num_clients: int | None, default: int, alpha: float | None, seed:
     """Examples dealt to clients, evenly or with label skew; what has clients already keeps them."""
     if isinstance(data, FederatedData):
         if num_clients is not None or alpha is not None:
-            raise InvalidInput("The data have clients of their own: num_clients and alpha have nothing to say.")
+            raise InvalidInput("The data name their own clients: leave num_clients and alpha out.")
         return data
     num_clients = default if num_clients is None else num_clients
     if alpha is None:

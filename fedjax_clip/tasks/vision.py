@@ -120,7 +120,9 @@ def _deal(
     seed: int,
 ) -> FederatedData:
     if alpha is not None and classes_per_client is not None:
-        raise InvalidInput("alpha and classes_per_client are two ways to deal examples out: give one of them.")
+        raise InvalidInput(
+            "alpha and classes_per_client are two ways to divide examples among clients: give one of them."
+        )
     if alpha is not None:
         return partition.dirichlet(examples, num_clients, alpha, seed=seed)
     if classes_per_client is not None:

@@ -72,7 +72,7 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
     "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", Algorithm 2.
     """
     if not links:
-        raise InvalidInput("error_feedback needs what loses something, such as error_feedback(top_k(0.01)).")
+        raise InvalidInput("error_feedback needs a link that loses something, such as error_feedback(top_k(0.01)).")
     for link in links:
         checks.kind("error_feedback's links", link, Uplink | Compressor, "compressors or links, such as top_k(0.01)")
     inner = chain(*(compress(link) if isinstance(link, Compressor) else link for link in links))

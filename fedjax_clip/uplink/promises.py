@@ -134,8 +134,8 @@ def beside(parts: Sequence[Promises]) -> Promises:
         return dataclasses.replace(parts[0], bound=bound)
     if len({p.noise for p in parts}) > 1 or len({id(p.mechanism) for p in parts}) > 1:
         raise InvalidInput(
-            "A message of several parts has noise on one and not on another, or other mechanisms: end each part's link "
-            "on the same kind of noise, such as gaussian(1.0)."
+            "The parts of a message must all have noise of one kind and one mechanism, and these do not: end each "
+            "part's link on the same kind of noise, such as gaussian(1.0)."
         )
     if any(p.grid for p in parts):
         raise InvalidInput("Only one part of a message can be on an integer grid: take fedavg or fedsgd.")
