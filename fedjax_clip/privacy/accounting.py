@@ -1,4 +1,4 @@
-"""What noise is worth: epsilon of a run, and the noise or the rounds that an epsilon allows, by dp-accounting.
+"""Privacy accounting: epsilon of a run, and the noise or rounds for an epsilon, by dp-accounting.
 
 User-level: the presence of one client, all of its examples, in any rounds. Needs the extra ``privacy``.
 """
@@ -179,7 +179,7 @@ def noise_multiplier(
     mechanism: Mechanism | None = None,
     curve: Callable[[float], renyi.Curve] | None = None,
 ) -> float:
-    """The least noise multiplier (to 1e-4, on the safe side) with which ``epsilon(...) <= target_epsilon``.
+    """The least noise multiplier with ``epsilon(...) <= target_epsilon``, to 1e-4 on the safe side.
 
     To 1e-2 for samplers of which the privacy loss is drawn (``balls_in_bins``, ``b_min_sep``).
 
@@ -247,7 +247,7 @@ def rounds(
     most: int = 10**6,
     mechanism: Mechanism | None = None,
 ) -> int:
-    """How many rounds ``target_epsilon`` allows, ``most`` at most; 0 if not even one.
+    """The number of rounds that ``target_epsilon`` allows, at most ``most``; 0 if it allows none.
 
     The other arguments are as for ``epsilon``.
     """

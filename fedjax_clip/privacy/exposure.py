@@ -1,4 +1,4 @@
-"""What a run's rounds come to for one client, and what that costs: Gaussian mechanisms on samples of the clients."""
+"""The Gaussian mechanisms that one client meets in a run, and their epsilon."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""In which rounds a client can take part, and how far that moves what correlated noise covers."""
+"""Participation of clients in rounds, and the sensitivity of correlated noise that follows."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from fedjax_clip.uplink.mechanism import Mechanism
 
 
 class Separated(NamedTuple):
-    """In place of a sampler: a promise that a deployment keeps, as by timers on its devices, whoever is drawn.
+    """In place of a sampler: a deployment's promise on participation, kept for example by timers on its devices.
 
     Attributes:
       rounds: from one of a client's rounds to its next, at least; 1 is every round.
@@ -48,7 +48,7 @@ def separated(sampler: Sampler | Separated, num_clients: int) -> Separated | Non
 
 
 def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_clients: int, rounds: int) -> np.ndarray:
-    """``[rounds]``: how far one client moves ``C x`` in 1, 2, ... rounds, over the clip's bound.
+    """``[rounds]``: how far one client moves ``C x`` in 1, 2, ... rounds, in units of the clip's bound.
 
     ``max_i ||(C u_i)[:t]||`` with u_i one in client i's rounds: as far as that, since C has no negative entry. k
     rounds of independent noise: sqrt(k). Of ``Separated`` rounds, and samplers that keep a client's rounds apart: exact
@@ -99,7 +99,7 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
 
 
 def sensitivity(mechanism: Mechanism, sampler: Sampler | Separated, num_clients: int, rounds: int) -> float:
-    """How far one client moves ``C x`` in all rounds, over the clip's bound: ``sensitivities``' last.
+    """How far one client moves ``C x`` in all rounds, in units of the clip's bound: the last of ``sensitivities``.
 
     Args:
       mechanism, sampler, num_clients, rounds: as for ``sensitivities``.

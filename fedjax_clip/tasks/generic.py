@@ -1,4 +1,4 @@
-"""Classification of flat or small inputs by an MLP: digits, a local file, anything that TFDS knows."""
+"""Classification of flat or small inputs by an MLP: digits, a local file, any TFDS data set."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -78,7 +78,7 @@ def tfds(
     seed: int = 0,
     classes: int | None = None,
 ) -> Task:
-    """Classification of any TFDS data set of images and labels, by default dealt to 100 clients.
+    """Classification of any TFDS data set of images and labels, by default divided among 100 clients.
 
     Arguments as for ``npz`` and ``fc.data.sources.tfds``.
 

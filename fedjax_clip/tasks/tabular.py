@@ -1,4 +1,4 @@
-"""Tables: features prepared by federated statistics, or by what is publicly known of each column."""
+"""Tables: features prepared by federated statistics, or by public bounds of each column."""
 
 import dataclasses
 import math

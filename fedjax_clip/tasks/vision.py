@@ -1,4 +1,4 @@
-"""Pictures: convolutional networks on data that belong to nobody and are dealt out with label skew."""
+"""Pictures: convolutional networks on data without natural clients, divided with label skew."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -66,7 +66,7 @@ def emnist(
     download: bool = False,
     seed: int = 0,
 ) -> Task:
-    """EMNIST by class (62 classes of letters and digits) and a CNN, through TFDS, which does not say who wrote what.
+    """EMNIST by class (62 classes of letters and digits) and a CNN, through TFDS, which does not name the writers.
 
     Arguments as for ``fashion_mnist``, and ``data_dir`` and ``download`` as for ``fc.data.sources.tfds``.
     """

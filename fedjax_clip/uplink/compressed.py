@@ -1,4 +1,4 @@
-"""Links that send less: compressors, error feedback, low rank, and the sketch that adds up."""
+"""Compressed links: compressors, error feedback, low rank, count sketches."""
 
 import dataclasses
 from typing import Any
@@ -50,7 +50,7 @@ def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
 
 
 def error_feedback(*links: Uplink | Compressor) -> Uplink:
-    """What a chain does not deliver is remembered by the client and sent later: ``m = C(u + e); e <- u + e - m``.
+    """The client stores what a chain loses and sends it later: ``m = C(u + e); e <- u + e - m``.
 
     Guarantee: the sum of all messages of a client and its ``e`` is the sum of its updates, whatever the chain loses. A
     contraction's bias is gone in the limit, and ``e`` bounded; ``uplink/residual`` is its norm. With sampling a
@@ -155,7 +155,7 @@ def power_sgd(rank: int = 4) -> Uplink:
 def count_sketch(
     rows: int = 5, columns: int = 1000, k: int = 50, momentum: float | Array = 0.0, seed: int = 0
 ) -> Uplink:
-    """FetchSGD: clients send a count sketch, which adds up; the server finds the k heaviest coordinates of the sum.
+    """FetchSGD: clients send count sketches; the server finds the k heaviest coordinates of their sum.
 
     Each of d coordinates falls with a random sign into one of ``columns`` buckets in each row; its estimate is the
     median over the rows. Each run of ``columns`` neighbours is turned by a random number: they never collide, and two

@@ -1,4 +1,4 @@
-"""Which links may follow which, and which mean may follow them: what is said of those that break a promise."""
+"""Which links and reducers may follow which links, and the errors for those that break a promise."""
 
 from collections.abc import Sequence
 from typing import Any
