@@ -223,7 +223,7 @@ def colluding(reducer: Reducer, clients: Clients, forge: Callable[[Stack, Array]
 
 
 def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> Reducer:
-    """"A little is enough": malicious clients send ``mean - z std`` of the honest messages, in each coordinate.
+    """ALIE, "a little is enough": malicious clients send ``mean - z std`` of the honest messages, per coordinate.
 
     Args:
       reducer: the defence.
