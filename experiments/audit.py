@@ -121,8 +121,8 @@ def summary(found: fc.privacy.Audit) -> str:
 
 HEAD = """# Planted faults
 
-`python -m experiments.audit --mutants=docs/audit.md` wrote this page: what [an audit](privacy.md#an-audit) says of
-faults that were planted, and of configurations that are right.
+This page shows the verdicts of [the audit](privacy.md#an-audit) on planted faults and on correct configurations.
+`python -m experiments.audit --mutants=docs/audit.md` wrote it.
 """
 ROW = "| {} | {:.2f} | {:.2f} | {:g} | {} |"
 
@@ -131,7 +131,7 @@ def audit_mutants(path: str) -> bool:
     """Audits all of ``mutants``, writes the table, and says whether it is as it should be."""
     begun, lines = time.monotonic(), [HEAD]
     counts: dict[str, tuple[int, int]] = {}
-    for title, audited in (("Faults", mutants.MUTANTS), ("Right", cases.right())):
+    for title, audited in (("Faults", mutants.MUTANTS), ("Correct configurations", cases.right())):
         lines += [f"\n## {title}\n", "| what | audited | accounted | at delta | found by |", "|---|---|---|---|---|"]
         broken = 0
         for name, case in audited.items():
@@ -141,13 +141,13 @@ def audit_mutants(path: str) -> bool:
             broken += found.broken
             print(lines[-1], flush=True)
         counts[title] = broken, len(audited)
-    caught, wronged = counts["Faults"], counts["Right"]
+    caught, wronged = counts["Faults"], counts["Correct configurations"]
     seconds = time.monotonic() - begun
     lines.insert(
         1,
-        f"{caught[0]} of {caught[1]} faults were found, and {wronged[0]} of {wronged[1]} right configurations were "
-        f"called broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {cases.ROUNDS} rounds with "
-        f"each canary, and holds at {FLAGS.confidence:.2%}.",
+        f"The audit found {caught[0]} of {caught[1]} faults, and called {wronged[0]} of {wronged[1]} correct "
+        f"configurations broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {cases.ROUNDS} "
+        f"rounds with each canary, at a confidence of {FLAGS.confidence:.2%}.",
     )
     files.expanded(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(lines[1])

@@ -96,7 +96,7 @@ def bad_files(tmp_path):
         ),
         "clients twice over": (
             saved(tmp_path / "j.npz", x=x, y=y, h=y)[:-1] + ", by='h', num_clients=3)",
-            "clients of their own",
+            "name their own clients",
         ),
         "a run directory under a file": (f"--workdir={tmp_path / 'file' / 'run'}", "cannot be written"),
         "a run directory of something else": (f"--workdir={other}", "holds files but no run"),

@@ -198,7 +198,10 @@ GIVEN = {"num_clients": 4, "delta": 1e-3}
             ),
             "Only built-in algorithms",
         ),
-        (lambda: fc.privacy.audit(build(*NOISY), fc.data.sampling.by_size(2), **GIVEN), "sampler's choice"),
+        (
+            lambda: fc.privacy.audit(build(*NOISY), fc.data.sampling.by_size(2), **GIVEN),
+            "amplification by this sampler",
+        ),
     ],
 )
 def test_what_cannot_be_audited_is_refused(call, sentence):

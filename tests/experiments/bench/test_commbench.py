@@ -34,7 +34,7 @@ def test_the_advice_quotes_the_report():
     """```entry` accuracy in N bytes`` and the table's rows in docs/compression.md are of docs/commbench/report.md."""
     docs = pathlib.Path(__file__).parents[3] / "docs"
     text = " ".join((docs / "compression.md").read_text().split())
-    text = text[text.index("## Which one") : text.index("Sources stand in")]
+    text = text[text.index("## Measured choices") : text.index("Sources are in")]
     found: dict[str, list[list[str]]] = {}
     for line in (docs / "commbench" / "report.md").read_text().splitlines():
         if line.startswith("| `"):
