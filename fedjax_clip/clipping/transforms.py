@@ -43,7 +43,7 @@ def clip(
     """A clip of any kind: each group of the scope is scaled by ``shape(norm of the group, threshold of the rule)``.
 
     Guarantee: the shape's. For every shape a NaN makes its whole group NaN. An infinity becomes NaN or, under the scope
-      ``element``, the bound. A client whose update is not finite is dropped and counted.
+    ``element``, the bound. A client whose update is not finite is dropped and counted.
 
     Args:
       rule: where the threshold comes from: a number, or ``fixed``, ``scheduled``, ``percentile``, ``z_score``,
@@ -355,8 +355,8 @@ def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     """Carries the clipped part to later steps: ``u = clip(g + b); b <- g + b - u``.
 
     Guarantee: the clip's, and the sum of the results is the sum of the gradients less the last carry b. A carry that is
-      not finite, or larger than 2^24 times u, is dropped: float32 could not pay it back, and it would absorb every
-      later gradient.
+    not finite, or larger than 2^24 times u, is dropped: float32 could not pay it back, and it would absorb every later
+    gradient.
 
     Args:
       tx: any clip.

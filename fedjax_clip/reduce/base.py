@@ -87,8 +87,8 @@ def fixed_mean(denominator: float | Array) -> Reducer:
     """``sum_i m_i / n`` with a fixed n: each client moves it by at most its bound / n.
 
     Differential privacy needs it: a mean over the clients that arrived, or one weighted by examples, reveals who they
-      were. Integers are added exactly, modulo 2^32, to the same bits in any order and on any number of devices. Their
-      sum is not divided: the link that sent them divides it after adding noise (``fc.uplink.gaussian``).
+    were. Integers are added exactly, modulo 2^32, to the same bits in any order and on any number of devices. Their sum
+    is not divided: the link that sent them divides it after adding noise (``fc.uplink.gaussian``).
 
     Args:
       denominator: n, the (expected) size of a cohort.

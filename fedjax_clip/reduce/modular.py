@@ -19,8 +19,8 @@ def modular_sum(cohort_size: int, threshold: int | None = None) -> Reducer:
     """``sum_i m_i mod 2^32`` of unsigned integers, which is all that a server learns under secure aggregation.
 
     Exact: the same bits in any order and on any number of devices. Masks cancel in it, so a simulation needs none;
-      ``fc.secure.pairwise_masks`` runs the protocol, with the same result to the last bit. The decoding link divides by
-      ``cohort_size``.
+    ``fc.secure.pairwise_masks`` runs the protocol, with the same result to the last bit. The decoding link divides by
+    ``cohort_size``.
 
     Args:
       cohort_size: n, the (expected) size of a cohort.

@@ -15,7 +15,7 @@ def median() -> Reducer:
     """The median of each coordinate; for an even number, the mean of the middle two. Zero without clients.
 
     Guarantee: if fewer than half of the clients are malicious, each coordinate lies between the least and the greatest
-      honest value. If clients' data differ, it ignores what only a minority has seen: see ``fc.reduce.bucketing``.
+    honest value. If clients' data differ, it ignores what only a minority has seen: see ``fc.reduce.bucketing``.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.median())
@@ -37,7 +37,7 @@ def trimmed_mean(num_bad: int) -> Reducer:
     """The mean of each coordinate without its ``num_bad`` least and greatest values; zero without clients.
 
     Guarantee: with at most ``num_bad`` malicious clients each coordinate lies between the least and the greatest honest
-      value. With 2 f clients or fewer no value is left, and the mean is zero.
+    value. With 2 f clients or fewer no value is left, and the mean is zero.
 
     Args:
       num_bad: f, at least 0; 0 gives ``uniform_mean``.

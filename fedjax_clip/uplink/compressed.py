@@ -25,7 +25,7 @@ def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
     ``bytes_up`` counts ``len(fc.compression.to_bytes(code))``; ``bytes_up_entropy`` is its lower bound. Metrics:
     ``uplink/error``, ``||decoded - update||^2`` over ``||update||^2``. Values that are not finite stay so. No later
     link may touch the message: it must be the last link, or directly before ``gaussian``. A biased compressor without
-      ``error_feedback`` is allowed, but training need not converge (Karimireddy et al. 2019, section 3).
+    ``error_feedback`` is allowed, but training need not converge (Karimireddy et al. 2019, section 3).
 
     Args:
       compressor: of ``fc.compression``.
@@ -52,10 +52,10 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
     """The client stores the error of a chain and sends it later: ``m = C(u + e); e <- u + e - m``.
 
     Guarantee: the sum of all messages of a client and its ``e`` is the sum of its updates, whatever the chain loses.
-      For a contraction the bias vanishes in the limit, and ``e`` stays bounded; ``uplink/residual`` is its norm. A
-      client that is not sampled keeps its ``e`` until its next round.
-    To bound the message, put the clip inside: ``error_feedback(clip_by_global_norm(1.0), top_k(0.01))`` promises the
-      clip's bound. A clip before ``error_feedback`` does not bound the message.
+    For a contraction the bias vanishes in the limit, and ``e`` stays bounded; ``uplink/residual`` is its norm. A client
+    that is not sampled keeps its ``e`` until its next round. To bound the message, put the clip inside:
+    ``error_feedback(clip_by_global_norm(1.0), top_k(0.01))`` promises the clip's bound. A clip before
+    ``error_feedback`` does not bound the message.
 
     Args:
       links: a compressor, or links whose message decodes to something of the update's shape.

@@ -87,9 +87,9 @@ def discrete_gaussian(noise_multiplier: float | Array, bits: int = 32, rotate: b
       ``D^2 = min(L^2 + d/4 + L + sqrt(d)/2, (L + sqrt(d))^2)``  in steps of the grid (paper's beta: e^-1/2)
 
     Guarantee: against an adversary who sees the sums, for the data (not the presence) of one client. Epsilon is a
-      little larger than that of a Gaussian with the same ``z``: ``fc.privacy.epsilon(fc.privacy.distributed(uplink,
-      params, reducer), ...)``. Metrics: those of ``integer_grid``, ``noise_multiplier`` of the clients that arrived,
-      and ``noise_std`` of one coordinate of the mean.
+    little larger than that of a Gaussian with the same ``z``: ``fc.privacy.epsilon(fc.privacy.distributed(uplink,
+    params, reducer), ...)``. Metrics: those of ``integer_grid``, ``noise_multiplier`` of the clients that arrived, and
+    ``noise_std`` of one coordinate of the mean.
 
     Args:
       noise_multiplier: z >= 0, ratio of the sum's noise to D; may be traced.

@@ -215,7 +215,7 @@ def buffered_toeplitz(decays: Sequence[float] | np.ndarray, scales: Sequence[flo
     """A buffered linear Toeplitz matrix (BLT), ``C[s, t] = sum_i scales[i] decays[i]^(s - t - 1)`` under ones.
 
     Guarantee: it correlates the noise of all rounds, and its state holds one model for each buffer, for any number of
-      rounds. Scales with a sum of at most 1 keep the columns decreasing, so the sensitivity is exact.
+    rounds. Scales with a sum of at most 1 keep the columns decreasing, so the sensitivity is exact.
 
     Args:
       decays: of the buffers, between 0 and 1.

@@ -25,10 +25,9 @@ def memory(
       ``memory(fc.uplink.compress(top_k(0.01)))``                    EF21, its memory at the server, too
 
     Guarantee: each message is as small as the clip makes it (its sensitivity), while g converges to the mean of
-      constant updates, without bias. Up to rounding, g is the mean of the v_i of ALL N clients: a mean over the cohort
-      counts ``|S| / N`` times. ``weighted_mean`` weighs clients by their examples in g, too; the papers use
-      ``uniform_mean``. A robust reducer applies its rule to the messages. Noise or rounding after the memory stays in
-      g.
+    constant updates, without bias. Up to rounding, g is the mean of the v_i of ALL N clients: a mean over the cohort
+    counts ``|S| / N`` times. ``weighted_mean`` weighs clients by their examples in g, too; the papers use
+    ``uniform_mean``. A robust reducer applies its rule to the messages. Noise or rounding after the memory stays in g.
 
     Args:
       tx: a clip, or a link such as a compressor, without a state of its own.

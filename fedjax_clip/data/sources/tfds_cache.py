@@ -39,9 +39,8 @@ def tfds(
     """Reads a TFDS data set, without TensorFlow: converted once to arrays, then memory-mapped.
 
     Values keep their stored type: an image is uint8 0 .. 255. Scale it in the model or the task: that saves three
-      quarters of the memory and of the transfer.
-    Text is an array of bytes. A later call reads the cache alone and does not import
-    TFDS; it reads TFDS again if the prepared data under ``data_dir`` has changed.
+    quarters of the memory and of the transfer. Text is an array of bytes. A later call reads the cache alone and does
+    not import TFDS; it reads TFDS again if the prepared data under ``data_dir`` has changed.
 
     Args:
       name: ``"mnist"``, ``"emnist/byclass"``, ``"mnist:3.0.1"`` ...
