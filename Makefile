@@ -3,7 +3,7 @@
 #   make demo                                              train on handwritten digits and draw the curves
 #   make demo ARGS="--rounds=20 --client='sgd(0.1)'"       the same with other flags
 #   make texts                                             what the tasks of text read: Shakespeare, tweets
-#   make test ARGS=tests/test_spec.py                      the tests, or some of them
+#   make test ARGS=tests/experiments/test_spec.py                      the tests, or some of them
 #   make test PYTHON=python3.12 VENV=.venv-3.12            with another Python
 #   make strict                                            every pair of parts under x64, strict types and debug_nans
 #
@@ -29,7 +29,7 @@ test: $(VENV)/.dev
 	$(python) -m pytest -q -n $(WORKERS) --dist=loadgroup $(ARGS)
 
 strict: $(VENV)/.dev
-	FEDJAX_CLIP_STRICT=all $(python) -m pytest -q -n $(WORKERS) tests/test_strict.py $(ARGS)
+	FEDJAX_CLIP_STRICT=all $(python) -m pytest -q -n $(WORKERS) tests/laws/test_strict.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(python) -m ruff check .

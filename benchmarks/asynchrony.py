@@ -14,18 +14,20 @@ import optax
 
 import fedjax_clip as fc
 
-SPEEDS = fc.speeds.lognormal(step=1.0, message=5.0, sigma=1.0)
+SPEEDS = fc.data.speeds.lognormal(step=1.0, message=5.0, sigma=1.0)
 CLOCKS = {
-    "waiting for 4": fc.clock.synchronous(fc.sampling.uniform(4), SPEEDS),
-    "waiting for 8": fc.clock.synchronous(fc.sampling.uniform(8), SPEEDS),
-    "the first 4 of 6 in 30 s": fc.clock.synchronous(fc.sampling.uniform(6), SPEEDS, keep=4, deadline=30),
-    "FedBuff, 8 at work": fc.clock.buffered(fc.sampling.uniform(4), SPEEDS, buffer_size=4, concurrency=8),
+    "waiting for 4": fc.data.clock.synchronous(fc.data.sampling.uniform(4), SPEEDS),
+    "waiting for 8": fc.data.clock.synchronous(fc.data.sampling.uniform(8), SPEEDS),
+    "the first 4 of 6 in 30 s": fc.data.clock.synchronous(fc.data.sampling.uniform(6), SPEEDS, keep=4, deadline=30),
+    "FedBuff, 8 at work": fc.data.clock.buffered(fc.data.sampling.uniform(4), SPEEDS, buffer_size=4, concurrency=8),
 }
 
 
-def curve(algorithm: fc.Algorithm, clock: fc.clock.Clock, task: fc.tasks.Task, seed: int, seconds: float) -> np.ndarray:
+def curve(
+    algorithm: fc.extend.Algorithm, clock: fc.data.clock.Clock, task: fc.tasks.Task, seed: int, seconds: float
+) -> np.ndarray:
     """``[rounds, 4]``: simulated seconds, accuracy on held-out examples and on held-out forms, mean staleness."""
-    rows: list[fc.training.Row] = []
+    rows: list[fc.extend.Row] = []
     fc.train(
         algorithm,
         task.data,
@@ -65,7 +67,7 @@ def main() -> None:
             if name.startswith("FedBuff"):
                 algorithm = fc.fedbuff(task.per_example_loss, steps, max_staleness=10)
             else:
-                algorithm = fc.fedavg(task.per_example_loss, steps, reducer=fc.uniform_mean())
+                algorithm = fc.fedavg(task.per_example_loss, steps, reducer=fc.reduce.uniform_mean())
             found = [
                 readings(curve(algorithm, clock, task, seed, arguments.seconds)) for seed in range(arguments.seeds)
             ]

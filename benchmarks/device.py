@@ -39,7 +39,7 @@ from workers.fast_conv import conv as patches
 from workers.jax_model import per_example_loss
 
 import fedjax_clip as fc
-from fedjax_clip.convolution import conv_general_dilated
+from fedjax_clip.core.convolution import conv_general_dilated
 
 CLIENT_TX = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.1))
 

@@ -27,12 +27,12 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "peers"))
+import fedjax_clip.dispatch
 import tasks
 from workers.fedjax_clip import loss, to_model
 from workers.jax_model import per_example_loss
 
 import fedjax_clip as fc
-import fedjax_clip.dispatch
 from fedjax_clip.data.planning import wasted_steps
 
 
@@ -59,7 +59,7 @@ def library(task: tasks.Task, rounds: int = 12, conv=None, **options) -> Callabl
     data = fc.FederatedData({"x": task.x, "y": task.y}, task.offsets)
     tx = optax.chain(fc.clipping.clip_by_global_norm(task.clip), optax.sgd(task.lr))
     algorithm = fc.fedavg(loss(task, conv), tx)
-    sampler = fc.sampling.Sampler(lambda sizes, seed, round: task.cohort(round))
+    sampler = fc.data.sampling.Sampler(lambda sizes, seed, round: task.cohort(round))
 
     def run() -> float:
         result = fc.train(
@@ -96,9 +96,9 @@ def bare_loop(task: tasks.Task, devices: list[jax.Device]) -> Callable[[], float
 
         return jax.lax.fori_loop(0, rows, step, (params, tx.init(params)))[0]
 
-    compiled = jax.pmap(train, axis_name=fc.placement.AXIS, devices=devices)
-    x, y = fc.placement.split((x, y), devices)
-    params = fc.placement.replicate(to_model(task), devices)
+    compiled = jax.pmap(train, axis_name=fc.extend.placement.AXIS, devices=devices)
+    x, y = fc.extend.placement.split((x, y), devices)
+    params = fc.extend.placement.replicate(to_model(task), devices)
 
     def run() -> float:
         times = []
@@ -217,11 +217,11 @@ def waste(arguments: argparse.Namespace) -> None:
     """Task MR's population, cohorts of 50, planned for all devices."""
     task = tasks.build("MR")
     data = fc.FederatedData({"x": task.x[:, :1]}, task.offsets)
-    sampler, wasted, shapes = fc.sampling.uniform(50), [], set()
+    sampler, wasted, shapes = fc.data.sampling.uniform(50), [], set()
     for r in range(200):
         ids = sampler.sample(data.sizes, 0, r)
         options = {"seed": 0, "round": r, "num_devices": arguments.devices, "population": data.examples}
-        plan = fc.plan(data, ids, fc.LocalWork(task.batch), **options)
+        plan = fc.extend.plan(data, ids, fc.extend.LocalWork(task.batch), **options)
         wasted.append(wasted_steps(plan))
         shapes.add((plan.ids.shape, plan.batches.shape))
     print(

@@ -16,7 +16,7 @@ import turns
 from workers.fedjax_clip import loss
 
 import fedjax_clip as fc
-from experiments import privacy, registry, spec
+from experiments.config import privacy, registry, spec
 
 CLIP = "clip_by_global_norm(1.0)"
 LINKS = (
@@ -72,7 +72,7 @@ def main() -> None:
     task, data = turns.population(arguments.task, arguments.tiny)
     cohort_size = len(task.cohort(0))
 
-    def fedavg(text: str = "") -> fc.Algorithm:
+    def fedavg(text: str = "") -> fc.extend.Algorithm:
         links, _, reducer = (part.strip() for part in text.partition("&"))
         uplink = privacy.chain(links, None) if links else fc.uplink.identity()
         reducers = registry.reducers(cohort_size)

@@ -23,23 +23,23 @@ COHORT, BOUND = 8, 0.5
 CLIP = uplink.clip_by_global_norm(BOUND)
 
 
-def variants() -> dict[str, tuple[fc.Uplink, fc.Reducer]]:
+def variants() -> dict[str, tuple[fc.uplink.Uplink, fc.reduce.Reducer]]:
     """By name, what crosses the wire and how it is added."""
     plain, threshold = fc.reduce.modular_sum(COHORT), fc.reduce.modular_sum(COHORT, COHORT)
     masked = fc.secure.pairwise_masks(COHORT)
 
-    def on_grid(link: fc.Uplink) -> fc.Uplink:
+    def on_grid(link: fc.uplink.Uplink) -> fc.uplink.Uplink:
         return uplink.chain(CLIP, link)
 
     return {
-        "clipped mean, float32": (CLIP, fc.fixed_mean(COHORT)),
+        "clipped mean, float32": (CLIP, fc.reduce.fixed_mean(COHORT)),
         "grid of 32 bits": (on_grid(uplink.integer_grid(32)), plain),
         "grid of 16 bits": (on_grid(uplink.integer_grid(16)), plain),
         "grid of 16 bits, pairwise masks": (on_grid(uplink.integer_grid(16)), masked),
         "grid of 8 bits": (on_grid(uplink.integer_grid(8)), plain),
         "grid of 8 bits, rotated": (on_grid(uplink.integer_grid(8, rotate=True)), plain),
-        "CKKS": (CLIP, fc.homomorphic.ckks_mean(COHORT)),
-        "Gaussian, z = 0.1": (on_grid(uplink.gaussian(0.1)), fc.fixed_mean(COHORT)),
+        "CKKS": (CLIP, fc.secure.ckks_mean(COHORT)),
+        "Gaussian, z = 0.1": (on_grid(uplink.gaussian(0.1)), fc.reduce.fixed_mean(COHORT)),
         "discrete Gaussian, z = 0.1, 16 bits": (on_grid(uplink.discrete_gaussian(0.1, 16)), threshold),
         "Skellam, z = 0.1, 16 bits": (on_grid(uplink.skellam(0.1, 16)), threshold),
     }
@@ -48,7 +48,7 @@ def variants() -> dict[str, tuple[fc.Uplink, fc.Reducer]]:
 def sent(name: str, row: dict[str, float], size: int) -> float:
     """Bytes that a client sends in a round, with what only the host sees."""
     if name == "CKKS":
-        return sum(map(len, fc.homomorphic.Ckks(COHORT).encrypt(np.zeros(size, np.float32))))
+        return sum(map(len, fc.secure.Ckks(COHORT).encrypt(np.zeros(size, np.float32))))
     if "masks" in name:
         return fc.secure.aggregate(np.zeros((COHORT, size), np.uint16), 6)[1].bytes_up(0)
     return row["bytes_up"] / row["clients"]
@@ -67,7 +67,7 @@ def training(rounds: int) -> None:
     for name, (link, reducer) in variants().items():
         algorithm = fc.fedavg(task.per_example_loss, client_tx, uplink=link, reducer=reducer)
 
-        def train(rounds: int, seed: int = 0, algorithm: fc.Algorithm = algorithm) -> fc.Result:
+        def train(rounds: int, seed: int = 0, algorithm: fc.extend.Algorithm = algorithm) -> fc.Result:
             options = {"cohort_size": COHORT, "clients_per_chunk": 1, "devices": jax.local_devices()[:1]}
             return fc.train(algorithm, task.data, params, rounds=rounds, seed=seed, rounds_per_dispatch=1, **options)
 

@@ -17,7 +17,8 @@ import numpy as np
 from absl import app, flags
 
 import fedjax_clip as fc
-from experiments import binary, privacy, registry, run, spec
+from experiments import run
+from experiments.config import binary, privacy, registry, spec
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("seeds", 3, "How many.")
@@ -53,7 +54,9 @@ def final_scores() -> dict[str, list[float]]:
             uplink = privacy.chain(FLAGS.uplink, None)
             algorithm, work = run.build_algorithm(task, uplink, cohort, task.data.num_clients)
             sampler = spec.one(FLAGS.sampler, registry.samplers(cohort), "--sampler", registry.SPEEDS)
-            judge = fc.client_evaluator(algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise)
+            judge = fc.extend.client_evaluator(
+                algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise
+            )
         result = fc.train(
             algorithm,
             task.data,

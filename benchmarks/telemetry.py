@@ -27,7 +27,7 @@ def silent(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: tx.update(updates, tx.init(updates), params)[0])
 
 
-def pairs(task: tasks.Task) -> dict[str, tuple[fc.Algorithm, fc.Algorithm]]:
+def pairs(task: tasks.Task) -> dict[str, tuple[fc.extend.Algorithm, fc.extend.Algorithm]]:
     """``(without telemetry, with it)``: of the clip of each step, of the same by layer, of the update's clip, that by
     groups of clients, that with its bias, and of all together.
     """

@@ -45,7 +45,7 @@ def main() -> None:
     data = fc.FederatedData({"x": x, "y": x.sum(1)}, np.arange(0, 601, 30))
     evaluate = fc.evaluator(loss, {"all": data})
 
-    def algorithm() -> fc.Algorithm:
+    def algorithm() -> fc.extend.Algorithm:
         return fc.fedavg(loss, optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.1)))
 
     same = algorithm()

@@ -20,7 +20,7 @@ import fedjax_clip as fc
 class Side:
     """One algorithm in training, held up after each round; ``clock`` is processors' time, or that on the wall."""
 
-    def __init__(self, task: tasks.Task, data: fc.FederatedData, algorithm: fc.Algorithm, wall: bool = False):
+    def __init__(self, task: tasks.Task, data: fc.FederatedData, algorithm: fc.extend.Algorithm, wall: bool = False):
         self.task, self.data, self.algorithm = task, data, algorithm
         self.clock = time.perf_counter if wall else time.process_time
         self.params, self.paused = to_model(task), Paused(self._train)
@@ -38,7 +38,7 @@ class Side:
         self.params = fc.train(
             *(self.algorithm, self.data, self.params),
             rounds=10**6,
-            sampler=fc.sampling.Sampler(lambda sizes, seed, round: self.task.cohort(round)),
+            sampler=fc.data.sampling.Sampler(lambda sizes, seed, round: self.task.cohort(round)),
             batch_size=self.task.batch,
             shuffle=False,
             on_round=on_round,

@@ -16,7 +16,7 @@
 #
 # What to clip (each step, the update, the difference to a memory), and at which threshold? The answer depends on what
 # goes wrong without a clip. This notebook takes five of ClipBench's problems and compares a few rules on each. Every
-# rule is tuned by the same number of trials, and then measured on other seeds. `python -m experiments.clipbench` does
+# rule is tuned by the same number of trials, and then measured on other seeds. `python -m experiments.bench.clip` does
 # the same for all rules, with more trials. `docs/choosing-a-clip.md` draws the conclusions.
 #
 # No line after the installation names a kind of device; two CPU cores take about two minutes.
@@ -42,11 +42,11 @@ import matplotlib.pyplot as plt  # noqa: F401 (it lets a notebook show figures)
 import optax
 
 import fedjax_clip as fc
-from experiments import clipbench_tracks as tracks
-from experiments.clipbench_report import draw
-from experiments.contest import Banks, play
-from experiments.rules import RULES, Rule
-from experiments.standings import Standing
+from experiments.bench import tracks
+from experiments.bench.contest import Banks, play
+from experiments.bench.report import draw
+from experiments.bench.rules import RULES, Rule
+from experiments.bench.standings import Standing
 
 # %matplotlib inline
 SHORT = os.environ.get("FEDJAX_CLIP_SHORT") == "1"  # the project's tests run this notebook with less work
@@ -174,4 +174,4 @@ compare(tracks.heavy_tails(), ["both", "celgc"])
 
 # %% [markdown]
 # It is not: what the first clip has let through, the second only makes shorter. With the entry in the registry, ClipBench has it too:
-# `python -m experiments.clipbench --rules=both,celgc` once the lines are in `experiments/rules.py`.
+# `python -m experiments.bench.clip --rules=both,celgc` once the lines are in `experiments/bench/rules.py`.

@@ -54,7 +54,7 @@ jax.devices()
 # %% [markdown]
 # ## The data
 #
-# A client is a role, an example is a stretch of what it says. `fc.sources.text_files` reads a directory of your own
+# A client is a role, an example is a stretch of what it says. `fc.data.sources.text_files` reads a directory of your own
 # texts in the same way, one client a file; in the short mode of the tests that is a few sentences, written here.
 
 
@@ -64,7 +64,7 @@ def files(name, sentences):
     directory.mkdir(exist_ok=True)
     for i, sentence in enumerate(sentences):
         (directory / f"{i}.txt").write_text(40 * sentence)
-    return fc.sources.text_files(directory, LENGTH)
+    return fc.data.sources.text_files(directory, LENGTH)
 
 
 if SHORT:
@@ -72,8 +72,8 @@ if SHORT:
     before = files("before", ["The quick brown fox. ", "A lazy dog sleeps. ", "Foxes jump over dogs. "])
     after = files("after", ["The king is dead! ", "Long live the king! ", "A horse, a horse! "])
 else:
-    before = fc.sources.shakespeare(["comedies", "tragedies"])
-    after = fc.sources.shakespeare(["histories"])
+    before = fc.data.sources.shakespeare(["comedies", "tragedies"])
+    after = fc.data.sources.shakespeare(["histories"])
 before, before_held_out = before.split_examples(0.05)
 after, after_held_out = after.split_examples(0.05)
 print("train first on ", before)

@@ -66,7 +66,7 @@ labels = rng.integers(10, size=40 * num_clients)
 centres = rng.normal(size=(10, features))
 points = (centres[labels] + 1.5 * rng.normal(size=(len(labels), features))).astype(np.float32)
 examples = {"x": points, "y": labels.astype(np.int32)}
-data, held_out_clients = fc.partition.dirichlet(examples, num_clients, alpha=0.3, seed=0).split_clients(0.1)
+data, held_out_clients = fc.data.partition.dirichlet(examples, num_clients, alpha=0.3, seed=0).split_clients(0.1)
 print(data)
 print("examples a client, smallest to largest:", data.sizes.min(), "to", data.sizes.max())
 
@@ -161,15 +161,15 @@ plt.show()
 # nor of their number. The same function under another name for parallelism gives the same numbers:
 
 # %%
-sampler, work = fc.sampling.uniform(16), fc.LocalWork(batch_size=20)
+sampler, work = fc.data.sampling.uniform(16), fc.extend.LocalWork(batch_size=20)
 ids = sampler.sample(data.sizes, seed=0, round=0)
-alone = jax.tree.map(lambda x: x[0], fc.plan(data, ids, work, seed=0, round=0))
+alone = jax.tree.map(lambda x: x[0], fc.extend.plan(data, ids, work, seed=0, round=0))
 _, _, jitted = jax.jit(algorithm.round)(algorithm.init(init(jax.random.key(0))), alone, jax.random.key(0))
 
-cohorts = fc.plan_rounds(data, [ids], work, seed=0, first_round=0, num_devices=len(devices))
-server = fc.placement.replicate(algorithm.init(init(jax.random.key(0))), devices)
-_, _, mapped = fc.placement.pmap_rounds(algorithm, devices)(
-    server, fc.placement.split(cohorts, devices), jax.random.key(0), 1
+cohorts = fc.extend.plan_rounds(data, [ids], work, seed=0, first_round=0, num_devices=len(devices))
+server = fc.extend.placement.replicate(algorithm.init(init(jax.random.key(0))), devices)
+_, _, mapped = fc.extend.placement.pmap_rounds(algorithm, devices)(
+    server, fc.extend.placement.split(cohorts, devices), jax.random.key(0), 1
 )
 for name in ("loss", "update_norm", "clipped_steps"):
     print(f"{name:<14} jit {float(jitted[name]):.6f}   pmap {float(np.ravel(mapped[name])[0]):.6f}")

@@ -58,8 +58,8 @@ jax.devices()
 # the handwriting differs.
 
 # %%
-digits = fc.sources.digits()
-fc.partition.plot(digits)
+digits = fc.data.sources.digits()
+fc.data.partition.plot(digits)
 
 # %% [markdown]
 # There are two questions to ask of the result: does it serve the clients that took part, and does it serve new ones? So
@@ -217,8 +217,8 @@ plt.show()
 # proportions drawn from a Dirichlet distribution: the smaller its parameter, the fewer clients share a digit.
 
 # %%
-skewed = fc.partition.dirichlet(train.examples, num_clients=train.num_clients, alpha=0.1, seed=0)
-display(fc.partition.plot(skewed))
+skewed = fc.data.partition.dirichlet(train.examples, num_clients=train.num_clients, alpha=0.1, seed=0)
+display(fc.data.partition.plot(skewed))
 history = run(clipped_fedavg(1.0, 0.3), data=skewed)
 fc.plots.curves(history, "Dirichlet(0.1) clients, steps clipped at norm 1, learning rate 0.3")
 

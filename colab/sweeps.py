@@ -57,7 +57,7 @@ jax.devices()
 # Handwritten digits; the 14 forms on which they were written are the clients. Three forms are held out for the end.
 
 # %%
-data, test_clients = fc.sources.digits().split_clients(0.2, seed=0)
+data, test_clients = fc.data.sources.digits().split_clients(0.2, seed=0)
 
 
 def init(seed):
@@ -95,7 +95,7 @@ grid = fc.sweeping.grid(
     lr=[0.1, 3.0] if SHORT else [0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
     clip=[0.1, np.inf] if SHORT else [0.03, 0.1, 0.3, 1.0, 3.0, np.inf],
 )
-folds = fc.folds.clients(data, 4)
+folds = fc.data.folds.clients(data, 4)
 settings = {"rounds": ROUNDS, "cohort_size": 8}
 trials = fc.sweep(build, grid, data, init, per_example_loss, {"new clients": test_clients}, folds=folds, **settings)
 
@@ -146,9 +146,9 @@ display(fc.plots.sweep(drawn, fc.sweeping.values(searched, "eval/fold/loss"), "e
 # %%
 HORIZON = 2 if SHORT else 8
 train, held_out = folds[0].split(data)
-sampler = fc.sampling.uniform(4)
+sampler = fc.data.sampling.uniform(4)
 ids = [sampler.sample(train.sizes, 0, r) for r in range(HORIZON)]
-planned = fc.plan_rounds(train, ids, fc.LocalWork(batch_size=20), seed=0, first_round=0)
+planned = fc.extend.plan_rounds(train, ids, fc.extend.LocalWork(batch_size=20), seed=0, first_round=0)
 cohorts = jax.tree.map(lambda x: x[0], planned).differentiable()  # [rounds, ...] of one device
 
 

@@ -20,9 +20,12 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import audited, binary, mutants, privacy, registry, run, spec
-from fedjax_clip import checks, files, tasks
-from fedjax_clip.keys import seeded
+from experiments import run
+from experiments.bench import audited, mutants
+from experiments.config import binary, privacy, registry, spec
+from fedjax_clip import tasks
+from fedjax_clip.core import checks, files
+from fedjax_clip.core.keys import seeded
 
 FLAGS = flags.FLAGS
 
@@ -67,14 +70,14 @@ def main() -> None:
     sys.exit(1 if found.broken else 0)
 
 
-def builder(task: tasks.Task, uplink: fc.Uplink, cohort_size: int) -> Callable[..., fc.Algorithm]:
+def builder(task: tasks.Task, uplink: fc.uplink.Uplink, cohort_size: int) -> Callable[..., fc.extend.Algorithm]:
     """What the flags make of a loss and two optimisers."""
     make, _ = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm", registry.BUDGETS)
     parts: dict[str, Any] = {"uplink": uplink, "reducer": in_program(run.build_reducer(uplink, cohort_size))}
     parts["num_clients"] = task.data.num_clients
 
-    def build(loss: Any, client_tx: Any, server_tx: Any, **options: Any) -> fc.Algorithm:
-        def whole(loss: Any) -> fc.Algorithm:
+    def build(loss: Any, client_tx: Any, server_tx: Any, **options: Any) -> fc.extend.Algorithm:
+        def whole(loss: Any) -> fc.extend.Algorithm:
             algorithm = make(loss, client_tx, server_tx, **(parts | options))
             if not FLAGS.downlink:
                 return algorithm
@@ -85,7 +88,7 @@ def builder(task: tasks.Task, uplink: fc.Uplink, cohort_size: int) -> Callable[.
     return build
 
 
-def in_program(reducer: fc.Reducer | None) -> fc.Reducer | None:
+def in_program(reducer: fc.reduce.Reducer | None) -> fc.reduce.Reducer | None:
     """A reducer that replays can compute: what cryptography on the host computes, without it."""
     name = (FLAGS.reducer or "").split("(")[0]
     if reducer is None or name not in ("pairwise_masks", "ckks_mean"):
@@ -93,7 +96,7 @@ def in_program(reducer: fc.Reducer | None) -> fc.Reducer | None:
     assert reducer.denominator is not None
     print(f"{name} is replayed as the sum that it computes, without its cryptography.", file=sys.stderr)
     if reducer.threshold is None:
-        return fc.fixed_mean(reducer.denominator)
+        return fc.reduce.fixed_mean(reducer.denominator)
     return fc.reduce.modular_sum(int(reducer.denominator), reducer.threshold)
 
 

@@ -11,9 +11,10 @@ import pathlib
 
 from absl import flags
 
-from experiments import binary, page
-from fedjax_clip import files
-from fedjax_clip.typing import InvalidInput
+from experiments.config import binary
+from experiments.page import page
+from fedjax_clip.core import files
+from fedjax_clip.core.types import InvalidInput
 
 FLAGS = flags.FLAGS
 

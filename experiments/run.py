@@ -18,11 +18,15 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import binary, page, privacy, registry, rundir, spec, terminal
-from fedjax_clip import checks, identity, speeds, tasks, tree
-from fedjax_clip.keys import seeded
-from fedjax_clip.secret import Secret
-from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
+from experiments.config import binary, privacy, registry, rundir, spec, terminal
+from experiments.page import page
+from fedjax_clip import tasks
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.keys import seeded
+from fedjax_clip.core.secret import Secret
+from fedjax_clip.core.types import InvalidInput, Params, PerExampleLoss
+from fedjax_clip.data import speeds
+from fedjax_clip.training import identity
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM
 
 FLAGS = flags.FLAGS
@@ -167,14 +171,14 @@ def main() -> None:
             return
         progress = terminal.Progress(rounds)
 
-        def on_round(row: fc.training.Row) -> None:
+        def on_round(row: fc.extend.Row) -> None:
             if epsilons is not None:
                 row[spent] = float(epsilons[int(row["round"]) - 1])
             row = {name: value for name, value in row.items() if shown(name)}
             directory.add(row)
             progress(row)
 
-        evaluate = fc.client_evaluator(algorithm, task.per_example_loss, task.data, sets, task.summarise)
+        evaluate = fc.extend.client_evaluator(algorithm, task.per_example_loss, task.data, sets, task.summarise)
         try:
             result = fc.train(
                 algorithm,
@@ -265,11 +269,11 @@ def check_numbers() -> None:
 
 def build_algorithm(
     task: tasks.Task,
-    uplink: fc.Uplink,
+    uplink: fc.uplink.Uplink,
     cohort_size: int,
     num_clients: Any,
     values: Mapping[str, Any] = spec.NO_VALUES,
-) -> tuple[fc.Algorithm, dict[str, Any]]:
+) -> tuple[fc.extend.Algorithm, dict[str, Any]]:
     """The algorithm that the flags say, and how much its clients train.
 
     Args:
@@ -281,9 +285,9 @@ def build_algorithm(
     """
     make_algorithm, work = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm", registry.BUDGETS, values)
     reduced = FLAGS.compute_dtype != "float32"
-    loss = fc.mixed_precision(task.per_example_loss, FLAGS.compute_dtype) if reduced else task.per_example_loss
+    loss = fc.local.mixed_precision(task.per_example_loss, FLAGS.compute_dtype) if reduced else task.per_example_loss
 
-    def build(loss: PerExampleLoss) -> fc.Algorithm:
+    def build(loss: PerExampleLoss) -> fc.extend.Algorithm:
         algorithm = make_algorithm(
             loss,
             registry.client_tx(FLAGS.client, values),
@@ -330,7 +334,7 @@ def batch_size() -> int | speeds.BatchSizes | None:
     return value or None
 
 
-def build_reducer(uplink: fc.Uplink, cohort_size: int) -> fc.Reducer | None:
+def build_reducer(uplink: fc.uplink.Uplink, cohort_size: int) -> fc.reduce.Reducer | None:
     """What ``--reducer`` says, or what the uplink needs; ``None`` leaves it to the algorithm."""
     text = FLAGS.reducer or registry.needed_reducer(uplink)
     if not text:
@@ -342,7 +346,7 @@ def build_reducer(uplink: fc.Uplink, cohort_size: int) -> fc.Reducer | None:
     return reducer
 
 
-def on_grid(uplink: fc.Uplink, task: tasks.Task) -> Callable[..., Any]:
+def on_grid(uplink: fc.uplink.Uplink, task: tasks.Task) -> Callable[..., Any]:
     """What the clients' noise on an integer grid costs a round."""
     reducer = build_reducer(uplink, cohort_size(task))
     if reducer is None or reducer.threshold is None:
@@ -365,9 +369,9 @@ def cohort_size(task: tasks.Task) -> int:
     return FLAGS.cohort_size or min(8, task.data.num_clients)
 
 
-def client_scores(task: tasks.Task, algorithm: fc.Algorithm, result: fc.Result) -> dict[str, np.ndarray]:
+def client_scores(task: tasks.Task, algorithm: fc.extend.Algorithm, result: fc.Result) -> dict[str, np.ndarray]:
     """``{"set/metric": [M]}`` of each held-out set; ``set/client`` are the names, ``set/examples`` the sizes."""
-    score = fc.per_client(task.per_example_loss, task.evaluation, algorithm=algorithm, population=task.data)
+    score = fc.extend.per_client(task.per_example_loss, task.evaluation, algorithm=algorithm, population=task.data)
     scores = score(result.params, result.state.clients)
     for name, data in task.evaluation.items():
         scores[f"{name}/client"] = np.array([data.name(c) for c in range(data.num_clients)])

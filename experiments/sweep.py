@@ -25,11 +25,14 @@ import tqdm
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import binary, privacy, registry, run, rundir, spec, terminal
-from fedjax_clip import checks, files, sweeping, tasks
-from fedjax_clip.keys import seeded
-from fedjax_clip.sweeping import Range, Trial
-from fedjax_clip.typing import InvalidInput
+from experiments import run
+from experiments.config import binary, privacy, registry, rundir, spec, terminal
+from fedjax_clip import tasks
+from fedjax_clip.core import checks, files
+from fedjax_clip.core.keys import seeded
+from fedjax_clip.core.types import InvalidInput
+from fedjax_clip.training import sweeping
+from fedjax_clip.training.sweeping import Range, Trial
 
 FLAGS = flags.FLAGS
 
@@ -108,7 +111,7 @@ def main() -> None:
     task = spec.one(FLAGS.task, registry.TASKS, "--task")
     first = {name: float(values[0]) for name, values in points.items()}
     seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
-    folds = getattr(fc.folds, FLAGS.fold_over)(task.data, FLAGS.folds) if FLAGS.folds else []
+    folds = getattr(fc.data.folds, FLAGS.fold_over)(task.data, FLAGS.folds) if FLAGS.folds else []
     smallest = min((fold.split(task.data)[0] for fold in folds), key=lambda d: d.num_clients, default=task.data)
     cohort_size = run.cohort_size(dataclasses.replace(task, data=smallest))
     if cohort_size != (whole := run.cohort_size(task)):
@@ -117,10 +120,10 @@ def main() -> None:
             file=sys.stderr,
         )
     sampler = spec.one(FLAGS.sampler, registry.samplers(cohort_size), "--sampler", registry.SPEEDS)
-    if not isinstance(sampler, fc.sampling.Sampler):
+    if not isinstance(sampler, fc.data.sampling.Sampler):
         raise InvalidInput(f"--sampler={FLAGS.sampler} is a clock, and a sweep has none: leave it to experiments.run.")
 
-    def built(hyper: Mapping[str, Any], num_clients: Any) -> tuple[fc.Algorithm, dict[str, Any]]:
+    def built(hyper: Mapping[str, Any], num_clients: Any) -> tuple[fc.extend.Algorithm, dict[str, Any]]:
         uplink = privacy.chain(FLAGS.uplink, None, hyper)
         return run.build_algorithm(task, uplink, cohort_size, num_clients, hyper)
 
@@ -129,7 +132,7 @@ def main() -> None:
     config = {name: FLAGS[name].value for name in IDENTITY} | {"cohort_size": cohort_size}
     directory = SweepDirectory(FLAGS.workdir or f"{rundir.default_path(config)}-sweep", config)
 
-    def build(hyper: Mapping[str, Any]) -> fc.Algorithm:
+    def build(hyper: Mapping[str, Any]) -> fc.extend.Algorithm:
         return built(hyper, hyper["num_clients"])[0]
 
     devices = run.local_devices()

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip import checks, tree
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import check_field, check_labels
 from fedjax_clip.reduce import Reducer, Stack, restacked
-from fedjax_clip.typing import Array, InvalidInput, PyTree
 from fedjax_clip.uplink.base import Uplink, at_server, nothing
 from fedjax_clip.uplink.promises import Promises
 
@@ -27,7 +27,7 @@ Clients = Sequence[int] | np.ndarray
 
 
 def label_flip(data: FederatedData, clients: Clients, num_classes: int, label: str = "y") -> FederatedData:
-    """The bad clients' labels become ``K - 1 - y``; for labels that are wrong at random see ``fc.quality.flip_labels``.
+    """The bad clients' labels become ``K - 1 - y``. For random label noise see ``fc.data.quality.flip_labels``.
 
     Args:
       data: the population.

@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fedjax_clip.labels import drawable, label
-from fedjax_clip.metrics import higher_is_better
-from fedjax_clip.training import Row
+from fedjax_clip.core.metrics import higher_is_better
+from fedjax_clip.data.labels import drawable, label
+from fedjax_clip.training.loop import Row
 
 TRAIN, EXAMPLES, CLIENTS = "#7f7f7f", "#1f77b4", "#d95f02"
 
@@ -38,7 +38,7 @@ _LOGARITHMIC = ("loss", "norm of the server's update")
 def curves(rows: Sequence[Row], title: str = "") -> Figure:
     """Loss, accuracy, update norm and clipped fraction over rounds, as far as the rows have them.
 
-    With a clock (``fc.clock``), accuracy over simulated time too.
+    With a clock (``fc.data.clock``), accuracy over simulated time too.
 
     Args:
       rows: rows of ``fc.train``'s history.

@@ -1,6 +1,7 @@
-"""The tests run on one host device, except those in tests/devices, which test_devices.py starts with eight."""
+"""The tests run on one host device, except those in tests/laws/devices, which test_devices.py starts with eight."""
 
 import gc
+import importlib.util
 import os
 import pathlib
 import signal
@@ -15,7 +16,7 @@ compile_quickly()
 gc.set_threshold(100_000)  # tracing allocates so much that a sixth of its time went into looking for garbage
 DEVICES = int(os.environ.get("FEDJAX_CLIP_TEST_DEVICES", "1"))
 jax.config.update("jax_num_cpu_devices", DEVICES)
-collect_ignore = [] if DEVICES > 1 else ["devices"]
+collect_ignore = [] if DEVICES > 1 else ["laws/devices"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,8 @@ def compilations():
 @pytest.fixture
 def binaries(tmp_path, monkeypatch, capsys):
     """Runs a binary in this process, in an empty directory: ``("run", *flags) -> (exit code, stdout, stderr)``."""
-    from experiments import audit, binary, registry, report, run, sweep
+    from experiments import audit, report, run, sweep
+    from experiments.config import binary, registry
 
     options = {
         "audit": (audit, {"notes": registry.describe}),
@@ -69,3 +71,13 @@ def binaries(tmp_path, monkeypatch, capsys):
         return exit.value.code or 0, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def kills():
+    specification = importlib.util.spec_from_file_location(
+        "kills", pathlib.Path(__file__).parents[1] / "benchmarks/kills.py"
+    )
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module

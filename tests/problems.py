@@ -12,9 +12,10 @@ import optax
 from compiling import OPTIMIZED
 
 import fedjax_clip as fc
-from fedjax_clip.dispatch import scatter
-from fedjax_clip.metrics import Mean
-from fedjax_clip.placement import first_replica, pmap_rounds, replicate
+from fedjax_clip.core.metrics import Mean
+from fedjax_clip.training import loop
+from fedjax_clip.training.dispatch import scatter
+from fedjax_clip.training.placement import first_replica, pmap_rounds, replicate
 from fedjax_clip.uplink.base import Uplink
 
 SIZES = (3, 9, 1, 5, 12, 4)
@@ -68,12 +69,12 @@ def leaky_error_feedback(bound: float) -> Uplink:
 clipped_sgd = optax.chain(fc.clipping.clip_by_global_norm(0.7), optax.sgd(0.2))
 
 # Every algorithm, with the options that change its state or its path: each law runs over all of them.
-ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
+ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
     "fedavg": lambda: fc.fedavg(softmax_loss, clipped_sgd),
     "fedavg, adam locally": lambda: fc.fedavg(softmax_loss, optax.adam(0.05)),
     "fedavg, dropout": lambda: fc.fedavg(noisy_loss, clipped_sgd),
     "fedavg, schedule": lambda: fc.fedavg(softmax_loss, lambda r: optax.sgd(0.3 / (1.0 + r))),
-    "fedavg, uniform": lambda: fc.fedavg(softmax_loss, clipped_sgd, reducer=fc.uniform_mean()),
+    "fedavg, uniform": lambda: fc.fedavg(softmax_loss, clipped_sgd, reducer=fc.reduce.uniform_mean()),
     "fedavg, clipped update": lambda: fc.fedavg(softmax_loss, clipped_sgd, uplink=fc.uplink.clip_by_global_norm(0.2)),
     "fedavg, stateful link": lambda: fc.fedavg(
         softmax_loss,
@@ -89,7 +90,7 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
     "fedavg, every clip": lambda: fc.fedavg(
         softmax_loss,
         optax.chain(
-            fc.proximal(0.1),
+            fc.local.proximal(0.1),
             fc.clipping.auto_clip(90, window=4),
             fc.clipping.clip(2.0, scope=fc.clipping.layer(), norm=fc.clipping.l1()),
             fc.clipping.adaptive_gradient_clip(0.5),
@@ -107,16 +108,16 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
         softmax_loss,
         clipped_sgd,
         uplink=fc.uplink.chain(fc.uplink.quantile_clip(0.2, bits_noise=0.5), fc.uplink.gaussian(0.1)),
-        reducer=fc.fixed_mean(3),
+        reducer=fc.reduce.fixed_mean(3),
     ),
     "fedavg, private for records and clients": lambda: fc.fedavg(
         softmax_loss,
         optax.sgd(0.2),
-        gradient=fc.private_gradient(0.7, 0.1),
+        gradient=fc.local.private_gradient(0.7, 0.1),
         uplink=fc.uplink.chain(
-            fc.uplink.clip_by_global_norm(0.2), fc.uplink.gaussian(0.1, mechanism=fc.mechanism.tree(2))
+            fc.uplink.clip_by_global_norm(0.2), fc.uplink.gaussian(0.1, mechanism=fc.uplink.mechanism.tree(2))
         ),
-        reducer=fc.fixed_mean(3),
+        reducer=fc.reduce.fixed_mean(3),
     ),
     "fedavg, on a grid": lambda: fc.fedavg(
         softmax_loss,
@@ -130,7 +131,7 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
         uplink=fc.uplink.chain(
             fc.uplink.relative_to_last(), fc.uplink.clip_by_global_norm(0.2), fc.uplink.local_gaussian(0.1)
         ),
-        reducer=fc.uniform_mean(),
+        reducer=fc.reduce.uniform_mean(),
     ),
     "fedavg, centered thrice": lambda: fc.fedavg(
         softmax_loss, clipped_sgd, uplink=fc.uplink.relative_to_last(), reducer=fc.reduce.centered_mean(0.2, 3)
@@ -178,7 +179,7 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
         optax.adam(0.03, eps=1e-3),
         max_staleness=2,
         uplink=fc.uplink.chain(leaky_error_feedback(0.05), fc.uplink.clip_by_global_norm(0.2)),
-        reducer=fc.weighted_mean(),
+        reducer=fc.reduce.weighted_mean(),
     ),
     "mime": lambda: fc.mime(softmax_loss, clipped_sgd),
     "mime, lite": lambda: fc.mime(softmax_loss, clipped_sgd, lite=True),
@@ -189,15 +190,15 @@ ENTRIES: dict[str, Callable[[], fc.Algorithm]] = {
 class Run:
     """A driver of a few lines, so that laws can look between its steps."""
 
-    algorithm: fc.Algorithm
+    algorithm: fc.extend.Algorithm
     data: fc.FederatedData
-    work: fc.LocalWork = dataclasses.field(default_factory=lambda: fc.LocalWork(batch_size=4, epochs=2))
+    work: fc.extend.LocalWork = dataclasses.field(default_factory=lambda: fc.extend.LocalWork(batch_size=4, epochs=2))
     resident: bool = True
     width: int = 1
     compiler_options: dict | None = None
     traces: int = 0
 
-    def cohort(self, ids, round, clients, devices=1) -> fc.Cohort:
+    def cohort(self, ids, round, clients, devices=1) -> fc.extend.Cohort:
         """``[D, ...]``, with room for four clients and 24 rows: one shape, so that a round compiles once.
 
         Clients are up to two rounds stale.
@@ -205,7 +206,7 @@ class Run:
         population = self.data.examples if self.resident else None
         if population is not None:
             population = jax.tree.map(lambda x: np.repeat(x[None], devices, axis=0), population)
-        cohorts = fc.plan_rounds(
+        cohorts = fc.extend.plan_rounds(
             self.data,
             [np.asarray(ids)],
             self.work,
@@ -222,7 +223,7 @@ class Run:
         return dataclasses.replace(alone, population=population)
 
     def start(self, params):
-        return self.algorithm.init(params), fc.training.client_states(self.algorithm, params, self.data.num_clients)
+        return self.algorithm.init(params), loop.client_states(self.algorithm, params, self.data.num_clients)
 
     @functools.cached_property
     def jitted(self):
@@ -262,7 +263,7 @@ class Run:
         return run
 
 
-def one_round(cohort: fc.Cohort) -> fc.Cohort:
+def one_round(cohort: fc.extend.Cohort) -> fc.extend.Cohort:
     """A round's cohort ``[D, ...]`` as a block of one round, ``[D, 1, ...]``."""
     alone = jax.tree.map(lambda x: x[:, None], dataclasses.replace(cohort, population=None))
     return dataclasses.replace(alone, population=cohort.population)

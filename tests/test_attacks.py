@@ -71,7 +71,7 @@ def test_a_bad_client_that_does_not_take_part_sends_nothing():
     assert not np.any(got["b"][-1])  # absent, and so last
     np.testing.assert_allclose(got["b"][0], -0.1 * values["b"][HONEST].mean(0), rtol=1e-5)
     assert_identical(got["b"][1:-1], jnp.asarray(values["b"][order][1:-1]))
-    assert attacks.ipm(fc.fixed_mean(5), BAD).denominator == 5
+    assert attacks.ipm(fc.reduce.fixed_mean(5), BAD).denominator == 5
 
 
 def test_links_change_what_bad_clients_send_and_nothing_else():
@@ -102,7 +102,7 @@ def test_links_change_what_bad_clients_send_and_nothing_else():
 def test_not_a_number_is_dropped_and_huge_values_meet_the_reducer():
     def algorithm(norm, reducer=None):
         link = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.2), attacks.constant([4], norm))
-        return fc.fedavg(softmax_loss, clipped_sgd, uplink=link, reducer=reducer or fc.uniform_mean())
+        return fc.fedavg(softmax_loss, clipped_sgd, uplink=link, reducer=reducer or fc.reduce.uniform_mean())
 
     run = Run(algorithm(1.0), population())
     server, clients = run.start(parameters())
@@ -158,7 +158,7 @@ def test_a_backdoor_is_learned_and_a_trimmed_mean_keeps_it_out():
     poisoned = attacks.backdoor(data, [5], fraction=0.7, **pattern)
     sets = {"backdoor": attacks.triggered(data, **pattern)}
     success = {}
-    for name, reducer in (("mean", fc.uniform_mean()), ("trimmed", reduce.trimmed_mean(1))):
+    for name, reducer in (("mean", fc.reduce.uniform_mean()), ("trimmed", reduce.trimmed_mean(1))):
         algorithm = fc.fedavg(softmax_loss, clipped_sgd, uplink=attacks.scaling([5], 6.0), reducer=reducer)
         options = {"rounds": 10, "local_steps": 5, "evaluate": fc.evaluator(softmax_loss, sets), "eval_every": 10}
         success[name] = fc.train(algorithm, poisoned, parameters(), **options).history[-1]["eval/backdoor/accuracy"]

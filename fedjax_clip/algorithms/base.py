@@ -1,16 +1,17 @@
 """What algorithms share: their parts with defaults, the server's beginning and its step."""
 
+import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, optimiser, tree
-from fedjax_clip.local import Gradient, batch_gradient
+from fedjax_clip.core import checks, optimiser, tree
+from fedjax_clip.core.loss import Gradient, batch_gradient
+from fedjax_clip.core.types import Algorithm, ClientTx, InvalidInput, Params, PyTree, Server
 from fedjax_clip.reduce import Reducer, weighted_mean
-from fedjax_clip.typing import ClientTx, InvalidInput, Params, PyTree, Server
 from fedjax_clip.uplink.base import Uplink, identity, on_parts
 from fedjax_clip.uplink.orders import check_ends
 
@@ -67,9 +68,9 @@ def parts(
         )
     checks.kind("server_tx", filled.server_tx, optax.GradientTransformation, "an optax optimiser")
     checks.kind(
-        "uplink", filled.uplink, Uplink, "an fc.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"
+        "uplink", filled.uplink, Uplink, "an fc.uplink.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"
     )
-    checks.kind("reducer", filled.reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
+    checks.kind("reducer", filled.reducer, Reducer, "an fc.reduce.Reducer, such as fc.reduce.uniform_mean()")
     check_ends(filled.uplink.promises, filled.reducer, only_update)
     return filled
 
@@ -109,3 +110,14 @@ def told(num_clients: int | None) -> int | None:
     if num_clients is None or isinstance(num_clients, jax.core.Tracer):
         return None
     return checks.count("num_clients", num_clients)
+
+
+def kind(algorithm: Algorithm) -> str:
+    """Which algorithm it is: its name, or that of the function that made it, such as ``scaffold``."""
+    return algorithm.name or maker(algorithm.round)
+
+
+def maker(function: Any) -> str:
+    """The function in which a function was defined, or its own name."""
+    function = inspect.unwrap(getattr(function, "func", function))
+    return getattr(function, "__qualname__", type(function).__qualname__).split(".<locals>")[0]

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, compression, keys, tree
+from fedjax_clip import compression
+from fedjax_clip.algorithms.base import kind
 from fedjax_clip.compression import Compressor
 from fedjax_clip.compression.base import check_memory
-from fedjax_clip.identity import kind
-from fedjax_clip.typing import Algorithm, InvalidInput, Server
+from fedjax_clip.core import checks, keys, tree
+from fedjax_clip.core.types import Algorithm, InvalidInput, Server
 
 
 def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative: bool = True) -> Algorithm:

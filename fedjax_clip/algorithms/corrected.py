@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, tree
 from fedjax_clip.algorithms.base import init_server, on_update, parts, step_server, told, zeros_like
-from fedjax_clip.exchange import exchange, population_share, traffic
-from fedjax_clip.local import at_round, batch_gradient, full_gradient, local_steps
+from fedjax_clip.algorithms.exchange import exchange, population_share, traffic
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.loss import batch_gradient
+from fedjax_clip.core.types import Algorithm, Array, ClientState, ClientTx, PerExampleLoss
+from fedjax_clip.local.steps import at_round, full_gradient, local_steps
 from fedjax_clip.reduce import Reducer, together, uniform_mean
-from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, PerExampleLoss
 from fedjax_clip.uplink.base import Uplink, identity
 
 
@@ -92,7 +93,7 @@ def feddyn(
 
     Args:
       per_example_loss, client_tx, server_tx, uplink: as ``fc.fedavg``. h follows what the server receives.
-      reducer: ``fc.uniform_mean()`` by default, as the derivation asks.
+      reducer: ``fc.reduce.uniform_mean()`` by default, as the derivation asks.
       alpha: strength of the regulariser, positive.
       num_clients: N, the whole population; read from the data unless it is given, and checked if it is.
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, clipping, tree
+from fedjax_clip import clipping
 from fedjax_clip.algorithms.base import init_server, on_update, parts, step_server, told, zeros_like
-from fedjax_clip.exchange import exchange, population_share, traffic
-from fedjax_clip.local import at_round, full_gradient, local_steps
+from fedjax_clip.algorithms.exchange import exchange, population_share, traffic
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Algorithm, Array, ClientState, ClientTx, PerExampleLoss, PyTree
+from fedjax_clip.local.steps import at_round, full_gradient, local_steps
 from fedjax_clip.reduce import Reducer, together
-from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, PerExampleLoss, PyTree
 from fedjax_clip.uplink.base import Uplink, identity
 
 

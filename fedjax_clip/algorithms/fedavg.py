@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import optimiser
 from fedjax_clip.algorithms.base import Parts, init_server, parts, step_server
-from fedjax_clip.exchange import exchange
-from fedjax_clip.local import ClientFn, Gradient, at_round, batch_gradient, local_gradient, local_update
+from fedjax_clip.algorithms.exchange import exchange
+from fedjax_clip.core import optimiser
+from fedjax_clip.core.loss import Gradient, batch_gradient
+from fedjax_clip.core.types import Algorithm, ClientState, ClientTx, Params, PerExampleLoss, PyTree
+from fedjax_clip.local.steps import ClientFn, at_round, local_gradient, local_update
 from fedjax_clip.reduce import Reducer
-from fedjax_clip.typing import Algorithm, ClientState, ClientTx, Params, PerExampleLoss, PyTree
 from fedjax_clip.uplink.base import Uplink
 
 
@@ -38,8 +39,8 @@ def fedavg(
         that gives one (for schedules over rounds).
       server_tx: optax optimiser of the server; ``optax.sgd(1.0)`` by default.
       uplink: what an update passes on its way to the server; nothing by default.
-      reducer: ``fc.weighted_mean()`` (by examples) by default, or ``fc.uniform_mean()``.
-      gradient: how a batch's gradient is taken; ``fc.per_example_gradient(clip)`` clips every example's own.
+      reducer: ``fc.reduce.weighted_mean()`` (by examples) by default, or ``fc.reduce.uniform_mean()``.
+      gradient: how a batch's gradient is taken; ``fc.local.per_example_gradient(clip)`` clips every example's own.
       keep_opt_state: whether each client keeps its optimiser's state from its one round to its next, as a clip with
         a history (``auto_clip``, ``z_clip``) needs; fresh in every round otherwise.
 

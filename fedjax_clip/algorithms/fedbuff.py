@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, tree
 from fedjax_clip.algorithms.base import init_server, parts, step_server
-from fedjax_clip.exchange import exchange
-from fedjax_clip.local import Gradient, at_round, batch_gradient, local_update
-from fedjax_clip.metrics import Mean
+from fedjax_clip.algorithms.exchange import exchange
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.loss import Gradient, batch_gradient
+from fedjax_clip.core.metrics import Mean
+from fedjax_clip.core.types import Algorithm, Array, ClientState, ClientTx, InvalidInput, PerExampleLoss
+from fedjax_clip.local.steps import at_round, local_update
 from fedjax_clip.reduce import Reducer, uniform_mean
-from fedjax_clip.typing import Algorithm, Array, ClientState, ClientTx, InvalidInput, PerExampleLoss
 from fedjax_clip.uplink.base import LATE, Uplink
 
 
@@ -30,7 +31,7 @@ def fedbuff(
     A round is one buffer: its cohort are the K clients whose answers fill it. Client c started from ``x_{t - s_c}``,
     the parameters of s_c steps ago, which the server remembers; its answer goes through the uplink as it arrives, and
     what comes out is discounted. A sampler is a buffer in which nobody is stale, and this FedAvg to the last bit; a
-    clock, ``fc.clock.buffered``, says who is.
+    clock, ``fc.data.clock.buffered``, says who is.
 
     Args:
       per_example_loss, client_tx, server_tx, uplink, gradient: as ``fc.fedavg``. A ``client_tx`` that is a function of
@@ -38,7 +39,7 @@ def fedbuff(
       max_staleness: the most steps that an answer may be late. One that is later is dropped and counted (its place in
         the buffer stays empty); the server's state has ``max_staleness + 1`` times the size of the parameters.
       exponent: of the discount; 0: none.
-      reducer: ``fc.uniform_mean()`` by default, the paper's 1/K.
+      reducer: ``fc.reduce.uniform_mean()`` by default, the paper's 1/K.
 
     Returns:
       An ``Algorithm``. Metrics besides FedAvg's: ``staleness``, the mean over the clients that arrived.
@@ -48,7 +49,8 @@ def fedbuff(
 
     Example:
       >>> algorithm = fc.fedbuff(loss, client_tx, max_staleness=10, uplink=fc.uplink.clip_by_global_norm(0.5))
-      >>> clock = fc.clock.buffered(fc.sampling.uniform(10), fc.speeds.lognormal(), buffer_size=10, concurrency=50)
+      >>> sampler, speeds = fc.data.sampling.uniform(10), fc.data.speeds.lognormal()
+      >>> clock = fc.data.clock.buffered(sampler, speeds, buffer_size=10, concurrency=50)
       >>> fc.train(algorithm, data, params, rounds=100, sampler=clock)
 
     Source: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation", Algorithm 1.

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import jax
 
-from fedjax_clip import tree
-from fedjax_clip.identity import kind
-from fedjax_clip.typing import Algorithm, InvalidInput, PerExampleLoss
+from fedjax_clip.algorithms.base import kind
+from fedjax_clip.core import tree
+from fedjax_clip.core.types import Algorithm, InvalidInput, PerExampleLoss
 
 
 def partially_frozen(

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import tree
 from fedjax_clip.algorithms.base import init_server, parts, step_server
-from fedjax_clip.exchange import exchange
-from fedjax_clip.local import Gradient, at_round, batch_gradient, local_steps
+from fedjax_clip.algorithms.exchange import exchange
+from fedjax_clip.core import tree
+from fedjax_clip.core.loss import Gradient, batch_gradient
+from fedjax_clip.core.types import Algorithm, ClientState, ClientTx, InvalidInput, PerExampleLoss
+from fedjax_clip.local.steps import at_round, local_steps
 from fedjax_clip.reduce import Reducer
-from fedjax_clip.typing import Algorithm, ClientState, ClientTx, InvalidInput, PerExampleLoss
 from fedjax_clip.uplink.base import Uplink
 
 
@@ -39,7 +40,7 @@ def partially_private(
     Returns:
       An ``Algorithm`` whose clients keep v_i. The server's private leaves stay what they were at first: what a client
       that never trained begins with. ``algorithm.personal(params, state)`` is a client's model; see
-      ``fc.client_evaluator``.
+      ``fc.extend.client_evaluator``.
 
     Raises:
       InvalidInput: no regular expression, or (when a run begins) one that is found in no leaf or in all of them.

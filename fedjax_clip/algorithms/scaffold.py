@@ -3,12 +3,13 @@
 import jax
 import optax
 
-from fedjax_clip import tree
 from fedjax_clip.algorithms.base import init_server, on_update, parts, step_server, told, zeros_like
-from fedjax_clip.exchange import exchange, population_share
-from fedjax_clip.local import Gradient, at_round, batch_gradient, local_steps
+from fedjax_clip.algorithms.exchange import exchange, population_share
+from fedjax_clip.core import tree
+from fedjax_clip.core.loss import Gradient, batch_gradient
+from fedjax_clip.core.types import Algorithm, ClientState, ClientTx, PerExampleLoss
+from fedjax_clip.local.steps import at_round, local_steps
 from fedjax_clip.reduce import Reducer, together
-from fedjax_clip.typing import Algorithm, ClientState, ClientTx, PerExampleLoss
 from fedjax_clip.uplink.base import Uplink
 
 
@@ -31,7 +32,8 @@ def scaffold(
     the mean of all c_i. ``uniform_mean`` is the paper's. With the default, by examples, both follow the weighted
     objective. A weighted mean of updates with a uniform one of variates would end at the uniform objective's optimum.
 
-    DP-SCAFFOLD for records is ``gradient=fc.private_gradient(C, z)``: all that a client sends then comes of noised
+    DP-SCAFFOLD for records is ``gradient=fc.local.private_gradient(C, z)``: all that a client sends then comes of
+    noised
     gradients. For clients, the change of the variate needs a clip and noise as the update does: give ``variate_uplink``
     as well. Two links of noise z sqrt(2) cost what one of z costs (``fc.privacy.together``). The server's c is then the
     mean of what was sent, and no longer of the c_i.
@@ -53,7 +55,7 @@ def scaffold(
       >>> algorithm = fc.scaffold(per_example_loss, tx)
 
       >>> link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(1.4))
-      >>> private = fc.scaffold(loss, tx, uplink=link, variate_uplink=link, reducer=fc.fixed_mean(50))
+      >>> private = fc.scaffold(loss, tx, uplink=link, variate_uplink=link, reducer=fc.reduce.fixed_mean(50))
 
     Source: Karimireddy et al. (2020), Algorithm 1; Crawshaw, Bao and Liu (2023) for the clip; Noble, Bellet and
     Dieuleveut (2022), "Differentially Private Federated Learning on Heterogeneous Data", Algorithm 1, for records.

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip import tree
 from fedjax_clip.clipping.parts import Norm, Rule, Scope, Shape, unit_axes
-from fedjax_clip.typing import Array, PyTree
+from fedjax_clip.core import tree
+from fedjax_clip.core.types import Array, PyTree
 
 Bound = Callable[[PyTree], Array]
 

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import checks, tree
-from fedjax_clip.typing import Array, InvalidInput, PyTree
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 Norms = dict[str, Array]  # of each group of a scope; a scalar, or an array that broadcasts against the group's leaf
 

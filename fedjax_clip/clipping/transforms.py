@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, tree
 from fedjax_clip.clipping import guarantee, parts
 from fedjax_clip.clipping.parts import Norm, Norms, Rule, Scope, Shape
-from fedjax_clip.metrics import Mean
-from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.metrics import Mean
+from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
 
 
 class ClipState(NamedTuple):

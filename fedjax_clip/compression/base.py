@@ -12,8 +12,8 @@ import numpy as np
 import optax
 
 from fedjax_clip.compression import coding
-from fedjax_clip.tree import count, ravel
-from fedjax_clip.typing import Array, InvalidInput, PyTree
+from fedjax_clip.core.tree import count, ravel
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 FLOAT = 2**32  # the alphabet of float32, bit by bit
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from fedjax_clip import checks
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import Array, InvalidInput
 
 ABSENT = np.uint32(2**32 - 1)
 LONE = 63  # the length that says: this is the only symbol, and takes no bits

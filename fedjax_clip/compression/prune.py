@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, tree
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput
 
 
 class PruneState(NamedTuple):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks
 from fedjax_clip.compression.base import Code, Compressor, first
 from fedjax_clip.compression.coding import find
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import Array, InvalidInput
 
 SAMPLE = 2**14  # values that tell how a longer vector is distributed
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from fedjax_clip import checks
 from fedjax_clip.compression.base import Code, Compressor
 from fedjax_clip.compression.coding import find
 from fedjax_clip.compression.quantise import gaussian_levels
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import Array, InvalidInput
 
 
 def hadamard(x: Array) -> Array:

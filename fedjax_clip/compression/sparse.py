@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks, tree
 from fedjax_clip.compression.base import Compressor
 from fedjax_clip.compression.coding import find
 from fedjax_clip.compression.quantise import SAMPLE, floats
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput
 
 
 def top_k(k: float, values: Compressor | None = None, positions: str = "elias_delta") -> Compressor:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.secret import SecretSeed
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import draws
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.data.speeds import Speeds
-from fedjax_clip.secret import SecretSeed
-from fedjax_clip.typing import InvalidInput
 
 _LOST = 2**31 + 3  # separates the stream from those of samplers and speeds
 _TRIES = 1000  # draws of a sampler in a row that name busy clients only, before it is given up
@@ -85,7 +85,8 @@ def synchronous(
     ``lost`` (that dropped out).
 
     Args:
-      sampler: whom the server asks, more than it keeps: ``fc.sampling.uniform(13)`` for ``keep=10`` (over-selection).
+      sampler: whom the server asks, more than it keeps: ``fc.data.sampling.uniform(13)`` for ``keep=10``
+      (over-selection).
       speeds: how fast they are.
       keep: answers that are enough.
       deadline: seconds after which a round ends in any case; it may then have nobody.
@@ -96,8 +97,8 @@ def synchronous(
       InvalidInput: numbers out of range.
 
     Example:
-      >>> speeds = fc.speeds.measured(np.array([5.0, 1.0, 9.0, 2.0]))
-      >>> clock = synchronous(fc.sampling.round_robin(4), speeds, keep=2)
+      >>> speeds = fc.data.speeds.measured(np.array([5.0, 1.0, 9.0, 2.0]))
+      >>> clock = synchronous(fc.data.sampling.round_robin(4), speeds, keep=2)
       >>> Timeline(clock, World(np.ones(4), np.ones_like, seed=0))[0]
       Turn(ids=array([1, 3]), staleness=None, metrics={'simulated_seconds': 2.0, 'late': 2.0, 'lost': 0.0})
 
@@ -158,8 +159,8 @@ def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency:
         that never names anybody free.
 
     Example:
-      >>> speeds = fc.speeds.measured(np.array([1.0, 3.0, 1.0]))
-      >>> clock = buffered(fc.sampling.round_robin(1), speeds, buffer_size=1, concurrency=2)
+      >>> speeds = fc.data.speeds.measured(np.array([1.0, 3.0, 1.0]))
+      >>> clock = buffered(fc.data.sampling.round_robin(1), speeds, buffer_size=1, concurrency=2)
       >>> timeline = Timeline(clock, World(np.ones(3), np.ones_like, seed=0))
       >>> for round in range(4):
       ...     print(timeline[round].ids, timeline[round].staleness, timeline[round].metrics["simulated_seconds"])
@@ -259,6 +260,6 @@ def _answers(world: World, speeds: Speeds, ids: np.ndarray, dropout: float, *wor
 
 
 def _check(sampler: Sampler, speeds: Speeds, dropout: float) -> None:
-    checks.kind("sampler", sampler, Sampler, "one of fc.sampling, such as fc.sampling.uniform(10)")
-    checks.kind("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
+    checks.kind("sampler", sampler, Sampler, "one of fc.data.sampling, such as fc.data.sampling.uniform(10)")
+    checks.kind("speeds", speeds, Speeds, "speeds such as fc.data.speeds.lognormal()")
     checks.fraction("dropout, a probability,", dropout, zero=True)

@@ -12,8 +12,8 @@ import hashlib
 
 import numpy as np
 
-from fedjax_clip import checks
-from fedjax_clip.secret import SecretSeed
+from fedjax_clip.core import checks
+from fedjax_clip.core.secret import SecretSeed
 
 Word = np.ndarray | int | SecretSeed
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedjax_clip import checks, files
+from fedjax_clip.core import checks, files
+from fedjax_clip.core.types import InvalidInput, PyTree
+from fedjax_clip.data.labels import drawable
 from fedjax_clip.data.population import FederatedData, as_array, count_examples, text
-from fedjax_clip.labels import drawable
-from fedjax_clip.typing import InvalidInput, PyTree
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

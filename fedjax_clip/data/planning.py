@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from fedjax_clip import checks
-from fedjax_clip.cohort import Cohort
+from fedjax_clip.core import checks
+from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.types import ClientState, InvalidInput, PyTree
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.speeds import BatchSizes
-from fedjax_clip.typing import ClientState, InvalidInput, PyTree
 
 MOST_NUMBERS = 2**31  # of examples in a plan, which is two arrays of so many
 
@@ -24,10 +24,10 @@ class LocalWork:
 
     Args:
       batch_size: examples a step; ``None`` takes all of a client's examples at once. Or a client's own number, by
-        ``fc.speeds.batch_budget(...)``: batches keep the largest one's shape, and the rest of it weighs nothing.
+        ``fc.data.speeds.batch_budget(...)``: batches keep the largest one's shape, and the rest of it weighs nothing.
       epochs: passes over the client's examples; a last batch that is not full stays so.
       steps: number of local steps in place of ``epochs``: further passes, or part of one. Or a client's own number,
-        by a function ``(ids[K], seed) -> steps[K]`` such as ``fc.speeds.budget(...)``.
+        by a function ``(ids[K], seed) -> steps[K]`` such as ``fc.data.speeds.budget(...)``.
       shuffle: whether each pass has an order of its own, drawn from (seed, round, client, pass).
 
     Raises:
@@ -112,15 +112,15 @@ def plan(
       width: clients a device trains at once.
       population: the examples as they lie on the devices; batches are then example numbers only.
       state: pytree of ``[M, ...]`` host arrays, what all clients keep between rounds
-        (``fc.training.client_states``); nothing by default.
+        (``training.loop.client_states``); nothing by default.
       staleness: int ``[K]`` rounds since each client was sent its parameters; none is stale by default.
 
     Returns:
       A ``Cohort`` of NumPy arrays ``[D, C, ...]`` and ``[D, T, B, ...]``.
 
     Example:
-      >>> ids = fc.sampling.uniform(8).sample(data.sizes, seed=0, round=0)
-      >>> cohort = fc.plan(data, ids, fc.LocalWork(20), seed=0, round=0)  # [1, ...]: of one device
+      >>> ids = fc.data.sampling.uniform(8).sample(data.sizes, seed=0, round=0)
+      >>> cohort = fc.extend.plan(data, ids, fc.extend.LocalWork(20), seed=0, round=0)  # [1, ...]: of one device
     """
     cohorts = plan_rounds(
         data,
@@ -153,7 +153,7 @@ def plan_rounds(
     state: PyTree = ClientState((), ()),  # noqa: B008 (it is immutable)
     staleness: Sequence[np.ndarray] | None = None,
 ) -> Cohort:
-    """``plan`` for several rounds at once, for ``fc.placement.pmap_rounds``.
+    """``plan`` for several rounds at once, for ``fc.extend.placement.pmap_rounds``.
 
     Args:
       cohorts: client numbers of the rounds ``first_round, first_round + 1, ...``, ``[K_r]`` each.
@@ -167,11 +167,11 @@ def plan_rounds(
 
     Example:
       >>> ids = [sampler.sample(data.sizes, 0, r) for r in range(5)]
-      >>> cohorts = fc.plan_rounds(data, ids, fc.LocalWork(20), seed=0, first_round=0)
+      >>> cohorts = fc.extend.plan_rounds(data, ids, fc.extend.LocalWork(20), seed=0, first_round=0)
     """
     length = len(cohorts) if length is None else length
     checks.kind("data", data, FederatedData, "a FederatedData")
-    checks.kind("work", work, LocalWork, "an fc.LocalWork")
+    checks.kind("work", work, LocalWork, "an fc.extend.LocalWork")
     seed, first_round = checks.seed("seed", seed), checks.count("The round", first_round, 0)
     num_devices, width = checks.count("num_devices", num_devices), checks.count("width", width)
     cohorts = [checks.client_numbers("The cohort's ids", ids, data.num_clients, twice=True) for ids in cohorts]

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput, PyTree
 from fedjax_clip.data import draws
-from fedjax_clip.typing import InvalidInput, PyTree
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-12, 1e12  # so that float32 holds ten million of them times a norm of 1e19
 
@@ -275,7 +275,7 @@ def check_alike(data: FederatedData) -> None:
     """Refuses examples of different weights, where all of them count alike.
 
     Args:
-      data: that ``fc.private_gradient`` is to be taken of.
+      data: that ``fc.local.private_gradient`` is to be taken of.
 
     Raises:
       InvalidInput: some examples weigh more than others.

@@ -10,11 +10,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import check_field, check_labels, label_counts, moments, quantiles
-from fedjax_clip.typing import InvalidInput
 
 Columns: TypeAlias = Sequence[int] | slice
 Step: TypeAlias = Callable[[FederatedData], Callable[[FederatedData], FederatedData]]  # fitted to one, applied to any

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.secret import SecretSeed
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import draws
-from fedjax_clip.secret import SecretSeed
-from fedjax_clip.typing import InvalidInput
 
 Seed = int | SecretSeed
 # What separates the samplers' streams.
@@ -201,7 +201,7 @@ def cyclic_poisson(cohort_size: float, groups: int) -> Sampler:
 
     Args:
       cohort_size: expected clients a round; need not be whole.
-      groups: how many; ``fc.mechanism.banded``'s bands, for example.
+      groups: how many; ``fc.uplink.mechanism.banded``'s bands, for example.
 
     Raises:
       InvalidInput: numbers out of range; (on the first sample) groups of fewer clients than are to come.

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import draws
-from fedjax_clip.typing import InvalidInput
 
 _STEP, _MESSAGE, _TIER = range(2**31, 2**31 + 3)  # separates the streams; no round has these numbers
 
@@ -117,7 +117,8 @@ def measured(step: np.ndarray, message: np.ndarray | float = 0.0) -> Speeds:
 def budget(speeds: Speeds, seconds: float, most: int) -> Callable[[np.ndarray, int], np.ndarray]:
     """Local steps that fit into ``seconds``: ``clip(floor((seconds - message_c) / step_c), 1, most)``.
 
-    For ``local_steps`` of ``fc.train`` and ``fc.LocalWork``. Clients then weigh by their speed under FedAvg, which
+    For ``local_steps`` of ``fc.train`` and ``fc.extend.LocalWork``. Clients then weigh by their speed under FedAvg,
+    which
     ``fc.fednova`` puts right.
 
     Args:
@@ -137,7 +138,7 @@ def budget(speeds: Speeds, seconds: float, most: int) -> Callable[[np.ndarray, i
 
     Source: the variable numbers of local steps of Wang et al. (2020), "Tackling the Objective Inconsistency Problem".
     """
-    checks.kind("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
+    checks.kind("speeds", speeds, Speeds, "speeds such as fc.data.speeds.lognormal()")
     _check_seconds(step=seconds)
     most = checks.count("most", most)
 
@@ -151,7 +152,8 @@ def budget(speeds: Speeds, seconds: float, most: int) -> Callable[[np.ndarray, i
 def batch_budget(speeds: Speeds, seconds: float, most: int) -> BatchSizes:
     """Examples a local step that fit into ``seconds``: ``clip(floor(most * seconds / step_c), 1, most)``.
 
-    For ``batch_size`` of ``fc.train`` and ``fc.LocalWork``; ``step_c`` is what client c takes for a step of ``most``
+    For ``batch_size`` of ``fc.train`` and ``fc.extend.LocalWork``; ``step_c`` is what client c takes for a step of
+    ``most``
     examples. Slow clients then take more and cheaper steps an epoch, or as many cheaper ones with ``local_steps``.
 
     Args:
@@ -166,7 +168,7 @@ def batch_budget(speeds: Speeds, seconds: float, most: int) -> BatchSizes:
       >>> batch_budget(measured(np.array([0.5, 3.0, 80.0])), seconds=1, most=20).of(np.arange(3), 0).tolist()
       [20, 6, 1]
     """
-    checks.kind("speeds", speeds, Speeds, "speeds such as fc.speeds.lognormal()")
+    checks.kind("speeds", speeds, Speeds, "speeds such as fc.data.speeds.lognormal()")
     _check_seconds(step=seconds)
     most = checks.count("most", most)
 

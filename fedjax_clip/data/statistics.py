@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput, PyTree
 from fedjax_clip.data import partition
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.typing import InvalidInput, PyTree
 
 
 def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> PyTree:

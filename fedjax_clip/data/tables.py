@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedjax_clip import checks, files
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.core import checks, files
+from fedjax_clip.core.types import InvalidInput
 
 Table: TypeAlias = dict[str, np.ndarray]  # columns [N] of float64, NaN where missing, or of str, "" where missing
 Bounds: TypeAlias = Mapping[str, Sequence[float] | Sequence[str]]  # what is publicly known of columns, see ``within``

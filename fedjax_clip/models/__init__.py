@@ -1,6 +1,6 @@
 """Flax models of the project's own tasks; the library itself takes any pure function."""
 
-from fedjax_clip.convolution import conv_general_dilated, warn_slow_convolutions
+from fedjax_clip.core.convolution import conv_general_dilated, warn_slow_convolutions
 from fedjax_clip.models.cnn import CNN
 from fedjax_clip.models.conv import Conv, max_pool_2x2
 from fedjax_clip.models.factorisation import Factorisation

@@ -5,8 +5,8 @@ import functools
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fedjax_clip.convolution import conv_general_dilated
-from fedjax_clip.typing import Array
+from fedjax_clip.core.convolution import conv_general_dilated
+from fedjax_clip.core.types import Array
 
 Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 Conv.__doc__ = """``flax.linen.Conv``, parameter for parameter, that stays fast in a loop on a CPU and under ``vmap``.

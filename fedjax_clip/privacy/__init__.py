@@ -1,12 +1,12 @@
 """What noise is worth: epsilon of a run, and the noise or the rounds that an epsilon allows. Needs ``[privacy]``."""
 
+from fedjax_clip.core.secret import Secret
 from fedjax_clip.privacy.accounting import epsilon, epsilons, noise_multiplier, rounds
 from fedjax_clip.privacy.audit import Audit, audit
 from fedjax_clip.privacy.distributed import distributed
 from fedjax_clip.privacy.gaussians import split, together
 from fedjax_clip.privacy.participation import Separated, sensitivities, sensitivity
 from fedjax_clip.privacy.records import record_epsilons, record_noise_multiplier
-from fedjax_clip.secret import Secret
 
 __all__ = [
     "Audit",

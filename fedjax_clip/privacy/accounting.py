@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import Algorithm, InvalidInput, Params
 from fedjax_clip.data.sampling import Sampler
-from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import Algorithm, InvalidInput, Params
+from fedjax_clip.uplink.mechanism import Mechanism
 from fedjax_clip.uplink.promises import Noise
 
 try:
@@ -65,7 +65,7 @@ def epsilon(
     Args:
       noise_multiplier: z, of the sum over the clip's bound; what ``distributed`` makes of noise on a grid; or the
         algorithm, which knows its noise and its mechanism.
-      sampler: from ``fc.sampling``, or ``Separated``.
+      sampler: from ``fc.data.sampling``, or ``Separated``.
       num_clients: clients in the population.
       rounds: rounds of the run.
       delta: probability outside the guarantee, such as 1 / num_clients^1.1.
@@ -82,7 +82,7 @@ def epsilon(
         algorithm of which nothing is known.
 
     Example:
-      >>> epsilon(1.0, fc.sampling.poisson(50), num_clients=10_000, rounds=1000, delta=1e-5)  # doctest: +SKIP
+      >>> epsilon(1.0, fc.data.sampling.poisson(50), num_clients=10_000, rounds=1000, delta=1e-5)  # doctest: +SKIP
       0.8640
 
     Source: Abadi et al. (2016); Mironov, Talwar and Zhang (2019); Wang, Balle and Kasiviswanathan (2019) for

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip import checks, tree
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Algorithm, InvalidInput, Params
 from fedjax_clip.data.sampling import Sampler
-from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.privacy import scores
 from fedjax_clip.privacy.accounting import epsilon as epsilon_of
 from fedjax_clip.privacy.canaries import HUGE, Build, Stage, Trial
 from fedjax_clip.privacy.distributed import distributed
 from fedjax_clip.privacy.gaussians import together
 from fedjax_clip.privacy.participation import Separated
-from fedjax_clip.typing import Algorithm, InvalidInput, Params
+from fedjax_clip.uplink.mechanism import Mechanism
 from fedjax_clip.uplink.promises import Noise
 
 DELTAS = 0.01, 0.1, 0.3  # at which a claim must hold, too: together they bound the whole trade-off curve
@@ -56,7 +56,7 @@ class Audit(NamedTuple):
       attempts: bounds tried, over all of which the confidence holds.
 
     Example:
-      >>> found = fc.privacy.audit(build, fc.sampling.poisson(4), num_clients=24, delta=1e-3)
+      >>> found = fc.privacy.audit(build, fc.data.sampling.poisson(4), num_clients=24, delta=1e-3)
       >>> found.broken, found.attack, found.estimator
     """
 
@@ -110,7 +110,7 @@ def audit(
       build: ``(loss, client_tx, server_tx) -> Algorithm``, such as ``functools.partial(fc.fedavg, uplink=...,
         reducer=...)``. Where single messages are to be private (``local_gaussian``, ``private_gradient``), it must take
         ``reducer=``, too: one that lets the server read them.
-      sampler: from ``fc.sampling``.
+      sampler: from ``fc.data.sampling``.
       num_clients: M, of the population.
       delta: of the guarantee.
       rounds: R, of a replay.
@@ -132,8 +132,8 @@ def audit(
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(2.0))
-      >>> build = functools.partial(fc.fedavg, uplink=uplink, reducer=fc.fixed_mean(4))
-      >>> found = fc.privacy.audit(build, fc.sampling.round_robin(4), num_clients=12, delta=1e-3)
+      >>> build = functools.partial(fc.fedavg, uplink=uplink, reducer=fc.reduce.fixed_mean(4))
+      >>> found = fc.privacy.audit(build, fc.data.sampling.round_robin(4), num_clients=12, delta=1e-3)
 
     Source: Jagielski, Ullman and Oprea (2020), "Auditing Differentially Private Machine Learning"; Nasr et al. (2021),
     "Adversary Instantiation"; Andrew et al. (2024), "One-shot Empirical Privacy Estimation for Federated Learning", for
@@ -144,7 +144,7 @@ def audit(
         checks.count("rounds", rounds, most=1000),
     )
     replays, seed = checks.count("replays", replays, 100, 10**7), checks.seed("seed", seed)
-    checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
+    checks.kind("sampler", sampler, Sampler, "one of fc.data.sampling (nobody can account for a clock)")
     checks.fraction("delta", delta)
     if not 0.5 < confidence < 1:
         raise InvalidInput(f"confidence must lie between 0.5 and 1, not {confidence}.")

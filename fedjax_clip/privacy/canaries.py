@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip import lanes
-from fedjax_clip.cohort import Cohort
+from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.keys import seeded
+from fedjax_clip.core.types import Algorithm, Array, Metrics, Params, PyTree
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
-from fedjax_clip.keys import seeded
 from fedjax_clip.reduce import Reducer
-from fedjax_clip.typing import Algorithm, Array, Metrics, Params, PyTree
+from fedjax_clip.training import lanes
 
 HUGE = 1e4  # a canary's gradient: any clip is far below
 EXAMPLES = 8  # of a canary; other clients have one, so that weights would show

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.tree import size
+from fedjax_clip.core.types import InvalidInput, Params
 from fedjax_clip.privacy import renyi
 from fedjax_clip.reduce import Reducer
-from fedjax_clip.tree import size
-from fedjax_clip.typing import InvalidInput, Params
 from fedjax_clip.uplink import Noise, Uplink
 
 
@@ -35,7 +35,7 @@ def distributed(uplink: Uplink, params: Params, reducer: Reducer, colluding: int
 
     Example:
       >>> curve = fc.privacy.distributed(uplink, params, fc.reduce.modular_sum(50), colluding=5)
-      >>> fc.privacy.epsilon(curve, fc.sampling.round_robin(50), num_clients=10_000, rounds=1000, delta=1e-5)
+      >>> fc.privacy.epsilon(curve, fc.data.sampling.round_robin(50), num_clients=10_000, rounds=1000, delta=1e-5)
 
     Source: Kairouz, Liu and Steinke (2021), Proposition 14; Agarwal, Kairouz and Liu (2021), Theorem 3.5.
     """

@@ -11,12 +11,12 @@ import dp_accounting
 import numpy as np
 from dp_accounting import pld, rdp
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data.sampling import Sampler
-from fedjax_clip.mechanism import Mechanism
 from fedjax_clip.privacy import gaussians, renyi, replays
 from fedjax_clip.privacy.participation import Separated, coefficients, sensitivities, separated, strategy_of
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.uplink.mechanism import Mechanism
 
 ACCOUNTANTS = ("auto", "rdp", "pld")
 INTERVAL = 1e-3  # of the losses that a distribution tells apart, up to 100 rounds; it errs on the safe side
@@ -59,7 +59,7 @@ def exposure(
       InvalidInput: a sampler that cannot be accounted for.
     """
     totals = np.arange(1, rounds + 1) if every else np.array([rounds])
-    checks.kind("sampler", sampler, Sampler | Separated, "one of fc.sampling (nobody can account for a clock)")
+    checks.kind("sampler", sampler, Sampler | Separated, "one of fc.data.sampling (nobody can account for a clock)")
     if isinstance(sampler, Sampler) and sampler.cohort_size > num_clients:
         raise InvalidInput(f"A cohort of {sampler.cohort_size} clients is larger than the population of {num_clients}.")
     if mechanism is not None:
@@ -89,7 +89,7 @@ def exposure(
     if sampler.scheme == "b_min_sep":
         return _rested(sampler, num_clients, totals, mechanism, worst)
     raise InvalidInput(
-        "How much privacy this sampler's choice of clients adds is not known: use fc.sampling.poisson, uniform or "
+        "How much privacy this sampler's choice of clients adds is not known: use fc.data.sampling.poisson, uniform or "
         "round_robin."
     )
 

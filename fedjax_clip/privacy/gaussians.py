@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
 
-from fedjax_clip import checks
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput
 
 
 def together(noise_multipliers: Sequence[float]) -> float:

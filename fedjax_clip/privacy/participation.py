@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data.sampling import Sampler
-from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.uplink.mechanism import Mechanism
 
 
 class Separated(NamedTuple):
@@ -20,7 +20,8 @@ class Separated(NamedTuple):
       most: how often a client takes part at most; as often as the separation lets it by default.
 
     Example:
-      >>> fc.privacy.epsilon(7.0, Separated(rounds=300, most=6), 10**6, 2000, 1e-10, mechanism=fc.mechanism.tree(2000))
+      >>> tree = fc.uplink.mechanism.tree(2000)
+      >>> fc.privacy.epsilon(7.0, Separated(rounds=300, most=6), 10**6, 2000, 1e-10, mechanism=tree)
 
     Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", b-min-sep participation.
     """
@@ -55,8 +56,9 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
     than it must), or has no more bands than they are apart; else jax-privacy's bound of all rounds, in each.
 
     Args:
-      mechanism: of ``fc.mechanism``.
-      sampler: ``fc.sampling.round_robin``, one that takes everyone or keeps a client's rounds apart, or ``Separated``.
+      mechanism: of ``fc.uplink.mechanism``.
+      sampler: ``fc.data.sampling.round_robin``, one that takes everyone or keeps a client's rounds apart, or
+      ``Separated``.
       num_clients: clients in the population.
       rounds: rounds of the run.
 
@@ -64,7 +66,7 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
       InvalidInput: a sampler that may draw a client in any round; a strategy with negative entries.
 
     Example:
-      >>> sensitivities(fc.mechanism.tree(4), fc.sampling.round_robin(10), num_clients=40, rounds=4) ** 2
+      >>> sensitivities(fc.uplink.mechanism.tree(4), fc.data.sampling.round_robin(10), num_clients=40, rounds=4) ** 2
       array([1., 2., 2., 3.])
 
     Source: Denisov et al. (2022), "Improved Differential Privacy for SGD via Optimal Private Linear Operators on
@@ -72,7 +74,7 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
     "(Amplified) Banded Matrix Factorization", Algorithms 3 and 4; Kalinin and Lampert (2024), "Banded Square Root
     Matrix Factorization", Theorem 2, for decreasing coefficients.
     """
-    checks.kind("sampler", sampler, Sampler | Separated, "one of fc.sampling (nobody can account for a clock)")
+    checks.kind("sampler", sampler, Sampler | Separated, "one of fc.data.sampling (nobody can account for a clock)")
     if isinstance(sampler, Sampler) and sampler.cohort_size > num_clients:
         raise InvalidInput(f"A cohort of {sampler.cohort_size} clients is larger than the population of {num_clients}.")
     if (apart := separated(sampler, num_clients)) is not None:
@@ -81,7 +83,7 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
     if sampler.scheme != "round_robin" and not (sampler.scheme and cohort == num_clients):  # type: ignore[union-attr]
         raise InvalidInput(
             "Noise of a mechanism is in proportion to what a client does in all its rounds, and this sampler may draw "
-            "it in any: use fc.sampling.round_robin, or cyclic_poisson for bands, or give the noise no mechanism."
+            "it in any: use fc.data.sampling.round_robin, or cyclic_poisson for bands, or give the noise no mechanism."
         )
     strategy = strategy_of(mechanism, rounds)
     same = math.gcd(int(cohort), num_clients)  # clients in a row that always come together
@@ -103,7 +105,7 @@ def sensitivity(mechanism: Mechanism, sampler: Sampler | Separated, num_clients:
       mechanism, sampler, num_clients, rounds: as for ``sensitivities``.
 
     Example:
-      >>> fc.privacy.sensitivity(fc.mechanism.banded(100, 8), fc.privacy.Separated(10, 4), 1000, 100)  # sqrt(4)
+      >>> fc.privacy.sensitivity(fc.uplink.mechanism.banded(100, 8), fc.privacy.Separated(10, 4), 1000, 100)  # sqrt(4)
     """
     return float(sensitivities(mechanism, sampler, num_clients, rounds)[-1])
 
@@ -116,7 +118,9 @@ def strategy_of(mechanism: Mechanism, rounds: int) -> np.ndarray:
     """
     strategy = np.asarray(mechanism.strategy(rounds), np.float64)
     if np.any(strategy < 0):
-        raise InvalidInput("The sensitivity of a strategy with negative entries is not known: use fc.mechanism's.")
+        raise InvalidInput(
+            "The sensitivity of a strategy with negative entries is not known: use fc.uplink.mechanism's."
+        )
     return strategy
 
 

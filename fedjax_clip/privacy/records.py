@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.secret import Secret
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData, check_alike
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.privacy.accounting import epsilon, noise_multiplier
 from fedjax_clip.privacy.participation import Separated
-from fedjax_clip.secret import Secret
 
 
 def record_epsilons(
@@ -22,7 +22,7 @@ def record_epsilons(
     accountant: str = "auto",
     secret: Secret | None = None,
 ) -> np.ndarray:
-    """``[M]``: each client's epsilon for one of its records, under ``fc.private_gradient(C, noise_multiplier)``.
+    """``[M]``: each client's epsilon for one of its records, under ``fc.local.private_gradient(C, noise_multiplier)``.
 
     Of a record that counts, or counts nothing, towards all that its client sends, whoever reads it (the server, too).
     Each pass over a client's records uses each in one step at most, so a record meets as many Gaussian mechanisms of
@@ -31,10 +31,10 @@ def record_epsilons(
     would claim more than what runs.
 
     Args:
-      noise_multiplier: z, of ``fc.private_gradient``.
+      noise_multiplier: z, of ``fc.local.private_gradient``.
       data: the training population.
       work: batch size and local epochs or steps, as ``fc.train`` has them.
-      sampler: from ``fc.sampling``; its very cohorts are counted.
+      sampler: from ``fc.data.sampling``; its very cohorts are counted.
       rounds: rounds of the run.
       delta: probability outside the guarantee.
       seed: the run's.
@@ -46,7 +46,8 @@ def record_epsilons(
         ``private_gradient`` would count alike; delta outside (0, 1).
 
     Example:
-      >>> fc.privacy.record_epsilons(4.0, data, fc.LocalWork(20, epochs=2), fc.sampling.uniform(8), 50, delta=1e-5)
+      >>> work, sampler = fc.extend.LocalWork(20, epochs=2), fc.data.sampling.uniform(8)
+      >>> fc.privacy.record_epsilons(4.0, data, work, sampler, 50, delta=1e-5)
 
     Source: Abadi et al. (2016), Algorithm 1, at each client; Mironov (2017) for the composition.
     """
@@ -79,8 +80,9 @@ def record_noise_multiplier(
       InvalidInput: as ``record_epsilons``; a target that no noise up to 10,000 reaches.
 
     Example:
-      >>> z = fc.privacy.record_noise_multiplier(2.0, data, fc.LocalWork(20), fc.sampling.uniform(8), 50, delta=1e-5)
-      >>> gradient = fc.private_gradient(1.0, z)
+      >>> work, sampler = fc.extend.LocalWork(20), fc.data.sampling.uniform(8)
+      >>> z = fc.privacy.record_noise_multiplier(2.0, data, work, sampler, 50, delta=1e-5)
+      >>> gradient = fc.local.private_gradient(1.0, z)
     """
     most = int(_uses(data, work, sampler, rounds, seed, secret).max())
     return noise_multiplier(target_epsilon, Separated(1), 1, most, delta, accountant)
@@ -90,9 +92,9 @@ def _uses(
     data: FederatedData, work: LocalWork, sampler: Sampler, rounds: int, seed: int, secret: Secret | None
 ) -> np.ndarray:
     """``[M]``: passes over its records that each client makes in all its rounds."""
-    checks.kind("sampler", sampler, Sampler, "one of fc.sampling (nobody can account for a clock)")
+    checks.kind("sampler", sampler, Sampler, "one of fc.data.sampling (nobody can account for a clock)")
     checks.kind("data", data, FederatedData, "a FederatedData")
-    checks.kind("work", work, LocalWork, "an fc.LocalWork")
+    checks.kind("work", work, LocalWork, "an fc.extend.LocalWork")
     check_alike(data)
     rounds = checks.count("rounds", rounds, 0)
     clients = np.arange(data.num_clients)

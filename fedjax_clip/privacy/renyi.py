@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.core.types import InvalidInput
 
 Curve = Callable[[np.ndarray, float], np.ndarray]
 

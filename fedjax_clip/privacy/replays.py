@@ -20,7 +20,7 @@ AT_ONCE = 2**24
 
 
 def balls_in_bins(strategy: np.ndarray | None, bins: int, z: float, rounds: int, delta: float) -> float:
-    """Epsilon of ``fc.sampling.balls_in_bins``: a client's bin is one of many, and the likelihood a mean over them.
+    """Epsilon of ``fc.data.sampling.balls_in_bins``: the likelihood is a mean over a client's bins.
 
     Args:
       strategy: C, ``[R, R]``; the identity by default.
@@ -60,7 +60,7 @@ def balls_in_bins(strategy: np.ndarray | None, bins: int, z: float, rounds: int,
 
 
 def b_min_sep(p: float, separation: int, column: np.ndarray, z: float, rounds: int, delta: float) -> float:
-    """Epsilon of ``fc.sampling.b_min_sep``, by jax-privacy's losses.
+    """Epsilon of ``fc.data.sampling.b_min_sep``, by jax-privacy's losses.
 
     Args:
       p: with which a rested client comes.

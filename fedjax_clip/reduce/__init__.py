@@ -2,15 +2,7 @@
 
 from fedjax_clip.reduce.base import Reducer, Roster, fixed_mean, together, uniform_mean, weighted_mean
 from fedjax_clip.reduce.modular import majority, modular_sum, on_host, secure_threshold
-from fedjax_clip.reduce.robust import (
-    centered_mean,
-    fltrust,
-    geometric_median,
-    krum,
-    median,
-    norm_bounded,
-    trimmed_mean,
-)
+from fedjax_clip.reduce.robust import centered_mean, fltrust, geometric_median, krum, median, norm_bounded, trimmed_mean
 from fedjax_clip.reduce.stack import Stack, bucketing, check_cohort, restacked, stacking
 
 __all__ = [

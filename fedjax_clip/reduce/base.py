@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import checks, tree
-from fedjax_clip.typing import Array, InvalidInput, PyTree
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 
 class Roster(NamedTuple):
@@ -45,7 +45,7 @@ class Reducer(NamedTuple):
       forges: its name, if messages are replaced behind the uplink by what depends on other clients' messages.
 
     Example:
-      >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.uniform_mean())
+      >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.uniform_mean())
     """
 
     zero: Callable[[PyTree, Roster], Any]
@@ -67,7 +67,7 @@ def weighted_mean() -> Reducer:
     Sums are kept in float32 or better whatever the messages' type, one accumulator for the whole cohort.
 
     Example:
-      >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.weighted_mean())  # the default
+      >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.weighted_mean())  # the default
 
     Source: McMahan et al. (2017), Algorithm 1.
     """
@@ -78,7 +78,7 @@ def uniform_mean() -> Reducer:
     """``sum_i m_i / n`` over the n clients that arrived, whatever their size; zero for nobody.
 
     Example:
-      >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.uniform_mean())
+      >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.uniform_mean())
     """
     return _mean(lambda weights: (weights > 0).astype(weights.dtype))
 
@@ -156,10 +156,10 @@ def together(*reducers: Reducer) -> Reducer:
       InvalidInput: what is no reducer; a secure sum beside what is none.
 
     Example:
-      >>> reducer = fc.together(fc.weighted_mean(), fc.uniform_mean())  # for messages (update, change)
+      >>> reducer = fc.reduce.together(fc.reduce.weighted_mean(), fc.reduce.uniform_mean())
     """
     for reducer in reducers:
-        checks.kind("A reducer", reducer, Reducer, "one such as fc.uniform_mean()")
+        checks.kind("A reducer", reducer, Reducer, "one such as fc.reduce.uniform_mean()")
     if any(r.hides for r in reducers) and not all(r.hides for r in reducers):
         raise InvalidInput(
             "A part of the message would be in a secure sum and another one in the clear: give each part a secure sum."

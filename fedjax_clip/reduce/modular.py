@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
-from fedjax_clip import checks, tree
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput
 from fedjax_clip.reduce.base import Reducer
-from fedjax_clip.typing import Array, InvalidInput
 
 
 def modular_sum(cohort_size: int, threshold: int | None = None) -> Reducer:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import checks, tree
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, PyTree
 from fedjax_clip.reduce.base import Reducer, looks_at_messages, uniform_mean
 from fedjax_clip.reduce.stack import Stack, stacking
-from fedjax_clip.typing import Array, PyTree
 
 
 def median() -> Reducer:
@@ -179,7 +179,7 @@ def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Red
     """
     checks.positive("norm_bounded: max_norm", max_norm)
     reducer = uniform_mean() if reducer is None else reducer
-    checks.kind("reducer", reducer, Reducer, "an fc.Reducer, such as fc.uniform_mean()")
+    checks.kind("reducer", reducer, Reducer, "an fc.reduce.Reducer, such as fc.reduce.uniform_mean()")
     looks_at_messages("norm_bounded", reducer)
 
     def add(acc, messages, weights):

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import checks, tree
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
 from fedjax_clip.reduce.base import Reducer, Roster, looks_at_messages
-from fedjax_clip.typing import Array, InvalidInput, PyTree
 
 
 class Stack(NamedTuple):
@@ -119,7 +119,7 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
       >>> halves = restacked(lambda stack: stack._replace(messages=optax.tree.scale(0.5, stack.messages)), median())
     """
 
-    checks.kind("reducer", reducer, Reducer, "an fc.Reducer, such as fc.reduce.median()")
+    checks.kind("reducer", reducer, Reducer, "an fc.reduce.Reducer, such as fc.reduce.median()")
     looks_at_messages("A rule that changes messages", reducer)
 
     def aggregate(stack):
@@ -154,7 +154,7 @@ def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
     Source: Karimireddy, He and Jaggi (2022), "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing",
     Algorithm 1.
     """
-    checks.kind("reducer", reducer, Reducer, "an fc.Reducer, such as fc.reduce.median()")
+    checks.kind("reducer", reducer, Reducer, "an fc.reduce.Reducer, such as fc.reduce.median()")
     size = checks.count("bucketing: size", size)
     if size == 1:
         return reducer

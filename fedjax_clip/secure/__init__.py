@@ -7,7 +7,10 @@ there is no network, and the registry of who owns which signing key is trusted.
 Needs the extra ``secure``.
 """
 
-from fedjax_clip.typing import InvalidInput
+import importlib
+from typing import Any
+
+from fedjax_clip.core.types import InvalidInput
 
 try:
     import cryptography  # noqa: F401
@@ -20,6 +23,7 @@ from fedjax_clip.secure.server import Transcript, aggregate, pairwise_masks, unm
 from fedjax_clip.secure.sharing import agree, expand, join, split
 
 __all__ = [
+    "Ckks",
     "Client",
     "Keys",
     "Neighbourhood",
@@ -27,6 +31,7 @@ __all__ = [
     "Transcript",
     "aggregate",
     "agree",
+    "ckks_mean",
     "expand",
     "harary",
     "join",
@@ -35,3 +40,9 @@ __all__ = [
     "split",
     "unmask",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Ckks", "ckks_mean"):  # TenSEAL, which the masks do not need
+        return getattr(importlib.import_module("fedjax_clip.secure.ckks"), name)
+    raise AttributeError(f"module 'fedjax_clip.secure' has no attribute {name!r}")

@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.secure.graph import Neighbourhood, check_neighbourhood
 from fedjax_clip.secure.sharing import SHARE, agree, expand, signed, split, verified
-from fedjax_clip.typing import InvalidInput
 
 
 class Stage(enum.Enum):

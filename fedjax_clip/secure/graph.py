@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from fedjax_clip import checks
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput
 
 
 class Neighbourhood(NamedTuple):

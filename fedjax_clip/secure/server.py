@@ -9,11 +9,11 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.reduce import Reducer, majority, on_host, secure_threshold
 from fedjax_clip.secure.client import Client, Keys, too_few
 from fedjax_clip.secure.graph import Neighbourhood, check_neighbourhood, harary
 from fedjax_clip.secure.sharing import SHARE, agree, expand, join, signed
-from fedjax_clip.typing import InvalidInput
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.core.types import InvalidInput
 
 PRIME = 2**256 + 297  # the first beyond every 32 bytes
 SHARE = 33  # bytes of a number below it

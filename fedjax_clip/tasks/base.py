@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import Array, InvalidInput, Params, PerExampleLoss
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.evaluation import Summary
-from fedjax_clip.typing import Array, InvalidInput, Params, PerExampleLoss
+from fedjax_clip.training.evaluation import Summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Task:
       evaluation: held-out populations by name, ``{"examples": ..., "clients": ...}``.
       init: ``key -> params``.
       per_example_loss: ``(params, batch, key) -> (losses[B], {metric: values[B]})``.
-      summarise: scores of a held-out population besides those means, see ``fc.client_evaluator``.
+      summarise: scores of a held-out population besides those means, see ``fc.extend.client_evaluator``.
       frozen: which parameters stay as they are, see ``fc.partially_frozen``; ``None``: all train.
       fitted: what was computed exactly from the clients' data before training, and what to give instead: no
         epsilon of the training covers it, see ``refuse_fitted``. Empty: nothing was.

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedjax_clip import checks, models
+from fedjax_clip import models
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import partition, sources
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.tasks.base import Task, classifier, make, widths
-from fedjax_clip.typing import InvalidInput
 
 
 def digits(
@@ -46,7 +47,7 @@ def npz(
     """Classification of a local ``.npz`` with fields ``x`` and ``y``.
 
     Args:
-      path: the file; see ``fc.sources.npz``.
+      path: the file; see ``fc.data.sources.npz``.
       by: the field that names each example's client; without it (and without offsets in the file) examples are
         dealt to ``num_clients``: evenly, or with Dirichlet(``alpha``) label skew.
       num_clients: clients to deal examples to, 10 by default.
@@ -79,7 +80,7 @@ def tfds(
 ) -> Task:
     """Classification of any TFDS data set of images and labels, by default dealt to 100 clients.
 
-    Arguments as for ``npz`` and ``fc.sources.tfds``.
+    Arguments as for ``npz`` and ``fc.data.sources.tfds``.
 
     Raises:
       InvalidInput: data that cannot be read or learned from, fractions or widths out of range.
@@ -113,7 +114,7 @@ def classification(
       InvalidInput: data that cannot be read or learned from, fractions or widths out of range.
 
     Example:
-      >>> task = fc.tasks.classification(fc.partition.dirichlet(examples, 100, alpha=0.1))
+      >>> task = fc.tasks.classification(fc.data.partition.dirichlet(examples, 100, alpha=0.1))
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
     fields = data.fields()

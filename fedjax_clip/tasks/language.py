@@ -6,12 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import files, models, tree
-from fedjax_clip.data import partition, sources, text
+from fedjax_clip import models
+from fedjax_clip.algorithms.lora import lora
+from fedjax_clip.core import files, tree
+from fedjax_clip.core.types import InvalidInput, Params, PerExampleLoss
+from fedjax_clip.data import partition, sources
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.lora import lora
+from fedjax_clip.data.sources import archives, text
 from fedjax_clip.tasks.base import Task, check_positive, classifier, cross_entropy, hits, make
-from fedjax_clip.typing import InvalidInput, Params, PerExampleLoss
 
 _ASCII, _BYTES = 128, 256
 
@@ -45,7 +47,7 @@ def shakespeare_lstm(
     """Shakespeare's next character by an LSTM; each role is a client.
 
     Args:
-      plays: as for ``fc.sources.shakespeare``.
+      plays: as for ``fc.data.sources.shakespeare``.
       embedding, hidden, layers: sizes of ``fc.models.CharLSTM``.
       length: characters in an example.
       held_out_roles: fraction of the roles that is never trained on.
@@ -138,7 +140,7 @@ def tweets(
       num_clients: clients that the tweets are dealt to.
       alpha: Dirichlet label skew, smaller is more skewed.
       width: of the word embeddings.
-      num_words, vocabulary: as for ``fc.sources.tweets``.
+      num_words, vocabulary: as for ``fc.data.sources.tweets``.
       seed: of the deal and the split.
     """
     check_positive(width=width, num_words=num_words)
@@ -179,7 +181,7 @@ def _load(path: str, task: Task) -> Params:
         raise InvalidInput(
             f"There is no base model {path}: train one, by python -m experiments.run --flagfile={preset}."
         )
-    arrays = sources.read_npz(file)
+    arrays = archives.read_npz(file)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     wanted = {name: x.shape for name, x in tree.named_leaves(shapes)}
     found = {name: x.shape for name, x in arrays.items()}

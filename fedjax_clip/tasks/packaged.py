@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import partition, quality, statistics, tables
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.evaluation import Values, auroc, by_client, calibration_error
 from fedjax_clip.tasks import tabular
 from fedjax_clip.tasks.base import Task
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.training.evaluation import Values, auroc, by_client, calibration_error
 
 # What anybody knows of these columns: limits of a measurement with room to spare, and the words of the code books.
 _HEART: tables.Bounds = {

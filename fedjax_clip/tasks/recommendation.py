@@ -6,13 +6,14 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks, models
+from fedjax_clip import models
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import PerExampleLoss
 from fedjax_clip.data import partition, tables
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import federated_sums, moments
-from fedjax_clip.evaluation import Summary
 from fedjax_clip.tasks.base import Task, check_positive
-from fedjax_clip.typing import PerExampleLoss
+from fedjax_clip.training.evaluation import Summary
 
 FITTED = "the mean rating, and counts and biases of items, from exact ratings: give public=True, or a rating's bounds"
 

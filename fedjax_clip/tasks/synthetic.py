@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks, models
+from fedjax_clip import models
+from fedjax_clip.core import checks
 from fedjax_clip.data import partition
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.tasks.base import Task, check_positive, classifier, make, regressor

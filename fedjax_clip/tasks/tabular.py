@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from fedjax_clip import models
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import partition, quality, statistics, tables
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.evaluation import Summary, Values, auroc, calibration_error
 from fedjax_clip.tasks.base import Task, binary_classifier, make, penalised, regressor, widths
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.training.evaluation import Summary, Values, auroc, calibration_error
 
 FITTED = "quantiles, means and standard deviations from the clients' exact data: give {}"
 

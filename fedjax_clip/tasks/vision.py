@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from fedjax_clip import models
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import partition, sources
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.tasks.base import Task, classifier, make
-from fedjax_clip.typing import InvalidInput
 
 
 def fashion_mnist(
@@ -29,7 +29,7 @@ def fashion_mnist(
       classes_per_client: or shards of sorted labels, so many a client. Without either the deal is even.
       channels: of the CNN's convolutions.
       dense: width of its hidden dense layer.
-      directory: see ``fc.sources.fashion_mnist``.
+      directory: see ``fc.data.sources.fashion_mnist``.
       seed: of the deal.
     """
     train = _deal(sources.fashion_mnist("train", directory), num_clients, alpha, classes_per_client, seed)
@@ -48,7 +48,7 @@ def mnist(
 ) -> Task:
     """10,000 digits of MNIST and a CNN; a fifth of each client's examples is held out.
 
-    Arguments as for ``fashion_mnist``; ``directory`` as for ``fc.sources.mnist``.
+    Arguments as for ``fashion_mnist``; ``directory`` as for ``fc.data.sources.mnist``.
     """
     data = _deal(sources.mnist(directory), num_clients, alpha, classes_per_client, seed)
     train, examples = data.split_examples(0.2, seed)
@@ -68,7 +68,7 @@ def emnist(
 ) -> Task:
     """EMNIST by class (62 classes of letters and digits) and a CNN, through TFDS, which does not say who wrote what.
 
-    Arguments as for ``fashion_mnist``, and ``data_dir`` and ``download`` as for ``fc.sources.tfds``.
+    Arguments as for ``fashion_mnist``, and ``data_dir`` and ``download`` as for ``fc.data.sources.tfds``.
     """
     splits = _tfds("emnist/byclass", data_dir, download)
     train = _deal(splits["train"], num_clients, alpha, classes_per_client, seed)
@@ -92,7 +92,7 @@ def cifar(
       classes: 10 or 100.
       num_clients, alpha, classes_per_client, seed: as for ``fashion_mnist``.
       width: channels of the network's first stage, an even number.
-      data_dir, download: as for ``fc.sources.tfds``.
+      data_dir, download: as for ``fc.data.sources.tfds``.
     """
     if classes not in (10, 100):
         raise InvalidInput(f"CIFAR has 10 or 100 classes, not {classes}.")

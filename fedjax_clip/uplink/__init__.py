@@ -1,5 +1,6 @@
 """Links between a client and the server; ``chain`` joins them."""
 
+from fedjax_clip.uplink import mechanism
 from fedjax_clip.uplink.base import Context, Uplink, at_client, chain, identity, on_parts
 from fedjax_clip.uplink.clip import by_group, clip_by_global_norm, quantile_clip, zeroing
 from fedjax_clip.uplink.compress import compress, count_sketch, error_feedback, power_sgd
@@ -30,6 +31,7 @@ __all__ = [
     "identity",
     "integer_grid",
     "local_gaussian",
+    "mechanism",
     "memory",
     "on_parts",
     "power_sgd",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip.typing import Array
+from fedjax_clip.core.types import Array
 
 WORDS = 3  # of 32 bits in a threshold
 MOST_COLUMNS = 2**16  # so that one word chooses two columns

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip import checks, optimiser, tree
 from fedjax_clip.clipping import bare_state, bound_of, clip_report
-from fedjax_clip.metrics import prefixed
-from fedjax_clip.typing import Array, InvalidInput, Metrics, Params, PyTree
+from fedjax_clip.core import checks, optimiser, tree
+from fedjax_clip.core.metrics import prefixed
+from fedjax_clip.core.types import Array, InvalidInput, Metrics, Params, PyTree
 from fedjax_clip.uplink.orders import check_chain
 from fedjax_clip.uplink.promises import Promises, beside, joined, last_bound
 
@@ -66,10 +66,10 @@ class Uplink(NamedTuple):
     Example:
       >>> def encode(update, state, client_state, ctx):  # sends what is larger than a threshold of the server
       ...     message = jax.tree.map(lambda x: jnp.where(jnp.abs(x) > state, x, 0), update)
-      ...     return message, client_state + 1, {"times": fc.metrics.Mean.of(client_state, jnp.ones(()))}
+      ...     return message, client_state + 1, {"times": fc.extend.metrics.Mean.of(client_state, jnp.ones(()))}
       >>> def decode(aggregate, state, report, ctx):  # the server, once; what it returns last is in the metrics
       ...     return aggregate, 0.9 * state, report
-      >>> link = fc.Uplink(
+      >>> link = fc.uplink.Uplink(
       ...     init=lambda params: jnp.float32(0.1),
       ...     init_client=lambda params: jnp.zeros(()),
       ...     encode=encode,
@@ -117,7 +117,7 @@ def chain(*links: Uplink) -> Uplink:
             "chain's links",
             link,
             Uplink,
-            "an fc.Uplink (fc.uplink.compress makes one of a compressor, at_client of an optax transform)",
+            "an fc.uplink.Uplink (fc.uplink.compress makes one of a compressor, at_client of an optax transform)",
         )
     promises = [link.promises for link in links]
     check_chain(promises)
@@ -276,7 +276,9 @@ def on_parts(*links: Uplink) -> Uplink:
       >>> link = fc.uplink.on_parts(fc.uplink.clip_by_global_norm(1.0))  # for messages (update, change)
     """
     for link in links:
-        checks.kind("uplink", link, Uplink, "an fc.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)")
+        checks.kind(
+            "uplink", link, Uplink, "an fc.uplink.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"
+        )
     promises = beside([link.promises for link in links])
     count = len(links)
 

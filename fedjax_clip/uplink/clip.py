@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks, clipping, tree
+from fedjax_clip import clipping
 from fedjax_clip.clipping.guarantee import group_sizes
 from fedjax_clip.clipping.parts import Norm, Scope, hard, l2, measure, spread, whole
-from fedjax_clip.metrics import Mean
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.metrics import Mean
+from fedjax_clip.core.types import Array, InvalidInput
 from fedjax_clip.uplink import lattice
 from fedjax_clip.uplink.base import Uplink, at_client, nothing
 from fedjax_clip.uplink.promises import Promises
@@ -213,7 +214,7 @@ def by_group(link: Uplink, groups: Mapping[str, Sequence[int]]) -> Uplink:
       >>> small = np.flatnonzero(data.sizes < 20)
       >>> link = by_group(clip_by_global_norm(1.0), {"small": small, "large": np.flatnonzero(data.sizes >= 20)})
     """
-    checks.kind("link", link, Uplink, "an fc.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
+    checks.kind("link", link, Uplink, "an fc.uplink.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
     checks.kind("groups", groups, Mapping, 'clients\' numbers by group, such as {"few": [0, 3]}')
     members = {
         name: checks.client_numbers(f"groups[{name!r}]", ids, 2**31, twice=True).astype(np.int32)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip import checks, compression, keys, tree
+from fedjax_clip import compression
 from fedjax_clip.compression import Code, Compressor
 from fedjax_clip.compression.base import check_memory
 from fedjax_clip.compression.rotate import unpacked_signs
-from fedjax_clip.metrics import Mean
-from fedjax_clip.typing import Array, InvalidInput, Metrics, PyTree
+from fedjax_clip.core import checks, keys, tree
+from fedjax_clip.core.metrics import Mean
+from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
 from fedjax_clip.uplink.base import Uplink, at_server, chain, nothing
 from fedjax_clip.uplink.promises import Promises, Wire
 

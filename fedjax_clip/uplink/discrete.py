@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip.typing import Array
+from fedjax_clip.core.types import Array
 from fedjax_clip.uplink import alias
 
 LEAST_STDDEV = 0.2  # below, acceptance gets rare: noise is then a little larger than asked for

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import checks, tree
-from fedjax_clip.metrics import Mean
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.metrics import Mean
+from fedjax_clip.core.types import Array, InvalidInput
 from fedjax_clip.uplink import lattice
 from fedjax_clip.uplink.base import Uplink, nothing
 from fedjax_clip.uplink.orders import NO_BOUND

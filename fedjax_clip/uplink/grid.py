@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import checks, tree
 from fedjax_clip.compression import hadamard, random_signs
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput
 from fedjax_clip.uplink import discrete
 from fedjax_clip.uplink.base import Context, Uplink, nothing
 from fedjax_clip.uplink.lattice import bounded

@@ -34,10 +34,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip import tree
-from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import Array, PyTree
+from fedjax_clip.core import tree
+from fedjax_clip.core.types import Array, PyTree
 from fedjax_clip.uplink import alias
+from fedjax_clip.uplink.mechanism import Mechanism
 
 WIDTH = 1024  # standard deviation of each of the two draws
 SPREAD = 511  # at most, so that the first smooths the steps of the second

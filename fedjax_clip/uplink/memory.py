@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, tree
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput
 from fedjax_clip.uplink.base import Uplink, at_client, nothing
 from fedjax_clip.uplink.promises import Noise, Wire
 
@@ -37,7 +37,7 @@ def memory(
 
     Raises:
       InvalidInput: a momentum or step outside [0, 1], a link that keeps a state, adds noise or sends sketches; (when
-        a round is traced) a cohort that was not made by ``fc.plan`` and does not tell N.
+        a round is traced) a cohort that was not made by ``fc.extend.plan`` and does not tell N.
 
     Example:
       >>> link = fc.uplink.memory(fc.clipping.clip_by_global_norm(1.0))
@@ -70,7 +70,7 @@ def memory(
 
     def decode(aggregate, g, report, ctx):
         if ctx.share is None:
-            raise InvalidInput("memory needs to know how many clients there are: make the cohort by fc.plan.")
+            raise InvalidInput("memory needs to know how many clients there are: make the cohort by fc.extend.plan.")
         g = tree.add_scaled(g, step * ctx.share, aggregate)
         return g, g, report
 
@@ -129,7 +129,7 @@ def with_bias(link: Uplink) -> Uplink:
     Example:
       >>> link = fc.uplink.with_bias(fc.uplink.quantile_clip(0.1))
     """
-    checks.kind("link", link, Uplink, "an fc.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
+    checks.kind("link", link, Uplink, "an fc.uplink.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
 
     def encode(update, state, client_state, ctx):
         message, client_state, report = link.encode(update, state, client_state, ctx)

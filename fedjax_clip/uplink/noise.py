@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip import checks, tree
-from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import Array, InvalidInput
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput
 from fedjax_clip.uplink import lattice
 from fedjax_clip.uplink.base import Context, Uplink, nothing
+from fedjax_clip.uplink.mechanism import Mechanism
 from fedjax_clip.uplink.orders import NO_BOUND
 from fedjax_clip.uplink.promises import Noise, Promises, Wire
 
@@ -46,7 +46,7 @@ def gaussian(
       noise_multiplier: z >= 0, ratio of the sum's noise to C; may be traced.
       noise_cohort: n' in place of n: simulates the noise of a cohort of n' with a smaller one of n, for research on a
         deployment's accuracy. Privacy is then that of the deployment, NOT of the run.
-      mechanism: of ``fc.mechanism``, how noise depends on that of the rounds before; independent by default.
+      mechanism: of ``fc.uplink.mechanism``, how noise depends on that of the rounds before; independent by default.
 
     Raises:
       InvalidInput: no clip in front of it, a reducer that is no ``fixed_mean``, a link that leaks, a link behind it, a
@@ -54,7 +54,7 @@ def gaussian(
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.3), fc.uplink.gaussian(1.0))
-      >>> algorithm = fc.fedavg(per_example_loss, client_tx, uplink=uplink, reducer=fc.fixed_mean(50))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, uplink=uplink, reducer=fc.reduce.fixed_mean(50))
 
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", Algorithm 1; Kairouz et
     al. (2021), DP-FTRL; Mironov (2012) and Canonne, Kamath and Steinke (2020) for the lattice.
@@ -62,7 +62,7 @@ def gaussian(
     checks.within("gaussian: noise_multiplier", noise_multiplier, 0, finite=True)
     if noise_cohort is not None:
         checks.positive("gaussian: noise_cohort", noise_cohort)
-    checks.kind("gaussian: mechanism", mechanism, Mechanism | None, "one such as fc.mechanism.tree(64)")
+    checks.kind("gaussian: mechanism", mechanism, Mechanism | None, "one such as fc.uplink.mechanism.tree(64)")
     silent = lattice.is_zero(noise_multiplier)
     rescaled = {} if noise_cohort is None else {"noise_cohort": jnp.float32(noise_cohort)}
     unit = 1.0 if mechanism is None else lattice.diagonal(mechanism)

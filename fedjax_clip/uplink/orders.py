@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from fedjax_clip.typing import InvalidInput
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.uplink.promises import Noise, Promises, Wire, last_bound
 
 NO_BOUND = (

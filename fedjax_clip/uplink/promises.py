@@ -7,8 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fedjax_clip.mechanism import Mechanism
-from fedjax_clip.typing import Array, InvalidInput, PyTree
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
+from fedjax_clip.uplink.mechanism import Mechanism
 
 
 class Noise(enum.Enum):

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip import checks, tree
-from fedjax_clip.typing import Array
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array
 from fedjax_clip.uplink.base import Uplink, nothing
 
 
@@ -30,7 +30,7 @@ def preconditioned(decay: float | Array = 0.99, eps: float | Array = 1e-3) -> Up
     Example:
       >>> clip, noise = fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(1.0)
       >>> uplink = fc.uplink.chain(fc.uplink.preconditioned(0.99, eps=1e-3), clip, noise)
-      >>> adam, mean = optax.adam(1e-2, b2=0.99), fc.fixed_mean(50)
+      >>> adam, mean = optax.adam(1e-2, b2=0.99), fc.reduce.fixed_mean(50)
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), adam, uplink=uplink, reducer=mean)
 
     Source: Ganesh, McMahan and Thakurta (2025), "On Design Principles for Private Adaptive Optimizers", Algorithm 8.

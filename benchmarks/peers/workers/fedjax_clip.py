@@ -39,7 +39,7 @@ class Peer:
             self.data,
             self.server,
             rounds=10**6,
-            sampler=fc.sampling.Sampler(lambda sizes, seed, round: self.task.cohort(first_round + round)),
+            sampler=fc.data.sampling.Sampler(lambda sizes, seed, round: self.task.cohort(first_round + round)),
             batch_size=self.task.batch,
             shuffle=False,
             on_round=on_round,

@@ -1,0 +1,193 @@
+"""The rules that ClipBench compares: clips, and algorithms that clip, each one line."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+import fedjax_clip as fc
+from experiments.bench.tuning import Range
+from fedjax_clip import clipping, uplink
+from fedjax_clip.core.types import PerExampleLoss
+
+Build = Callable[[PerExampleLoss, Mapping[str, Any]], fc.extend.Algorithm]
+Clip = Callable[[Any], optax.GradientTransformation]
+RATE, STEP, SERVER = ("client_lr",), ("client_lr", "threshold"), ("client_lr", "threshold", "server_lr")
+RATES = ("client_lr", "server_lr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A rule, the knobs that it is tuned by, and what it costs.
+
+    Attributes:
+      build: ``(loss, point) -> algorithm``; the point has a number for each knob, which may be traced.
+      knobs: of ``client_lr``, ``threshold`` and ``server_lr`` those that the rule has.
+      ranges: its own range of a knob, where the track's would mean nothing.
+      fresh: batches that a client takes in a round before those of its local steps.
+      passes: gradients on each batch of the local steps.
+      note: what is clipped, and what the threshold is.
+      fixed: numbers of a point that are no knobs; rules that differ in them alone share a program.
+    """
+
+    build: Build
+    knobs: tuple[str, ...] = STEP
+    ranges: Mapping[str, Range] = dataclasses.field(default_factory=dict)
+    fresh: int = 0
+    passes: int = 1
+    note: str = ""
+    fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def space(self, ranges: Mapping[str, Range]) -> dict[str, Range]:
+        """The knobs' ranges on a track."""
+        return {knob: self.ranges.get(knob, ranges[knob]) for knob in self.knobs}
+
+    def gradients(self, steps: int) -> int:
+        """Gradients of one batch that a client computes in a round."""
+        return self.fresh + self.passes * steps
+
+
+def _stepwise(make: Clip, keep: bool = False) -> Build:
+    """FedAvg whose local steps go through ``make(threshold)``; ``keep``: clients keep its state between rounds."""
+
+    def build(loss, point):
+        tx = optax.chain(make(point["threshold"]), optax.sgd(point["client_lr"]))
+        return fc.fedavg(loss, tx, keep_opt_state=keep)
+
+    return build
+
+
+def _linked(make: Callable[[Any], fc.uplink.Uplink], scaled: bool = True) -> Build:
+    """FedAvg whose updates go through a link, and are the server's step times its rate.
+
+    Scaled: through ``make(client_lr * threshold)``, so that the threshold is on a SUM of gradients.
+    """
+
+    def build(loss, point):
+        link = make(point["threshold"] * (point["client_lr"] if scaled else 1))
+        return fc.fedavg(loss, _sgd(point), _server(point), uplink=link)
+
+    return build
+
+
+def _clipped_sgd(point: Mapping[str, Any]) -> optax.GradientTransformation:
+    return optax.chain(clipping.clip_by_global_norm(point["threshold"]), optax.sgd(point["client_lr"]))
+
+
+def _sgd(point: Mapping[str, Any]) -> optax.GradientTransformation:
+    return optax.sgd(point["client_lr"])
+
+
+def _server(point: Mapping[str, Any]) -> optax.GradientTransformation:
+    return optax.sgd(point["server_lr"])
+
+
+def _episode(fresh: int | None) -> Build:
+    return lambda loss, p: fc.episode(loss, p["threshold"], _sgd(p), fresh_batches=fresh)
+
+
+def _prox(loss, point):
+    return fc.fedavg(loss, optax.chain(fc.local.proximal(0.1), _clipped_sgd(point)))
+
+
+_TARGETS = {"threshold": Range(0.05, 0.95, log=False)}
+_PERCENTILES = {"threshold": Range(2.0, 98.0, log=False)}
+_SCORES = {"threshold": Range(0.25, 4.0)}
+_RATIOS = {"threshold": Range(0.003, 10.0)}
+
+RULES: dict[str, Rule] = {
+    "fedavg": Rule(lambda loss, p: fc.fedavg(loss, _sgd(p)), RATE, note="no clip"),
+    "fedavg_server": Rule(
+        lambda loss, p: fc.fedavg(loss, _sgd(p), _server(p)), RATES, note="no clip; the server's step has a rate, too"
+    ),
+    "celgc": Rule(_stepwise(clipping.clip_by_global_norm), note="each local step"),
+    "clipped_update": Rule(
+        _linked(uplink.clip_by_global_norm), SERVER, note="the sum of a round's gradients (FAT-Clipping-PR)"
+    ),
+    "clipped_minibatch": Rule(
+        lambda loss, p: fc.fedsgd(loss, optax.sgd(1.0), _clipped_sgd(p)),
+        note="the mean gradient, in one server step a round at the rate",
+    ),
+    "coordinate": Rule(_stepwise(clipping.clip_by_value), note="each element of each local step; knob: its bound"),
+    "normalised": Rule(_stepwise(clipping.normalised), note="each local step has the threshold's length"),
+    "smoothed": Rule(_stepwise(lambda c: clipping.smoothed_clip(c, c)), note="each local step: C g / (C + |g|)"),
+    "delta": Rule(_stepwise(lambda c: clipping.delta_clip(c, 0.1)), note="each local step, to no less than a tenth"),
+    "u_clip": Rule(
+        _stepwise(lambda c: clipping.u_clip(clipping.clip_by_global_norm(c)), keep=True),
+        note="each local step; what is cut off is carried on, from round to round too",
+    ),
+    "layer": Rule(_stepwise(lambda c: clipping.clip(c, scope=clipping.layer())), note="each layer of each local step"),
+    "autoclip": Rule(
+        _stepwise(lambda percent: clipping.auto_clip(percent, window=50), keep=True),
+        ranges=_PERCENTILES,
+        note="each local step; knob: percentile of the client's last 50 norms",
+    ),
+    "zclip": Rule(
+        _stepwise(clipping.z_clip, keep=True), ranges=_SCORES, note="each local step; knob: z-score of its norm"
+    ),
+    "agc": Rule(
+        _stepwise(clipping.adaptive_gradient_clip),
+        ranges=_RATIOS,
+        note="each unit of each local step; knob: ratio to the norm of its weights",
+    ),
+    "quantile_clip": Rule(
+        _linked(lambda target: uplink.quantile_clip(0.1, target, 0.2), scaled=False),
+        SERVER,
+        _TARGETS,
+        note="the update; knob: fraction of updates that shall pass unclipped",
+    ),
+    "zeroing_quantile": Rule(
+        _linked(lambda target: uplink.chain(uplink.zeroing(), uplink.quantile_clip(1.0, target, 0.2)), scaled=False),
+        SERVER,
+        _TARGETS,
+        note="as quantile_clip, far outliers zeroed before",
+    ),
+    "centered": Rule(
+        _linked(lambda bound: uplink.chain(uplink.relative_to_last(), uplink.clip_by_global_norm(bound))),
+        SERVER,
+        note="the update's difference to the last aggregate",
+    ),
+    "clip21": Rule(
+        _linked(lambda bound: uplink.memory(clipping.clip_by_global_norm(bound))),
+        SERVER,
+        note="the update's difference to what the client sent before",
+    ),
+    "clip21_sgd2m": Rule(
+        _linked(lambda bound: uplink.memory(clipping.clip_by_global_norm(bound), 0.5, 0.5)),
+        SERVER,
+        note="as clip21, with both momenta 0.5",
+    ),
+    "normec": Rule(
+        _linked(lambda bound: uplink.memory(clipping.smoothed_clip(bound, bound))),
+        SERVER,
+        note="as clip21, with a smoothed clip",
+    ),
+    "unclipped_memory": Rule(
+        lambda loss, p: fc.fedavg(loss, _sgd(p), _server(p), uplink=uplink.memory(uplink.identity())),
+        RATES,
+        note="no clip: the mean over all clients of what each sent last",
+    ),
+    "episode": Rule(
+        _episode(1),
+        fresh=1,
+        note="all steps of a round, if the mean gradient at its start, on one fresh batch, is over the threshold",
+    ),
+    "episode_full": Rule(_episode(None), passes=2, note="as episode, with that gradient on all of the round's batches"),
+    "episode_plus": Rule(
+        lambda loss, p: fc.episode_plus(loss, p["threshold"], _sgd(p), _server(p)),
+        SERVER,
+        note="as episode, with gradients stored from the clients' last rounds",
+    ),
+    "scaffold": Rule(lambda loss, p: fc.scaffold(loss, _sgd(p), _server(p)), RATES, note="no clip"),
+    "scaffold_clip": Rule(
+        lambda loss, p: fc.scaffold(loss, _clipped_sgd(p), _server(p)), SERVER, note="each corrected local step"
+    ),
+    "fedprox_clip": Rule(_prox, note="each local step, with FedProx's pull of 0.1"),
+    "fednova_clip": Rule(lambda loss, p: fc.fednova(loss, _clipped_sgd(p)), note="each local step"),
+    "mimelite_clip": Rule(
+        lambda loss, p: fc.mime(loss, _clipped_sgd(p), lite=True),
+        passes=2,
+        note="each local step with the server's momentum of 0.9",
+    ),
+}

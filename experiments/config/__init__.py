@@ -1,0 +1,1 @@
+"""How command lines become runs: flags, component specs, run directories."""

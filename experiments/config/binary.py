@@ -1,0 +1,221 @@
+"""What every binary shares: flags that fail with one sentence, and a Ctrl-C that saves."""
+
+import io
+import os
+import pathlib
+import re
+import signal
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from fedjax_clip.core import files
+from fedjax_clip.core.types import InvalidInput
+
+MOST_FLAGS = 2**20  # bytes of a flag file
+MOST_DEVICES = 128  # of a CPU: with 300, XLA's devices wait for each other for ever
+
+
+def run(
+    main: Callable[..., None],
+    doc: str,
+    notes: Callable[[], str] = lambda: "",
+    operands: bool = False,
+    without: Collection[str] = (),
+) -> NoReturn:
+    """Runs ``main()`` under absl; bad input ends in one sentence on stderr and exit code 2.
+
+    Args:
+      main: what to run once the flags are read.
+      doc: what ``--help`` opens with.
+      notes: what ``--help`` closes with.
+      operands: whether ``main`` takes what is written besides flags; else that is refused.
+      without: flags that come with an import and that ``main`` refuses; they are not in ``--help``.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        if {"--help", "-help", "-h", "--h"} & set(argv):  # absl's own --help exits with 1
+            print(f"{doc.strip()}\n\nFlags:\n{_flags_help(without)}\n\n{notes()}".rstrip())
+            sys.exit(0)
+        argv = [argv[0], *_expanded(argv[1:])]
+        for name in filter(None, map(_foreign, argv[1:])):
+            _fail(f"--{name} is no flag of this program: see --help.")
+        try:
+            rest = flags.FLAGS(argv)
+        except (flags.Error, ValueError) as error:
+            _fail(_reworded(" ".join(str(error).removeprefix("ERROR:: ").split())))
+        if len(rest) > 1 and not operands:
+            _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
+        logging.set_verbosity(logging.FATAL)  # what libraries log of an error, the error says again
+        return rest
+
+    def guarded(argv: list[str]) -> None:
+        warnings.formatwarning = lambda message, *place, **line: f"warning: {message}\n"  # no line of code
+        try:
+            main(*argv[1:])
+            sys.stdout.flush()
+        except InvalidInput as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            print("\nInterrupted before the first round was done; nothing was lost.", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            what = f"{error.filename}: " if error.filename else ""
+            _fail(f"{what}{error.strerror or error}.")
+        except (MemoryError, OverflowError) as error:
+            _fail(_too_much(error))
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            _fail(_too_much(error))
+
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see experiments/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files that are not UTF-8 are shown, not fatal
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app.run(guarded, flags_parser=parse)
+    except BrokenPipeError:  # nobody reads on: as after head
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python complains when it flushes
+        sys.exit(128 + signal.SIGPIPE)
+    raise AssertionError("app.run exits")
+
+
+class Stopping:
+    """Turns SIGINT and SIGTERM into a question that the driver asks after each round; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def leave(self) -> None:
+        """Ends a benchmark that was stopped, by its signal's exit code; nothing otherwise."""
+        if self.signal:
+            print("Stopped; the report has what was done, and the same command goes on from there.")
+            sys.exit(128 + self.signal)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def configure_jax(cpu_devices: int | None) -> None:
+    """On a CPU, so many XLA devices, or one a core; and compiled programs are kept for the next start.
+
+    They are kept in ``$FEDJAX_CLIP_CACHE``, or ``~/.cache/fedjax_clip``. To be called before JAX computes anything.
+    What JAX's own environment variables say of these stands: ``$JAX_COMPILATION_CACHE_DIR``, ``$JAX_NUM_CPU_DEVICES``
+    where ``cpu_devices`` is not given. Only ``$JAX_TRANSFER_GUARD`` does not: whatever a binary sends to a device is
+    meant to go there. XLA aborts where one CPU device waits for another for 40 seconds, as it may with clients of
+    unequal size; here it waits a day, unless ``$XLA_FLAGS`` says otherwise.
+
+    Raises:
+      InvalidInput: no device of the platforms that ``$JAX_PLATFORMS`` names.
+    """
+    import jax
+
+    waits = "terminate_timeout", "warn_stuck_timeout"
+    patience = [f"--xla_cpu_collective_call_{name}_seconds={24 * 3600}" for name in waits]
+    if jax.__version_info__ < (0, 13):  # an unknown flag would end the process
+        os.environ["XLA_FLAGS"] = " ".join([*patience, os.environ.get("XLA_FLAGS", "")])  # the last one counts
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cache = pathlib.Path(os.environ.get("FEDJAX_CLIP_CACHE") or "~/.cache/fedjax_clip").expanduser()
+    defaults = {
+        "jax_num_cpu_devices": min(cores or 1, MOST_DEVICES),
+        "jax_compilation_cache_dir": str(cache / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    for name, value in defaults.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+    if cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    jax.config.update("jax_transfer_guard", "allow")
+    try:
+        jax.local_devices()
+    except Exception as error:  # JAX raises what it likes, an AssertionError without a word for cuda
+        raise InvalidInput(
+            f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: leave it unset, or "
+            "install what the device needs, such as pip install 'fedjax_clip[cuda]'."
+        ) from error
+
+
+def _flags_help(without: Collection[str]) -> str:
+    """The project's flags in the order of their definition, each with its default."""
+    modules = flags.FLAGS.flags_by_module_dict()
+    project = str(flags.FLAGS.find_module_defining_flag("workdir")), sys.argv[0]
+    own = [f for name in dict.fromkeys(project) for f in modules.get(name, []) if f.name not in without]
+    rows = [(f"  --{f.name}" + ("" if f.default is None else f"={f.default}"), f.help or "") for f in own]
+    indent = " " * 23
+    return "\n".join(
+        textwrap.fill(f"{head:<22} {text}" if len(head) < 23 else f"{head}  {text}", 110, subsequent_indent=indent)
+        for head, text in rows
+    )
+
+
+def _expanded(arguments: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[str]:
+    """The arguments, each ``--flagfile`` replaced by the lines of its file, and so on; absl reads no file itself."""
+    left = iter(arguments)
+    for argument in left:
+        if found := re.fullmatch(r"--?flagfile(=(.*))?", argument, re.DOTALL):
+            name = (found[2] if found[1] else next(left, "")).strip()
+            if name in within:
+                _fail(f"--flagfile={name} names itself, by way of {' and '.join(within)}.")
+            yield from _expanded(_flag_lines(name), (*within, name))
+        else:
+            yield argument
+
+
+def _flag_lines(name: str) -> list[str]:
+    """The flags that a file lists, one on each line; an empty line and one that begins with ``#`` say nothing."""
+    path = files.expanded(name)
+    try:
+        if path.exists() and not path.is_file():
+            _fail(f"--flagfile={name} is no file.")
+        if (size := path.stat().st_size) > MOST_FLAGS:
+            _fail(f"--flagfile={name} has {size:,} bytes: that is no list of flags.")
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        _fail(f"--flagfile={name} cannot be read: {error.strerror}.")
+    if "\0" in text:
+        _fail(f"--flagfile={name} is not text.")
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("#", "//"))]
+
+
+def _foreign(argument: str) -> str | None:
+    """The name of a flag of absl's own: those run profilers, and write files wherever a flag file says."""
+    name = argument.lstrip("-").split("=")[0]
+    for known in (name, name.removeprefix("no")) if argument.startswith("-") else ():
+        if known == "undefok":  # lets misspelt flags pass; absl keeps it apart from the others
+            return known
+        if known in flags.FLAGS:
+            module = str(flags.FLAGS.find_module_defining_flag(known))
+            return None if module.startswith(("experiments.", sys.argv[0])) else known
+    return None
+
+
+def _too_much(error: BaseException) -> str:
+    detail = " ".join(str(error).split())[:200].rstrip(".")
+    return f"this needs more memory than there is, or a number is too large{detail and f': {detail}'}."
+
+
+def _reworded(complaint: str) -> str:
+    """What absl says of a flag, without Python's words for a number that is none."""
+    found = re.fullmatch(r"flag --(\w+)=(.*): (invalid literal for int|could not convert string to float).*", complaint)
+    return f"--{found[1]} must be a {'whole ' * ('int' in found[3])}number, not {found[2]}." if found else complaint
+
+
+def _fail(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

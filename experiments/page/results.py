@@ -1,0 +1,147 @@
+"""What run directories hold, read back."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fedjax_clip as fc
+from experiments.config import privacy, rundir
+from fedjax_clip.core import files
+from fedjax_clip.core.types import InvalidInput
+from fedjax_clip.data.sources import archives
+
+PRIMARY = ("accuracy", "auroc", "loss")
+
+
+class Run(NamedTuple):
+    """What a run directory says.
+
+    Attributes:
+      name: what tells the run from the others beside it.
+      record: ``config.json``.
+      rows: of ``metrics.jsonl``.
+      clients: ``{"set/metric": [M]}`` of ``clients.npz``; empty while the run is not complete.
+      complete: whether no secret key is kept for more rounds.
+    """
+
+    name: str
+    record: dict[str, Any]
+    rows: list[fc.extend.Row]
+    clients: dict[str, np.ndarray]
+    complete: bool = True
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.record["config"]
+
+    @property
+    def private(self) -> dict[str, str]:
+        """What is private in the run, as ``privacy.statement`` says it; nothing if nothing is."""
+        claim = self.record.get("privacy")
+        return dict(privacy.statement(claim, self.rows[-1], self.complete)) if claim else {}
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """``(rounds, values)`` of a metric, where there is one."""
+        points = np.array([(row["round"], row[key]) for row in self.rows if key in row], float).reshape(-1, 2)
+        return points[:, 0], points[:, 1]
+
+    def cumulative(self, *keys: str) -> np.ndarray:
+        """``[R]`` these metrics, added up to and with each row."""
+        return np.cumsum([sum(row.get(key, 0.0) for key in keys) for row in self.rows])
+
+    def primary(self, name: str) -> str:
+        """The metric by which clients of a set are compared: the first of accuracy, AUROC, loss that there is."""
+        return next((m for m in PRIMARY if f"{name}/{m}" in self.clients), "")
+
+
+def load(directories: Sequence[pathlib.Path]) -> list[Run]:
+    """Reads run directories, and finds a name for each.
+
+    If there is one setting in which all of them differ, that is their name; else it is their directory.
+
+    Raises:
+      InvalidInput: a directory that holds no run, a run without rounds, files that cannot be read.
+    """
+    runs = [_load(directory) for directory in directories]
+    choices = [[_named(key, run.config.get(key, "")) for run in runs] for key in differing(runs)]
+    choices = choices if len(choices) == 1 else []
+    choices += [[directory.resolve().name for directory in directories], [str(directory) for directory in directories]]
+    names = next((names for names in choices if len(set(names)) == len(runs)), choices[-1])
+    return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The settings in which runs differ."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return [key for key in keys if len({value(run.config.get(key, "")) for run in runs}) > 1]
+
+
+def value(setting: Any) -> str:
+    """A setting as a person reads it; ``None`` is what nobody set."""
+    return "by default" if setting is None else str(setting) or "–"
+
+
+def worst_first(values: np.ndarray, metric: str) -> np.ndarray:
+    """``[M]`` which clients are served worst, in order; one without a finite value is the worst."""
+    finite = np.where(np.isfinite(values), values if fc.extend.metrics.higher_is_better(metric) else -values, -np.inf)
+    return np.argsort(finite, kind="stable")
+
+
+def worst_tenth(values: np.ndarray, metric: str) -> float:
+    """The mean over the tenth of the clients that is served worst, at least one."""
+    return float(values[worst_first(values, metric)[: max(1, len(values) // 10)]].mean())
+
+
+def _named(key: str, setting: Any) -> str:
+    return setting if isinstance(setting, str) and setting else f"{key}={value(setting)}"
+
+
+def _load(directory: pathlib.Path) -> Run:
+    path = directory / "config.json"
+    try:
+        record = json.loads(files.regular(path).read_bytes())
+        path = directory / "metrics.jsonl"
+        rows = rundir.read_rows(directory)
+        rounds = [float(row["round"]) for row in rows]
+        clients: dict[str, np.ndarray] = {}
+        if (path := directory / "clients.npz").exists():
+            clients = archives.read_npz(path)
+        _check_clients(clients)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InvalidInput(f"{directory} holds no run: there is no {path.name}.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InvalidInput(f"{path} cannot be read: it is not what a run writes.") from None
+    kinds: tuple[tuple[str, type, Any], ...] = ("config", dict, None), ("versions", dict, {}), ("devices", list, [])
+    if not isinstance(record, dict) or any(not isinstance(record.get(k, x), kind) for k, kind, x in kinds):
+        raise InvalidInput(f"{directory / 'config.json'} is not a run's configuration.")
+    if (directory / "results.jsonl").exists():
+        raise InvalidInput(
+            f"{directory} is a sweep's, and a page is of runs: look at its table.md and sweep.png, or train its best "
+            f"point by python -m experiments.run --flagfile={directory / 'best.flags'}, which makes a page."
+        )
+    if not rounds:
+        raise InvalidInput(f"{directory} holds a run without a round: there is nothing to show.")
+    run = Run("", record, rows, clients, not (directory / rundir.KEY).exists())
+    try:
+        _ = run.private
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InvalidInput(f"{directory / 'config.json'} is not a run's configuration.") from None
+    return run
+
+
+def _check_clients(clients: Mapping[str, np.ndarray]) -> None:
+    """Raises unless each set has names, sizes and at least one score, of as many clients."""
+    for name in {key.split("/")[0] for key in clients}:
+        names, _ = clients[f"{name}/client"], clients[f"{name}/examples"]
+        scores = [x for key, x in clients.items() if key.split("/")[0] == name and key != f"{name}/client"]
+        if (
+            names.ndim != 1
+            or not len(names)
+            or any(x.shape != names.shape or x.dtype.kind not in "iuf" for x in scores)
+        ):
+            raise ValueError(name)
+        if not any(f"{name}/{metric}" in clients for metric in PRIMARY):
+            raise KeyError(name)

@@ -1,0 +1,224 @@
+"""One round trip between the server and a cohort: the only place where clients are mapped and reduced."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_clip import clipping
+from fedjax_clip.core import keys, metrics, tree
+from fedjax_clip.core.cohort import Client, Cohort
+from fedjax_clip.core.types import Array, ClientState, InvalidInput, Metrics, PyTree
+from fedjax_clip.local.steps import ClientFn
+from fedjax_clip.reduce import Reducer, Roster
+from fedjax_clip.uplink.base import LATE, SENT, Context, Uplink, decoded, encoded
+
+NO_POPULATION = "The cohort does not say how many clients there are in all: make it by fc.extend.plan."
+NAMED = 8  # of the clients whose updates are not finite, so many are named
+
+
+def exchange(
+    client_fn: ClientFn,
+    uplink: Uplink,
+    reducer: Reducer,
+    shared: PyTree,
+    uplink_state: PyTree,
+    cohort: Cohort,
+    key: Array,
+) -> tuple[PyTree, PyTree, PyTree, Metrics]:
+    """Sends ``shared`` to every client, lets each work, and folds their messages into one update.
+
+    Clients stream through the device ``cohort.width`` at a time, and each message is folded in as it comes, so
+    memory does not grow with the cohort. The loop ends with the last client, and each client's own loop with its
+    last step: padding costs nothing. A client whose update or message has no finite norm (a NaN or an infinity
+    somewhere, or beyond 1e19, which float32 cannot square) is dropped: it adds nothing, keeps its old state and is
+    counted. So is a client that would keep a NaN or an infinity from now on. Under noise or a secure sum nobody may see
+    that: such a client sends a zero update through the uplink like any other, and still counts as ``dropped``. With
+    ``cohort.non_finite == "keep"`` such clients are kept like any other. A round of fewer clients than the reducer
+    needs (``fewest``, or the ``threshold`` of a modular sum) has the update zero, leaves all clients' states as they
+    were, and is counted as ``too_few``.
+
+    Args:
+      client_fn: ``(shared, client, key) -> (update, client_state, report)``, written for ONE client.
+      uplink: what each update passes on its way.
+      reducer: how messages become one.
+      shared: what the server broadcasts, usually the parameters.
+      uplink_state: the uplink's state at the server.
+      cohort: this device's clients.
+      key: PRNG key of the round; each client folds its own number in, so its place does not matter. A key that is
+        none of Threefry's (``rbg``) is turned into one: its numbers would change with ``cohort.width``. With a
+        ``cohort.secret`` it only says which round it is: clients' keys and links' own are ChaCha20's, of the secret and
+        of this key, and links' ``round_key`` and the reducer's roster alone are still functions of it.
+
+    Returns:
+      ``(update, uplink_state, client_states [C, ...], metrics)``, the same on every device but for client_states.
+      Among the metrics: ``asked``, the clients that were sent something, ``clients``, those whose messages counted;
+      ``bytes_down``, what all clients are sent (``shared``, not a link's state), and ``bytes_up``,
+      their messages as arrays, or the bytes of the codes that stand for them, with ``bytes_up_entropy`` beside them
+      (see ``fc.uplink.compress``); reports do not count. With ``cohort.non_finite == "stop"`` also ``dropped_ids``
+      ``int32 [8]``, up to eight of the clients whose updates were not finite, -1 behind them.
+
+    Example:
+      >>> update, link, client_states, metrics = exchange(
+      ...     local_update(loss, client_tx), uplink, reducer, server.params, server.uplink, cohort, key
+      ... )
+    """
+    hidden = uplink.promises.noise is not None or bool(reducer.hides)
+    if hidden and cohort.non_finite != "drop":
+        raise InvalidInput(
+            f"non_finite={cohort.non_finite!r} shows that a client's update is not finite, which the uplink's noise or "
+            "the secure sum hides: leave it at 'drop', and such clients send zeros."
+        )
+    key = keys.threefry(key)
+    work_key, link_key, decode_key = jax.random.split(key, 3)
+    own_links = link_key
+    if cohort.secret is not None:  # noise that nobody can compute; what is shared by all stays a function of the key
+        work_key, own_links, decode_key = jax.random.split(keys.folded(keys.chacha(cohort.secret), key), 3)
+
+    def one_client(id, weight, first, num_steps, state, staleness):
+        present = id >= 0
+        number = jnp.maximum(id, 0)
+        staleness = jnp.zeros((), jnp.int32) if staleness is None else staleness
+        client = Client(id, weight, first, num_steps, state, staleness, cohort)
+        update, own, report = client_fn(shared, client, jax.random.fold_in(work_key, number))
+        norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
+        if hidden:  # then nobody may see that it is not finite
+            update = tree.where(jnp.isfinite(norm), update, optax.tree.zeros_like(update))
+        own_key = jax.random.fold_in(own_links, number)
+        ctx = Context(
+            own_key, link_key, id, weight, reducer.denominator, staleness=staleness, threshold=reducer.threshold
+        )
+        message, link, link_report = encoded(uplink, update, uplink_state, state.uplink, ctx)
+        sent = {name: link_report[name] for name in SENT if name in link_report}
+        in_time = present & ~link_report.get(LATE, jnp.zeros((), bool))
+        link_report = {name: x for name, x in link_report.items() if name not in (*SENT, LATE)}
+        kept = clipping.bare_state(ClientState(own, link))  # what clips keep for the metrics may be infinite
+        lasting = tree.stays_finite(kept, clipping.bare_state(state))
+        finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message)) & lasting
+        sound = in_time if cohort.non_finite == "keep" else in_time & finite
+        arrived = in_time if hidden else sound
+        seen = {"client": report, "norms": metrics.Histogram.of(norm)}
+        came = {"uplink": link_report, "clients": jnp.ones((), jnp.float32), "weight": weight}
+        return (
+            tree.where(arrived, message, optax.tree.zeros_like(message)),
+            jnp.where(arrived, weight, 0),
+            # A link that sent zeros has done so; what the client keeps besides would hold the NaN.
+            ClientState(tree.where(sound, own, state.own), tree.where(arrived, link, state.uplink)),
+            jnp.where(in_time & ~finite, number, -1),
+            tree.where(sound, seen, optax.tree.zeros_like(seen))
+            | tree.where(arrived, came, optax.tree.zeros_like(came))
+            | {"asked": present.astype(jnp.float32), "dropped": (present & ~sound).astype(jnp.float32)}
+            | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), sent)},  # who is dropped has answered
+        )
+
+    def chunk(index, states):
+        clients = dataclasses.replace(cohort, state=states).clients(index * cohort.width)
+        if cohort.width == 1:  # not a vmap of one: convolutions would become grouped ones
+            out = one_client(*jax.tree.map(lambda x: x[0], clients))
+            message, weight, state, bad, report = jax.tree.map(lambda x: x[None], out)
+        else:
+            message, weight, state, bad, report = jax.vmap(one_client)(*clients)
+        return message, weight, state, bad, jax.tree.map(lambda x: jnp.sum(x, 0), report)
+
+    chunk, (messages, _, _, _, report) = tree.traced(chunk, 0, cohort.state)
+
+    def body(index, carry):
+        acc, states, bad, report = carry
+        message, weight, state, new_bad, new_report = chunk(index, states)  # read where they are written: one copy
+        states = jax.tree.map(
+            lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, x, index * cohort.width, 0), states, state
+        )
+        bad = _most(bad, new_bad) if cohort.non_finite == "stop" else bad
+        return reducer.add(acc, message, weight), states, bad, metrics.add(report, new_report)
+
+    message = jax.tree.map(lambda m: m[0], messages)
+    roster = Roster(jnp.asarray(cohort.ids), jax.random.fold_in(key, 3))  # the key beside the three it was split into
+    acc = reducer.zero(message, roster)
+    num_chunks = -(-tree.count(cohort.ids >= 0) // cohort.width)
+    start = acc, cohort.state, jnp.full(NAMED, -1, jnp.int32), report
+    acc, client_states, bad, report = cohort.loop(body, start, num_chunks, len(cohort.ids) // cohort.width)
+
+    aggregate = reducer.finish(acc, cohort.axis_name)
+    if cohort.axis_name is not None:
+        report = jax.lax.psum(report, cohort.axis_name)
+    fewest = reducer.fewest if reducer.threshold is None else reducer.threshold
+    too_few = report["clients"] < fewest  # the aggregate is zero, so nothing has happened
+    if fewest > 1:
+        client_states = tree.where(too_few, cohort.state, client_states)
+    ctx = Context(
+        *(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"], reducer.denominator),
+        threshold=reducer.threshold,
+        share=None if cohort.num_clients is None else population_share(reducer, cohort, report),
+    )
+    update, uplink_state, link_metrics = decoded(uplink, aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
+    asked = report["asked"]
+    return (
+        update,
+        uplink_state,
+        client_states,
+        metrics.without_nan(
+            {
+                **metrics.finish(report["client"]),
+                **metrics.prefixed("uplink", link_metrics),
+                **{f"client_norm/p{q}": report["norms"].quantile(q / 100) for q in (10, 50, 90)},
+                "asked": asked,
+                "clients": report["clients"],
+                "weight": report["weight"],
+                "dropped": report["dropped"],
+                **({"too_few": too_few.astype(jnp.float32)} if fewest > 1 else {}),
+                **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
+                "bytes_down": asked * float(tree.nbytes(shared)),
+                "bytes_up": report["sent"].get("bytes", asked * float(tree.nbytes(message))),
+                **({"bytes_up_entropy": report["sent"]["entropy_bytes"]} if "entropy_bytes" in report["sent"] else {}),
+                "update_norm": tree.norm(update),
+            }
+        ),
+    )
+
+
+def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Array:
+    """What takes ``reducer``'s aggregate to the mean over ALL N clients, those who did not come counting as zeros.
+
+    ``|S| / N`` for a mean over the clients S that arrived, ``sum_S w_i / sum_N w_i`` for a weighted one, ``n / N`` for
+    a mean with the fixed denominator n.
+
+    Args:
+      reducer: what made the aggregate.
+      cohort: of the round.
+      metrics: of the exchange.
+
+    Returns:
+      float32 scalar.
+
+    Raises:
+      InvalidInput: (when traced) a cohort that was not made by ``fc.extend.plan`` and does not tell N.
+
+    Example:
+      >>> c = optax.tree.add_scale(c, population_share(reducer, cohort, metrics), change)  # c stays mean_N c_i
+    """
+    if cohort.num_clients is None or cohort.total_weight is None:
+        raise InvalidInput(NO_POPULATION)
+    num_clients = jnp.asarray(cohort.num_clients, jnp.float32)
+    if reducer.denominator is not None:
+        return jnp.asarray(reducer.denominator, jnp.float32) / num_clients
+    if reducer.weighted:
+        return metrics["weight"] / cohort.total_weight
+    return metrics["clients"] / num_clients
+
+
+def _most(*ids: Array) -> Array:
+    """The largest ``NAMED`` of these client numbers, -1 for nobody."""
+    return jnp.sort(jnp.concatenate(ids), descending=True)[:NAMED]
+
+
+def _everywhere(ids: Array, axis_name: str | None) -> Array:
+    return ids if axis_name is None else _most(*jax.lax.all_gather(ids, axis_name))
+
+
+def traffic(*exchanges: Metrics) -> Metrics:
+    """The bytes of a round of several exchanges, from the metrics of each; what is sent twice counts twice."""
+    total = {name: sum(metrics[name] for metrics in exchanges) for name in ("bytes_down", "bytes_up")}
+    if any("bytes_up_entropy" in metrics for metrics in exchanges):
+        total["bytes_up_entropy"] = sum(m.get("bytes_up_entropy", m["bytes_up"]) for m in exchanges)
+    return total

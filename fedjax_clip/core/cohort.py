@@ -1,0 +1,171 @@
+"""The clients of one round on one device, as arrays."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "ids",
+        "weight",
+        "first",
+        "num_steps",
+        "batches",
+        "example_weight",
+        "state",
+        "population",
+        "staleness",
+        "num_clients",
+        "total_weight",
+        "secret",
+    ],
+    meta_fields=["axis_name", "width", "most_steps", "non_finite"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """C clients whose T batches lie back to back, never padded to the longest client.
+
+    Client ``c``'s step ``i`` reads row ``first[c] + i``. Slots past the last client have id -1 and come last;
+    they, rows that nobody reads and examples of weight 0 may hold anything at all.
+
+    Attributes:
+      ids: int32 ``[C]`` client numbers.
+      weight: float32 ``[C]`` what each client weighs in an average: the sum of its example weights.
+      first: int32 ``[C]`` first row of each client.
+      num_steps: int32 ``[C]`` rows of each client.
+      batches: pytree of ``[T, B, ...]``, or int32 ``[T, B]`` example numbers if there is a ``population``.
+      example_weight: float32 ``[T, B]``, 0 where a batch is padded.
+      state: pytree of ``[C, ...]``: what clients keep between rounds.
+      population: pytree of ``[N, ...]`` examples that live on the device, or ``None``.
+      staleness: int32 ``[C]`` rounds since each client was sent its parameters; ``None``: no client is stale.
+      num_clients: int32 scalar, N, the clients of the whole population, in the cohort or not.
+      total_weight: float32 scalar, the sum of all N clients' weights.
+      secret: the words uint32 ``[8]`` of a ChaCha20 key, or such a key: what the randomness of clients and links is
+        drawn from in place of the round's key, which anybody can compute; ``None``: from the round's key.
+      axis_name: the mapped axis over which cohorts of several devices are reduced, or ``None``.
+      width: how many clients a device trains at once; divides C.
+      most_steps: if given, loops have this fixed length instead of ending with the last step; see ``differentiable``.
+      non_finite: what happens to updates with a NaN or an infinity: ``"drop"``, ``"keep"`` or ``"stop"``; see
+        ``fc.train``.
+
+    Example:
+      >>> cohort = jax.tree.map(lambda x: x[0], fc.extend.plan(data, ids, fc.extend.LocalWork(20), seed=0, round=0))
+    """
+
+    ids: Array | np.ndarray
+    weight: Array | np.ndarray
+    first: Array | np.ndarray
+    num_steps: Array | np.ndarray
+    batches: PyTree
+    example_weight: Array | np.ndarray
+    state: PyTree = ClientState((), ())  # noqa: RUF009 (it is immutable)
+    population: PyTree | None = None
+    staleness: Array | np.ndarray | None = None
+    num_clients: Array | np.ndarray | None = None
+    total_weight: Array | np.ndarray | None = None
+    secret: Array | np.ndarray | None = None
+    axis_name: str | None = None
+    width: int = 1
+    most_steps: int | None = None
+    non_finite: str = "drop"
+
+    def differentiable(self) -> "Cohort":
+        """The same clients in loops of a fixed length, so that ``jax.grad`` can go through a round.
+
+        Every client then takes as long as the longest one: for hyper-gradients, not for training. Ask for it before
+        ``jax.jit``, while the cohort is NumPy arrays.
+
+        Example:
+          >>> jax.grad(lambda lr: validation_loss(round_with(lr)(server, cohort.differentiable(), key)))(0.1)
+        """
+        return dataclasses.replace(self, most_steps=int(np.max(self.num_steps, initial=0)))
+
+    def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree, count: Array, most: int) -> PyTree:
+        """``carry = body(i, carry)`` for ``i < count``, which is at most ``most``; differentiable if the cohort is."""
+        if self.most_steps is None:
+            return jax.lax.fori_loop(0, count, body, carry)
+
+        def turn(carry: PyTree, i: Array) -> tuple[PyTree, None]:
+            return jax.lax.cond(i < count, lambda c: body(i, c), lambda c: c, carry), None
+
+        return jax.lax.scan(turn, carry, jnp.arange(most, dtype=jnp.int32))[0]
+
+    def clients(self, start: Array) -> tuple[Array, ...]:
+        """``(id, weight, first, num_steps, state, staleness)`` of the ``width`` clients from slot ``start``."""
+        fields = (self.ids, self.weight, self.first, self.num_steps, self.state, self.staleness)
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, self.width), fields)
+
+    def read(self, row: Array) -> tuple[Batch, Array]:
+        """One batch ``[B, ...]`` and its example weights ``[B]``.
+
+        Padded examples are filled with the batch's first one, so that neither a loss nor its gradient ever
+        meets what lies in the padding.
+        """
+        weight, batch = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, row, keepdims=False), (self.example_weight, self.batches)
+        )
+        live = weight > 0
+        if self.population is not None:
+            index = jnp.where(live, batch, batch[0])
+
+            def take(x: Array) -> Array:
+                # Of flat examples: else XLA, on a CPU, may lay them out as a convolution wants them, a float at a time.
+                return jnp.asarray(x).reshape(len(x), math.prod(x.shape[1:]))[index].reshape(index.shape + x.shape[1:])
+
+            return jax.tree.map(take, self.population), jnp.where(live, weight, 0)
+
+        def fill(x: Array) -> Array:
+            return jnp.where(live.reshape(live.shape + (1,) * (x.ndim - 1)), x, x[:1])
+
+        return jax.tree.map(fill, batch), jnp.where(live, weight, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """All that an algorithm sees of one client: ``batch(i)`` for ``i < num_steps``, ``loop``, and no storage.
+
+    Attributes:
+      id: int32 scalar, its number.
+      weight: float32 scalar, what it weighs in an average.
+      first: int32 scalar, its first row in the cohort.
+      num_steps: int32 scalar, its batches.
+      state: what it keeps between rounds, a ``ClientState``.
+      cohort: where its batches lie.
+
+    Example:
+      >>> total = client.loop(lambda i, total: total + jnp.sum(client.batch(i)[1]), 0.0)  # the sum of its weights
+    """
+
+    id: Array
+    weight: Array
+    first: Array
+    num_steps: Array
+    state: PyTree
+    staleness: Array
+    cohort: Cohort
+
+    def batch(self, step: Array) -> tuple[Batch, Array]:
+        """The batch ``[B, ...]`` of a local step and its example weights ``[B]`` (0 where padded)."""
+        return self.cohort.read(self.first + step)
+
+    def only(self, steps: int) -> "Client":
+        """This client with its first ``steps`` batches."""
+        return dataclasses.replace(self, num_steps=jnp.minimum(self.num_steps, steps))
+
+    def after(self, steps: int) -> "Client":
+        """This client without its first ``steps`` batches."""
+        skipped = jnp.minimum(self.num_steps, steps)
+        return dataclasses.replace(self, first=self.first + skipped, num_steps=self.num_steps - skipped)
+
+    def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree) -> PyTree:
+        """``carry = body(i, carry)`` for each local step i."""
+        return self.cohort.loop(body, carry, self.num_steps, self.cohort.most_steps or 0)

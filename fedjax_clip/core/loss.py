@@ -1,0 +1,140 @@
+"""The loss as users write it, of one batch: checked, weighted, differentiated."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.metrics import Mean, check_names
+from fedjax_clip.core.types import Array, Batch, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
+
+Gradient = Callable[[PerExampleLoss, Params, Batch, Array, Array], tuple[PyTree, Metrics]]
+
+
+def batch_loss(
+    per_example_loss: PerExampleLoss, params: Params, batch: Batch, weights: Array, key: Array | None
+) -> tuple[Array, Metrics]:
+    """The weighted sum of a batch's losses, and its report: ``loss``, ``examples`` and what the loss says besides.
+
+    Args:
+      per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``. The key is
+        ``None`` in evaluation: then nothing is random (no dropout).
+      params: pytree of parameters.
+      batch: pytree of ``[B, ...]``.
+      weights: ``[B]`` example weights, 0 for padding.
+      key: PRNG key.
+
+    Raises:
+      InvalidInput: a loss that is not one number for each example.
+    """
+    values = example_values(per_example_loss, params, batch, key, len(weights))
+    report = {name: Mean.of(x, weights) for name, x in values.items()}
+    return report["loss"].total, report | {"examples": jnp.sum(weights > 0).astype(jnp.float32)}
+
+
+def example_values(
+    per_example_loss: PerExampleLoss, params: Params, batch: Batch, key: Array | None, size: int
+) -> dict[str, Array]:
+    """``{"loss": losses[size], name: values[size]}`` of a batch: all that the loss says, checked.
+
+    Raises:
+      InvalidInput: a loss that is not one number for each example.
+    """
+    checks.takes("per_example_loss", per_example_loss, 3, "(params, batch, key)")
+    out = per_example_loss(params, batch, key)
+    if isinstance(out, tuple) and not (len(out) == 2 and isinstance(out[1], Mapping)):
+        raise InvalidInput("per_example_loss must return losses[B], or (losses[B], {name: values[B]}).")
+    losses, values = out if isinstance(out, tuple) else (out, {})
+    check_names(values)
+    values = {"loss": losses, **values}
+    for name, x in values.items():
+        if (shape := getattr(x, "shape", type(x).__name__)) != (size,):
+            raise InvalidInput(f"per_example_loss must give one {name} for each example, shape {(size,)}, not {shape}.")
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise InvalidInput(f"per_example_loss must give floating-point losses, not {losses.dtype}: it has no gradient.")
+    return values
+
+
+def examples_meet(per_example_loss: PerExampleLoss, params: Params, batch: Batch) -> bool:
+    """Whether the loss of some examples changes when others are replaced, as batch normalisation or pairs make it.
+
+    The second half of the batch is replaced by its first example, as padding is; then the losses of the first half are
+    compared. Parameters that are zero everywhere are given other values, since they would hide it.
+
+    Args:
+      per_example_loss: see ``batch_loss``.
+      params: pytree of parameters.
+      batch: pytree of ``[B, ...]``, B at least 2, of different examples.
+
+    Example:
+      >>> examples_meet(lambda params, batch, key: batch["x"] - jnp.mean(batch["x"]), {}, {"x": np.arange(4.0)})
+      True
+    """
+    size = len(jax.tree.leaves(batch)[0])
+    half = size // 2
+
+    def awake(x: Any) -> Any:
+        x = np.asarray(x)
+        zeros = jnp.issubdtype(x.dtype, jnp.floating) and not x.any()
+        return np.cos(np.arange(x.size)).reshape(x.shape).astype(x.dtype) if zeros else x
+
+    @jax.jit
+    def losses(params, batch):
+        return example_values(per_example_loss, params, batch, jax.random.key(0), size)["loss"][:half]
+
+    params = jax.tree.map(awake, params)
+    index = np.where(np.arange(size) < half, np.arange(size), 0)
+    whole, padded = (np.asarray(losses(params, b)) for b in (batch, jax.tree.map(lambda x: x[index], batch)))
+    return not np.allclose(whole, padded, rtol=1e-3, atol=0, equal_nan=True)
+
+
+def mixed_precision(per_example_loss: PerExampleLoss, dtype: Any = jnp.bfloat16) -> PerExampleLoss:
+    """The same loss computed in ``dtype`` on parameters that stay in float32, as do gradients, clips and averages.
+
+    Args:
+      per_example_loss: see ``batch_loss``; a model that chooses types of its own keeps them.
+      dtype: what floating-point parameters and inputs are cast to.
+
+    Returns:
+      A loss of the same form; losses and metrics come back in float32.
+
+    Example:
+      >>> algorithm = fc.fedavg(fc.local.mixed_precision(per_example_loss), client_tx)
+
+    Source: Micikevicius et al. (2018), "Mixed Precision Training"; bfloat16 needs no loss scaling.
+    """
+
+    def cast(tree: PyTree, to: Any) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+    def loss(params, batch, key):
+        return cast(per_example_loss(cast(params, dtype), cast(batch, dtype), key), jnp.float32)
+
+    return loss
+
+
+def batch_gradient(
+    per_example_loss: PerExampleLoss, params: Params, batch: Batch, weights: Array, key: Array
+) -> tuple[PyTree, Metrics]:
+    """The gradient of a batch's weighted mean loss, and the batch's report."""
+
+    check_parameters(params)
+
+    def mean_loss(params):
+        total, report = batch_loss(per_example_loss, params, batch, weights, key)
+        return total / tree.or_one(report["loss"].weight), report
+
+    return jax.grad(mean_loss, has_aux=True)(params)
+
+
+def check_parameters(params: Params) -> None:
+    """Refuses parameters that have no gradient."""
+    for name, x in tree.named_leaves(params):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InvalidInput(
+                f"Parameter {name!r} holds {x.dtype} and has no gradient: make it a floating-point array, or freeze it "
+                "(fc.partially_frozen)."
+            )

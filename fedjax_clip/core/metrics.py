@@ -1,0 +1,176 @@
+"""Reports that add up: what a client says of its work, summed over clients and devices."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_clip.core import tree
+from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
+
+# What a row of a run's history may hold besides what a loss reports: names, and beginnings of names.
+_TAKEN = (
+    *("bytes_down", "bytes_down_entropy", "bytes_up", "bytes_up_entropy", "clients", "clipped_clients"),
+    *("asked", "clipped_round", "clipped_steps", "dropped", "dropped_ids", "examples", "late", "loss", "lost"),
+    *("mean_gradient_norm", "round", "seconds", "simulated_seconds", "staleness", "steps", "too_few", "update_norm"),
+    *("variate_norm", "wasted_steps", "weight"),
+)
+_BEGINNINGS = ("client_norm/", "downlink/", "eval/", "example_", "step_", "uplink/")
+
+
+def check_names(names: Iterable[Any]) -> None:
+    """Refuses names for what a loss reports that are not text, or that a row has a value of its own for.
+
+    Args:
+      names: of the values beside the loss.
+
+    Raises:
+      InvalidInput: such a name; the sentence lists those that are taken.
+
+    Example:
+      >>> check_names(["accuracy", "top5"])
+    """
+    for name in names:
+        if not isinstance(name, str):
+            raise InvalidInput(f"per_example_loss must report values by names that are text, not {name!r}.")
+        if name in _TAKEN or name.startswith(_BEGINNINGS):
+            raise InvalidInput(
+                f"per_example_loss reports {name!r}, a name that the library fills itself: choose another one. Taken "
+                f"are {', '.join(_TAKEN)}, and all that begin with {', '.join(_BEGINNINGS)}."
+            )
+
+
+COSTS = re.compile(
+    r"\w*(loss|losses|error|errors|mse|mae|mape|entropy|perplexity|distance|divergence)"
+    r"|ece|brier|nll|kl|ppl|bpc|wer|cer|fpr|fnr|regret|gap|epsilon|bytes|bits|seconds|hours|dropped|wasted"
+)
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric is better: unless its name says that it is a loss, an error or a cost.
+
+    The last two parts of the name are read, since a client's name may follow the score's.
+
+    Args:
+      metric: its name, such as ``"eval/examples/loss"``, ``"auroc_worst"``, ``"ece/Cleveland"``.
+
+    Example:
+      >>> higher_is_better("eval/clients/accuracy"), higher_is_better("eval/examples/rmse_of_mean")
+      (True, False)
+    """
+    parts = [set(re.findall("[a-z0-9]+", part.lower())) for part in metric.split("/")]
+    return not any(COSTS.fullmatch(word) for part in parts[-2:] for word in part)
+
+
+class Mean(NamedTuple):
+    """A weighted mean on its way: totals and weights add up over steps, clients and devices.
+
+    Attributes:
+      total: sum of weighted values.
+      weight: sum of weights.
+
+    Example:
+      >>> Mean.of(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))  # total 4, weight 2
+    """
+
+    total: Array
+    weight: Array
+
+    @classmethod
+    def of(cls, values: Array, weights: Array) -> "Mean":
+        """Of ``values`` [B] under ``weights`` [B]; values of weight 0 are not looked at, NaN or not."""
+        values = tree.wide(jnp.asarray(values))
+        weights = jnp.asarray(weights).astype(values.dtype)
+        return cls(jnp.sum(jnp.where(weights > 0, values, 0) * weights), jnp.sum(weights))
+
+
+class Histogram(NamedTuple):
+    """How many values fell into each of 512 bins, a quarter of an octave wide, from 2^-64 to 2^64; counts add up.
+
+    That is the range of a Euclidean norm in float32: squares of less are 0, and those of more are infinite. Zero has
+    the first bin.
+
+    Attributes:
+      counts: float32 ``[512]``.
+
+    Example:
+      >>> Histogram.of(norm).quantile(0.5)
+    """
+
+    counts: Array
+
+    @classmethod
+    def of(cls, value: Array) -> "Histogram":
+        """One value; what is not finite falls into no bin."""
+        bin = jnp.floor(4 * jnp.log2(jnp.where(value > 0, value, 2.0**-64))) + 256
+        here = jnp.arange(512, dtype=bin.dtype) == jnp.clip(bin, 0, 511)
+        return cls(jnp.where(jnp.isfinite(value), here, False).astype(jnp.float32))
+
+    def quantile(self, q: float) -> Array:
+        """Within 9% of the quantile, the middle of its bin; 0 for the first bin, NaN of nothing."""
+        below = jnp.cumsum(self.counts)
+        bin = jnp.sum(below < q * below[-1], dtype=jnp.float32)
+        middle = jnp.where(bin > 0, 2.0 ** ((bin - 255.5) / 4), 0)
+        return jnp.where(below[-1] > 0, middle, jnp.nan)
+
+
+def add(x: PyTree, y: PyTree) -> PyTree:
+    """Sums two reports.
+
+    Args:
+      x, y: reports of the same structure.
+
+    Example:
+      >>> add({"steps": 1.0}, {"steps": 2.0})  # {"steps": 3.0}
+    """
+    return jax.tree.map(jnp.add, x, y)
+
+
+def finish(report: PyTree) -> PyTree:
+    """Turns each ``Mean`` into its ratio (NaN where nothing was counted) and leaves plain sums as they are.
+
+    Args:
+      report: a dict of sums and ``Mean``s.
+
+    Example:
+      >>> finish({"loss": Mean(jnp.float32(4), jnp.float32(2))})  # {"loss": 2.0}
+    """
+
+    def ratio(x: Any) -> Any:
+        return (
+            jnp.where(x.weight > 0, tree.divided(tree.wide(x.total), x.weight), jnp.nan) if isinstance(x, Mean) else x
+        )
+
+    return jax.tree.map(ratio, report, is_leaf=lambda x: isinstance(x, Mean))
+
+
+def without_nan(values: Metrics) -> Metrics:
+    """Metrics as a compiled round may return them: under ``jax_debug_nans``, for which a NaN is a fault, infinity.
+
+    Args:
+      values: by name; NaN where nothing was counted.
+
+    Example:
+      >>> without_nan({"loss": jnp.float32(jnp.nan)})  # the same, unless jax_debug_nans is set
+    """
+    if not jax.config.jax_debug_nans:  # type: ignore[attr-defined]
+        return values
+    return {
+        name: jnp.where(jnp.isnan(x), jnp.inf, x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else x
+        for name, x in values.items()
+    }
+
+
+def prefixed(prefix: str, metrics: Metrics) -> Metrics:
+    """``{"a": 1} -> {"prefix/a": 1}``.
+
+    Args:
+      prefix: put before each name, with a slash.
+      metrics: by name.
+
+    Example:
+      >>> prefixed("eval", {"loss": 0.5})  # {"eval/loss": 0.5}
+    """
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,265 @@
+"""The few operations on pytrees that optax.tree lacks."""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
+
+
+def where(condition: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
+    """``jnp.where`` leaf by leaf, with one scalar condition for the whole tree."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
+
+
+def traced(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], PyTree]:
+    """``function`` for arguments like ``args``, and zeros like what it returns, to begin a loop over it with.
+
+    It is traced here, and once: a call of what is returned only repeats the operations that it consists of. A Python
+    integer among the arguments stands for a loop's index, which is int32 here, ``jax_enable_x64`` or not.
+    """
+    args = jax.tree.map(lambda x: np.int32(x) if type(x) is int else x, args)
+    jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    operations, structure = jaxpr_as_fun(jaxpr), jax.tree.structure(shapes)
+
+    def again(*args: Any) -> Any:
+        leaves = jax.tree.leaves(args)
+        if (now := _forms(map(jax.typeof, leaves))) != (before := _forms(jaxpr.in_avals)):
+            raise TypeError(f"The loop was traced for {before}, and is called with {now}.")
+        return jax.tree.unflatten(structure, operations(*leaves))
+
+    return again, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _forms(types: Iterable[Any]) -> list[str]:
+    return [f"{x.dtype}{list(x.shape)}" for x in types]
+
+
+def common_type(*values: Any) -> np.dtype:
+    """``jnp.result_type``, also where ``jax_numpy_dtype_promotion`` is strict: for arrays that are then cast to it."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*values)
+
+
+def wide_type(x: Any) -> np.dtype:
+    """What an array is summed in: its own type, or float32 where that is narrower, or no float."""
+    own = x.dtype
+    return own if jnp.issubdtype(own, jnp.inexact) and own.itemsize >= 4 else np.dtype(np.float32)
+
+
+def wide(x: Array) -> Array:
+    """An array in its ``wide_type``."""
+    return x.astype(wide_type(x))
+
+
+def scaled(factor: Array, x: Array) -> Array:
+    """``factor x``, multiplied in float32 or better and in the type of x again; the factor may lack leading axes."""
+    factor = factor.astype(wide_type(x))
+    if 0 < factor.ndim < x.ndim:
+        factor = jnp.expand_dims(factor, range(x.ndim - factor.ndim))
+    return (wide(x) * factor).astype(x.dtype)
+
+
+def divided(x: Array, by: Array) -> Array:
+    """``x / by``, divided in float32 or better and in the type of x again; the shapes broadcast."""
+    return (wide(x) / by.astype(wide_type(x))).astype(x.dtype)
+
+
+def count(condition: Array | np.ndarray) -> Array:
+    """How many are true, int32."""
+    return jnp.sum(condition, dtype=jnp.int32)
+
+
+def norm(tree: PyTree) -> Array:
+    """Euclidean norm over all leaves, in float32 or better; its gradient at zero is zero."""
+    return safe_sqrt(total([jnp.sum(by_columns(jnp.sum, jnp.square(jnp.abs(wide(x))))) for x in jax.tree.leaves(tree)]))
+
+
+def total(parts: Sequence[Array]) -> Array:
+    """The sum of arrays, in float32 or the best of their types."""
+    dtype = common_type(jnp.float32, *parts)
+    return sum((x.astype(dtype) for x in parts), jnp.zeros((), dtype))
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """``optax.apply_updates``, whatever the types of the two: the sum is made in the better one."""
+
+    def add(x: Array, update: Array) -> Array:
+        dtype = common_type(x, update)
+        return (x.astype(dtype) + update.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(add, params, updates)
+
+
+def add_scaled(values: PyTree, factor: Any, change: PyTree) -> PyTree:
+    """``values + factor change``, each leaf in its own type."""
+    return apply_updates(values, jax.tree.map(lambda x: scaled(jnp.asarray(factor), x), change))
+
+
+def or_one(total: Array) -> Array:
+    """What to divide by: the total, or 1 where it is 0.
+
+    Not the smallest number in place of 0: XLA may multiply it by another divisor, which gives 0, and NaN.
+    """
+    return jnp.where(total > 0, total, 1)
+
+
+def stays_finite(new: PyTree, old: PyTree) -> Array:
+    """Whether every number of ``new`` is finite that was finite in ``old``; what is no floating number always is."""
+    ok = jnp.ones((), bool)
+    for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            zeros = jnp.where(jnp.isfinite(y), x * 0, 0)  # NaN where a number is lost: sums see it, and are vectorised
+            ok &= jnp.sum(by_columns(jnp.sum, zeros)) == 0
+    return ok
+
+
+def safe_sqrt(x: Array) -> Array:
+    """The square root, with gradient zero at zero."""
+    return jnp.where(x == 0, x, jnp.sqrt(jnp.where(x == 0, 1, x)))
+
+
+def by_columns(reduce: Callable[..., Array], x: Array) -> Array:
+    """Reduces all axes but the last one, behind a barrier.
+
+    XLA's loop over all elements at once has one accumulator on a CPU, and is not vectorised; over columns it is.
+    """
+    return x if x.ndim < 2 else jax.lax.optimization_barrier(reduce(x.reshape(-1, x.shape[-1]), axis=0))
+
+
+def sorted_rows(x: Array) -> list[Array]:
+    """``list(jnp.sort(x, axis=0))`` of finite or infinite values.
+
+    Up to 32 rows go through Batcher's network of minima and maxima (Knuth, algorithm 5.2.2M): elementwise, so that XLA
+    makes one vectorised loop of it and of what follows, where its own sort compares float by float.
+    """
+    rows = list(x)
+    if len(rows) > 32:
+        return list(jnp.sort(x, axis=0))
+    top = 1 << max(len(rows) - 1, 1).bit_length() - 1
+    p = top
+    while p:
+        q, r, d = top, 0, p
+        while True:
+            for i in range(len(rows) - d):
+                if i & p == r:
+                    rows[i], rows[i + d] = jnp.minimum(rows[i], rows[i + d]), jnp.maximum(rows[i], rows[i + d])
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2
+    return rows
+
+
+def ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
+    """All elements as one vector of the leaves' common type, and the way back to their shapes, of any type.
+
+    Leaves are written one by one into zeros: a concatenation, fused with what makes its parts, XLA does element by
+    element on a CPU, a hundred times as long. The barrier keeps it from being done again by each reader.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    starts = [0, *itertools.accumulate(x.size for x in leaves)]
+    vector = jnp.zeros(starts[-1], common_type(*leaves or [jnp.float32]))
+    for x, start in zip(leaves, starts):
+        vector = jax.lax.dynamic_update_slice(vector, x.ravel().astype(vector.dtype), (start,))
+
+    def restore(vector: Array) -> PyTree:
+        parts = [vector[start : start + x.size].reshape(x.shape) for x, start in zip(leaves, starts)]
+        return jax.tree.unflatten(structure, parts)
+
+    return jax.lax.optimization_barrier(vector), restore
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of all leaves; only their shapes and types are looked at."""
+    return sum(np.size(x) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
+
+
+def size(tree: PyTree) -> int:
+    """Elements of all leaves; only their shapes are looked at."""
+    return sum(np.size(x) for x in jax.tree.leaves(tree))
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """Copies every leaf into a device array of a strong type: a weak one would cost a second compilation."""
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype), tree)
+
+
+def leaf_name(path: Sequence[Any], separator: str = "/") -> str:
+    """``"a/b/0"``: the keys on the way to a leaf, without the box that it lies in.
+
+    Flax boxes parameters: NNX in variables, Linen in ``LogicallyPartitioned`` and ``Partitioned``. The leaf is then
+    their attribute ``value``, which is no part of a parameter's name.
+    """
+    end = len(path)
+    while end > 1 and path[end - 1] == jax.tree_util.GetAttrKey("value"):
+        end -= 1
+    return jax.tree_util.keystr(tuple(path[:end]), simple=True, separator=separator)
+
+
+def parameters(params: PyTree) -> PyTree:
+    """The parameters with arrays as leaves.
+
+    Raises:
+      InvalidInput: no leaves, or one that is not numbers, such as a function.
+    """
+    leaves = named_leaves(params)
+    if not leaves:
+        raise InvalidInput("params hold nothing to train: give a model's parameters, such as model.init(key, x).")
+    for name, x in leaves:
+        try:
+            numbers = isinstance(x, jax.Array) or jnp.issubdtype(np.asarray(x).dtype, jnp.number)
+        except (TypeError, ValueError):
+            numbers = False
+        if not numbers:
+            raise InvalidInput(f"Parameter {name or 'params'!r} must be an array of numbers, not {checks.shown(x)}.")
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)
+
+
+def named_leaves(tree: PyTree, separator: str = "/") -> list[tuple[str, Any]]:
+    """``[("a/b/0", leaf), ...]`` in the order of ``jax.tree.leaves``; see ``leaf_name``."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(leaf_name(path, separator), leaf) for path, leaf in leaves]
+
+
+def flatten_with_names(tree: PyTree, separator: str = "/") -> dict[str, np.ndarray]:
+    """``{"a/b/0": array}``: the leaves as NumPy arrays under readable, unique names.
+
+    Raises:
+      InvalidInput: leaves whose names are the same, since a key has the separator in it.
+    """
+    named: dict[str, np.ndarray] = {}
+    for name, leaf in named_leaves(tree, separator):
+        if name in named:
+            raise InvalidInput(f"Two arrays are called {name!r}, since a key has {separator!r} in it: rename one.")
+        named[name] = np.asarray(leaf)
+    return named
+
+
+def split(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
+    """``(matching, rest)``: the leaves in whose names a regular expression is found, and the others; None elsewhere.
+
+    Example:
+      >>> split({"user": 1, "items": 2}, "^user")
+      ({'items': None, 'user': 1}, {'items': 2, 'user': None})
+    """
+
+    def keep(wanted: bool) -> PyTree:
+        def choose(path, leaf):
+            return leaf if bool(re.search(pattern, leaf_name(path))) == wanted else None
+
+        return jax.tree_util.tree_map_with_path(choose, tree)
+
+    return keep(True), keep(False)
+
+
+def join(first: PyTree, second: PyTree) -> PyTree:
+    """The inverse of ``split``: each leaf from the tree that has it."""
+    return jax.tree.map(lambda x, y: y if x is None else x, first, second, is_leaf=lambda x: x is None)

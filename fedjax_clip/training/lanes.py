@@ -1,0 +1,332 @@
+"""Lanes: trainings side by side in one program, each on cohorts that were planned before."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_clip.core import keys, metrics, tree
+from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.loss import batch_loss
+from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree, check_named
+from fedjax_clip.data.folds import Fold
+from fedjax_clip.data.planning import LocalWork, plan_rounds
+from fedjax_clip.data.population import FederatedData
+from fedjax_clip.data.sampling import Sampler
+from fedjax_clip.training import placement
+
+Build = Callable[[dict[str, Any]], Algorithm]
+
+LONGEST = 64  # rounds in a block,
+PLAN_BYTES = 2**24  # as far as their example numbers are no more than this
+EVALUATION_BATCH = 256
+
+
+class Rows(NamedTuple):
+    """Examples to evaluate on, by ``number [T, B]``, and their weights ``[T, B]``, 0 where padded."""
+
+    number: Array | np.ndarray
+    weight: Array | np.ndarray
+
+
+class Stream(NamedTuple):
+    """What all trainings with one seed on one fold have in common.
+
+    Attributes:
+      params: initial parameters.
+      seed: uint32, of the run's key.
+      num_clients: int32, N.
+      held_out: the fold's held-out examples, if there are folds.
+      cohorts: some rounds' cohorts ``[R, ...]``; their batches are example numbers of the whole population.
+      everyone: one cohort of all clients, for an algorithm with a ``start``; ``None`` for others.
+    """
+
+    params: Params
+    seed: Any
+    num_clients: Any
+    held_out: Rows | None
+    cohorts: Cohort
+    everyone: Cohort | None = None
+
+
+def train_rounds(
+    algorithm: Algorithm, state: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array
+) -> tuple[PyTree, Metrics]:
+    """The first ``count`` of the rounds planned in ``cohorts [R, ...]``, all clients' states being at hand.
+
+    Args:
+      state: ``(server, kept [M, ...])``, see ``init_state``.
+
+    Returns:
+      ``(state, metrics of the last round)``.
+    """
+
+    def round(index: Array, state: PyTree) -> tuple[PyTree, Metrics]:
+        cohort = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), cohorts)
+        return one_round(algorithm.round, state, cohort, population, key)
+
+    round, (_, report) = tree.traced(round, 0, state)
+    return jax.lax.fori_loop(0, count, lambda index, carry: round(index, carry[0]), (state, report))
+
+
+def one_round(
+    round: Callable[..., Any], state: PyTree, cohort: Cohort, population: PyTree, key: Array
+) -> tuple[PyTree, Metrics]:
+    """``(state, metrics)`` after ``algorithm.round``, or its ``start``, of one cohort; see ``train_rounds``."""
+    server, kept = state
+    own = jax.tree.map(lambda x: x[jnp.maximum(cohort.ids, 0)], kept)
+    server, own, report = round(server, dataclasses.replace(cohort, state=own, population=population), key)
+    kept = jax.tree.map(lambda xs, x: xs.at[_places(cohort.ids, len(xs))].set(x, mode="drop"), kept, own)
+    return (server, kept), report
+
+
+def _places(ids: Array | np.ndarray, size: int) -> Array:
+    return jnp.where(ids < 0, size, ids)
+
+
+def init_state(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
+    """The server before round 0 and what each of ``num_clients`` clients keeps, ``[M, ...]``."""
+    check_named(algorithm, num_clients)
+    kept = algorithm.init_client(tree.as_arrays(params))
+    return algorithm.init(params), jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], num_clients, axis=0), kept)
+
+
+def rows(data: FederatedData, index: np.ndarray, least: int = 0) -> Rows:
+    """These examples of ``data`` in batches, with room for ``least`` of them."""
+    size = min(EVALUATION_BATCH, max(least, len(index)))
+    shape = -(-max(least, len(index)) // size), size
+    padded, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    padded.flat[: len(index)] = index
+    weight.flat[: len(index)] = 1.0 if data.weights is None else data.weights[index]
+    return Rows(padded, weight)
+
+
+def measure(per_example_loss: PerExampleLoss, params: Params, examples: PyTree, rows: Rows, due: Array) -> Metrics:
+    """Means over the rows' examples, as ``fc.evaluator`` gives them; nothing is computed unless ``due``."""
+    batches = Cohort((), (), (), (), rows.number, rows.weight, population=examples)  # type: ignore[arg-type] # no clients
+
+    def report(i: Array) -> Metrics:
+        out = batch_loss(per_example_loss, params, *batches.read(i), None)[1]
+        return {name: value for name, value in out.items() if isinstance(value, metrics.Mean)}
+
+    count = jnp.where(due, jnp.int32(len(rows.number)), 0)
+    report, zeros = tree.traced(report, 0)
+    total = jax.lax.fori_loop(0, count, lambda i, acc: metrics.add(acc, report(i)), zeros)
+    return metrics.finish(total)
+
+
+@placement.remembered  # so that a sweep that goes on compiles nothing again
+def program(
+    build: Build, per_example_loss: PerExampleLoss, num_kept: int, devices: tuple[jax.Device, ...]
+) -> Callable[..., Any]:
+    """Some rounds of ``[D, W]`` trainings; a device's share one stream.
+
+    Returns:
+      ``(hyper, state, stream, population, sets, start, count, due) -> (state, metrics)``: ``hyper`` and ``state`` are
+      ``[D, W, ...]``, of which ``state`` is donated, and not looked at if ``start`` is 0; the streams, the population
+      and the evaluation sets ``{name: (examples, Rows)}`` are ``[D, ...]``. Evaluations are made if ``due``.
+    """
+
+    def one(hyper, state, stream, population, sets, start, count, due):
+        algorithm = build({**hyper, "num_clients": stream.num_clients})
+        key = keys.seeded(stream.seed)
+        begun = init_state(algorithm, stream.params, num_kept)
+        if (before := algorithm.start) is not None:
+            begun = jax.lax.cond(
+                start == 0,
+                lambda begun: one_round(before, begun, stream.everyone, population, key)[0],
+                lambda begun: begun,
+                begun,
+            )
+        state = tree.where(start == 0, begun, state)
+        state, report = train_rounds(algorithm, state, stream.cohorts, population, key, count)
+        if stream.held_out is not None:
+            sets = sets | {"fold": (population, stream.held_out)}
+        for name, (examples, rows) in sets.items():
+            scores = measure(per_example_loss, state[0].params, examples, rows, due)
+            report |= metrics.prefixed(f"eval/{name}", scores)
+        return state, report
+
+    def lanes(hyper, state, *rest):
+        if len(jax.tree.leaves(hyper)[0]) > 1:
+            return jax.vmap(one, in_axes=(0, 0, *(None for _ in rest)))(hyper, state, *rest)
+        alone = jax.tree.map(lambda x: x[0], (hyper, state))  # not a vmap of one: convolutions would become grouped
+        return jax.tree.map(lambda x: x[None], one(*alone, *rest))
+
+    return placement.pmap_alone(lanes, devices, num_mapped=5, num_shared=3, donate=1)
+
+
+class Lane(NamedTuple):
+    """A training: a point by number, a seed, and a fold by number."""
+
+    point: int
+    seed: int
+    fold: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All rounds of a seed on a fold, in blocks; the stream's cohorts are those of the first."""
+
+    stream: Stream
+    blocks: list[tuple[range, Cohort]]
+
+
+def plan(
+    data: FederatedData,
+    folds: Sequence[Fold],
+    seeds: Sequence[int],
+    params: Params | Callable[[int], Params],
+    sampler: Sampler,
+    work: LocalWork,
+    stops: Sequence[int],
+    begins: bool = False,
+) -> dict[tuple[int, int], Plan]:
+    """The plan of every ``(seed, fold)``, all of the same shapes; no block goes beyond one of the ``stops``.
+
+    With ``begins`` it has a cohort of all clients besides, for an algorithm with a ``start``.
+    """
+    spans = [range(a, b) for a, b in itertools.pairwise([0, *stops])]
+    trained = [fold.split(data)[0] for fold in folds] or [data]
+
+    def cohorts(k: int, seed: int, rounds: range, length: int, least: tuple[int, int], all: bool = False) -> Cohort:
+        ids = [np.arange(trained[k].num_clients) if all else sampler.draw(trained[k].sizes, seed, r) for r in rounds]
+        options: dict[str, Any] = {"seed": seed, "first_round": rounds.start, "population": (), "least": least}
+        planned = jax.tree.map(lambda x: x[0], plan_rounds(trained[k], ids, work, length=length, **options))
+        return dataclasses.replace(planned, batches=folds[k].train[planned.batches]) if folds else planned
+
+    length = max(1, PLAN_BYTES // cohorts(0, seeds[0], range(1), 1, (0, 0)).batches.nbytes)
+    length = min(LONGEST, length, max(map(len, spans)))
+    blocks = [s[i : i + length] for s in spans for i in range(0, len(s), length)]
+
+    def every(least: tuple[int, int]) -> dict[tuple[int, int], list[Cohort]]:
+        lanes = itertools.product(seeds, range(len(trained)))
+        return {(seed, k): [cohorts(k, seed, rounds, length, least) for rounds in blocks] for seed, k in lanes}
+
+    planned = every((0, 0))
+    shapes = {(c.ids.shape[1], c.example_weight.shape[1]) for cs in planned.values() for c in cs}
+    if len(shapes) > 1:
+        planned = every(tuple(map(max, zip(*shapes))))
+    everyone: dict[tuple[int, int], Cohort] = {}
+    if begins:
+        room = (0, 0)
+        for _ in range(2):  # the second time all of them have room for the largest
+            everyone = {(s, k): cohorts(k, s, range(1), 1, room, all=True) for s in seeds for k in range(len(trained))}
+            room = tuple(max(x) for x in zip(*((c.ids.shape[1], c.example_weight.shape[1]) for c in everyone.values())))
+        everyone = {lane: jax.tree.map(lambda x: x[0], cohort) for lane, cohort in everyone.items()}
+    least = max((len(f.held_out) for f in folds), default=0)
+    streams = {}
+    for seed in seeds:
+        initial = tree.parameters(params(seed) if callable(params) else params)
+        for k, population in enumerate(trained):
+            held_out = rows(data, folds[k].held_out, least) if folds else None
+            size, first = np.int32(population.num_clients), planned[seed, k][0]
+            common = Stream(initial, np.uint32(seed), size, held_out, first, everyone.get((seed, k)))
+            streams[seed, k] = Plan(common, list(zip(blocks, planned[seed, k])))
+    return streams
+
+
+class Lanes:
+    """Trains lanes, ``width`` points at a time on each device.
+
+    Args:
+      points: ``{name: float32 [P]}``.
+      plans: of every seed and fold.
+      data, evaluation: populations; they are copied to every device.
+      others: see ``program``.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        points: Mapping[str, np.ndarray],
+        plans: Mapping[tuple[int, int], Plan],
+        data: FederatedData,
+        per_example_loss: PerExampleLoss,
+        evaluation: Mapping[str, FederatedData],
+        devices: Sequence[jax.Device],
+        width: int,
+    ):
+        self.points, self.plans, self.devices, self.width = points, plans, devices, width
+        num_kept = max(int(plan.stream.num_clients) for plan in plans.values())
+        first = next(iter(plans.values())).stream
+        hyper = {name: values[0] for name, values in points.items()} | {"num_clients": first.num_clients}
+        with _while_tracing():
+            state = jax.eval_shape(lambda *args: init_state(build(args[0]), args[1], num_kept), hyper, first.params)
+        self.fresh = jax.tree.map(lambda x: np.zeros((len(devices), width, *x.shape), x.dtype), state)
+        sets = {name: (held.examples, rows(held, np.arange(held.num_examples))) for name, held in evaluation.items()}
+        resident = jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *x.shape)), (data.examples, sets))
+        self.population, self.sets = placement.split(resident, devices)
+        self.program = program(build, per_example_loss, num_kept, tuple(devices))
+
+    def deal(self, lanes: Sequence[Lane]) -> list[list[list[Lane]]]:
+        """The lanes in groups of a dispatch: for each device up to ``width`` lanes of one seed and fold."""
+        shares = []
+        for _, stream in itertools.groupby(sorted(lanes, key=_stream), key=_stream):
+            members = list(stream)
+            shares += [members[i : i + self.width] for i in range(0, len(members), self.width)]
+        return [shares[i : i + len(self.devices)] for i in range(0, len(shares), len(self.devices))]
+
+    def run(
+        self,
+        shares: list[list[Lane]],
+        states: dict[Lane, PyTree],
+        stop: int,
+        keep: bool,
+        on_rounds: Callable[[int], None],
+        should_stop: Callable[[], bool],
+    ) -> dict[Lane, dict[str, float]] | None:
+        """Trains a group up to round ``stop``; the metrics of each lane, or ``None`` if told to stop before.
+
+        Lanes go on from their ``(round, state)`` in ``states``, if all have one, and leave it there to ``keep``.
+        """
+        lanes = {lane: (d, w) for d, share in enumerate(shares) for w, lane in enumerate(share)}
+        filled = [share + share[-1:] * (self.width - len(share)) for share in shares]
+        filled += filled[-1:] * (len(self.devices) - len(filled))
+        hyper = {name: values[[[lane.point for lane in s] for s in filled]] for name, values in self.points.items()}
+        plans = [self.plans[_stream(share[0])] for share in filled]
+        common = [plan.stream for plan in plans]
+
+        start, state = 0, self.fresh
+        if all(lane in states for lane in lanes):
+            start = states[filled[0][0]][0]
+            state = _stack([_stack([states[lane][1] for lane in share]) for share in filled])
+        state = placement.split(state, self.devices)
+        for i, (rounds, _) in enumerate(plans[0].blocks):
+            if not start <= rounds.start < stop:
+                continue
+            stream = _stack([s._replace(cohorts=plan.blocks[i][1]) for s, plan in zip(common, plans)])
+            counts = np.int32(rounds.start), np.int32(len(rounds)), np.bool_(rounds.stop == stop)
+            with _while_tracing():
+                state, report = self.program(hyper, state, stream, self.population, self.sets, *counts)
+            report = {name: np.asarray(x) for name, x in report.items()}  # waits
+            on_rounds(len(rounds) * len(lanes))
+            if rounds.stop < stop and should_stop():
+                return None
+        if keep:
+            state = jax.tree.map(np.asarray, state)
+            states |= {lane: (stop, jax.tree.map(lambda x, at=at: x[at], state)) for lane, at in lanes.items()}
+        return {lane: {name: float(x[at]) for name, x in report.items()} for lane, at in lanes.items()}
+
+
+@contextlib.contextmanager
+def _while_tracing() -> Iterator[None]:
+    """Says what is wrong if a number should have been known."""
+    try:
+        yield
+    except TypeError as error:
+        why = str(error).splitlines()[0]
+        raise InvalidInput(f"A swept number decides what is compiled, which only a known one can: {why}") from error
+
+
+def _stream(lane: Lane) -> tuple[int, int]:
+    return lane.seed, lane.fold
+
+
+def _stack(trees: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *xs: np.stack(xs), *trees)

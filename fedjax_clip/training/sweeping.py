@@ -1,0 +1,304 @@
+"""Many trainings that differ in float hyper-parameters, seeds and folds, as one compiled program."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedjax_clip.core import checks
+from fedjax_clip.core.metrics import higher_is_better
+from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
+from fedjax_clip.data import sampling, speeds
+from fedjax_clip.data.folds import Fold
+from fedjax_clip.data.planning import LocalWork
+from fedjax_clip.data.population import FederatedData, check_fields, check_sets
+from fedjax_clip.training import placement
+from fedjax_clip.training.lanes import Build, Lane, Lanes, plan
+from fedjax_clip.training.loop import Row
+
+Points = Mapping[str, Sequence[float] | np.ndarray]
+
+CHUNK_BYTES = (
+    2**15
+)  # on a CPU, as many points at once as have parameters of this size; a loop over larger ones is faster
+COPIES = 32  # on other devices, a point is taken to need the memory of so many copies of its parameters
+
+
+class Trial(NamedTuple):
+    """One training of a sweep.
+
+    Attributes:
+      point: which of the points.
+      seed: its seed.
+      fold: which of the folds; 0 if there are none.
+      metrics: its last row, as ``fc.train`` would give it: ``round``, the algorithm's metrics, ``eval/...``.
+    """
+
+    point: int
+    seed: int
+    fold: int
+    metrics: Row
+
+
+def grid(**values: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
+    """All combinations of the values, the last name's changing fastest.
+
+    Returns:
+      ``{name: [P]}``, P the product of the numbers of values.
+
+    Example:
+      >>> {name: x.tolist() for name, x in grid(lr=[0.1, 1.0], clip=[1.0, 2.0]).items()}
+      {'lr': [0.1, 0.1, 1.0, 1.0], 'clip': [1.0, 2.0, 1.0, 2.0]}
+    """
+    columns = np.meshgrid(*(np.asarray(v, np.float64) for v in values.values()), indexing="ij")
+    return {name: column.ravel() for name, column in zip(values, columns)}
+
+
+class Range(NamedTuple):
+    """Where ``random`` draws from: uniformly between two numbers, or with a uniform logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+def random(num_points: int, seed: int = 0, **ranges: Range) -> dict[str, np.ndarray]:
+    """``num_points`` independent draws of every hyper-parameter.
+
+    Better than a grid where few of the hyper-parameters matter: each value of each is tried once.
+
+    Args:
+      num_points: P.
+      seed: of the draws.
+      ranges: ``Range(low, high)``, or ``Range(low, high, log=True)`` for a uniform logarithm.
+
+    Example:
+      >>> points = random(20, lr=Range(0.01, 1.0, log=True), clip=Range(0.5, 2.0))
+
+    Source: Bergstra and Bengio (2012), "Random Search for Hyper-Parameter Optimization".
+    """
+    num_points = checks.count("num_points", num_points)
+    rng, drawn = np.random.default_rng(checks.seed("seed", seed)), {}
+    for name, (low, high, log) in ranges.items():
+        if not -math.inf < low < high < math.inf or (log and low <= 0):
+            raise InvalidInput(f"{name} is drawn from {low} to {high}: that is no range{' above zero' * log}.")
+        u = rng.uniform(size=num_points)
+        drawn[name] = low * (high / low) ** u if log else low + (high - low) * u
+    return drawn
+
+
+@jax.transfer_guard("allow")  # a driver sends data to the devices, and means it
+def sweep(
+    build: Build,
+    points: Points,
+    data: FederatedData,
+    params: Params | Callable[[int], Params],
+    per_example_loss: PerExampleLoss,
+    evaluation: Mapping[str, FederatedData] | None = None,
+    *,
+    rounds: int,
+    seeds: Sequence[int] = (0,),
+    folds: Sequence[Fold] = (),
+    halving: int | None = None,
+    score: str = "eval/fold/loss",
+    cohort_size: int | None = None,
+    sampler: sampling.Sampler | None = None,
+    batch_size: int | speeds.BatchSizes | None = 20,
+    local_epochs: int = 1,
+    local_steps: int | None = None,
+    shuffle: bool = True,
+    done: Iterable[Trial] = (),
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+    on_rounds: Callable[[int], None] = lambda rounds: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    devices: Sequence[jax.Device] | None = None,
+    points_per_chunk: int | None = None,
+) -> list[Trial]:
+    """Trains every point with every seed on every fold: one program, compiled once.
+
+    Each trial is what ``fc.train(build(point), fold's training data, params, seed=seed, ...)`` gives, up to rounding:
+    the same cohorts, batches and keys. The program trains a chunk of points side by side; devices work
+    on chunks of their own, and chunks follow each other.
+
+    Args:
+      build: ``hyper -> algorithm``. ``hyper`` has a point's values by name, traced, and ``num_clients``, the size of
+        the population trained on.
+      points: ``{name: [P]}``, see ``grid`` and ``random``.
+      data: the training population; it lives on every device.
+      params: initial parameters, or what makes them from the seed.
+      per_example_loss: what the evaluation measures.
+      evaluation: populations by name, in which every trial is evaluated at its end: ``eval/name/loss`` ...
+      rounds: rounds of a trial.
+      seeds: of everything random.
+      folds: see ``fc.data.folds``; a trial trains on its fold's ``train`` and is evaluated on its ``held_out`` as well,
+        under ``eval/fold/...``.
+      halving: if given, eta of successive halving: after a few rounds the best 1/eta of the points go on for eta times
+        as many in all, and so on up to ``rounds``; see ``rungs``.
+      score: the metric whose mean over seeds and folds decides about that; see ``fc.extend.metrics.higher_is_better``.
+      cohort_size, sampler, batch_size, local_epochs, local_steps, shuffle, devices: as ``fc.train``.
+      done: trials of an earlier call that was stopped; they are not run again.
+      on_trial: called with each trial once it is done.
+      on_rounds: called after each dispatch with the number of rounds that were trained, summed over its trials.
+      should_stop: asked after each dispatch; if true, the trials done so far are returned.
+      points_per_chunk: points that a device trains at once. By default on a CPU one, or as many as make up 32 KiB;
+        else as many as fit into a quarter of the memory.
+
+    Returns:
+      The trials, ordered by point, seed and fold; with ``halving`` those of all rungs: points that were given up
+      ended at the ``round`` that their metrics say.
+
+    Raises:
+      InvalidInput: a point that ``build`` refuses, a cohort larger than a fold's population ...
+
+    Example:
+      >>> points = fc.sweeping.grid(lr=[0.01, 0.1, 1.0], clip=[0.1, 1.0, np.inf])
+      >>> def build(hyper):
+      ...   client_tx = optax.chain(fc.clipping.clip_by_global_norm(hyper["clip"]), optax.sgd(hyper["lr"]))
+      ...   return fc.fedavg(per_example_loss, client_tx)
+      >>> trials = fc.sweep(build, points, data, params, per_example_loss, {"examples": held_out}, rounds=100)
+
+    Source of the halving: Jamieson and Talwalkar (2016), "Non-stochastic Best Arm Identification and Hyperparameter
+    Optimization", Algorithm 1.
+    """
+    checks.kind("data", data, FederatedData, "a FederatedData")
+    check_fields(data)
+    check_sets("evaluation", evaluation or {})
+    checks.kind("sampler", sampler, sampling.Sampler | None, "one of fc.data.sampling (a sweep has no clock)")
+    checks.kind("points", points, Mapping, "values by name, such as fc.sweeping.grid(lr=[0.1, 1.0])")
+    checks.takes("build", build, 1, "a point's values by name")
+    checks.kind("folds", folds, Iterable, "a list such as fc.data.folds.clients(data, 5)")
+    for name, values in points.items():
+        for value in np.ravel(np.asarray(values, object)):
+            checks.number(f"points: {name}", value)
+    columns = {name: np.asarray(values, np.float32) for name, values in points.items()}
+    num_points, begins = _check_points(columns, build, data.num_clients)
+    rounds = checks.count("rounds", rounds)
+    checks.kind("seeds", seeds, Iterable, "a list of them")
+    seeds = [checks.seed("A seed", seed) for seed in seeds]
+    if not seeds:
+        raise InvalidInput("A sweep needs at least one seed.")
+    if sampler is None:
+        sampler = sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
+    elif cohort_size is not None:
+        raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
+    work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
+    devices = placement.local(devices)
+    stops, kept = rungs(rounds, num_points, halving)
+    plans = plan(data, folds, seeds, params, sampler, work, stops, begins)
+    if points_per_chunk is not None:
+        points_per_chunk = checks.count("points_per_chunk", points_per_chunk)
+    widest = points_per_chunk or _widest(next(iter(plans.values())).stream.params, devices)
+    width = _width(widest, len(plans), kept, len(devices))
+    running = Lanes(build, columns, plans, data, per_example_loss, evaluation or {}, devices, width)
+
+    known = {(*t[:3], t.metrics["round"]): t for t in done}
+    lanes = [Lane(*lane) for lane in itertools.product(range(num_points), seeds, range(max(1, len(folds))))]
+    trials: list[Trial] = []
+    states: dict[Lane, PyTree] = {}
+    for rung, stop in enumerate(stops):
+        ended = [known[*lane, stop] for lane in lanes if (*lane, stop) in known]
+        for group in running.deal([lane for lane in lanes if (*lane, stop) not in known]):
+            rows = running.run(group, states, stop, stop < rounds, on_rounds, should_stop)
+            for lane, row in (rows or {}).items():
+                ended.append(Trial(*lane, {"round": float(stop), **row}))
+                on_trial(ended[-1])
+            if rows is None or should_stop():
+                return sorted(trials + ended, key=_order)
+        trials += ended
+        if stop < rounds:
+            best = set(rank(ended, score)[: kept[rung + 1]])
+            lanes = [lane for lane in lanes if lane.point in best]
+    return sorted(trials, key=_order)
+
+
+def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int], list[int]]:
+    """After which rounds points are given up, and how many points train up to there.
+
+    Returns:
+      ``(stops, kept)``; without halving ``([rounds], [num_points])``. The first stop is at a tenth of the rounds or
+      later.
+
+    Example:
+      >>> rungs(100, 64, 2)
+      ([13, 25, 50, 100], [64, 32, 16, 8])
+    """
+    rounds, num_points = checks.count("rounds", rounds), checks.count("num_points", num_points)
+    if halving is None:
+        return [rounds], [num_points]
+    halving = checks.count("halving", halving, 2)
+    steps = 0
+    while halving ** (steps + 1) <= min(10, num_points, rounds):
+        steps += 1
+    back = [halving**k for k in range(steps, -1, -1)]
+    return [-(-rounds // b) for b in back], [-(-num_points // halving**k) for k in range(steps + 1)]
+
+
+def values(trials: Iterable[Trial], metric: str) -> dict[int, list[float]]:
+    """Each point's values of a metric, over seeds and folds, at the last round that the point got to.
+
+    Raises:
+      InvalidInput: a metric that the trials do not have.
+    """
+    found: dict[int, list[Trial]] = {}
+    for trial in trials:
+        found.setdefault(trial.point, []).append(trial)
+        if metric not in trial.metrics:
+            raise InvalidInput(f"There is no metric {metric!r}; there is {', '.join(sorted(trial.metrics))}.")
+    last = {point: max(t.metrics["round"] for t in ts) for point, ts in found.items()}
+    return {p: [t.metrics[metric] for t in ts if t.metrics["round"] == last[p]] for p, ts in found.items()}
+
+
+def rank(trials: Sequence[Trial], metric: str) -> list[int]:
+    """The points, best mean first, those that were given up after those that were not, no number after every number.
+
+    Args:
+      trials: what ``sweep`` returned.
+      metric: what to compare by; see ``fc.extend.metrics.higher_is_better``.
+    """
+    means = {point: float(np.mean(x)) for point, x in values(trials, metric).items()}
+    last = {trial.point: trial.metrics["round"] for trial in sorted(trials, key=_order)}
+    sign = -1 if higher_is_better(metric) else 1
+    return sorted(means, key=lambda p: (-last[p], math.inf if math.isnan(means[p]) else sign * means[p], p))
+
+
+def _order(trial: Trial) -> tuple[Any, ...]:
+    return *trial[:3], trial.metrics["round"]
+
+
+def _check_points(columns: Mapping[str, np.ndarray], build: Build, num_clients: int) -> tuple[int, bool]:
+    """How many points there are, and whether they have a ``start``; refuses what ``build`` does, before compiling."""
+    shapes = {name: x.shape for name, x in columns.items()}
+    if not shapes or len(set(shapes.values())) > 1 or any(len(s) != 1 or s[0] < 1 for s in shapes.values()):
+        raise InvalidInput(f"points must be one or more values of each hyper-parameter, as many of each: not {shapes}.")
+    if "num_clients" in columns:
+        raise InvalidInput("num_clients is no hyper-parameter: build is given the population's own.")
+    count = len(next(iter(columns.values())))
+    for i in range(count):
+        point = {name: float(x[i]) for name, x in columns.items()}
+        try:
+            algorithm = build({**point, "num_clients": num_clients})
+            checks.kind("build(point)", algorithm, Algorithm, "an algorithm such as fc.fedavg(...)")
+        except InvalidInput as error:
+            raise InvalidInput(f"{', '.join(f'{k}={v:g}' for k, v in point.items())}: {error}") from None
+    return count, algorithm.start is not None
+
+
+def _widest(params: Params, devices: Sequence[jax.Device]) -> int:
+    """How many points a device trains at once, at most."""
+    size = max(1, sum(np.asarray(x).nbytes for x in jax.tree.leaves(params)))
+    if devices[0].platform == "cpu":
+        return max(1, CHUNK_BYTES // size)
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit", 2**32)
+    return max(1, memory // (4 * COPIES * size))
+
+
+def _width(widest: int, num_streams: int, kept: Sequence[int], num_devices: int) -> int:
+    """Of the widths up to ``widest``, the largest that wastes least: lanes in all dispatches, filled or not."""
+
+    def trained(width: int) -> int:
+        return sum(-(-num_streams * -(-count // width) // num_devices) * width for count in kept)
+
+    return min(range(1, min(widest, kept[0]) + 1), key=lambda width: (trained(width), -width))

@@ -1,0 +1,414 @@
+"""What links, reducers and algorithms promise is kept by all that wraps them, or the composition is refused."""
+
+import functools
+import inspect
+import itertools
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import test_pairs as pairs
+from problems import Run, assert_identical, parameters, population, softmax_loss
+
+import fedjax_clip as fc
+from experiments.config import privacy as flags
+from experiments.config import registry
+from fedjax_clip import compression, privacy, reduce, uplink
+from fedjax_clip.core import tree
+from fedjax_clip.reduce import Roster
+
+CLIP, FIXED = uplink.clip_by_global_norm(1.0), fc.reduce.fixed_mean(4)
+SGD = optax.sgd(0.1)
+BARE = {
+    "server": uplink.chain(CLIP, uplink.gaussian(1.0)),
+    "bits": uplink.chain(uplink.quantile_clip(bits_noise=1.0), uplink.gaussian(1.5)),
+    "squares": uplink.chain(CLIP, uplink.fedexp(8.0), uplink.gaussian(1.0)),
+    "mechanism": uplink.chain(CLIP, uplink.gaussian(1.0, mechanism=fc.uplink.mechanism.tree(4))),
+    "deployment": uplink.chain(CLIP, uplink.gaussian(1.0, noise_cohort=100)),
+    "client": uplink.chain(CLIP, uplink.local_gaussian(1.0)),
+    "shares": uplink.chain(CLIP, uplink.skellam(1.0)),
+    "leaks": uplink.quantile_clip(),
+    "packs": uplink.compress(compression.top_k(0.5)),
+    "sums": uplink.count_sketch(3, 8, k=2),
+    "named": uplink.chain(fc.attacks.sign_flip([5]), CLIP),
+    "memory": uplink.memory(fc.clipping.clip_by_global_norm(1.0)),
+}
+KINDS = {"link": uplink.Uplink, "reducer": fc.reduce.Reducer, "algorithm": fc.extend.Algorithm}
+
+
+def mentions(annotation):
+    """The kinds that an annotation speaks of."""
+    found = {kind for kind, cls in KINDS.items() if annotation is cls}
+    for part in typing.get_args(annotation):
+        for inner in part if isinstance(part, list) else [part]:
+            found |= mentions(inner)
+    return found
+
+
+@functools.cache
+def makers():
+    """``{name: (kinds that it takes, kinds that it returns)}`` of every public function of the library."""
+    found = {}
+    modules = [(f"fc.{n}", getattr(fc, n)) for n in fc.__all__]
+    for path, thing in modules:
+        members = [(path, thing)]
+        if inspect.ismodule(thing):
+            names = getattr(thing, "__all__", [n for n in vars(thing) if not n.startswith("_")])
+            members = [(f"{path}.{n}", getattr(thing, n)) for n in names]
+        for name, value in members:
+            if inspect.isfunction(value) and value.__module__.startswith("fedjax_clip"):
+                hints = dict(value.__annotations__)
+                returned = mentions(hints.pop("return", None))
+                taken = set().union(*map(mentions, hints.values()))
+                if returned:
+                    found[value] = (name, taken, returned)
+    return {name: (taken, returned) for name, taken, returned in found.values()}
+
+
+def wraps(kind):
+    """The names of what makes one of a kind of another of that kind."""
+    return {name for name, (taken, returned) in makers().items() if kind in taken and kind in returned}
+
+
+LINKS = {  # every public function that makes a link of a link
+    "fc.uplink.by_group": lambda link: uplink.by_group(link, {"few": [0]}),
+    "fc.uplink.chain": lambda link: uplink.chain(uplink.relative_to_last(), link),
+    "fc.uplink.error_feedback": uplink.error_feedback,
+    "fc.uplink.memory": uplink.memory,
+    "fc.uplink.on_parts": uplink.on_parts,
+    "fc.uplink.with_bias": uplink.with_bias,
+}
+REDUCERS = {  # every public function that makes a reducer of a reducer
+    "fc.attacks.alie": lambda r: fc.attacks.alie(r, [0]),
+    "fc.attacks.colluding": lambda r: fc.attacks.colluding(r, [0], lambda s, h: jax.tree.map(lambda x: x[0], s[0])),
+    "fc.attacks.ipm": lambda r: fc.attacks.ipm(r, [0]),
+    "fc.attacks.mimic": lambda r: fc.attacks.mimic(r, [0], 1),
+    "fc.reduce.bucketing": lambda r: reduce.bucketing(r, 2),
+    "fc.reduce.norm_bounded": lambda r: reduce.norm_bounded(0.5, r),
+    "fc.reduce.restacked": lambda r: reduce.restacked(lambda stack: stack, r),
+    "fc.reduce.together": lambda r: fc.reduce.together(r, r),
+}
+ALGORITHMS = {  # every public function that makes an algorithm of an algorithm
+    "fc.compressed_broadcast": lambda build: fc.compressed_broadcast(build(softmax_loss), compression.qsgd(8)),
+    "fc.partially_frozen": lambda build: fc.partially_frozen(build, softmax_loss, "b"),
+}
+
+
+@pytest.mark.parametrize(("kind", "table"), [("link", LINKS), ("reducer", REDUCERS), ("algorithm", ALGORITHMS)])
+def test_no_wrapper_dodges_the_law(kind, table):
+    """A new public function that wraps links, reducers or algorithms must join its table here."""
+    shortest = {name.rsplit(".", 1)[-1] for name in wraps(kind)}
+    assert shortest == {name.rsplit(".", 1)[-1] for name in table}
+
+
+def made_or_refused(make, sentence=""):
+    """What ``make()`` makes; ``None`` if it is refused by a whole sentence."""
+    try:
+        return make()
+    except fc.InvalidInput as error:
+        told = str(error)
+    assert told.endswith((".", ")"))
+    assert sentence in told
+    return None
+
+
+def kept(before, after):
+    """What a wrapper may not lose."""
+    for name in ("noise", "noise_multipliers", "mechanism", "deployment", "leaks", "trusts", "moves", "grid"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert after.population >= before.population
+    assert after.mirrors == before.mirrors or after.mirrors == "memory"
+    assert after.wire is before.wire or before.wire is uplink.Wire.KEEPS
+
+
+@pytest.mark.parametrize("wrapper", LINKS)
+@pytest.mark.parametrize("bare", BARE)
+def test_a_wrapped_link_keeps_the_promises_or_is_refused(bare, wrapper):
+    wrapped = made_or_refused(lambda: LINKS[wrapper](BARE[bare]))
+    if wrapped is None:
+        return
+    kept(BARE[bare].promises, wrapped.promises)
+    if BARE[bare].promises.noise is uplink.Noise.SERVER:
+        assert epsilon(wrapped) == epsilon(BARE[bare])
+
+
+def epsilon(link):
+    z = privacy.together(link.promises.noise_multipliers)
+    sampler, mechanism = fc.data.sampling.round_robin(4), link.promises.mechanism
+    return privacy.epsilon(z, sampler, num_clients=12, rounds=4, delta=1e-3, mechanism=mechanism)
+
+
+def test_the_table_of_wrapped_links_is_not_refused_throughout():
+    """A law that everything dodges by a refusal would say nothing."""
+    passed = {}
+    for (name, wrap), (bare, link) in itertools.product(LINKS.items(), BARE.items()):
+        try:
+            wrap(link)
+            passed.setdefault(name, []).append(bare)
+        except fc.InvalidInput:
+            pass
+    assert {name: len(bares) >= 3 for name, bares in passed.items()} == dict.fromkeys(LINKS, True)
+
+
+def reduced(reducer, messages, weights):
+    roster = Roster(jnp.arange(len(weights), dtype=jnp.int32), jax.random.key(0))
+    acc = reducer.zero(jax.tree.map(lambda x: x[0], messages), roster)
+    return reducer.finish(reducer.add(acc, messages, weights), None)
+
+
+@pytest.mark.parametrize("wrapper", REDUCERS)
+def test_under_the_servers_noise_a_wrapped_mean_is_a_mean_or_refused(wrapper):
+    """One client that comes or stays away moves the aggregate by its bound over the denominator, and no further."""
+    reducer = REDUCERS[wrapper](FIXED)
+    try:
+        fc.fedavg(softmax_loss, SGD, uplink=BARE["server"], reducer=reducer)
+    except fc.InvalidInput:
+        return
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x = rng.normal(size=(6, 5)).astype("f4")
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        x[0] = -3 * x[1:].sum(0) / np.linalg.norm(3 * x[1:].sum(0))
+        messages = (jnp.asarray(x), jnp.asarray(x)) if wrapper == "fc.reduce.together" else jnp.asarray(x)
+        there, away = (reduced(reducer, messages, jnp.asarray([w, *[1.0] * 5])) for w in (1.0, 0.0))
+        gone = jax.tree.map(lambda m: m.at[0].set(0), messages)
+        away = reduced(reducer, gone, jnp.asarray([0.0, *[1.0] * 5]))
+        moved = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b)), there, away)
+        assert max(jax.tree.leaves(moved)) <= 1 / 4 + 1e-6
+
+
+@pytest.mark.parametrize("wrapper", REDUCERS)
+@pytest.mark.parametrize("secure", ["modular_sum", "ckks_mean"])
+def test_a_wrapped_secure_sum_hides_messages_or_is_refused(wrapper, secure):
+    reducer = reduce.modular_sum(4) if secure == "modular_sum" else fc.secure.ckks_mean(4)
+    wrapped = made_or_refused(lambda: REDUCERS[wrapper](reducer), "single messages")
+    assert wrapped is None or wrapped.hides
+
+
+def algorithm_makers():
+    """Every public function that makes an algorithm of a loss, as flags would build it."""
+    return {name for name, (taken, returned) in makers().items() if "algorithm" in returned - taken}
+
+
+def build(name, **parts):
+    make = functools.reduce(getattr, name.split(".")[1:], fc)
+    needed = {"episode": {"threshold": 1.0}, "episode_plus": {"threshold": 1.0}, "fedbuff": {"max_staleness": 2}}
+    needed |= {"feddyn": {"alpha": 0.1}, "partially_private": {"private": "b"}}
+    return make(per_example_loss=softmax_loss, client_tx=SGD, **needed.get(name.split(".")[-1], {}), **parts)
+
+
+@pytest.mark.parametrize("bare", ["server", "client", "shares", "mechanism"])
+def test_every_algorithm_covers_what_it_sends_or_is_refused(bare):
+    """Those that send more than the uplink covers: known by what one client's message is made of."""
+    reducer = reduce.modular_sum(4) if bare == "shares" else FIXED
+    names = {name for name in algorithm_makers() if name not in ALGORITHMS}
+    taken = set()
+    for name in names:
+        algorithm = made_or_refused(lambda name=name: build(name, uplink=BARE[bare], reducer=reducer))
+        if algorithm is not None:
+            taken.add(name.rsplit(".", 1)[-1])
+            kept(BARE[bare].promises, algorithm.parts.uplink.promises)
+    only_update = {"fedavg", "fedsgd", "feddyn", "partially_private", "fedbuff"}
+    assert taken == only_update - ({"fedbuff"} if bare == "shares" else set())
+
+
+@pytest.mark.parametrize("wrapper", ALGORITHMS)
+def test_a_wrapped_algorithm_keeps_its_parts(wrapper):
+    def make(loss):
+        return fc.fedavg(loss, SGD, uplink=BARE["server"], reducer=FIXED)
+
+    parts = ALGORITHMS[wrapper](make).parts
+    assert parts.uplink.promises == BARE["server"].promises
+    assert parts.reducer == FIXED
+
+
+@functools.cache
+def bounded_links():
+    written = {name: pairs.written(name) for name in registry.UPLINKS}
+    links = {name: flags.links(text) for name, text in written.items()}
+    links = {name: link for name, (*_, link) in links.items() if not link.promises.noise and not link.promises.grid}
+    links |= {
+        "by layer": uplink.at_client(fc.clipping.clip(0.5, scope=fc.clipping.layer())),
+        "by unit, largest": uplink.at_client(
+            fc.clipping.clip(0.5, scope=fc.clipping.unit(), norm=fc.clipping.linf(), shape=fc.clipping.smooth())
+        ),
+        "by element": uplink.at_client(fc.clipping.two_sided_clip(0.1, 0.5)),
+        "by value": uplink.at_client(fc.clipping.clip_by_value(0.5)),
+        "normalised": uplink.at_client(fc.clipping.normalised(0.5)),
+        "u-clip": uplink.at_client(fc.clipping.u_clip(fc.clipping.clip(0.5)), keep_state=True),
+        "quantiles by layer": uplink.quantile_clip(0.3, scope=fc.clipping.layer()),
+        "quantiles by layer, equal": uplink.quantile_clip(0.3, scope=fc.clipping.layer(), allocation="equal"),
+        "memory by layer": uplink.memory(fc.clipping.clip(0.5, scope=fc.clipping.layer())),
+    }
+    return links
+
+
+LIKE = {"layer0": {"kernel": np.ones((3, 4), "f4"), "bias": np.ones(4, "f4")}, "head": np.ones((4, 2), "f4")}
+
+
+def length(tree):
+    return math.sqrt(sum(float(np.sum(np.square(np.asarray(x, np.float64)))) for x in jax.tree.leaves(tree)))
+
+
+@pytest.mark.parametrize("name", bounded_links())
+def test_no_message_breaks_a_links_bound_or_its_contraction(name):
+    """Over sizes of updates from 1e-12 to 1e12, one coordinate or all, two in a row at the same client."""
+    link = bounded_links()[name]
+    if not link.promises.bound and not link.promises.contracts:
+        return
+    params = jax.tree.map(jnp.asarray, LIKE)
+    state, kept_by_client = link.init(params), link.init_client(params)
+    key = jax.random.key(0)
+    encode = jax.jit(
+        lambda update, kept: link.encode(
+            update, state, kept, uplink.Context(key, key, jnp.int32(0), jnp.float32(1), bound=jnp.float32(1e30))
+        )[:2]
+    )
+    rng = np.random.default_rng(1)
+    for size, one in itertools.product([0.0, 1e-12, 0.1, 1.0, 1e3, 1e12], [False, True]):
+        update = jax.tree.map(lambda x, size=size: (size * rng.normal(size=x.shape)).astype("f4"), LIKE)
+        if one:
+            update = jax.tree.map(np.zeros_like, LIKE) | {"head": np.eye(4, 2, dtype="f4") * np.float32(size)}
+        message, kept_by_client = encode(update, kept_by_client)
+        if link.promises.bound is not None:
+            assert length(message) <= float(link.promises.bound(state, LIKE)) * (1 + 1e-5)
+        if link.promises.contracts:
+            assert length(message) <= length(update) * (1 + 1e-5)
+
+
+def test_bounds_are_the_roots_of_sums_of_squares():
+    clip, layer = fc.clipping.clip, fc.clipping.layer()
+    bound_of = fc.clipping.bound_of
+    assert float(bound_of(clip(0.5))(LIKE)) == pytest.approx(0.5)
+    assert float(bound_of(clip(0.5, scope=layer))(LIKE)) == pytest.approx(0.5 * math.sqrt(2))  # layer0 and head
+    by_name = fc.clipping.groups({"head": "head", "body": "layer"})
+    each = clip(fc.clipping.fixed({"head": 3.0, "body": 4.0}), scope=by_name)
+    assert float(bound_of(each)(LIKE)) == pytest.approx(5.0)
+    assert float(bound_of(clip(0.5, scope=fc.clipping.element()))(LIKE)) == pytest.approx(0.5 * math.sqrt(24))
+    assert float(bound_of(clip(0.5, norm=fc.clipping.linf()))(LIKE)) == pytest.approx(0.5 * math.sqrt(24))
+    assert float(bound_of(clip(0.5, scope=fc.clipping.unit()))(LIKE)) == pytest.approx(0.5 * math.sqrt(4 + 1 + 2))
+    for unbounded in (
+        fc.clipping.delta_clip(1.0, 0.1),
+        fc.clipping.auto_clip(),
+        fc.clipping.z_clip(),
+        fc.clipping.adaptive_gradient_clip(),
+        optax.clip(1.0),
+        optax.chain(clip(0.5), optax.scale(3.0)),
+        clip(math.inf),
+    ):
+        assert bound_of(unbounded) is None
+
+
+SMALL = np.full(1000, 1.05e-19, "f4")  # whose squares are zero in float32, but for the first one's
+SMALL[0] = 1.1e-19
+UNBOUNDED = {  # links whose promised bound does not hold, for one reason or another, and what shows it
+    "normalised": (uplink.at_client(fc.clipping.normalised(1.0)), SMALL),
+    "smoothed": (uplink.at_client(fc.clipping.smoothed_clip(1.0, 1e-25)), SMALL),
+    "remembered": (uplink.memory(fc.clipping.smoothed_clip(1.0, 1e-25)), SMALL),
+    "narrow": (CLIP, jnp.asarray(np.linspace(1, 2, 7), jnp.bfloat16)),
+    "said": (uplink.at_client(optax.scale(5.0), bound=1.0), np.ones(1000, "f4")),
+    "of a part": (uplink.on_parts(CLIP), (np.ones(3, "f4"), np.full(1000, 5, "f4"))),
+}
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "discrete"])
+@pytest.mark.parametrize("name", UNBOUNDED)
+def test_noise_bounds_what_it_is_in_proportion_to_whatever_a_link_promises(name, noise):
+    """Old code sent 32 times the bound of a thousand coordinates: sensitivity, and so epsilon, were on no scale."""
+    first, update = UNBOUNDED[name]
+    update, key = jax.tree.map(jnp.asarray, update), jax.random.key(0)
+    link = uplink.chain(first, uplink.gaussian(1.0) if noise == "gaussian" else uplink.discrete_gaussian(0.0))
+    ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, threshold=3)
+    message, _, _ = link.encode(update, link.init(update), link.init_client(update), ctx)
+    if noise == "gaussian":
+        most = float(uplink.lattice.lattice(1.0, 1.0, 4.0).levels)
+    else:
+        message = jax.tree.map(lambda x: x.view(jnp.int32), message)
+        most = float(link.promises.grid(tree.size(update), 4.0, 3).l2)
+    assert length(message) <= most
+    if name != "remembered":
+        assert length(message) >= 0.99 * most  # and no shorter than it must be
+
+
+@pytest.mark.parametrize("bare", ["server", "client", "shares"])
+def test_a_part_of_a_message_without_noise_does_not_travel_beside_one_with_it(bare):
+    """Parameters may be a tuple: then ``on_parts`` of one link would let all but their first leave as they are."""
+    link, parts = uplink.on_parts(BARE[bare]), (jnp.ones(3), jnp.ones(3))
+    with pytest.raises(fc.InvalidInput, match="a link for each part"):
+        link.encode(parts, link.init(parts), link.init_client(parts), None)
+
+
+IN_ORDER = {
+    "relative": uplink.relative_to_last(),
+    "clip": CLIP,
+    "memory": uplink.memory(fc.clipping.clip_by_global_norm(0.5)),
+    "quantile": uplink.quantile_clip(bits_noise=1.0),
+    "top": uplink.compress(compression.top_k(0.5)),
+    "fedexp": uplink.fedexp(8.0),
+    "gaussian": uplink.gaussian(1.0),
+}
+
+
+def orders():
+    for count in (2, 3, 4):
+        for names in itertools.permutations(IN_ORDER, count):
+            if "gaussian" in names:
+                try:
+                    yield names, uplink.chain(*(IN_ORDER[name] for name in names))
+                except fc.InvalidInput:
+                    continue
+
+
+def test_a_round_of_nobody_looks_like_any_other_whatever_the_order_of_links():
+    """Under noise every coordinate of the update moves, in rounds with somebody and in rounds with nobody."""
+    params = {"w": jnp.ones(5), "b": jnp.ones(3)}
+    key, seen = jax.random.key(7), 0
+    for names, link in orders():
+        state = link.init(params)
+        ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, share=jnp.float32(0.5))
+        sent, _, report = link.encode(params, state, link.init_client(params), ctx)
+        total, sums = jax.tree.map(jnp.zeros_like, (sent, report))  # as they add up over nobody
+        server = ctx._replace(client_id=jnp.int32(-1), weight=jnp.float32(0))
+        update, _, _ = link.decode(total, state, fc.extend.metrics.finish(sums), server)
+        assert all(np.all(np.asarray(x) != 0) and np.all(np.isfinite(x)) for x in jax.tree.leaves(update)), names
+        seen += 1
+    assert seen > 30
+
+
+def test_what_clients_report_beside_their_messages_moves_nothing_that_is_kept_or_sent():
+    """Under the server's noise, but for bits and squares that are noised themselves; nor does how many came."""
+    params, key, seen = {"w": jnp.ones(5), "b": jnp.ones(3)}, jax.random.key(7), 0
+    for names, link in orders():
+        if {"quantile", "fedexp"} & set(names):
+            continue
+        state = link.init(params)
+        ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, share=jnp.float32(0.5))
+        sent, _, report = link.encode(params, state, link.init_client(params), ctx)
+        report, absurd = (
+            fc.extend.metrics.finish(report),
+            jax.tree.map(lambda x: x * 0 + 1e9, fc.extend.metrics.finish(report)),
+        )
+        server = ctx._replace(client_id=jnp.int32(-1), weight=jnp.float32(1))
+        honest = link.decode(sent, state, report, server)[:2]
+        other = link.decode(sent, state, absurd, server._replace(weight=jnp.float32(7)))[:2]
+        assert_identical(honest, other)
+        seen += 1
+    assert seen > 10
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedsgd", "feddyn", "partially_private", "fedbuff", "scaffold"])
+def test_a_round_of_nobody_is_noise_under_every_algorithm_that_takes_it(name):
+    """All that the server keeps and sends moves as in any round: parameters, and SCAFFOLD's variate."""
+    beside = {"variate_uplink": BARE["server"]} if name == "scaffold" else {}
+    algorithm = build(f"fc.{name}", uplink=BARE["server"], reducer=FIXED, **beside)
+    server, _, history = Run(algorithm, population()).rounds(parameters(), [[]])
+    sent = {k: x for k, x in server.params.items() if (name, k) != ("partially_private", "b")}
+    for x, before in zip(jax.tree.leaves(sent), jax.tree.leaves({k: parameters()[k] for k in sent}), strict=True):
+        assert np.all(np.asarray(x) != before)
+    if name == "scaffold":
+        assert all(np.all(np.asarray(x) != 0) for x in jax.tree.leaves(server.own))
+    assert history[0]["clients"] == 0

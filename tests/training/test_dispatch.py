@@ -1,0 +1,231 @@
+"""How rounds reach the devices: the width, what is remembered of it, and loops that can be differentiated."""
+
+import dataclasses
+import gc
+import math
+import warnings
+import weakref
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import ENTRIES, assert_close, assert_identical, entry, parameters, population, softmax_loss
+
+import fedjax_clip as fc
+from fedjax_clip.training.dispatch import Dispatcher, fastest, next_block
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ({64: 1.0, 16: 2.0}, 64),
+        ({64: 4.0, 16: 2.0, 4: 1.0, 1: 3.0}, 4),
+        ({64: 4.0, 16: 3.0, 4: 2.0, 1: 1.0}, 1),
+        ({64: math.inf, 16: 3.0, 4: 3.0}, 16),  # does not fit; and a tie keeps the wider
+    ],
+)
+def test_the_width_goes_down_while_that_is_faster(seconds, best):
+    assert fastest(64, seconds.__getitem__) == best  # and tries nothing further
+
+
+def test_widths_tried_need_not_be_powers_of_two():
+    tried = []
+    assert fastest(50, lambda width: tried.append(width) or width) == 1
+    assert tried == [50, 12, 3, 1]
+
+
+def test_a_trial_leaves_the_run_as_it_was():
+    run = entry("fedavg, stateful link")
+    dispatcher = Dispatcher(
+        run.algorithm, run.data, fc.data.sampling.uniform(4), run.work, jax.local_devices()[:1], 0, 1
+    )
+    dispatcher.on_cpu = False  # so the width is tried
+    server, clients = run.start(parameters())
+    before = jax.tree.map(np.copy, (server, clients))
+    dispatcher.choose_width(server, clients, parameters(), 0)
+    assert dispatcher.width in (4, 1)
+    assert_identical((server, clients), before)
+    dispatcher._try = None  # type: ignore[assignment]
+    dispatcher.choose_width(server, clients, parameters(), 0)  # remembered
+
+
+def test_a_width_that_does_not_fit_is_passed_over(monkeypatch):
+    run = entry("fedavg")
+    dispatcher = Dispatcher(
+        run.algorithm, run.data, fc.data.sampling.uniform(4), run.work, jax.local_devices()[:1], 0, 1
+    )
+
+    def too_large(*args):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(dispatcher, "run_rounds", too_large)
+    server, clients = run.start(parameters())
+    assert dispatcher._try(4, server, clients, 0) == math.inf
+
+
+def test_small_models_train_all_clients_at_once_where_none_waits():
+    def width(sizes, model=parameters(), **work):  # noqa: B008
+        data, work = population(sizes), fc.extend.LocalWork(4, **work)
+        algorithm = entry("fedavg").algorithm
+        devices = jax.local_devices()[:1]
+        dispatcher = Dispatcher(algorithm, data, fc.data.sampling.uniform(20), work, devices, 0, 1)
+        dispatcher.choose_width(None, None, model, 0)
+        return dispatcher.width
+
+    uneven = [3, 5] * 10
+    assert width([4] * 20) == width(uneven, steps=3) == 20
+    assert width(uneven) == 16
+    assert width([4] * 20, {"w": np.zeros(2**14, np.float32)}) == 16  # of 64 KiB each
+    assert width([4] * 20, {"w": np.zeros(2**14 + 1, np.float32)}) == 1
+
+
+def test_a_resumed_run_keeps_its_width(tmp_path):
+    run = entry("fedavg")
+
+    def train(rounds, **options):
+        return fc.train(run.algorithm, run.data, parameters(), rounds=rounds, cohort_size=4, batch_size=4, **options)
+
+    straight = train(5, clients_per_chunk=2)
+    train(3, clients_per_chunk=2, checkpoints=fc.extend.Checkpoints(tmp_path))
+    resumed = train(5, checkpoints=fc.extend.Checkpoints(tmp_path))
+    assert int(resumed.state.run["width"]) == 2
+    assert_identical(resumed.state[:2], straight.state[:2])
+
+
+def test_training_the_same_algorithm_again_compiles_nothing(compilations):
+    algorithm, data = ENTRIES["fedavg, stateful link"](), population()
+    evaluate = fc.evaluator(softmax_loss, {"all": data})
+
+    def train(seed):
+        fc.train(algorithm, data, parameters(), rounds=3, cohort_size=4, batch_size=4, seed=seed, evaluate=evaluate)
+        return len(compilations)
+
+    assert train(0) > 0
+    assert [train(seed) for seed in (1, 2)] == [train(0)] * 2
+
+
+def test_an_algorithm_that_is_gone_leaves_nothing_behind(compilations):
+    def build(hyper):
+        return fc.fedavg(lambda *args: softmax_loss(*args), optax.sgd(hyper["lr"]))  # all of it new
+
+    algorithm = build({"lr": 0.1})
+    gone = weakref.ref(algorithm.round), weakref.ref(build)
+    run = entry("fedavg")
+    dispatcher = Dispatcher(algorithm, run.data, fc.data.sampling.uniform(4), run.work, jax.local_devices()[:1], 0, 1)
+    dispatcher.on_cpu = False  # so the width is tried, and remembered
+    dispatcher.choose_width(*run.start(parameters()), parameters(), 0)
+    fc.train(algorithm, run.data, parameters(), rounds=2, cohort_size=4, clients_per_chunk=dispatcher.width)
+    fc.sweep(build, {"lr": np.float32([0.1])}, run.data, parameters(), softmax_loss, rounds=1)
+    assert compilations
+    del algorithm, build, dispatcher
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_blocks_end_where_something_is_due():
+    cut, start = [], 3
+    while start < 20:
+        block = next_block(range(start, 20), 5, 4, 0, 10)
+        cut.append((block.start, start := block.stop))
+    assert cut == [(3, 4), (4, 8), (8, 10), (10, 12), (12, 16), (16, 20)]
+
+
+def test_blocks_hold_as_many_rounds_as_take_a_tenth_of_a_second():
+    run = entry("fedavg")
+    devices = jax.local_devices()[:1]
+    dispatcher = Dispatcher(run.algorithm, run.data, fc.data.sampling.uniform(4), run.work, devices, 0)
+    lengths = []
+    for dispatcher.seconds in (math.inf, 1.0, 0.02, 1e-4):
+        lengths.append(len(dispatcher.next_block(range(3, 1000))))
+    assert lengths == [1, 1, 5, 64]
+    assert len(dispatcher.next_block(range(3, 1000), 10)) == 7
+    wide = fc.extend.LocalWork(batch_size=4, steps=2**14)  # whose example numbers take 2 MiB a round
+    assert Dispatcher(run.algorithm, run.data, fc.data.sampling.uniform(4), wide, devices, 0).length == 1
+
+
+def test_blocks_of_any_length_share_one_shape():
+    run = entry("fedavg")
+    dispatcher = Dispatcher(run.algorithm, run.data, fc.data.sampling.poisson(3), run.work, jax.local_devices()[:1], 0)
+    dispatcher.plan(range(64))  # the largest
+    shapes = {dispatcher.plan(range(r, r + 1 + r % 3)).cohorts.example_weight.shape for r in range(30)}
+    assert len(shapes) == 1
+
+
+def train_images(layer):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(layer(2, (3, 3))(x).reshape(x.shape[0], -1))
+
+    def loss(params, batch, key):
+        return optax.losses.softmax_cross_entropy_with_integer_labels(Model().apply(params, batch["x"]), batch["y"])
+
+    x = np.random.default_rng(0).normal(size=(6, 5, 5, 1)).astype(np.float32)
+    data = fc.FederatedData({"x": x, "y": np.arange(6) % 2}, np.array([0, 3, 6]))
+    params = Model().init(jax.random.key(0), x[:1])
+    remembering = fc.uplink.memory(fc.clipping.clip_by_global_norm(1.0))  # the warning's trace needs clients' states
+    return fc.train(fc.fedavg(loss, optax.sgd(0.1), uplink=remembering), data, params, rounds=1)
+
+
+def test_a_model_of_slow_convolutions_is_warned_of():
+    with pytest.warns(UserWarning, match=r"use fedjax_clip\.models\.Conv in place of nn\.Conv"):
+        train_images(nn.Conv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_images(fc.models.Conv)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),  # where the laws run, too, which have compiled the round
+    [
+        pytest.param(name, width, marks=pytest.mark.xdist_group(name))
+        for name, width in [*((name, 1) for name in ENTRIES), ("fedavg", 2), ("scaffold", 2)]
+    ],
+)
+def test_a_differentiable_round_is_the_round(name, width):
+    run = entry(name, width=width)
+    quick = dataclasses.replace(run, compiler_options=None)
+    edited = quick.rounds(parameters(), [[4, 1, 3]], edit=fc.extend.Cohort.differentiable)
+    assert_close(edited, run.rounds(parameters(), [[4, 1, 3]]))
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_gradient_of_a_loss_after_two_rounds(width):
+    """With respect to threshold and rates: reverse mode through scans is forward mode through loops, and differences."""
+    run = dataclasses.replace(entry("fedavg"), width=width)
+    server, clients = run.start(parameters())
+    cohorts = [
+        jax.tree.map(lambda x: x[0], run.cohort(ids, r, clients)) for r, ids in enumerate([[4, 1, 3], [5, 2, 0]])
+    ]
+
+    def validation_loss(hyper, cohorts):
+        clip = fc.clipping.clip_by_global_norm(hyper["threshold"])
+        tx = optax.chain(clip, optax.sgd(hyper["client_lr"]))
+        algorithm = fc.fedavg(softmax_loss, tx, optax.sgd(hyper["server_lr"]))
+        state = server
+        for cohort in cohorts:
+            state, *_ = algorithm.round(state, cohort, jax.random.key(0))
+        return jnp.mean(softmax_loss(state.params, run.data.examples, None)[0])
+
+    hyper = {"threshold": 0.7, "client_lr": 0.2, "server_lr": 1.1}
+    hyper = {name: jnp.float32(value) for name, value in hyper.items()}
+    reverse = jax.jit(jax.grad(validation_loss))(hyper, [c.differentiable() for c in cohorts])
+    plain = jax.jit(lambda h: validation_loss(h, cohorts))
+    for name in hyper:
+        one = {k: jnp.float32(k == name) for k in hyper}
+        forward = jax.jvp(plain, (hyper,), (one,))[1]
+        near = [plain({**hyper, name: hyper[name] + step}) for step in (-1e-2, 1e-2)]
+        assert_close(reverse[name], forward, rtol=1e-4, atol=1e-6)
+        assert_close(reverse[name], (near[1] - near[0]) / 2e-2, rtol=2e-2, atol=1e-4)
+        assert abs(float(reverse[name])) > 1e-3
+
+
+def test_the_gradient_is_finite_where_a_norm_is_zero():
+    def length(x):
+        tx, grads = fc.clipping.clip_by_global_norm(1.0), {"x": x * jnp.zeros(3)}
+        return tx.update(grads, tx.init(grads))[0]["x"].sum()
+
+    assert_identical(jax.grad(length)(jnp.float32(2)), jnp.float32(0))
