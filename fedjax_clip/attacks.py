@@ -39,8 +39,8 @@ def label_flip(data: FederatedData, clients: Clients, num_classes: int, label: s
       InvalidInput: a client that there is not, labels that are no classes.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"y": np.array([0, 1])}, "bob": {"y": np.array([0, 2])}})
-      >>> label_flip(data, [1], num_classes=3).examples["y"].tolist()
+      >>> data = fc.FederatedData.from_clients({"ann": {"y": np.array([0, 1])}, "bob": {"y": np.array([0, 2])}})
+      >>> fc.attacks.label_flip(data, [1], num_classes=3).examples["y"].tolist()
       [0, 1, 2, 0]
 
     Source: Tolpegin et al. (2020); this map: Karimireddy, He and Jaggi (2022), section 6.
@@ -80,8 +80,8 @@ def backdoor(
       InvalidInput: a client or a feature that there is not, a fraction out of range.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"x": np.zeros((2, 3)), "y": np.array([0, 1])}})
-      >>> bad = backdoor(data, [0], features=[2], value=9.0, target=1, fraction=1.0)
+      >>> data = fc.FederatedData.from_clients({"ann": {"x": np.zeros((2, 3)), "y": np.array([0, 1])}})
+      >>> bad = fc.attacks.backdoor(data, [0], features=[2], value=9.0, target=1, fraction=1.0)
       >>> bad.examples["x"].tolist(), bad.examples["y"].tolist()
       ([[0.0, 0.0, 9.0], [0.0, 0.0, 9.0]], [1, 1])
 

@@ -60,8 +60,8 @@ def exchange(
       ``int32 [8]``, up to eight of the clients whose updates were not finite, -1 behind them.
 
     Example:
-      >>> update, link, client_states, metrics = exchange(
-      ...     local_update(loss, client_tx), uplink, reducer, server.params, server.uplink, cohort, key
+      >>> update, link, client_states, metrics = fc.extend.exchange(
+      ...     fc.extend.local_update(loss, client_tx), uplink, reducer, server.params, server.uplink, cohort, key
       ... )
     """
     hidden = uplink.promises.noise is not None or bool(reducer.hides)

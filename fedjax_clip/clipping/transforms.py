@@ -24,7 +24,7 @@ class ClipState(NamedTuple):
       inner: the rule's state.
 
     Example:
-      >>> [float(state.norm[""]) for state in clip_states(opt_state)]
+      >>> [float(state.norm[""]) for state in fc.clipping.clip_states(opt_state)]
     """
 
     fired: Norms
@@ -56,7 +56,7 @@ def clip(
       InvalidInput: a threshold that is not a positive number.
 
     Example:
-      >>> tx = optax.chain(clip(z_score(), scope=layer()), optax.sgd(0.1))
+      >>> tx = optax.chain(fc.clipping.clip(fc.clipping.z_score(), scope=fc.clipping.layer()), optax.sgd(0.1))
     """
     checks.kind("norm", norm, Norm | None, "one of fc.clipping, such as fc.clipping.linf()")
     checks.kind("scope", scope, Scope | None, "one of fc.clipping, such as fc.clipping.layer()")
@@ -96,7 +96,7 @@ def watch(tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]) ->
       fired: from the incoming updates to a bool scalar: does ``tx`` change them?
 
     Example:
-      >>> tx = watch(optax.clip(1.0), lambda g: optax.tree.norm(g, ord=jnp.inf) > 1.0)
+      >>> tx = fc.clipping.watch(optax.clip(1.0), lambda g: optax.tree.norm(g, ord=jnp.inf) > 1.0)
     """
     checks.kind("tx", tx, optax.GradientTransformation, "an optax transform")
     tx = optax.with_extra_args_support(tx)
@@ -118,7 +118,7 @@ def clip_states(opt_state: PyTree) -> list[ClipState]:
       opt_state: of any optax chain.
 
     Example:
-      >>> [state.threshold for state in clip_states(opt_state)]
+      >>> [state.threshold for state in fc.clipping.clip_states(opt_state)]
     """
     states = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, ClipState))
     return [s for s in states if isinstance(s, ClipState)]
@@ -134,7 +134,7 @@ def clip_report(opt_state: PyTree) -> Metrics:
       opt_state: of any optax chain.
 
     Example:
-      >>> metrics.finish(clip_report(opt_state))["clipped"]
+      >>> metrics.finish(fc.clipping.clip_report(opt_state))["clipped"]
     """
     one, states = jnp.ones((), jnp.float32), clip_states(opt_state)
     report: Metrics = {}
@@ -158,7 +158,7 @@ def bare_state(state: PyTree) -> PyTree:
       state: of any optax transform.
 
     Example:
-      >>> jax.tree.leaves(bare_state(tx.init(params)))  # [] if the clip has no memory
+      >>> jax.tree.leaves(fc.clipping.bare_state(tx.init(params)))  # [] if the clip has no memory
     """
 
     def is_clip(s: PyTree) -> bool:
@@ -182,7 +182,7 @@ def clip_by_global_norm(max_norm: float | Array) -> optax.GradientTransformation
       InvalidInput: a threshold that is not a positive number.
 
     Example:
-      >>> tx = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> tx = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.1))
 
     Source: Pascanu, Mikolov and Bengio (2013), Algorithm 1; ``optax.clip_by_global_norm``.
     """

@@ -107,7 +107,7 @@ def nbytes(codes: PyTree) -> Array:
       codes: a ``Code``, or a pytree of them.
 
     Example:
-      >>> nbytes(fc.compression.sign().encode(x, key))  # d / 8 and four for the scale
+      >>> fc.compression.nbytes(fc.compression.sign().encode(x, key))  # d / 8 and four for the scale
     """
     return (nbits(codes) + 7) // 8
 
@@ -133,7 +133,7 @@ def to_bytes(codes: PyTree) -> bytes:
       codes: as ``nbytes``.
 
     Example:
-      >>> from_bytes(to_bytes(code), code)  # the same code
+      >>> fc.compression.from_bytes(fc.compression.to_bytes(code), code)  # the same code
     """
     bits = [part for code in _leaves(jax.tree.map(np.asarray, codes)) for part in _write(code)]
     return np.packbits(np.concatenate([np.zeros(0, np.uint8), *bits])).tobytes()
@@ -148,7 +148,7 @@ def from_bytes(data: bytes, like: PyTree) -> PyTree:
 
     Example:
       >>> like = jax.eval_shape(compressor.encode, x, key)
-      >>> code = from_bytes(data, like)
+      >>> code = fc.compression.from_bytes(data, like)
     """
     reader = coding.Reader(np.unpackbits(np.frombuffer(data, np.uint8)))
     return jax.tree.map(lambda code: _read(reader, code), like, is_leaf=_is_code)

@@ -25,7 +25,7 @@ def hadamard(x: Array) -> Array:
       InvalidInput: another length.
 
     Example:
-      >>> hadamard(hadamard(x))  # x, up to rounding
+      >>> fc.compression.hadamard(fc.compression.hadamard(x))  # x, up to rounding
     """
     n = len(x)
     if n & (n - 1) or n == 0:
@@ -146,7 +146,7 @@ def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
       shape: of the result.
 
     Example:
-      >>> signs = random_signs(jax.random.key(0), (1000,))
+      >>> signs = fc.compression.random_signs(jax.random.key(0), (1000,))
     """
     size = math.prod(shape)
     return unpacked_signs(jax.random.bits(key, (-(-size // 32),), jnp.uint32)).ravel()[:size].reshape(shape)

@@ -77,7 +77,7 @@ def conv_general_dilated(
       InvalidInput: an unknown lowering.
 
     Example:
-      >>> layer = nn.Conv(32, (3, 3), conv_general_dilated=conv_general_dilated)  # what ``fc.models.Conv`` is
+      >>> layer = nn.Conv(32, (3, 3), conv_general_dilated=fc.models.conv_general_dilated)  # what ``fc.models.Conv`` is
     """
     if lowering not in ("auto", "canonical", "xla"):
         raise InvalidInput(f"lowering is 'auto', 'canonical' or 'xla', not {lowering!r}")
@@ -138,7 +138,7 @@ def warn_slow_convolutions(function_or_jaxpr: Any, *args: Any, platform: str | N
       Whether it warned.
 
     Example:
-      >>> warn_slow_convolutions(jax.grad(loss), params, batch)
+      >>> fc.models.warn_slow_convolutions(jax.grad(loss), params, batch)
     """
     if (platform or jax.default_backend()) != "cpu":
         return False

@@ -30,7 +30,7 @@ def check_names(names: Iterable[Any]) -> None:
       InvalidInput: such a name; the sentence lists those that are taken.
 
     Example:
-      >>> check_names(["accuracy", "top5"])
+      >>> fc.extend.metrics.check_names(["accuracy", "top5"])
     """
     for name in names:
         if not isinstance(name, str):
@@ -57,7 +57,7 @@ def higher_is_better(metric: str) -> bool:
       metric: its name, such as ``"eval/examples/loss"``, ``"auroc_worst"``, ``"ece/Cleveland"``.
 
     Example:
-      >>> higher_is_better("eval/clients/accuracy"), higher_is_better("eval/examples/rmse_of_mean")
+      >>> fc.extend.metrics.higher_is_better("eval/clients/accuracy"), fc.extend.metrics.higher_is_better("eval/examples/rmse_of_mean")
       (True, False)
     """
     parts = [set(re.findall("[a-z0-9]+", part.lower())) for part in metric.split("/")]
@@ -72,7 +72,7 @@ class Mean(NamedTuple):
       weight: sum of weights.
 
     Example:
-      >>> Mean.of(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))  # total 4, weight 2
+      >>> fc.extend.metrics.Mean.of(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))  # total 4, weight 2
     """
 
     total: Array
@@ -96,7 +96,7 @@ class Histogram(NamedTuple):
       counts: float32 ``[512]``.
 
     Example:
-      >>> Histogram.of(norm).quantile(0.5)
+      >>> fc.extend.metrics.Histogram.of(norm).quantile(0.5)
     """
 
     counts: Array
@@ -123,7 +123,7 @@ def add(x: PyTree, y: PyTree) -> PyTree:
       x, y: reports of the same structure.
 
     Example:
-      >>> add({"steps": 1.0}, {"steps": 2.0})  # {"steps": 3.0}
+      >>> fc.extend.metrics.add({"steps": 1.0}, {"steps": 2.0})  # {"steps": 3.0}
     """
     return jax.tree.map(jnp.add, x, y)
 
@@ -135,7 +135,7 @@ def finish(report: PyTree) -> PyTree:
       report: a dict of sums and ``Mean``s.
 
     Example:
-      >>> finish({"loss": Mean(jnp.float32(4), jnp.float32(2))})  # {"loss": 2.0}
+      >>> fc.extend.metrics.finish({"loss": fc.extend.metrics.Mean(jnp.float32(4), jnp.float32(2))})  # {"loss": 2.0}
     """
 
     def ratio(x: Any) -> Any:
@@ -153,7 +153,7 @@ def without_nan(values: Metrics) -> Metrics:
       values: by name; NaN where nothing was counted.
 
     Example:
-      >>> without_nan({"loss": jnp.float32(jnp.nan)})  # the same, unless jax_debug_nans is set
+      >>> fc.extend.metrics.without_nan({"loss": jnp.float32(jnp.nan)})  # the same, unless jax_debug_nans is set
     """
     if not jax.config.jax_debug_nans:  # type: ignore[attr-defined]
         return values
@@ -171,6 +171,6 @@ def prefixed(prefix: str, metrics: Metrics) -> Metrics:
       metrics: by name.
 
     Example:
-      >>> prefixed("eval", {"loss": 0.5})  # {"eval/loss": 0.5}
+      >>> fc.extend.metrics.prefixed("eval", {"loss": 0.5})  # {"eval/loss": 0.5}
     """
     return {f"{prefix}/{name}": value for name, value in metrics.items()}

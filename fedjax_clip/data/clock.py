@@ -98,8 +98,8 @@ def synchronous(
 
     Example:
       >>> speeds = fc.data.speeds.measured(np.array([5.0, 1.0, 9.0, 2.0]))
-      >>> clock = synchronous(fc.data.sampling.round_robin(4), speeds, keep=2)
-      >>> Timeline(clock, World(np.ones(4), np.ones_like, seed=0))[0]
+      >>> clock = fc.data.clock.synchronous(fc.data.sampling.round_robin(4), speeds, keep=2)
+      >>> fc.data.clock.Timeline(clock, fc.data.clock.World(np.ones(4), np.ones_like, seed=0))[0]
       Turn(ids=array([1, 3]), staleness=None, metrics={'simulated_seconds': 2.0, 'late': 2.0, 'lost': 0.0})
 
     Source: Bonawitz et al. (2019), "Towards Federated Learning at Scale", section 2.2.
@@ -160,8 +160,8 @@ def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency:
 
     Example:
       >>> speeds = fc.data.speeds.measured(np.array([1.0, 3.0, 1.0]))
-      >>> clock = buffered(fc.data.sampling.round_robin(1), speeds, buffer_size=1, concurrency=2)
-      >>> timeline = Timeline(clock, World(np.ones(3), np.ones_like, seed=0))
+      >>> clock = fc.data.clock.buffered(fc.data.sampling.round_robin(1), speeds, buffer_size=1, concurrency=2)
+      >>> timeline = fc.data.clock.Timeline(clock, fc.data.clock.World(np.ones(3), np.ones_like, seed=0))
       >>> for round in range(4):
       ...     print(timeline[round].ids, timeline[round].staleness, timeline[round].metrics["simulated_seconds"])
       [0] [0] 1.0

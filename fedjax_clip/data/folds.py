@@ -38,8 +38,8 @@ def clients(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
       InvalidInput: more folds than clients, or fewer than 2.
 
     Example:
-      >>> data = FederatedData({"x": np.zeros(6)}, [0, 3, 4, 6])
-      >>> [f.held_out.tolist() for f in clients(data, 3)]
+      >>> data = fc.FederatedData({"x": np.zeros(6)}, [0, 3, 4, 6])
+      >>> [f.held_out.tolist() for f in fc.data.folds.clients(data, 3)]
       [[4, 5], [0, 1, 2], [3]]
     """
     checks.kind("data", data, FederatedData, "a FederatedData")

@@ -34,7 +34,7 @@ class LocalWork:
       InvalidInput: what is no whole number of at least 1; both epochs and steps.
 
     Example:
-      >>> LocalWork(batch_size=32, epochs=2)
+      >>> fc.extend.LocalWork(batch_size=32, epochs=2)
     """
 
     batch_size: int | BatchSizes | None = 20

@@ -24,8 +24,8 @@ def prepare(populations: Sequence[FederatedData], *steps: Step) -> tuple[Federat
     """Applies steps one after the other to all populations, each fitted to the FIRST one alone, the training one.
 
     Example:
-      >>> train = FederatedData.from_clients({"ann": {"x": np.array([[1.0], [np.nan]], np.float32)}})
-      >>> (train,) = prepare([train], impute(), standardise(slice(1)))
+      >>> train = fc.FederatedData.from_clients({"ann": {"x": np.array([[1.0], [np.nan]], np.float32)}})
+      >>> (train,) = fc.data.quality.prepare([train], fc.data.quality.impute(), fc.data.quality.standardise(slice(1)))
       >>> train.examples["x"].tolist()  # the column, and whether it was missing
       [[0.0, 0.0], [0.0, 1.0]]
     """
@@ -121,8 +121,8 @@ def weigh_classes(data: FederatedData, num_classes: int, label: str = "y", per_c
       InvalidInput: a class that occurs at no client.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
-      >>> weigh_classes(data, 2).weights.round(2).tolist()
+      >>> data = fc.FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
+      >>> fc.data.quality.weigh_classes(data, 2).weights.round(2).tolist()
       [0.67, 0.67, 0.67, 2.0]
 
     Source: King and Zeng (2001), "Logistic Regression in Rare Events Data".
@@ -154,8 +154,8 @@ def oversample(
       InvalidInput: a class that occurs at no client, unless ``per_client``.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
-      >>> oversample(data, 2).examples["y"].tolist()
+      >>> data = fc.FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
+      >>> fc.data.quality.oversample(data, 2).examples["y"].tolist()
       [0, 0, 0, 1, 1, 1]
     """
     return _resample(data, num_classes, label, per_client, seed, np.max)
@@ -170,8 +170,8 @@ def undersample(
     otherwise every client keeps ``min_j n_j / n_k`` of its class k, to rounding.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
-      >>> undersample(data, 2).examples["y"].tolist()
+      >>> data = fc.FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
+      >>> fc.data.quality.undersample(data, 2).examples["y"].tolist()
       [0, 1]
     """
     return _resample(data, num_classes, label, per_client, seed, np.min)

@@ -47,7 +47,7 @@ def lognormal(step: float = 1.0, message: float = 0.0, sigma: float = 1.0) -> Sp
       InvalidInput: seconds that are not positive, or a negative sigma.
 
     Example:
-      >>> lognormal(2.0, sigma=0.0).seconds(np.array([4, 7]), 0)[0].tolist()
+      >>> fc.data.speeds.lognormal(2.0, sigma=0.0).seconds(np.array([4, 7]), 0)[0].tolist()
       [2.0, 2.0]
     """
     _check_seconds(step=step, message=message)
@@ -73,7 +73,7 @@ def two_tier(step: float = 1.0, message: float = 0.0, slowdown: float = 5.0, slo
       InvalidInput: numbers out of these ranges.
 
     Example:
-      >>> two_tier(slow=1.0).seconds(np.array([3]), 0)[0].tolist()
+      >>> fc.data.speeds.two_tier(slow=1.0).seconds(np.array([3]), 0)[0].tolist()
       [5.0]
     """
     _check_seconds(step=step, message=message)
@@ -94,7 +94,7 @@ def measured(step: np.ndarray, message: np.ndarray | float = 0.0) -> Speeds:
       InvalidInput: arrays of other shapes, seconds out of range, or (in a run) a client beyond M.
 
     Example:
-      >>> measured(np.array([1.0, 2.5])).seconds(np.array([1]), 0)
+      >>> fc.data.speeds.measured(np.array([1.0, 2.5])).seconds(np.array([1]), 0)
       (array([2.5]), array([0.]))
     """
     step = np.asarray(step, np.float64)
@@ -133,7 +133,7 @@ def budget(speeds: Speeds, seconds: float, most: int) -> Callable[[np.ndarray, i
       InvalidInput: no time, or no steps.
 
     Example:
-      >>> budget(measured(np.array([0.5, 3.0, 20.0])), seconds=10, most=15)(np.arange(3), 0).tolist()
+      >>> fc.data.speeds.budget(fc.data.speeds.measured(np.array([0.5, 3.0, 20.0])), seconds=10, most=15)(np.arange(3), 0).tolist()
       [15, 3, 1]
 
     Source: the variable numbers of local steps of Wang et al. (2020), "Tackling the Objective Inconsistency Problem".
@@ -165,7 +165,7 @@ def batch_budget(speeds: Speeds, seconds: float, most: int) -> BatchSizes:
       InvalidInput: no time, or no examples.
 
     Example:
-      >>> batch_budget(measured(np.array([0.5, 3.0, 80.0])), seconds=1, most=20).of(np.arange(3), 0).tolist()
+      >>> fc.data.speeds.batch_budget(fc.data.speeds.measured(np.array([0.5, 3.0, 80.0])), seconds=1, most=20).of(np.arange(3), 0).tolist()
       [20, 6, 1]
     """
     checks.kind("speeds", speeds, Speeds, "speeds such as fc.data.speeds.lognormal()")

@@ -30,8 +30,8 @@ def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> 
       InvalidInput: messages whose shapes differ from client to client, as those of rows would.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"x": np.array([1.0, 2.0])}, "bob": {"x": np.array([5.0])}})
-      >>> count, total = federated_sums(data, lambda examples: (len(examples["x"]), examples["x"].sum()))
+      >>> data = fc.FederatedData.from_clients({"ann": {"x": np.array([1.0, 2.0])}, "bob": {"x": np.array([5.0])}})
+      >>> count, total = fc.data.statistics.federated_sums(data, lambda examples: (len(examples["x"]), examples["x"].sum()))
       >>> int(count), float(total)
       (3, 8.0)
     """
@@ -71,8 +71,8 @@ def moments(data: FederatedData, field: str = "x") -> Moments:
       field: a field of numbers ``[N, ...]``.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"x": np.array([1.0, np.nan])}, "bob": {"x": np.array([3.0])}})
-      >>> present, mean, std = moments(data)
+      >>> data = fc.FederatedData.from_clients({"ann": {"x": np.array([1.0, np.nan])}, "bob": {"x": np.array([3.0])}})
+      >>> present, mean, std = fc.data.statistics.moments(data)
       >>> int(present), float(mean), float(std)
       (2, 2.0, 1.0)
     """
@@ -104,8 +104,8 @@ def quantiles(data: FederatedData, q: Sequence[float], field: str = "x") -> np.n
       float32 ``[Q, ...]``; NaN for a column without values.
 
     Example:
-      >>> data = FederatedData({"x": np.arange(20, dtype=np.float32)}, np.array([0, 3, 20]))
-      >>> quantiles(data, [0.5, 0.9]).tolist()
+      >>> data = fc.FederatedData({"x": np.arange(20, dtype=np.float32)}, np.array([0, 3, 20]))
+      >>> fc.data.statistics.quantiles(data, [0.5, 0.9]).tolist()
       [9.0, 17.0]
     """
     x = check_field(data, field)
@@ -140,7 +140,7 @@ def label_counts(data: FederatedData, num_classes: int, label: str = "y") -> np.
       InvalidInput: other labels than that.
 
     Example:
-      >>> label_counts(FederatedData({"y": np.array([0, 1, 1, 1])}, np.array([0, 3, 4])), num_classes=2).tolist()
+      >>> fc.data.statistics.label_counts(fc.FederatedData({"y": np.array([0, 1, 1, 1])}, np.array([0, 3, 4])), num_classes=2).tolist()
       [1, 3]
     """
     check_labels(data, num_classes, label)

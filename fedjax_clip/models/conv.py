@@ -28,7 +28,7 @@ def max_pool_2x2(x: Array) -> Array:
       ``[..., H // 2, W // 2, C]``.
 
     Example:
-      >>> max_pool_2x2(np.zeros((1, 28, 28, 3), np.float32)).shape
+      >>> fc.models.max_pool_2x2(np.zeros((1, 28, 28, 3), np.float32)).shape
       (1, 14, 14, 3)
     """
     height, width = (size // 2 * 2 for size in x.shape[-3:-1])

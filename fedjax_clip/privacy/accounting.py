@@ -82,7 +82,7 @@ def epsilon(
         algorithm of which nothing is known.
 
     Example:
-      >>> epsilon(1.0, fc.data.sampling.poisson(50), num_clients=10_000, rounds=1000, delta=1e-5)  # doctest: +SKIP
+      >>> fc.privacy.epsilon(1.0, fc.data.sampling.poisson(50), num_clients=10_000, rounds=1000, delta=1e-5)  # doctest: +SKIP
       0.8640
 
     Source: Abadi et al. (2016); Mironov, Talwar and Zhang (2019); Wang, Balle and Kasiviswanathan (2019) for

@@ -18,7 +18,7 @@ class Roster(NamedTuple):
       key: PRNG key of the round's reduction, the same on all devices.
 
     Example:
-      >>> Roster(jnp.array([4, 1, -1]), jax.random.key(0))
+      >>> fc.reduce.Roster(jnp.array([4, 1, -1]), jax.random.key(0))
     """
 
     ids: Array

@@ -95,7 +95,7 @@ def check_cohort(reducer: Reducer, cohort_size: float) -> None:
       InvalidInput: fewer than the reducer's ``fewest``.
 
     Example:
-      >>> check_cohort(fc.reduce.krum(2), 7)  # of 6 clients Krum cannot tell two bad ones
+      >>> fc.reduce.check_cohort(fc.reduce.krum(2), 7)  # of 6 clients Krum cannot tell two bad ones
     """
     if 0 < cohort_size < reducer.fewest:
         raise InvalidInput(
@@ -116,7 +116,7 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
       InvalidInput: no reducer, such as a function that makes one.
 
     Example:
-      >>> halves = restacked(lambda stack: stack._replace(messages=optax.tree.scale(0.5, stack.messages)), median())
+      >>> halves = fc.reduce.restacked(lambda stack: stack._replace(messages=optax.tree.scale(0.5, stack.messages)), fc.reduce.median())
     """
 
     checks.kind("reducer", reducer, Reducer, "an fc.reduce.Reducer, such as fc.reduce.median()")

@@ -107,7 +107,7 @@ class Client:
 
     Example:
       >>> identity = Ed25519PrivateKey.generate()
-      >>> client = Client(0, 2, identity, {0: identity.public_key().public_bytes_raw()}, session=b"round 7")
+      >>> client = fc.secure.Client(0, 2, identity, {0: identity.public_key().public_bytes_raw()}, session=b"round 7")
       >>> client.advertise()
 
     Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preserving Machine Learning", Figure 4

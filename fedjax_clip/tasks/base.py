@@ -55,7 +55,7 @@ def refuse_fitted(task: Task) -> None:
       InvalidInput: something was computed exactly from the clients' data; it says what to give instead.
 
     Example:
-      >>> refuse_fitted(fc.tasks.digits())
+      >>> fc.tasks.refuse_fitted(fc.tasks.digits())
     """
     if task.fitted:
         raise InvalidInput(

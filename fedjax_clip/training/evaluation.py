@@ -181,7 +181,7 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
       Between 0 and 1; NaN where one of the classes is missing.
 
     Example:
-      >>> auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1]))
+      >>> fc.extend.evaluation.auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1]))
       0.75
 
     Source: Hanley and McNeil (1982), "The Meaning and Use of the Area under a ROC Curve".
@@ -207,7 +207,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
       bins: how many.
 
     Example:
-      >>> calibration_error(np.array([0.25, 0.25, 0.25, 0.25]), np.array([0, 0, 0, 1]))
+      >>> fc.extend.evaluation.calibration_error(np.array([0.25, 0.25, 0.25, 0.25]), np.array([0, 0, 0, 1]))
       0.0
 
     Source: Naeini, Cooper and Hauskrecht (2015), "Obtaining Well Calibrated Probabilities Using Bayesian Binning".

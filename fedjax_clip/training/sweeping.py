@@ -50,7 +50,7 @@ def grid(**values: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
       ``{name: [P]}``, P the product of the numbers of values.
 
     Example:
-      >>> {name: x.tolist() for name, x in grid(lr=[0.1, 1.0], clip=[1.0, 2.0]).items()}
+      >>> {name: x.tolist() for name, x in fc.sweeping.grid(lr=[0.1, 1.0], clip=[1.0, 2.0]).items()}
       {'lr': [0.1, 0.1, 1.0, 1.0], 'clip': [1.0, 2.0, 1.0, 2.0]}
     """
     columns = np.meshgrid(*(np.asarray(v, np.float64) for v in values.values()), indexing="ij")
@@ -76,7 +76,7 @@ def random(num_points: int, seed: int = 0, **ranges: Range) -> dict[str, np.ndar
       ranges: ``Range(low, high)``, or ``Range(low, high, log=True)`` for a uniform logarithm.
 
     Example:
-      >>> points = random(20, lr=Range(0.01, 1.0, log=True), clip=Range(0.5, 2.0))
+      >>> points = fc.sweeping.random(20, lr=fc.sweeping.Range(0.01, 1.0, log=True), clip=fc.sweeping.Range(0.5, 2.0))
 
     Source: Bergstra and Bengio (2012), "Random Search for Hyper-Parameter Optimization".
     """
@@ -222,7 +222,7 @@ def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int],
       later.
 
     Example:
-      >>> rungs(100, 64, 2)
+      >>> fc.sweeping.rungs(100, 64, 2)
       ([13, 25, 50, 100], [64, 32, 16, 8])
     """
     rounds, num_points = checks.count("rounds", rounds), checks.count("num_points", num_points)

@@ -110,7 +110,7 @@ def chain(*links: Uplink) -> Uplink:
       InvalidInput: what is no link; links of which one breaks what another promises; ``uplink/orders.py`` has them all.
 
     Example:
-      >>> link = chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.compress(fc.compression.qsgd(4)))
+      >>> link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.compress(fc.compression.qsgd(4)))
     """
     for link in links:
         checks.kind(
@@ -215,7 +215,7 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
       InvalidInput: (when a run begins) a transform with a state that nobody keeps.
 
     Example:
-      >>> link = at_client(optax.clip(0.01))
+      >>> link = fc.uplink.at_client(optax.clip(0.01))
     """
     checks.kind("at_client's tx", tx, optax.GradientTransformation, "an optax transform, such as a clip")
     if bound is not None:

@@ -32,7 +32,7 @@ def digits() -> FederatedData:
       InvalidInput: scikit-learn is not installed.
 
     Example:
-      >>> digits()
+      >>> fc.data.sources.digits()
       FederatedData(14 clients, 1797 examples, x: ('float32', (8, 8, 1)), y: ('int32', ()))
     """
     try:

@@ -68,7 +68,7 @@ def tfds(
 
     Example:
       >>> path = build_digits_tfds("/tmp/tfds")
-      >>> tfds("fedjax_digits", data_dir="/tmp/tfds", by="client_id", cache_dir="/tmp/cache").num_clients
+      >>> fc.data.sources.tfds("fedjax_digits", data_dir="/tmp/tfds", by="client_id", cache_dir="/tmp/cache").num_clients
       14
     """
     data_dir = paths.expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").absolute()
