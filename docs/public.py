@@ -51,3 +51,8 @@ def methods(thing: type) -> dict[str, Any]:
     for attribute in ("__func__", "func", "fget"):  # class methods, cached properties, properties
         own = {name: getattr(value, attribute, value) for name, value in own.items()}
     return {name: value for name, value in own.items() if inspect.isfunction(value) and value.__doc__}
+
+
+def described(thing: Any) -> bool:
+    """Whether a thing has a docstring of its own: a function, a class, or a partial that was given one."""
+    return inspect.isfunction(thing) or inspect.isclass(thing) or isinstance(thing, functools.partial)

@@ -107,7 +107,7 @@ def triggered(
 
     Example:
       >>> sets = {"examples": held_out, "backdoor": fc.attacks.triggered(held_out, range(3), 1.0, target=0)}
-      >>> fc.train(algorithm, data, params, rounds=100, evaluate=fc.evaluator(per_example_loss, sets))
+      >>> result = fc.train(algorithm, data, params, rounds=10, evaluate=fc.evaluator(per_example_loss, sets))
     """
     rows = np.flatnonzero(check_field(data, label) != checks.count("target", target, 0))
     owner = np.searchsorted(data.offsets, rows, side="right") - 1

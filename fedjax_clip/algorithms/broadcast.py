@@ -36,7 +36,8 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
         (when a run begins) differences by a compressor whose error may be above 1 for the model's size.
 
     Example:
-      >>> algorithm = fc.compressed_broadcast(fc.fedavg(loss, client_tx), fc.compression.qsgd(8, bucket=512))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx)
+      >>> algorithm = fc.compressed_broadcast(algorithm, fc.compression.qsgd(8, bucket=512))
 
     Source: Tang et al. (2019), "DoubleSqueeze", Algorithm 1, the server's side; Caldas et al. (2018), "Expanding the
     Reach of Federated Learning by Reducing Client Resource Requirements", for ``relative=False``.

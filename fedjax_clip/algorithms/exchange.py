@@ -60,8 +60,10 @@ def exchange(
       ``int32 [8]``, up to eight of the clients whose updates were not finite, -1 behind them.
 
     Example:
+      >>> client_fn, uplink = fc.extend.local_update(per_example_loss, client_tx), fc.uplink.identity()
+      >>> one = jax.tree.map(lambda x: x[0], cohort)  # of one device
       >>> update, link, client_states, metrics = fc.extend.exchange(
-      ...     fc.extend.local_update(loss, client_tx), uplink, reducer, server.params, server.uplink, cohort, key
+      ...     client_fn, uplink, fc.reduce.weighted_mean(), server.params, server.uplink, one, key
       ... )
     """
     hidden = uplink.promises.noise is not None or bool(reducer.hides)
@@ -195,7 +197,9 @@ def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Arra
       InvalidInput: (when traced) a cohort that was not made by ``fc.extend.plan`` and does not tell N.
 
     Example:
-      >>> c = optax.tree.add_scale(c, population_share(reducer, cohort, metrics), change)  # c stays mean_N c_i
+      >>> cohort = fc.extend.plan(data, np.array([3, 1, 4]), fc.extend.LocalWork(20), seed=0, round=0)
+      >>> one = jax.tree.map(lambda x: x[0], cohort)  # of one device
+      >>> share = population_share(fc.reduce.uniform_mean(), one, {"clients": 3.0})  # 3 / data.num_clients
     """
     if cohort.num_clients is None or cohort.total_weight is None:
         raise InvalidInput(NO_POPULATION)

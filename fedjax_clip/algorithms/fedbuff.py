@@ -48,10 +48,11 @@ def fedbuff(
       InvalidInput: a negative exponent, or a staleness that is no whole number.
 
     Example:
-      >>> algorithm = fc.fedbuff(loss, client_tx, max_staleness=10, uplink=fc.uplink.clip_by_global_norm(0.5))
+      >>> uplink = fc.uplink.clip_by_global_norm(0.5)
+      >>> algorithm = fc.fedbuff(per_example_loss, client_tx, max_staleness=10, uplink=uplink)
       >>> sampler, speeds = fc.data.sampling.uniform(10), fc.data.speeds.lognormal()
       >>> clock = fc.data.clock.buffered(sampler, speeds, buffer_size=10, concurrency=50)
-      >>> fc.train(algorithm, data, params, rounds=100, sampler=clock)
+      >>> result = fc.train(algorithm, data, params, rounds=10, sampler=clock)
 
     Source: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation", Algorithm 1.
     """

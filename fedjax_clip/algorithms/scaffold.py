@@ -55,7 +55,8 @@ def scaffold(
       >>> algorithm = fc.scaffold(per_example_loss, tx)
 
       >>> link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(1.4))
-      >>> private = fc.scaffold(loss, tx, uplink=link, variate_uplink=link, reducer=fc.reduce.fixed_mean(50))
+      >>> mean = fc.reduce.fixed_mean(50)
+      >>> private = fc.scaffold(per_example_loss, tx, uplink=link, variate_uplink=link, reducer=mean)
 
     Source: Karimireddy et al. (2020), Algorithm 1; Crawshaw, Bao and Liu (2023) for the clip; Noble, Bellet and
     Dieuleveut (2022), "Differentially Private Federated Learning on Heterogeneous Data", Algorithm 1, for records.

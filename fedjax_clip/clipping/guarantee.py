@@ -38,7 +38,9 @@ def bound_of(tx: optax.GradientTransformation) -> Bound | None:
       tx: an optax transform.
 
     Example:
-      >>> fc.clipping.bound_of(fc.clipping.clip(0.5, scope=fc.clipping.layer()))(params)  # 0.5 sqrt(layers)
+      >>> bound = fc.clipping.bound_of(fc.clipping.clip(0.5, scope=fc.clipping.layer()))
+      >>> round(float(bound(params)), 4)  # 0.5 sqrt(2), since the model has two layers
+      0.7071
     """
     return getattr(tx, "l2_bound", None)
 

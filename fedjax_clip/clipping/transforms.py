@@ -24,7 +24,10 @@ class ClipState(NamedTuple):
       inner: the rule's state.
 
     Example:
+      >>> opt_state = client_tx.init(params)
+      >>> _, opt_state = client_tx.update({"w": 3 * jnp.ones((2, 2)), "b": jnp.zeros(1)}, opt_state)
       >>> [float(state.norm[""]) for state in fc.clipping.clip_states(opt_state)]
+      [6.0]
     """
 
     fired: Norms
@@ -118,7 +121,9 @@ def clip_states(opt_state: PyTree) -> list[ClipState]:
       opt_state: of any optax chain.
 
     Example:
-      >>> [state.threshold for state in fc.clipping.clip_states(opt_state)]
+      >>> _, opt_state = client_tx.update({"w": jnp.ones((2, 2)), "b": jnp.zeros(1)}, client_tx.init(params))
+      >>> [float(state.threshold[""]) for state in fc.clipping.clip_states(opt_state)]
+      [1.0]
     """
     states = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, ClipState))
     return [s for s in states if isinstance(s, ClipState)]
@@ -134,7 +139,9 @@ def clip_report(opt_state: PyTree) -> Metrics:
       opt_state: of any optax chain.
 
     Example:
-      >>> metrics.finish(fc.clipping.clip_report(opt_state))["clipped"]
+      >>> _, opt_state = client_tx.update({"w": jnp.ones((2, 2)), "b": jnp.zeros(1)}, client_tx.init(params))
+      >>> float(fc.extend.metrics.finish(fc.clipping.clip_report(opt_state))["clipped"])
+      1.0
     """
     one, states = jnp.ones((), jnp.float32), clip_states(opt_state)
     report: Metrics = {}
@@ -158,7 +165,8 @@ def bare_state(state: PyTree) -> PyTree:
       state: of any optax transform.
 
     Example:
-      >>> jax.tree.leaves(fc.clipping.bare_state(tx.init(params)))  # [] if the clip has no memory
+      >>> jax.tree.leaves(fc.clipping.bare_state(fc.clipping.clip(1.0).init(params)))
+      []
     """
 
     def is_clip(s: PyTree) -> bool:
@@ -226,7 +234,8 @@ def auto_clip(percent: float | Array = 10.0, window: int = 1000) -> optax.Gradie
       InvalidInput: a number out of its range.
 
     Example:
-      >>> fc.fedavg(loss, optax.chain(fc.clipping.auto_clip(10), optax.sgd(0.1)), keep_opt_state=True)
+      >>> client_tx = optax.chain(fc.clipping.auto_clip(10), optax.sgd(0.1))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, keep_opt_state=True)
 
     Source: Seetharaman et al. (2020), "AutoClip", section 2.
     """
@@ -247,7 +256,8 @@ def z_clip(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> opt
       InvalidInput: a number out of its range.
 
     Example:
-      >>> fc.fedavg(loss, optax.chain(fc.clipping.z_clip(), optax.sgd(0.1)), keep_opt_state=True)
+      >>> client_tx = optax.chain(fc.clipping.z_clip(), optax.sgd(0.1))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, keep_opt_state=True)
 
     Source: Kumar et al. (2025), "ZClip", Algorithm 1.
     """

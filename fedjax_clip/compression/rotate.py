@@ -25,7 +25,9 @@ def hadamard(x: Array) -> Array:
       InvalidInput: another length.
 
     Example:
-      >>> fc.compression.hadamard(fc.compression.hadamard(x))  # x, up to rounding
+      >>> x = jnp.array([1.0, 2.0, 3.0, 4.0])
+      >>> fc.compression.hadamard(fc.compression.hadamard(x)).tolist()
+      [1.0, 2.0, 3.0, 4.0]
     """
     n = len(x)
     if n & (n - 1) or n == 0:

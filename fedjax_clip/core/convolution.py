@@ -138,7 +138,7 @@ def warn_slow_convolutions(function_or_jaxpr: Any, *args: Any, platform: str | N
       Whether it warned.
 
     Example:
-      >>> fc.models.warn_slow_convolutions(jax.grad(loss), params, batch)
+      >>> fc.models.warn_slow_convolutions(lambda params, x: x @ params["w"], params, np.zeros((2, 64)))  # has none
     """
     if (platform or jax.default_backend()) != "cpu":
         return False

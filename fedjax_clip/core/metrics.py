@@ -57,8 +57,8 @@ def higher_is_better(metric: str) -> bool:
       metric: its name, such as ``"eval/examples/loss"``, ``"auroc_worst"``, ``"ece/Cleveland"``.
 
     Example:
-      >>> fc.extend.metrics.higher_is_better("eval/clients/accuracy"), fc.extend.metrics.higher_is_better("eval/examples/rmse_of_mean")
-      (True, False)
+      >>> [fc.extend.metrics.higher_is_better(name) for name in ("eval/clients/accuracy", "eval/examples/rmse_of_mean")]
+      [True, False]
     """
     parts = [set(re.findall("[a-z0-9]+", part.lower())) for part in metric.split("/")]
     return not any(COSTS.fullmatch(word) for part in parts[-2:] for word in part)
@@ -72,7 +72,9 @@ class Mean(NamedTuple):
       weight: sum of weights.
 
     Example:
-      >>> fc.extend.metrics.Mean.of(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))  # total 4, weight 2
+      >>> mean = fc.extend.metrics.Mean.of(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))
+      >>> float(mean.total), float(mean.weight)
+      (4.0, 2.0)
     """
 
     total: Array
@@ -96,7 +98,7 @@ class Histogram(NamedTuple):
       counts: float32 ``[512]``.
 
     Example:
-      >>> fc.extend.metrics.Histogram.of(norm).quantile(0.5)
+      >>> histogram = fc.extend.metrics.Histogram.of(jnp.float32(2.0))
     """
 
     counts: Array
@@ -123,7 +125,8 @@ def add(x: PyTree, y: PyTree) -> PyTree:
       x, y: reports of the same structure.
 
     Example:
-      >>> fc.extend.metrics.add({"steps": 1.0}, {"steps": 2.0})  # {"steps": 3.0}
+      >>> float(fc.extend.metrics.add({"steps": 1.0}, {"steps": 2.0})["steps"])
+      3.0
     """
     return jax.tree.map(jnp.add, x, y)
 
@@ -135,7 +138,8 @@ def finish(report: PyTree) -> PyTree:
       report: a dict of sums and ``Mean``s.
 
     Example:
-      >>> fc.extend.metrics.finish({"loss": fc.extend.metrics.Mean(jnp.float32(4), jnp.float32(2))})  # {"loss": 2.0}
+      >>> float(fc.extend.metrics.finish({"loss": fc.extend.metrics.Mean(jnp.float32(4), jnp.float32(2))})["loss"])
+      2.0
     """
 
     def ratio(x: Any) -> Any:
@@ -171,6 +175,7 @@ def prefixed(prefix: str, metrics: Metrics) -> Metrics:
       metrics: by name.
 
     Example:
-      >>> fc.extend.metrics.prefixed("eval", {"loss": 0.5})  # {"eval/loss": 0.5}
+      >>> fc.extend.metrics.prefixed("eval", {"loss": 0.5})
+      {'eval/loss': 0.5}
     """
     return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -232,7 +232,7 @@ def plot(
       InvalidInput: matplotlib is not installed, labels that are not integers ...
 
     Example:
-      >>> figure = fc.data.partition.plot(fc.data.partition.dirichlet({"y": np.arange(100) % 10}, num_clients=5, alpha=0.1))
+      >>> fc.data.partition.plot(data).savefig("partition.png")
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
     try:

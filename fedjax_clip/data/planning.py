@@ -166,6 +166,7 @@ def plan_rounds(
       A ``Cohort`` of NumPy arrays ``[D, R, C, ...]`` and ``[D, R, T, B, ...]``, each round padded to the largest.
 
     Example:
+      >>> sampler = fc.data.sampling.uniform(8)
       >>> ids = [sampler.sample(data.sizes, 0, r) for r in range(5)]
       >>> cohorts = fc.extend.plan_rounds(data, ids, fc.extend.LocalWork(20), seed=0, first_round=0)
     """

@@ -133,7 +133,8 @@ def budget(speeds: Speeds, seconds: float, most: int) -> Callable[[np.ndarray, i
       InvalidInput: no time, or no steps.
 
     Example:
-      >>> fc.data.speeds.budget(fc.data.speeds.measured(np.array([0.5, 3.0, 20.0])), seconds=10, most=15)(np.arange(3), 0).tolist()
+      >>> speeds = fc.data.speeds.measured(np.array([0.5, 3.0, 20.0]))
+      >>> fc.data.speeds.budget(speeds, seconds=10, most=15)(np.arange(3), 0).tolist()
       [15, 3, 1]
 
     Source: the variable numbers of local steps of Wang et al. (2020), "Tackling the Objective Inconsistency Problem".
@@ -165,7 +166,8 @@ def batch_budget(speeds: Speeds, seconds: float, most: int) -> BatchSizes:
       InvalidInput: no time, or no examples.
 
     Example:
-      >>> fc.data.speeds.batch_budget(fc.data.speeds.measured(np.array([0.5, 3.0, 80.0])), seconds=1, most=20).of(np.arange(3), 0).tolist()
+      >>> speeds = fc.data.speeds.measured(np.array([0.5, 3.0, 80.0]))
+      >>> fc.data.speeds.batch_budget(speeds, seconds=1, most=20).of(np.arange(3), 0).tolist()
       [20, 6, 1]
     """
     checks.kind("speeds", speeds, Speeds, "speeds such as fc.data.speeds.lognormal()")

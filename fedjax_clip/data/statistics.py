@@ -31,7 +31,9 @@ def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> 
 
     Example:
       >>> data = fc.FederatedData.from_clients({"ann": {"x": np.array([1.0, 2.0])}, "bob": {"x": np.array([5.0])}})
-      >>> count, total = fc.data.statistics.federated_sums(data, lambda examples: (len(examples["x"]), examples["x"].sum()))
+      >>> def client_fn(examples):
+      ...   return len(examples["x"]), examples["x"].sum()
+      >>> count, total = fc.data.statistics.federated_sums(data, client_fn)
       >>> int(count), float(total)
       (3, 8.0)
     """
@@ -140,7 +142,8 @@ def label_counts(data: FederatedData, num_classes: int, label: str = "y") -> np.
       InvalidInput: other labels than that.
 
     Example:
-      >>> fc.data.statistics.label_counts(fc.FederatedData({"y": np.array([0, 1, 1, 1])}, np.array([0, 3, 4])), num_classes=2).tolist()
+      >>> data = fc.FederatedData({"y": np.array([0, 1, 1, 1])}, np.array([0, 3, 4]))
+      >>> fc.data.statistics.label_counts(data, num_classes=2).tolist()
       [1, 3]
     """
     check_labels(data, num_classes, label)

@@ -37,8 +37,9 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
         marks than commas or a column twice.
 
     Example:
-      >>> _ = Path("/tmp/table.csv").write_text("age,sex\\n63,male\\n,female\\n")
-      >>> fc.data.tables.read_csv("/tmp/table.csv")["age"].tolist()
+      >>> from pathlib import Path
+      >>> _ = Path("table.csv").write_text("age,sex\\n63,male\\n,female\\n")
+      >>> fc.data.tables.read_csv("table.csv")["age"].tolist()
       [63.0, nan]
     """
     path = files.expanded(path)
@@ -124,7 +125,8 @@ def encode(
       InvalidInput: a column that does not exist, or of words among the numeric ones; see ``column``.
 
     Example:
-      >>> fc.data.tables.encode({"age": np.array([63.0, 50.0]), "sex": np.array(["m", ""])}, ["age"], {"sex": ["f", "m"]})[1]
+      >>> columns = {"age": np.array([63.0, 50.0]), "sex": np.array(["m", ""])}
+      >>> fc.data.tables.encode(columns, ["age"], {"sex": ["f", "m"]})[1]
       ['age', 'sex=f', 'sex=m', 'sex=missing']
     """
     columns, names = [], []
@@ -196,7 +198,8 @@ def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
       InvalidInput: a column that does not exist.
 
     Example:
-      >>> x, names = fc.data.tables.within({"age": np.array([90.0, np.nan]), "sex": np.array(["f", "x"])}, {"age": (0, 120)})
+      >>> columns = {"age": np.array([90.0, np.nan]), "sex": np.array(["f", "x"])}
+      >>> x, names = fc.data.tables.within(columns, {"age": (0, 120)})
       >>> names, x.tolist()
       (['age', 'age=missing'], [[0.5, 0.0], [0.0, 1.0]])
     """

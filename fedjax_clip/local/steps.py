@@ -84,7 +84,6 @@ def local_update(
 
     Example:
       >>> client_fn = fc.extend.local_update(per_example_loss, optax.sgd(0.1))
-      >>> fc.extend.exchange(client_fn, uplink, reducer, server.params, server.uplink, cohort, key)
 
     Source: McMahan et al. (2017), Algorithm 1, ClientUpdate.
     """

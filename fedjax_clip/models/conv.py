@@ -12,7 +12,8 @@ Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 Conv.__doc__ = """``flax.linen.Conv``, parameter for parameter, that stays fast in a loop on a CPU and under ``vmap``.
 
 Example:
-  >>> x = nn.relu(Conv(32, (3, 3))(x))
+  >>> layer = fc.models.Conv(32, (3, 3))
+  >>> variables = layer.init(key, np.zeros((1, 8, 8, 1)))
 """
 
 

@@ -82,8 +82,9 @@ def epsilon(
         algorithm of which nothing is known.
 
     Example:
-      >>> fc.privacy.epsilon(1.0, fc.data.sampling.poisson(50), num_clients=10_000, rounds=1000, delta=1e-5)  # doctest: +SKIP
-      0.8640
+      >>> sampler = fc.data.sampling.poisson(50)
+      >>> round(fc.privacy.epsilon(1.0, sampler, num_clients=10_000, rounds=1000, delta=1e-5), 2)
+      0.86
 
     Source: Abadi et al. (2016); Mironov, Talwar and Zhang (2019); Wang, Balle and Kasiviswanathan (2019) for
     sampling without replacement; Meiser and Mohammadi (2018), Koskela et al. (2020) for privacy loss distributions;

@@ -195,7 +195,7 @@ def majority(present: Any, threshold: int) -> Any:
       threshold: of an expected cohort.
 
     Example:
-      >>> fc.reduce.majority(12, threshold=6)
+      >>> int(fc.reduce.majority(12, threshold=6))
       7
     """
     lib = np if isinstance(present, int) else jnp

@@ -31,7 +31,7 @@ class Task:
     Example:
       >>> task = fc.tasks.digits()
       >>> algorithm = fc.fedavg(task.per_example_loss, optax.sgd(0.1))
-      >>> fc.train(algorithm, task.data, task.init(jax.random.key(0)), rounds=100)
+      >>> result = fc.train(algorithm, task.data, task.init(key), rounds=5)
     """
 
     data: FederatedData

@@ -31,7 +31,7 @@ class Checkpoints:
       InvalidInput: a directory that cannot be written; a checkpoint that is damaged or of another run.
 
     Example:
-      >>> fc.train(algorithm, data, params, rounds=100, checkpoints=fc.extend.Checkpoints("runs/mine"))
+      >>> result = fc.train(algorithm, data, params, rounds=10, checkpoints=fc.extend.Checkpoints("runs/mine"))
     """
 
     def __init__(self, directory: files.PathLike, keep: int = 2, mode: int = 0o777):

@@ -42,8 +42,9 @@ def client_evaluator(
       ``(params, clients [M, ...]) -> {"examples/loss": ..., "examples/accuracy": ..., ...}``.
 
     Example:
-      >>> evaluate = fc.extend.client_evaluator(algorithm, per_example_loss, train, {"examples": held_out})
-      >>> fc.train(algorithm, train, params, rounds=100, evaluate_clients=evaluate)
+      >>> algorithm = fc.partially_private(per_example_loss, client_tx, private="^b")
+      >>> evaluate = fc.extend.client_evaluator(algorithm, per_example_loss, data, {"examples": held_out})
+      >>> result = fc.train(algorithm, data, params, rounds=10, evaluate_clients=evaluate)
     """
     values_of = _values_of(per_example_loss, sets, batch_size, algorithm, population)
 

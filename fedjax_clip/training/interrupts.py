@@ -18,8 +18,9 @@ def held_back(wanted: bool) -> Iterator[Callable[[], bool]]:
 
     Example:
       >>> with held_back(True) as interrupted:
-      ...   while not interrupted():
-      ...     state = step(state)
+      ...   for round in range(3):
+      ...     if interrupted():
+      ...       break
     """
     came = False
 

@@ -52,7 +52,9 @@ class Result(NamedTuple):
       history: a row a round, see ``fc.train``.
 
     Example:
-      >>> fc.train(algorithm, data, params, rounds=100).history[-1]["loss"]
+      >>> result = fc.train(algorithm, data, params, rounds=20)
+      >>> result.history[-1]["round"], bool(result.history[-1]["loss"] < result.history[0]["loss"])
+      (20.0, True)
     """
 
     params: Params
@@ -375,8 +377,10 @@ def evaluator(
       InvalidInput: sets that are not populations by name; a loss of the wrong shape.
 
     Example:
-      >>> evaluate = fc.evaluator(per_example_loss, {"examples": held_out_examples, "clients": held_out_clients})
-      >>> fc.train(algorithm, train, params, rounds=100, evaluate=evaluate)
+      >>> evaluate = fc.evaluator(per_example_loss, {"examples": held_out, "clients": held_out_clients})
+      >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10, evaluate=evaluate)
+      >>> result.history[-1]["eval/clients/accuracy"] > 0.8
+      True
     """
 
     check_sets("sets", sets)

@@ -65,8 +65,13 @@ def pmap_rounds(
       states are donated: do not use them again.
 
     Example:
-      >>> step = fc.extend.placement.pmap_rounds(algorithm, jax.local_devices())
-      >>> server, client_states, metrics = step(server, cohorts, jax.random.key(0), 1)
+      >>> devices = jax.local_devices()[:1]
+      >>> step = fc.extend.placement.pmap_rounds(algorithm, devices)
+      >>> server = fc.extend.placement.replicate(algorithm.init(params), devices)
+      >>> ids = [np.array([3, 1, 4])]
+      >>> cohorts = fc.extend.plan_rounds(data, ids, fc.extend.LocalWork(20), seed=0, first_round=0)
+      >>> cohorts = fc.extend.placement.split(cohorts, devices)
+      >>> server, client_states, metrics = step(server, cohorts, key, 1)
     """
     return _rounds(algorithm.round, tuple(devices))
 
@@ -200,7 +205,7 @@ def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
       devices: D local devices.
 
     Example:
-      >>> cohorts = fc.extend.placement.split(cohorts, jax.local_devices())
+      >>> cohorts = fc.extend.placement.split(cohort, jax.local_devices()[:1])
     """
     return jax.device_put(tree, _sharding(tuple(devices)))
 
@@ -218,6 +223,7 @@ def first_replica(tree: PyTree) -> PyTree:
       tree: arrays ``[D, ...]`` with a slice on each device.
 
     Example:
+      >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
       >>> params = fc.extend.placement.first_replica(server.params)
     """
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), tree)

@@ -158,7 +158,7 @@ def sweep(
       >>> def build(hyper):
       ...   client_tx = optax.chain(fc.clipping.clip_by_global_norm(hyper["clip"]), optax.sgd(hyper["lr"]))
       ...   return fc.fedavg(per_example_loss, client_tx)
-      >>> trials = fc.sweep(build, points, data, params, per_example_loss, {"examples": held_out}, rounds=100)
+      >>> trials = fc.sweep(build, points, data, params, per_example_loss, {"examples": held_out}, rounds=5)
 
     Source of the halving: Jamieson and Talwalkar (2016), "Non-stochastic Best Arm Identification and Hyperparameter
     Optimization", Algorithm 1.

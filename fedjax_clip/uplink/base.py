@@ -36,7 +36,8 @@ class Context(NamedTuple):
         as zeros: ``|S| / N``, or the share of the population's weight; ``None`` where the cohort does not tell N.
 
     Example:
-      >>> noise = jax.random.normal(ctx.key, update.shape)  # in an encode: of this client, link and round
+      >>> def encode(update, state, client_state, ctx):  # a key of this client, link and round
+      ...   return update + jax.random.normal(ctx.key, update.shape), client_state, {}
     """
 
     key: Array

@@ -211,8 +211,8 @@ def by_group(link: Uplink, groups: Mapping[str, Sequence[int]]) -> Uplink:
       InvalidInput: (when a round is traced) a link that does not report whether it clipped.
 
     Example:
-      >>> small = np.flatnonzero(data.sizes < 20)
-      >>> link = fc.uplink.by_group(fc.uplink.clip_by_global_norm(1.0), {"small": small, "large": np.flatnonzero(data.sizes >= 20)})
+      >>> groups = {"small": np.flatnonzero(data.sizes < 20), "large": np.flatnonzero(data.sizes >= 20)}
+      >>> link = fc.uplink.by_group(fc.uplink.clip_by_global_norm(1.0), groups)
     """
     checks.kind("link", link, Uplink, "an fc.uplink.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
     checks.kind("groups", groups, Mapping, 'clients\' numbers by group, such as {"few": [0, 3]}')

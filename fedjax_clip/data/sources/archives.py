@@ -36,8 +36,8 @@ def npz(path: PathLike, by: str | None = None) -> dict[str, Any] | FederatedData
       InvalidInput: a file that is missing, damaged, empty, pickled or inconsistent.
 
     Example:
-      >>> fc.data.sources.save_npz(fc.data.sources.digits(), "/tmp/digits.npz")
-      >>> fc.data.sources.npz("/tmp/digits.npz").num_clients
+      >>> fc.data.sources.save_npz(fc.data.sources.digits(), "digits.npz")
+      >>> fc.data.sources.npz("digits.npz").num_clients
       14
     """
     path = files.expanded(path)
