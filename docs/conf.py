@@ -66,3 +66,19 @@ html_title = "fedjax_clip"
 html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "use_download_button": False}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def setup(app):
+    """Says of a tutorial that ran with little work that it did, and leads from the site's root to its first page."""
+    note = '<p class="admonition note">This page was built with fewer rounds and smaller models than its text says: \
+the outputs show the form, not the figures. <code>make docs FULL=1</code> builds it whole.</p>'
+
+    def say(app, pagename, templatename, context, doctree):
+        if pagename.startswith("colab/") and "FULL" not in os.environ:
+            context["body"] = note + context["body"]
+
+    def lead(app, exception):
+        (pathlib.Path(app.outdir) / "index.html").write_text('<meta http-equiv="refresh" content="0; url=docs/index.html">')
+
+    app.connect("html-page-context", say)
+    app.connect("build-finished", lead)
