@@ -132,3 +132,14 @@ def test_the_readme_names_files_that_exist():
     ):
         if not target.startswith("http"):
             assert (REPOSITORY / target).exists(), target
+
+
+def test_the_surface_is_small_and_nothing_in_it_hides_a_module():
+    assert len(fc.__all__) <= 34
+    for path in MODULES:
+        parts = path.relative_to(REPOSITORY).with_suffix("").parts
+        if parts[-1] == "__init__" or not path.read_text():
+            continue
+        module = importlib.import_module(".".join(parts))
+        parent = importlib.import_module(".".join(parts[:-1]))
+        assert getattr(parent, parts[-1], module) is module, f"{'.'.join(parts)} is hidden by a thing of its name"

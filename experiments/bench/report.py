@@ -43,8 +43,8 @@ def report(standings: Sequence[tuple[Track, Sequence[Standing]]], quick: bool) -
 
 HOW = [
     "**How.** On a track each rule has the same number of trials, each of which is a point of its own knobs: half of "
-    "them are spread over the knobs' ranges, half around the best of those (`experiments/bench/tuning.py`). FedAvg spends "
-    "all of them on its rate. The best trial is measured on other runs: on other seeds, and for `digits` and "
+    "them are spread over the knobs' ranges, half around the best of those (`experiments/bench/tuning.py`). FedAvg "
+    "spends all of them on its rate. The best trial is measured on other runs: on other seeds, and for `digits` and "
     "`fashion_mnist` on clients or pictures that no trial has seen.",
     "",
     "**Scores** are means over the measuring runs, geometric means of errors. Brackets are 95% intervals. A run has "

@@ -2,7 +2,7 @@
 
 from fedjax_clip.compression.base import Code, Compressor, entropy, from_bytes, nbytes, roundtrip, to_bytes
 from fedjax_clip.compression.coding import Coding
-from fedjax_clip.compression.prune import prune
+from fedjax_clip.compression.pruning import prune
 from fedjax_clip.compression.quantise import floats, kmeans, qsgd, sign, terngrad, uniform
 from fedjax_clip.compression.rotate import eden, hadamard, random_signs, rotated
 from fedjax_clip.compression.sparse import random_k, threshold, top_k

@@ -2,9 +2,9 @@
 
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.privacy.accounting import epsilon, epsilons, noise_multiplier, rounds
-from fedjax_clip.privacy.audit import Audit, audit
-from fedjax_clip.privacy.distributed import distributed
+from fedjax_clip.privacy.auditing import Audit, audit
 from fedjax_clip.privacy.gaussians import split, together
+from fedjax_clip.privacy.noise_shares import distributed
 from fedjax_clip.privacy.participation import Separated, sensitivities, sensitivity
 from fedjax_clip.privacy.records import record_epsilons, record_noise_multiplier
 

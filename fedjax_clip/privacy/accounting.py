@@ -18,9 +18,9 @@ from fedjax_clip.uplink.promises import Noise
 
 try:
     from fedjax_clip.privacy import renyi
-    from fedjax_clip.privacy.distributed import distributed
     from fedjax_clip.privacy.exposure import exposure, spent
     from fedjax_clip.privacy.gaussians import together
+    from fedjax_clip.privacy.noise_shares import distributed
     from fedjax_clip.privacy.participation import Separated
 except ImportError:
     raise InvalidInput("Privacy accounting needs dp-accounting: pip install 'fedjax_clip[privacy]'.") from None

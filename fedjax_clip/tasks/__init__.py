@@ -1,7 +1,7 @@
 """Tasks: data, a model, a loss and its metrics, ready to train."""
 
 from fedjax_clip.tasks.base import Task, binary_classifier, classifier, penalised, refuse_fitted, regressor
-from fedjax_clip.tasks.classification import classification, digits, npz, tfds
+from fedjax_clip.tasks.generic import classification, digits, npz, tfds
 from fedjax_clip.tasks.language import (
     next_character,
     shakespeare_lora,

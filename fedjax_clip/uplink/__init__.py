@@ -3,10 +3,10 @@
 from fedjax_clip.uplink import mechanism
 from fedjax_clip.uplink.base import Context, Uplink, at_client, chain, identity, on_parts
 from fedjax_clip.uplink.clip import by_group, clip_by_global_norm, quantile_clip, zeroing
-from fedjax_clip.uplink.compress import compress, count_sketch, error_feedback, power_sgd
+from fedjax_clip.uplink.compressed import compress, count_sketch, error_feedback, power_sgd
 from fedjax_clip.uplink.extrapolate import fedexp
 from fedjax_clip.uplink.grid import Grid, discrete_gaussian, integer_grid, skellam
-from fedjax_clip.uplink.memory import memory, relative_to_last, with_bias
+from fedjax_clip.uplink.memories import memory, relative_to_last, with_bias
 from fedjax_clip.uplink.noise import gaussian, local_gaussian
 from fedjax_clip.uplink.promises import Noise, Promises, Wire
 from fedjax_clip.uplink.scale import preconditioned

@@ -13,8 +13,8 @@ from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.privacy import scores
 from fedjax_clip.privacy.accounting import epsilon as epsilon_of
 from fedjax_clip.privacy.canaries import HUGE, Build, Stage, Trial
-from fedjax_clip.privacy.distributed import distributed
 from fedjax_clip.privacy.gaussians import together
+from fedjax_clip.privacy.noise_shares import distributed
 from fedjax_clip.privacy.participation import Separated
 from fedjax_clip.uplink.mechanism import Mechanism
 from fedjax_clip.uplink.promises import Noise
