@@ -34,8 +34,9 @@ def examples():
             if ">>> " in (docstring := inspect.getdoc(value) or ""):
                 yield pytest.param(docstring, own, id=of)
     for page in sorted(DOCS.rglob("*.md")):
-        if ">>> " in (text := page.read_text()):
-            yield pytest.param(re.sub("^ *```.*", "", text, flags=re.MULTILINE), {}, id=f"docs/{page.relative_to(DOCS)}")
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        if any(">>> " in block for block in blocks):
+            yield pytest.param("\n".join(blocks), {}, id=f"docs/{page.relative_to(DOCS)}")
 
 
 @pytest.fixture(scope="module")
