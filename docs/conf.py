@@ -17,7 +17,6 @@ copyright = "the authors of fedjax_clip, Apache-2.0"
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -32,7 +31,7 @@ exclude_patterns = [".*", "build", "dist", "runs", "node_modules", "**/.ipynb_ch
 # Markdown
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
-suppress_warnings = ["myst.header"]  # benchmark reports begin below a first heading
+suppress_warnings = ["ref.python"]  # a type that two modules have, as fc.extend.Client and fc.secure.Client
 
 # Notebooks: an error or a warning of a cell is one of the build.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -50,7 +49,6 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-autosummary_generate = False
 
 # References to JAX and optax, where their inventories can be had. Without a network the names stay plain.
 intersphinx_mapping = {}

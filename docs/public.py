@@ -4,8 +4,10 @@ Public is what ``fc.__all__`` names, what the modules among that name in theirs,
 its shortest name.
 """
 
+import ast
 import functools
 import inspect
+import sys
 import types
 from collections import deque
 from typing import Any
@@ -56,3 +58,14 @@ def methods(thing: type) -> dict[str, Any]:
 def described(thing: Any) -> bool:
     """Whether a thing has a docstring of its own: a function, a class, or a partial that was given one."""
     return inspect.isfunction(thing) or inspect.isclass(thing) or isinstance(thing, functools.partial)
+
+
+def value(name: str) -> str:
+    """What a constant or a type alias is set to, as the library's source has it."""
+    last = name.rpartition(".")[2]
+    for module in [m for path, m in sys.modules.items() if path.startswith("fedjax_clip.")]:
+        for node in ast.parse(inspect.getsource(module)).body if getattr(module, last, None) is not None else ():
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            if any(isinstance(target, ast.Name) and target.id == last for target in targets):
+                return ast.unparse(node.value)
+    return "..."

@@ -46,17 +46,32 @@ def page(path: str, module: types.ModuleType) -> str:
     where = path.replace("fc", "fedjax_clip", 1)
     names = {name: thing for name, thing in public.names().items() if name.rpartition(".")[0] == path}
     lines = [path, "=" * len(path), "", f".. automodule:: {where}", "   :no-members:", ""]
-    if names:
-        lines += [".. autosummary::", "", *(f"   {name.rpartition('.')[2]}" for name in names), ""]
+    lines += [".. list-table::", "   :widths: 25 75", "", *_row("name", "is")] if names else []
     for name, thing in names.items():
-        target = f"{where}.{name.rpartition('.')[2]}"
-        if inspect.isclass(thing):
-            lines += [f".. autoexception:: {target}(message)" if issubclass(thing, Exception) else f".. autoclass:: {target}"]
-            lines += [f"   :members: {', '.join(members)}"] if (members := public.methods(thing)) else []
-        else:
-            lines += [f".. auto{'function' if callable(thing) else 'data'}:: {target}"]
-        lines += [""]
+        first = (inspect.getdoc(thing) or "").split("\n\n")[0] if public.described(thing) else "a type or a constant"
+        lines += _row(f":py:obj:`{_last(name)} <{where}.{_last(name)}>`", " ".join(first.split()))
+    for name, thing in names.items():
+        lines += ["", *_entry(f"{where}.{_last(name)}", thing)]
     return "\n".join(lines)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _row(*cells: str) -> list[str]:
+    return [f"   {'*' if i == 0 else ' '} - {cell}" for i, cell in enumerate(cells)]
+
+
+def _entry(target: str, thing: Any) -> list[str]:
+    """What autodoc makes of one name."""
+    if not public.described(thing):
+        return [f".. py:data:: {target}", f"   :value: {public.value(_last(target))}"]
+    if not inspect.isclass(thing):
+        return [f".. autofunction:: {target}"]
+    members = ", ".join(public.methods(thing))
+    head = f".. autoexception:: {target}(message)" if issubclass(thing, Exception) else f".. autoclass:: {target}"
+    return [head, f"   :members: {members}"] if members else [head]
 
 
 def write_pages(app: Any) -> None:

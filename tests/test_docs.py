@@ -93,6 +93,19 @@ def test_sections_are_those_of_the_style():
     assert wanting == []
 
 
+def test_arguments_are_listed_as_the_style_has_them():
+    """``name: text`` or ``name, other: text``, of arguments that there are; what goes on is indented."""
+    wanting = []
+    for name, thing in NAMES.items():
+        section = re.search(r"^Args:\n((?:  .*\n|\n)*)", (inspect.getdoc(thing) or "") + "\n", re.MULTILINE)
+        for line in re.findall(r"^  (\S.*)", section.group(1) if section else "", re.MULTILINE):
+            listed = re.match(r"((?:\*{0,2}\w+(?:, )?)+): ", line)
+            takes = inspect.signature(thing).parameters
+            if not listed or not {n.strip("*") for n in listed.group(1).split(", ")} <= set(takes):
+                wanting.append(f"{name}: {line}")
+    assert wanting == []
+
+
 def test_names_in_the_documentation_exist():
     """``fc.train`` in a page, a notebook or a docstring is a name of the library."""
     texts = {path: path.read_text() for path in [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "colab").glob("*.py")]}

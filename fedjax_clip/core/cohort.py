@@ -88,12 +88,12 @@ class Cohort:
 
         Example:
           >>> one = jax.tree.map(lambda x: x[0], cohort).differentiable()
-      >>> def loss_after_a_round(lr):
-      ...   algorithm = fc.fedavg(per_example_loss, optax.sgd(lr))
-      ...   server, _, _ = algorithm.round(algorithm.init(params), one, key)
-      ...   return per_example_loss(server.params, held_out.examples, None)[0].mean()
-      >>> bool(jax.grad(loss_after_a_round)(0.1) < 0)  # a larger rate would be better
-      True
+          >>> def loss_after_a_round(lr):
+          ...   algorithm = fc.fedavg(per_example_loss, optax.sgd(lr))
+          ...   server, _, _ = algorithm.round(algorithm.init(params), one, key)
+          ...   return per_example_loss(server.params, held_out.examples, None)[0].mean()
+          >>> bool(jax.grad(loss_after_a_round)(0.1) < 0)  # a larger rate would be better
+          True
         """
         return dataclasses.replace(self, most_steps=int(np.max(self.num_steps, initial=0)))
 

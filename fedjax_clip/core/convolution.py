@@ -65,8 +65,9 @@ def conv_general_dilated(
     Args:
       lhs: inputs ``[B, *spatial, I]``.
       rhs: kernel ``[*window, I, O]``.
-      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
-        precision, preferred_element_type: as ``jax.lax.conv_general_dilated`` takes them.
+      window_strides, padding, lhs_dilation, rhs_dilation: as ``jax.lax.conv_general_dilated`` takes them.
+      dimension_numbers, feature_group_count, batch_group_count: as ``jax.lax.conv_general_dilated`` takes them.
+      precision, preferred_element_type: as ``jax.lax.conv_general_dilated`` takes them.
       lowering: ``"auto"``: the fast form on a CPU, XLA's convolution elsewhere; ``"canonical"`` or ``"xla"``: one of
         them on every platform, to compare.
 

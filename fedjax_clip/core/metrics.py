@@ -135,7 +135,7 @@ def finish(report: PyTree) -> PyTree:
     """Turns each ``Mean`` into its ratio (NaN where nothing was counted) and leaves plain sums as they are.
 
     Args:
-      report: a dict of sums and ``Mean``s.
+      report: a dict of sums and ``Mean`` pairs.
 
     Example:
       >>> float(fc.extend.metrics.finish({"loss": fc.extend.metrics.Mean(jnp.float32(4), jnp.float32(2))})["loss"])

@@ -43,17 +43,17 @@ def epsilon(
 
     What one round is depends on who takes part:
 
-      ``poisson``      a Gaussian mechanism on a Poisson sample of rate cohort / clients (add or remove a client)
-      ``uniform``      a sample of fixed size without replacement (replace a client: the sum moves by 2 C, so its noise
-                       multiplier is z / 2); if all clients take part, one Gaussian mechanism (remove a client)
-      ``round_robin``  no sampling, no amplification: each client takes part in at most
-                       ``ceil(rounds cohort / clients)`` rounds (remove a client)
-      ``Separated``    as ``round_robin``, with the rounds that it allows
-      ``truncated_poisson``  a Poisson sample of which some are left out (a client's messages are there, or zero)
-      ``cyclic_poisson``  a Poisson sample of a group: a client meets one in ``groups`` rounds
-      ``balls_in_bins``, ``b_min_sep``  the whole run at once, by draws of its privacy loss from a fixed seed: with
-                       probability 1 - 1e-7 epsilon is no larger. Where too many draws would be needed (delta under
-                       about 1e-6), no more is claimed than without sampling
+    - ``poisson``: a Gaussian mechanism on a Poisson sample of rate cohort / clients (add or remove a client)
+    - ``uniform``: a sample of fixed size without replacement (replace a client: the sum moves by 2 C, so its noise
+      multiplier is z / 2); if all clients take part, one Gaussian mechanism (remove a client)
+    - ``round_robin``: no sampling, no amplification: each client takes part in at most
+      ``ceil(rounds cohort / clients)`` rounds (remove a client)
+    - ``Separated``: as ``round_robin``, with the rounds that it allows
+    - ``truncated_poisson``: a Poisson sample of which some are left out (a client's messages are there, or zero)
+    - ``cyclic_poisson``: a Poisson sample of a group: a client meets one in ``groups`` rounds
+    - ``balls_in_bins``, ``b_min_sep``: the whole run at once, by draws of its privacy loss from a fixed seed: with
+      probability 1 - 1e-7 epsilon is no larger. Where too many draws would be needed (delta under about 1e-6), no more
+      is claimed than without sampling
 
     Sampling never costs: each bound is at most that of the same rounds with the same clients in each.
 

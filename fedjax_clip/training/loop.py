@@ -117,7 +117,7 @@ def train(
         ``fc.data.speeds.batch_budget(...)``.
       local_epochs: passes of a client over its examples in a round.
       local_steps: local steps a round, in place of ``local_epochs``; each client's own by
-      ``fc.data.speeds.budget(...)``.
+        ``fc.data.speeds.budget(...)``.
       shuffle: whether a client shuffles its examples in each pass.
       seed: of everything random, but for what a ``secret`` is for.
       evaluate: ``params -> {name: value}``, called every ``eval_every`` rounds and after the last; its values
