@@ -76,7 +76,8 @@ the outputs show the form, not the figures. <code>make docs FULL=1</code> builds
             context["body"] = note + context["body"]
 
     def lead(app, exception):
-        (pathlib.Path(app.outdir) / "index.html").write_text('<meta http-equiv="refresh" content="0; url=docs/index.html">')
+        page = '<meta http-equiv="refresh" content="0; url=docs/index.html">'
+        (pathlib.Path(app.outdir) / "index.html").write_text(page)
 
     app.connect("html-page-context", say)
     app.connect("build-finished", lead)

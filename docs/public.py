@@ -1,7 +1,7 @@
 """What is public: the names that the API reference shows, and whose examples the tests run.
 
-Public is what ``fc.__all__`` names, what the modules among that name in theirs, and so on. Each thing counts once, under
-its shortest name.
+Public is what ``fc.__all__`` names, what the modules among that name in theirs, and so on. Each thing counts once,
+under its shortest name.
 """
 
 import ast
@@ -29,7 +29,7 @@ def modules() -> dict[str, types.ModuleType]:
 
 @functools.cache
 def names() -> dict[str, Any]:
-    """``{"fc.train": ..., "fc.uplink.gaussian": ...}``: everything public but modules, once, under its shortest name."""
+    """``{"fc.train": ..., "fc.uplink.gaussian": ...}``: all that is public but modules, by its shortest name."""
     found: dict[str, Any] = {}
     taken: set[int] = set()
     for path, module in modules().items():

@@ -142,6 +142,9 @@ def sign_flip(clients: Clients) -> Uplink:
     Args:
       clients: numbers of the bad ones.
 
+    Example:
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.sign_flip([0, 1]))
+
     Source: Karimireddy, He and Jaggi (2022), who call it bit flipping.
     """
     return scaling(clients, -1.0)
@@ -153,6 +156,9 @@ def scaling(clients: Clients, factor: float | Array = 10.0) -> Uplink:
     Args:
       clients: numbers of the bad ones.
       factor: n / (lr m) replaces the model by that of m bad ones of n, whatever the others send.
+
+    Example:
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.scaling([0], factor=10.0))
 
     Source: Bagdasaryan et al. (2020), equation 3.
     """
@@ -166,6 +172,9 @@ def noise(clients: Clients, std: float | Array = 1.0) -> Uplink:
     Args:
       clients: numbers of the bad ones.
       std: positive, in the units of the parameters.
+
+    Example:
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.noise([0, 1], std=10.0))
 
     Source: Blanchard et al. (2017), section 6, the Gaussian attack (with a standard deviation of 200 for gradients).
     """
@@ -186,6 +195,9 @@ def constant(clients: Clients, norm: float | Array = 1e18) -> Uplink:
     Args:
       clients: numbers of the bad ones.
       norm: of the message.
+
+    Example:
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.constant([0], norm=1e6))
     """
 
     def change(update, key):
@@ -231,6 +243,10 @@ def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> 
       z: by default the largest that hides among the honest: the normal distribution's ``(n - f - s) / (n - f)``
         quantile, ``s = floor(n / 2 + 1) - f``, for n clients in the round, f of them bad.
 
+    Example:
+      >>> reducer = fc.attacks.alie(fc.reduce.trimmed_mean(2), clients=[0, 1])
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, reducer=reducer)
+
     Source: Baruch, Baruch and Goldberg (2019), "A Little Is Enough", Algorithm 3 (its defence: a coordinate's middle).
     """
 
@@ -256,6 +272,10 @@ def ipm(reducer: Reducer, clients: Clients, epsilon: float | Array = 0.1) -> Red
       clients: numbers of the bad ones.
       epsilon: small ones hide near zero, large ones turn a mean of n around (over ``(n - f) / f``).
 
+    Example:
+      >>> reducer = fc.attacks.ipm(fc.reduce.krum(2), clients=[0, 1], epsilon=0.5)
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, reducer=reducer)
+
     Source: Xie, Koyejo and Gupta (2020), "Fall of Empires"; Karimireddy, He and Jaggi (2022) for 0.1.
     """
 
@@ -280,6 +300,10 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
 
     Raises:
       InvalidInput: a target that is no client's number, or bad itself.
+
+    Example:
+      >>> reducer = fc.attacks.mimic(fc.reduce.median(), clients=[0, 1], target=5)
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, reducer=reducer)
 
     Source: Karimireddy, He and Jaggi (2022), section 4.2, with the target given (their search for one is a warm-up).
     """

@@ -1,7 +1,8 @@
 """The documentation: every public name is described, every example runs, every name that a page uses exists."""
 
+import ast
 import doctest
-import importlib
+import importlib.util
 import inspect
 import pathlib
 import pkgutil
@@ -36,7 +37,22 @@ def examples():
     for page in sorted(DOCS.rglob("*.md")):
         blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
         if any(">>> " in block for block in blocks):
-            yield pytest.param("\n".join(blocks), {}, id=f"docs/{page.relative_to(DOCS)}")
+            yield pytest.param("\n".join(map(prompted, blocks)), {}, id=f"docs/{page.relative_to(DOCS)}")
+
+
+def prompted(block):
+    """A program as examples, a statement each; nothing if it is for a framework that is not installed."""
+    if ">>> " in block:
+        return block
+    tree, lines, examples = ast.parse(block), block.splitlines(), []
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+        if any(importlib.util.find_spec(name.split(".")[0]) is None for name in filter(None, names)):
+            return ""
+    for node in tree.body:
+        first = min(node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", ())), node.lineno)
+        examples += [(">>> " if n == first else "... ") + lines[n - 1] for n in range(first, node.end_lineno + 1)]
+    return "\n".join(examples) + "\n"
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,10 @@ class Parts(NamedTuple):
     Attributes:
       client_tx, server_tx, reducer, gradient: as ``fc.fedavg``.
       uplink: what a client's whole message passes; ``fc.uplink.on_parts`` where it has several parts.
+
+    Example:
+      >>> fc.extend.Parts(client_tx, optax.sgd(1.0), fc.uplink.identity(), fc.reduce.weighted_mean()).population
+      0
     """
 
     client_tx: ClientTx
@@ -82,7 +86,16 @@ def on_update(uplink: Uplink | None, beside: Uplink | None = None) -> Uplink:
 
 
 def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] = lambda params: ()) -> Server:
-    """The server before round 0, with copies of the parameters (a round donates its server's buffers)."""
+    """The server before round 0, with copies of the parameters (a round donates its server's buffers).
+
+    Args:
+      params: initial parameters.
+      parts: of the algorithm.
+      own: ``params -> what the algorithm itself keeps``; nothing by default.
+
+    Example:
+      >>> server = fc.extend.init_server(params, algorithm.parts)
+    """
     params = tree.as_arrays(params)
     opt_state = optimiser.init(parts.server_tx, params)
     opt_state, link, own_state = tree.as_arrays((opt_state, parts.uplink.init(params), own(params)))
@@ -90,7 +103,21 @@ def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] = 
 
 
 def step_server(server: Server, parts: Parts, update: PyTree, uplink_state: PyTree, own: PyTree = ()) -> Server:
-    """One step of the server's optimiser along ``-update``, the pseudo-gradient (Reddi et al. 2021, Algorithm 1)."""
+    """One step of the server's optimiser along ``-update``, the pseudo-gradient.
+
+    Args:
+      server: before the round.
+      parts: of the algorithm.
+      update: what the reducer and the uplink made of the clients' updates.
+      uplink_state: the uplink's state at the server, after the round.
+      own: what the algorithm itself keeps at the server, after the round.
+
+    Example:
+      >>> update = jax.tree.map(jnp.ones_like, server.params)  # what the reducer made of the clients' messages
+      >>> server = fc.extend.step_server(server, algorithm.parts, update, server.uplink)
+      >>> float(server.params["b"][0]), int(server.round)
+      (1.0, 1)
+    """
     gradient = jax.tree.map(lambda u, x: -u.astype(tree.common_type(u, x)), update, server.params)
     updates, opt_state = optimiser.update(parts.server_tx, gradient, server.opt_state, server.params)
     return Server(tree.apply_updates(server.params, updates), opt_state, uplink_state, server.round + 1, own)

@@ -21,6 +21,11 @@ class Lora(NamedTuple):
       merge: of these parameters, ``-> params`` of the base model's structure.
       per_example_loss: ``(these parameters, batch, key)``, the given loss at what ``merge`` makes of them.
       frozen: which of them stay as they are, for ``fc.partially_frozen``.
+
+    Example:
+      >>> tuned = fc.lora(per_example_loss, params, rank=4, pattern="w")
+      >>> sorted(tuned.init(key)), tuned.frozen
+      (['adapters', 'base'], '^base/')
     """
 
     init: Callable[[Array], PyTree]

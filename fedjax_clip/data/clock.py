@@ -30,6 +30,9 @@ class World(NamedTuple):
       num_steps: ``ids[K] -> full local steps [K]``.
       seed: of speeds and dropouts; and of cohorts, unless there is a secret one.
       secret: what cohorts are drawn from in place of the seed.
+
+    Example:
+      >>> world = fc.data.clock.World(np.array([10, 30]), lambda ids: np.array([1, 3])[ids], seed=0)
     """
 
     sizes: np.ndarray
@@ -49,6 +52,10 @@ class Turn(NamedTuple):
       ids: ``[K]`` clients whose updates the server receives.
       staleness: ``[K]`` rounds since each was sent its parameters; ``None``: nobody is stale.
       metrics: what the round's row says of it.
+
+    Example:
+      >>> fc.data.clock.Turn(np.array([3, 1]), None, {"simulated_seconds": 2.0}).ids.tolist()
+      [3, 1]
     """
 
     ids: np.ndarray
@@ -63,6 +70,11 @@ class Clock(NamedTuple):
       init: the state before round 0.
       turn: ``(world, state, round) -> (turn, state)``, a pure function, called for one round after the other.
       replacement: whether one client may stand twice in a cohort (then clients cannot keep a state).
+
+    Example:
+      >>> def turn(world, state, round):  # everybody, and a round takes a second
+      ...   return fc.data.clock.Turn(np.arange(len(world.sizes)), None, {"simulated_seconds": 1.0 + round}), state
+      >>> result = fc.train(algorithm, data, params, rounds=1, sampler=fc.data.clock.Clock(None, turn))
     """
 
     init: Any
@@ -229,6 +241,12 @@ class Timeline:
     Args:
       sampler: a ``Sampler``, or a ``Clock``.
       world: what they know of the run.
+
+    Example:
+      >>> world = fc.data.clock.World(np.ones(3), np.ones_like, seed=0)
+      >>> timeline = fc.data.clock.Timeline(fc.data.sampling.round_robin(2), world)
+      >>> timeline[1].ids.tolist()
+      [2, 0]
     """
 
     def __init__(self, sampler: Sampler | Clock, world: World):

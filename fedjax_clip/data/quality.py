@@ -46,6 +46,12 @@ def winsorise(tail: float = 0.01, columns: Columns = slice(None), field: str = "
     Raises:
       InvalidInput: a tail out of range, no such field.
 
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.float32([[1], [2], [3], [900]])}})
+      >>> (cut,) = fc.data.quality.prepare([table], fc.data.quality.winsorise(tail=0.25))
+      >>> cut.examples["x"].max() < 900
+      np.True_
+
     Source: Tukey (1962), "The Future of Data Analysis".
     """
     checks.within("tail", tail, 0, np.nextafter(0.5, 0))
@@ -67,6 +73,12 @@ def impute(field: str = "x") -> Step:
 
     Raises:
       InvalidInput: a column without a value at any client.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.float32([[1], [3], [np.nan]])}})
+      >>> (filled,) = fc.data.quality.prepare([table], fc.data.quality.impute())
+      >>> filled.examples["x"].tolist()  # the column, and whether it was missing
+      [[1.0, 0.0], [3.0, 0.0], [2.0, 1.0]]
 
     Source: Little and Rubin, "Statistical Analysis with Missing Data", on means and indicators, and their limits.
     """
@@ -97,6 +109,12 @@ def standardise(columns: Columns = slice(None), field: str = "x") -> Step:
     Args:
       columns: of ``field``, ``[N, d]``.
       field: floats, NaN being a missing value, which stays.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.float32([[1], [3]])}})
+      >>> (scaled,) = fc.data.quality.prepare([table], fc.data.quality.standardise())
+      >>> scaled.examples["x"].tolist()
+      [[-1.0], [1.0]]
     """
 
     def fit(data):
@@ -194,6 +212,9 @@ def flip_labels(
       label: the field of classes ``0 .. K - 1``.
       clients: whose labels, everyone's by default.
       seed: of the draws.
+
+    Example:
+      >>> noisy = fc.data.quality.flip_labels(data, rate=0.2, num_classes=10, clients=[0, 1, 2])
     """
     labels = check_labels(data, num_classes, label)
     if num_classes < 2:
@@ -214,6 +235,12 @@ def drop_values(
       field: floats ``[N, d]``.
       clients: whose values, everyone's by default.
       seed: of the draws.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.ones((100, 2), np.float32)}})
+      >>> gaps = fc.data.quality.drop_values(table, rate=0.1)
+      >>> 0 < np.isnan(gaps.examples["x"]).mean() < 0.2
+      np.True_
     """
     return _spoil(data, rate, field, clients, seed, 3, lambda x: np.nan)
 
@@ -229,6 +256,11 @@ def add_outliers(
     """Each value is multiplied by ``scale`` with probability ``rate``, as by a wrong unit, for experiments.
 
     Arguments as for ``drop_values``; see ``winsorise``.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.ones((100, 2), np.float32)}})
+      >>> fc.data.quality.add_outliers(table, rate=0.1).examples["x"].max()
+      np.float32(100.0)
     """
     checks.number("scale", scale)
     return _spoil(data, rate, field, clients, seed, 4, lambda x: scale * x)

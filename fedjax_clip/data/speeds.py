@@ -18,6 +18,10 @@ class BatchSizes(NamedTuple):
     Attributes:
       of: ``(ids[K], seed) -> batch sizes [K]``, from 1 to ``most``.
       most: the largest one, whose shape all batches have.
+
+    Example:
+      >>> sizes = fc.data.speeds.BatchSizes(lambda ids, seed: 1 + ids % 20, most=20)
+      >>> result = fc.train(algorithm, data, params, rounds=1, cohort_size=5, batch_size=sizes)
     """
 
     of: Callable[[np.ndarray, int], np.ndarray]
@@ -30,6 +34,9 @@ class Speeds(NamedTuple):
     Attributes:
       seconds: ``(ids[K], seed) -> (seconds a local step [K], seconds a message [K])``. A message is all that a client
         does in a round besides its steps: it is sent the parameters and sends its update.
+
+    Example:
+      >>> alike = fc.data.speeds.Speeds(lambda ids, seed: (np.ones(len(ids)), np.zeros(len(ids))))
     """
 
     seconds: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]

@@ -55,7 +55,11 @@ def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> 
 
 
 class Moments(NamedTuple):
-    """Of each column: how many values there are, their mean and their standard deviation (0 and 0 of nothing)."""
+    """Of each column: how many values there are, their mean and their standard deviation (0 and 0 of nothing).
+
+    Example:
+      >>> moments = fc.data.statistics.Moments(np.array([10]), np.array([0.5]), np.array([0.1]))
+    """
 
     present: np.ndarray
     mean: np.ndarray
@@ -160,6 +164,10 @@ def check_field(data: FederatedData, field: str) -> np.ndarray:
 
     Raises:
       InvalidInput: no such field.
+
+    Example:
+      >>> fc.data.statistics.check_field(data, "y").dtype
+      dtype('int32')
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
     checks.kind("A field", field, str, "the name of one")
@@ -178,6 +186,10 @@ def check_labels(data: FederatedData, num_classes: int, label: str) -> np.ndarra
 
     Raises:
       InvalidInput: other labels than that; it names the client that holds them.
+
+    Example:
+      >>> len(fc.data.statistics.check_labels(data, 10, "y")) == data.num_examples
+      True
     """
     labels, num_classes = check_field(data, label), checks.count("num_classes", num_classes)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":

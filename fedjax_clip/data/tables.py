@@ -103,6 +103,10 @@ def package_file(package: str, path: str) -> Path:
 
     Raises:
       InvalidInput: the package is not installed.
+
+    Example:
+      >>> fc.data.tables.package_file("numpy", "__init__.py").name
+      '__init__.py'
     """
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
@@ -258,6 +262,10 @@ def column(table: Table, name: str) -> np.ndarray:
 
     Raises:
       InvalidInput: no such column, and the sentence names the nearest; an infinite number, or beyond float32.
+
+    Example:
+      >>> fc.data.tables.column({"age": np.array([63.0, 50.0])}, "age").tolist()
+      [63.0, 50.0]
     """
     values = named(table, name)
     if values.dtype.kind == "f" and (beyond := np.flatnonzero(np.abs(values) > _MOST)).size:
@@ -277,6 +285,10 @@ def named(table: Table, name: str) -> np.ndarray:
 
     Raises:
       InvalidInput: no such column, and the sentence names the nearest.
+
+    Example:
+      >>> fc.data.tables.named({"sex": np.array(["f", "m"])}, "sex").tolist()
+      ['f', 'm']
     """
     if name not in table:
         near = difflib.get_close_matches(name, table, 3, 0.5) or list(table)[:8]

@@ -31,7 +31,11 @@ def local_steps(
     """One optimiser step for each of the client's batches, from ``params``: what every algorithm's client does.
 
     Args:
+      per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``.
       client_tx: any optax optimiser; ``anchor=params`` is among its extra arguments.
+      params: what the client was sent.
+      client: its batches.
+      key: of this client and round; each step folds its number in.
       adjust: ``(gradient, y, step) -> direction``, between the gradient and the optimiser.
       gradient: ``batch_gradient``, or ``per_example_gradient(...)``.
       opt_state: the optimiser's state to begin with; a fresh one by default.
@@ -39,6 +43,11 @@ def local_steps(
 
     Returns:
       ``(y, opt_state, mean raw gradient or (), report)``.
+
+    Example:
+      >>> def client_fn(params, client, key):  # a client of FedAvg
+      ...   y, _, _, report = fc.extend.local_steps(per_example_loss, optax.sgd(0.1), params, client, key)
+      ...   return jax.tree.map(jnp.subtract, y, params), client.state.own, report
     """
     client_tx = optax.with_extra_args_support(client_tx)
     opt_state = optimiser.init(client_tx, params) if opt_state is None else opt_state
@@ -104,6 +113,17 @@ def full_gradient(
     """The gradient of the mean loss over all of a client's batches, at ``params``.
 
     Batches only bound the memory: their gradients add up exactly, so the batch size does not matter.
+
+    Args:
+      per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``.
+      params: where the gradient is taken.
+      client: its batches.
+      key: of this client and round; each batch folds its number in.
+
+    Example:
+      >>> def client_fn(params, client, key):  # a client of distributed gradient descent
+      ...   gradient, report = fc.local.full_gradient(per_example_loss, params, client, key)
+      ...   return jax.tree.map(jnp.negative, gradient), client.state.own, report
     """
 
     check_parameters(params)

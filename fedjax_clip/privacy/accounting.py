@@ -110,6 +110,12 @@ def epsilons(
     """``[rounds]``: epsilon after 1, 2, ... rounds. Arguments as for ``epsilon``.
 
     The last is ``epsilon``'s. Of many rounds, distributions are made for some, and others have the next one's bound.
+
+    Example:
+      >>> sampler = fc.data.sampling.round_robin(50)
+      >>> spent = fc.privacy.epsilons(1.0, sampler, num_clients=1000, rounds=40, delta=1e-5)
+      >>> bool(spent[19] < spent[20])  # in round 21 clients take part for the second time
+      True
     """
     rounds = checks.count("rounds", rounds, 0)
     return _epsilons(noise_multiplier, sampler, num_clients, rounds, delta, accountant, mechanism, params, every=True)
@@ -189,6 +195,11 @@ def noise_multiplier(
 
     Raises:
       InvalidInput: a target that no noise up to 10,000 reaches, or none that a grid has room for; as ``epsilon``.
+
+    Example:
+      >>> sampler = fc.data.sampling.round_robin(50)
+      >>> round(fc.privacy.noise_multiplier(2.0, sampler, num_clients=1000, rounds=20, delta=1e-5), 2)
+      2.0
     """
     checks.positive("target_epsilon", target_epsilon)
     num_clients, rounds = checks.count("num_clients", num_clients), checks.count("rounds", rounds, 0)
@@ -250,6 +261,11 @@ def rounds(
     """How many rounds ``target_epsilon`` allows, ``most`` at most; 0 if not even one.
 
     The other arguments are as for ``epsilon``.
+
+    Example:
+      >>> sampler = fc.data.sampling.round_robin(50)
+      >>> fc.privacy.rounds(2.0, 3.0, sampler, num_clients=1000, delta=1e-5)
+      40
     """
 
     def fits(count: int) -> bool:

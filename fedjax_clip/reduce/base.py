@@ -96,6 +96,10 @@ def fixed_mean(denominator: float | Array) -> Reducer:
     Raises:
       InvalidInput: n that is not positive.
 
+    Example:
+      >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.3), fc.uplink.gaussian(1.0))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, uplink=uplink, reducer=fc.reduce.fixed_mean(50))
+
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", the estimator f~_f.
     """
     checks.positive("fixed_mean: denominator", denominator)

@@ -123,6 +123,11 @@ def unmask(seen: Transcript, threshold: int) -> np.ndarray:
 
     Raises:
       InvalidInput: fewer shares of some client's secret.
+
+    Example:
+      >>> total, transcript = fc.secure.aggregate(np.ones((5, 3), np.uint32), threshold=4)
+      >>> fc.secure.unmask(transcript, threshold=4).tolist()
+      [5, 5, 5]
     """
     total = functools.reduce(np.add, seen.masked.values())
     partners: dict[int, list[int]] = {v: [] for v in seen.keys}

@@ -26,6 +26,11 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> list[int]:
       threshold: t, so that the polynomial has degree t - 1.
       points: distinct and positive, at which it is evaluated.
 
+    Example:
+      >>> shares = fc.secure.split(b"a secret of exactly 32 bytes ...", threshold=2, points=[1, 2, 3])
+      >>> fc.secure.join({1: shares[0], 3: shares[2]})
+      b'a secret of exactly 32 bytes ...'
+
     Source: Shamir (1979), "How to Share a Secret".
     """
     coefficients = [int.from_bytes(secret), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
@@ -41,6 +46,11 @@ def join(shares: Mapping[int, int]) -> bytes:
 
     Args:
       shares: ``{point: share}``.
+
+    Example:
+      >>> shares = fc.secure.split(b"a secret of exactly 32 bytes ...", threshold=2, points=[1, 2, 3])
+      >>> fc.secure.join({2: shares[1], 3: shares[2]})
+      b'a secret of exactly 32 bytes ...'
     """
     total = 0
     for x, share in shares.items():
@@ -65,6 +75,13 @@ def agree(own: X25519PrivateKey, other: bytes) -> bytes:
     Raises:
       InvalidInput: bytes that are no public key.
 
+    Example:
+      >>> from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+      >>> ann, bob = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+      >>> secret = fc.secure.agree(ann, bob.public_key().public_bytes_raw())
+      >>> secret == fc.secure.agree(bob, ann.public_key().public_bytes_raw())
+      True
+
     Source: Langley, Hamburg and Turner (2016), RFC 7748, section 7, on keys that are to be derived from.
     """
     try:
@@ -81,6 +98,11 @@ def expand(seed: bytes, like: np.ndarray) -> np.ndarray:
     Args:
       seed: 32 bytes, used for nothing else.
       like: whose shape and type it has, in this machine's order of bytes.
+
+    Example:
+      >>> mask = fc.secure.expand(bytes(32), np.zeros(4, np.uint32))
+      >>> mask.shape, mask.dtype
+      ((4,), dtype('uint32'))
     """
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(like.nbytes))
     return np.frombuffer(stream, like.dtype.newbyteorder("=")).reshape(like.shape)

@@ -81,6 +81,13 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
 
     So training the same algorithm again compiles nothing, and one that is gone leaves no program behind. ``make`` gets
     a weak reference that can be called: what it makes must not keep the function alive.
+
+    Example:
+      >>> @fc.extend.placement.remembered
+      ... def compiled(function):
+      ...   return jax.jit(lambda x: function()(x))
+      >>> compiled(jnp.sin) is compiled(jnp.sin)
+      True
     """
     kept: weakref.WeakKeyDictionary[Callable[..., Any], dict] = weakref.WeakKeyDictionary()
 
@@ -145,6 +152,10 @@ def pmap_alone(
       devices: D local devices.
       num_mapped, num_shared: how many arguments of each kind there are.
       donate: number of the argument that is donated.
+
+    Example:
+      >>> devices = jax.local_devices()[:1]
+      >>> doubled = fc.extend.placement.pmap_alone(lambda x, factor: factor * x, devices, 1, 1, donate=0)
     """
     return _on_each(function, tuple(devices), num_mapped, num_shared, (donate,))
 

@@ -35,6 +35,10 @@ class Trial(NamedTuple):
       seed: its seed.
       fold: which of the folds; 0 if there are none.
       metrics: its last row, as ``fc.train`` would give it: ``round``, the algorithm's metrics, ``eval/...``.
+
+    Example:
+      >>> fc.sweeping.Trial(point=3, seed=0, fold=0, metrics={"eval/examples/loss": 0.5}).point
+      3
     """
 
     point: int
@@ -58,7 +62,11 @@ def grid(**values: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Range(NamedTuple):
-    """Where ``random`` draws from: uniformly between two numbers, or with a uniform logarithm."""
+    """Where ``random`` draws from: uniformly between two numbers, or with a uniform logarithm.
+
+    Example:
+      >>> points = fc.sweeping.random(20, lr=fc.sweeping.Range(0.01, 1.0, log=True))
+    """
 
     low: float
     high: float
@@ -241,6 +249,11 @@ def values(trials: Iterable[Trial], metric: str) -> dict[int, list[float]]:
 
     Raises:
       InvalidInput: a metric that the trials do not have.
+
+    Example:
+      >>> trials = [fc.sweeping.Trial(0, seed, 0, {"round": 9.0, "loss": 0.5 + seed}) for seed in (0, 1)]
+      >>> fc.sweeping.values(trials, "loss")
+      {0: [0.5, 1.5]}
     """
     found: dict[int, list[Trial]] = {}
     for trial in trials:
@@ -257,6 +270,11 @@ def rank(trials: Sequence[Trial], metric: str) -> list[int]:
     Args:
       trials: what ``sweep`` returned.
       metric: what to compare by; see ``fc.extend.metrics.higher_is_better``.
+
+    Example:
+      >>> trials = [fc.sweeping.Trial(point, 0, 0, {"round": 9.0, "loss": 1.0 - point}) for point in (0, 1)]
+      >>> fc.sweeping.rank(trials, "loss")
+      [1, 0]
     """
     means = {point: float(np.mean(x)) for point, x in values(trials, metric).items()}
     last = {trial.point: trial.metrics["round"] for trial in sorted(trials, key=_order)}
