@@ -27,13 +27,13 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "peers"))
-import fedjax_clip.dispatch
 import tasks
 from workers.fedjax_clip import loss, to_model
 from workers.jax_model import per_example_loss
 
 import fedjax_clip as fc
 from fedjax_clip.data.planning import wasted_steps
+from fedjax_clip.training import planner
 
 
 def alternating(sides: dict[str, Callable[[], float]], laps: int) -> dict[str, float]:
@@ -240,9 +240,9 @@ def population(arguments: argparse.Namespace) -> None:
             examples = {"x": x, "y": (np.arange(20 * clients) % 10).astype(np.int32)}
             data = fc.FederatedData(examples, np.arange(0, 20 * clients + 1, 20))
             sides[f"{clients:,} clients"] = sampled(data)
-        resident, fedjax_clip.dispatch.RESIDENT_BYTES = fedjax_clip.dispatch.RESIDENT_BYTES, 0
+        resident, planner.RESIDENT_BYTES = planner.RESIDENT_BYTES, 0
         seconds = alternating(sides, arguments.laps)
-        fedjax_clip.dispatch.RESIDENT_BYTES = resident
+        planner.RESIDENT_BYTES = resident
     print_table("population  ", seconds)
 
 

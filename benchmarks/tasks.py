@@ -17,8 +17,8 @@ import numpy as np
 from absl import app, flags
 
 import fedjax_clip as fc
-from experiments import run
 from experiments.config import binary, privacy, registry, spec
+from experiments.config import problem as flagged
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("seeds", 3, "How many.")
@@ -50,22 +50,19 @@ def final_scores() -> dict[str, list[float]]:
     for seed in range(FLAGS.seeds):
         if task is None or FLAGS.splits:
             task = problem(seed if FLAGS.splits else None)
-            cohort = run.cohort_size(task)
+            cohort = flagged.cohort_size(task)
             uplink = privacy.chain(FLAGS.uplink, None)
-            algorithm, work = run.build_algorithm(task, uplink, cohort, task.data.num_clients)
-            sampler = spec.one(FLAGS.sampler, registry.samplers(cohort), "--sampler", registry.SPEEDS)
-            judge = fc.extend.client_evaluator(
-                algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise
-            )
+            algorithm = flagged.build_algorithm(task, uplink, cohort)
+            sampler = flagged.sampler(cohort)
+            judge = flagged.evaluator(task, algorithm, task.evaluation)
         result = fc.train(
             algorithm,
             task.data,
             jax.tree.map(np.asarray, task.init(jax.random.key(seed))),
             rounds=FLAGS.rounds,
             sampler=sampler,
-            batch_size=run.batch_size(),
             seed=seed,
-            **work,
+            **flagged.local_work(),
         )
         clipped = np.mean([row.get("clipped_steps", 0.0) for row in result.history])
         for name, value in {**judge(result.params, result.state.clients), "clipped_steps": clipped}.items():

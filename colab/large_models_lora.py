@@ -135,7 +135,7 @@ def megabytes(tree):
 
 
 tuned, begin = adapted(rank=4)
-of_adapters = fc.partially_frozen(lambda loss: clipped_adam(loss, 0.01), tuned.per_example_loss, tuned.frozen)
+of_adapters = fc.partially_frozen(clipped_adam(tuned.per_example_loss, 0.01), tuned.frozen)
 
 ranks = [1, 2, 4, 8]
 sizes = [megabytes(adapted(rank)[1]["adapters"]) for rank in ranks]

@@ -12,7 +12,6 @@ epsilon the implementation is BROKEN, and the exit code is 1; under it nothing w
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,9 +19,8 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import run
 from experiments.bench import audited, mutants
-from experiments.config import binary, privacy, registry, spec
+from experiments.config import binary, outside, problem, registry, spec
 from fedjax_clip import tasks
 from fedjax_clip.core import checks, files
 from fedjax_clip.core.keys import seeded
@@ -40,52 +38,30 @@ CAUGHT = 28  # of the planted faults, at least
 
 def main() -> None:
     """Audits what the flags say."""
-    run.check_numbers()
+    problem.check_numbers()
     checks.count("--audit_rounds", FLAGS.audit_rounds, most=1000)
     binary.configure_jax(1)
+    outside.load()
     if FLAGS.mutants is not None:
         sys.exit(0 if audit_mutants(FLAGS.mutants) else 1)
-    task = spec.one(FLAGS.task, registry.TASKS, "--task")
-    size, num_clients = run.cohort_size(task), task.data.num_clients
-    sampler = spec.one(FLAGS.sampler, registry.samplers(size), "--sampler", registry.SPEEDS)
-    uplink, _ = privacy.build_uplink(
-        *(FLAGS.uplink, FLAGS.target_epsilon, FLAGS.delta, FLAGS.rounds, sampler, num_clients),
-        lambda uplink: run.on_grid(uplink, task),
-    )
+    asked = problem.read()
+    reducer = in_program(problem.build_reducer(asked.uplink, asked.cohort_size))
     delta = DELTA if FLAGS.delta is None else FLAGS.delta
     found = fc.privacy.audit(
-        builder(task, uplink, size),
-        sampler,
-        num_clients=num_clients,
+        problem.builder(asked.task, asked.uplink, reducer),
+        asked.sampler,
+        num_clients=asked.task.data.num_clients,
         delta=delta,
         rounds=min(FLAGS.rounds, FLAGS.audit_rounds),
         noise_multiplier=local_noise(),
         published=bounds_that_move(),
-        params=shrunk(task),
+        params=shrunk(asked.task),
         replays=FLAGS.replays,
         confidence=FLAGS.confidence,
         seed=FLAGS.seed,
     )
     print(summary(found))
     sys.exit(1 if found.broken else 0)
-
-
-def builder(task: tasks.Task, uplink: fc.uplink.Uplink, cohort_size: int) -> Callable[..., fc.extend.Algorithm]:
-    """What the flags make of a loss and two optimisers."""
-    make, _ = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm", registry.BUDGETS)
-    parts: dict[str, Any] = {"uplink": uplink, "reducer": in_program(run.build_reducer(uplink, cohort_size))}
-    parts["num_clients"] = task.data.num_clients
-
-    def build(loss: Any, client_tx: Any, server_tx: Any, **options: Any) -> fc.extend.Algorithm:
-        def whole(loss: Any) -> fc.extend.Algorithm:
-            algorithm = make(loss, client_tx, server_tx, **(parts | options))
-            if not FLAGS.downlink:
-                return algorithm
-            return spec.one(FLAGS.downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS)(algorithm)
-
-        return whole(loss) if task.frozen is None else fc.partially_frozen(whole, loss, task.frozen)
-
-    return build
 
 
 def in_program(reducer: fc.reduce.Reducer | None) -> fc.reduce.Reducer | None:

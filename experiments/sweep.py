@@ -13,6 +13,7 @@ as --flagfile. Stopped in any way, the same command goes on with the trainings t
 import dataclasses
 import json
 import math
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -25,8 +26,7 @@ import tqdm
 from absl import flags
 
 import fedjax_clip as fc
-from experiments import run
-from experiments.config import binary, privacy, registry, rundir, spec, terminal
+from experiments.config import binary, outside, privacy, problem, registry, rundir, spec, terminal
 from fedjax_clip import tasks
 from fedjax_clip.core import checks, files
 from fedjax_clip.core.keys import seeded
@@ -52,7 +52,10 @@ flags.DEFINE_integer("points_per_chunk", None, "Points that a device trains at o
 
 MOST_POINTS = 10_000
 SWEPT = ("algorithm", "client", "server", "uplink", "downlink")
-PROBLEM = ("task", *SWEPT, "reducer", "sampler", "cohort_size", "batch_size", "compute_dtype", "rounds", "seed")
+PROBLEM = (
+    *("task", *SWEPT, "local_epochs", "local_steps", "batch_size", "reducer", "sampler", "cohort_size"),
+    *("compute_dtype", "rounds", "seed"),
+)
 IDENTITY = (*PROBLEM, "points", "seeds", "folds", "fold_over", "halving", "metric")
 UNUSED = (
     *("eval_every", "checkpoint_every", "rounds_per_dispatch", "clients_per_chunk"),
@@ -101,47 +104,44 @@ SPACINGS: Mapping[str, Callable[..., Any]] = {"linear": linear, "log": log}
 
 def main() -> None:
     """Runs what the flags say."""
-    for name in UNUSED:
-        if FLAGS[name].present:
-            raise InvalidInput(f"--{name} says nothing to a sweep: leave it out.")
-    run.check_numbers()
+    problem.check_numbers()
     check_numbers()
     points = read_points()
     binary.configure_jax(FLAGS.devices)
+    outside.load()
     task = spec.one(FLAGS.task, registry.TASKS, "--task")
     first = {name: float(values[0]) for name, values in points.items()}
     seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
     folds = getattr(fc.data.folds, FLAGS.fold_over)(task.data, FLAGS.folds) if FLAGS.folds else []
     smallest = min((fold.split(task.data)[0] for fold in folds), key=lambda d: d.num_clients, default=task.data)
-    cohort_size = run.cohort_size(dataclasses.replace(task, data=smallest))
-    if cohort_size != (whole := run.cohort_size(task)):
+    cohort_size = problem.cohort_size(dataclasses.replace(task, data=smallest))
+    if cohort_size != (whole := problem.cohort_size(task)):
         print(
             f"The smallest fold trains {cohort_size} clients: cohorts are of {cohort_size}, not {whole}.",
             file=sys.stderr,
         )
-    sampler = spec.one(FLAGS.sampler, registry.samplers(cohort_size), "--sampler", registry.SPEEDS)
+    sampler = problem.sampler(cohort_size)
     if not isinstance(sampler, fc.data.sampling.Sampler):
         raise InvalidInput(f"--sampler={FLAGS.sampler} is a clock, and a sweep has none: leave it to experiments.run.")
 
-    def built(hyper: Mapping[str, Any], num_clients: Any) -> tuple[fc.extend.Algorithm, dict[str, Any]]:
+    def build(hyper: Mapping[str, Any]) -> fc.extend.Algorithm:
         uplink = privacy.chain(FLAGS.uplink, None, hyper)
-        return run.build_algorithm(task, uplink, cohort_size, num_clients, hyper)
+        return problem.build_algorithm(task, uplink, cohort_size, hyper)
 
-    work = built(first, task.data.num_clients)[1]
+    build(first)  # says at once what is wrong with the flags
     metric = chosen_metric(task)
     config = {name: FLAGS[name].value for name in IDENTITY} | {"cohort_size": cohort_size}
+    if modules := outside.modules():
+        config["import"] = ",".join(modules)
     directory = SweepDirectory(FLAGS.workdir or f"{rundir.default_path(config)}-sweep", config)
 
-    def build(hyper: Mapping[str, Any]) -> fc.extend.Algorithm:
-        return built(hyper, hyper["num_clients"])[0]
-
-    devices = run.local_devices()
+    devices = problem.local_devices()
     stops, kept = sweeping.rungs(FLAGS.rounds, len(points[next(iter(points))]), FLAGS.halving)
     lanes = len(seeds) * max(1, len(folds))
     todo = sum(n * (b - a) for n, a, b in zip(kept, [0, *stops], stops)) * lanes
-    about = terminal.describe(task, cohort_size, run.initial(task, 0), devices)
+    about = terminal.describe(task, cohort_size, problem.initial(task, 0), devices)
     print(f"{about}, {kept[0] * lanes} trainings", file=sys.stderr)
-    run.say_what_clips_bound()
+    problem.say_what_clips_bound()
     stopping = binary.Stopping()
     with directory:
         done = directory.trials()
@@ -150,7 +150,7 @@ def main() -> None:
             build,
             points,
             task.data,
-            lambda seed: run.initial(task, seed),
+            lambda seed: problem.initial(task, seed),
             task.per_example_loss,
             task.evaluation,
             rounds=FLAGS.rounds,
@@ -159,14 +159,13 @@ def main() -> None:
             halving=FLAGS.halving,
             score=metric,
             sampler=sampler,
-            batch_size=run.batch_size(),
+            **problem.local_work(),
             done=done,
             on_trial=lambda trial: directory.add_trial(trial, points),
             on_rounds=progress,
             should_stop=stopping,
             devices=devices,
             points_per_chunk=FLAGS.points_per_chunk,
-            **work,
         )
         progress.close()
         if trials:
@@ -272,7 +271,7 @@ class SweepDirectory(rundir.RunDirectory):
         rundir.save_picture(self.path / "sweep.png", picture)
         first = sweeping.rank(trials, metric)[0]
         best, score = _point(points, first), _interval(values[first])
-        lines = [f"# python -m experiments.run --flagfile={self.path / 'best.flags'}"]
+        lines = [f"# {command(self.path)}"]
         lines.append(f"# The best of {len(values)} points by {metric}, {score}: {_shown(best)}.")
         for name in PROBLEM:
             value = self.config[name]
@@ -301,7 +300,14 @@ def summary(points: Mapping[str, np.ndarray], trials: list[Trial], metric: str, 
     values, best = sweeping.values(trials, metric), sweeping.rank(trials, metric)
     lines = [f"{metric}  {_interval(values[p]):<28} at  {_shown(_point(points, p))}" for p in best[:3]]
     lines.append(f"run directory  {directory.path}: table.md, sweep.png, results.jsonl")
-    return "\n".join([*lines, f"the best       python -m experiments.run --flagfile={directory.path / 'best.flags'}"])
+    return "\n".join([*lines, f"the best       {command(directory.path)}"])
+
+
+def command(path: pathlib.Path) -> str:
+    """What trains the best point of a sweep's directory; a flag file may not import."""
+    modules = outside.modules()
+    imports = f" --import={','.join(modules)}" if modules else ""
+    return f"python -m experiments.run{imports} --flagfile={path / 'best.flags'}"
 
 
 def _gained(trial: Trial, stops: list[int]) -> int:

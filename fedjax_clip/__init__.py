@@ -6,18 +6,21 @@ from typing import Any
 from fedjax_clip import attacks, clipping, compression, data, extend, local, reduce, uplink
 from fedjax_clip.algorithms import fedopt
 from fedjax_clip.algorithms.broadcast import compressed_broadcast
-from fedjax_clip.algorithms.corrected import feddyn, fednova, mime
 from fedjax_clip.algorithms.episode import episode, episode_plus
 from fedjax_clip.algorithms.fedavg import fedavg, fedsgd
 from fedjax_clip.algorithms.fedbuff import fedbuff
+from fedjax_clip.algorithms.feddyn import feddyn
+from fedjax_clip.algorithms.fednova import fednova
 from fedjax_clip.algorithms.frozen import partially_frozen
 from fedjax_clip.algorithms.lora import lora
+from fedjax_clip.algorithms.mime import mime
 from fedjax_clip.algorithms.private import partially_private
 from fedjax_clip.algorithms.scaffold import scaffold
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.training import sweeping
-from fedjax_clip.training.loop import Result, evaluator, train
+from fedjax_clip.training.evaluation import evaluator
+from fedjax_clip.training.loop import Result, train
 from fedjax_clip.training.sweeping import sweep
 
 __version__ = "0.1.0"

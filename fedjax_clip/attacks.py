@@ -20,7 +20,7 @@ from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import check_field, check_labels
 from fedjax_clip.reduce import Reducer, Stack, restacked
-from fedjax_clip.uplink.base import Uplink, at_server, nothing
+from fedjax_clip.uplink.base import Uplink, stateless
 from fedjax_clip.uplink.promises import Promises
 
 Clients = Sequence[int] | np.ndarray
@@ -128,12 +128,12 @@ def replaced(clients: Clients, change: Callable[[PyTree, Array], PyTree]) -> Upl
     """
     ids = _numbers(clients)
 
-    def encode(update, state, client_state, ctx):
+    def encode(update, ctx):
         bad = jnp.any(ctx.client_id == ids)
         forged = jax.tree.map(lambda new, old: new.astype(old.dtype), change(update, ctx.key), update)
-        return tree.where(bad, forged, update), client_state, {}
+        return tree.where(bad, forged, update), {}
 
-    return Uplink(nothing, nothing, encode, at_server, Promises(population=_population(ids)))
+    return stateless(encode, promises=Promises(population=_population(ids)))
 
 
 def sign_flip(clients: Clients) -> Uplink:

@@ -19,6 +19,22 @@ jax.config.update("jax_num_cpu_devices", DEVICES)
 collect_ignore = [] if DEVICES > 1 else ["laws/devices"]
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--laws-over",
+        metavar="MODULE:NAME",
+        help="Run tests/laws over algorithms, links or clips of your own, joined by commas, in place of the library's.",
+    )
+
+
+def pytest_configure(config):
+    if names := config.getoption("--laws-over"):
+        sys.path.insert(0, os.getcwd())
+        import problems
+
+        problems.only_outside(names)
+
+
 @pytest.fixture(autouse=True)
 def few_mappings():
     """Forgets compiled programs before Linux's limit of 65,530 memory mappings, at which XLA aborts the process."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import importlib
+import inspect
 from collections.abc import Callable
 
 import chex
@@ -142,9 +144,7 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
         uplink=fc.uplink.chain(fc.uplink.clip_by_global_norm(0.2), fc.attacks.noise([4], 0.1)),
         reducer=fc.reduce.bucketing(fc.reduce.norm_bounded(0.1, fc.reduce.geometric_median(3, 1e-3)), 2),
     ),
-    "scaffold, robust": lambda: fc.scaffold(
-        softmax_loss, clipped_sgd, num_clients=len(SIZES), reducer=fc.attacks.ipm(fc.reduce.krum(0), [4])
-    ),
+    "scaffold, robust": lambda: fc.scaffold(softmax_loss, clipped_sgd, reducer=fc.attacks.ipm(fc.reduce.krum(0), [4])),
     "fedsgd, memory": lambda: fc.fedsgd(
         softmax_loss, clipped_sgd, uplink=fc.uplink.memory(fc.clipping.clip_by_global_norm(0.2), 0.7, 0.9)
     ),
@@ -159,19 +159,18 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
     "scaffold, sketched": lambda: fc.scaffold(
         softmax_loss,
         clipped_sgd,
-        num_clients=len(SIZES),
         uplink=fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.count_sketch(3, 4, k=9, momentum=0.9)),
     ),
     "partially_private": lambda: fc.partially_private(
-        softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3), private="^b$", uplink=fc.uplink.quantile_clip(0.3)
+        fc.fedavg(softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3), uplink=fc.uplink.quantile_clip(0.3)), "^b$"
     ),
-    "scaffold": lambda: fc.scaffold(softmax_loss, clipped_sgd, num_clients=len(SIZES)),
-    "episode": lambda: fc.episode(softmax_loss, 0.5, optax.sgd(0.2)),
-    "episode_plus": lambda: fc.episode_plus(softmax_loss, 0.3, optax.sgd(0.2), num_clients=len(SIZES)),
+    "scaffold": lambda: fc.scaffold(softmax_loss, clipped_sgd),
+    "episode": lambda: fc.episode(softmax_loss, optax.sgd(0.2), threshold=0.5),
+    "episode_plus": lambda: fc.episode_plus(softmax_loss, optax.sgd(0.2), threshold=0.3),
     "fednova, few by leaf": lambda: fc.fednova(
         softmax_loss, clipped_sgd, uplink=fc.uplink.compress(fc.compression.random_k(0.4), by_leaf=True)
     ),
-    "feddyn": lambda: fc.feddyn(softmax_loss, clipped_sgd, alpha=0.3, num_clients=len(SIZES)),
+    "feddyn": lambda: fc.feddyn(softmax_loss, clipped_sgd, alpha=0.3),
     "fedbuff": lambda: fc.fedbuff(softmax_loss, clipped_sgd, max_staleness=2),
     "fedbuff, stateful link": lambda: fc.fedbuff(
         softmax_loss,
@@ -184,6 +183,54 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
     "mime": lambda: fc.mime(softmax_loss, clipped_sgd),
     "mime, lite": lambda: fc.mime(softmax_loss, clipped_sgd, lite=True),
 }
+
+
+# Every algorithm of the library with what it needs, as ``make(per_example_loss, client_tx, server_tx=None, **parts)``.
+MAKERS: dict[str, Callable[..., fc.extend.Algorithm]] = {
+    "episode": functools.partial(fc.episode, threshold=0.5),
+    "episode_plus": functools.partial(fc.episode_plus, threshold=0.3),
+    "fedavg": fc.fedavg,
+    "fedbuff": functools.partial(fc.fedbuff, max_staleness=2),
+    "feddyn": functools.partial(fc.feddyn, alpha=0.3),
+    "fednova": fc.fednova,
+    "fedsgd": fc.fedsgd,
+    "mime": fc.mime,
+    "mime, lite": functools.partial(fc.mime, lite=True),
+    "scaffold": fc.scaffold,
+}
+OUTSIDE: set[str] = set()  # entries from outside of the repository, see ``only_outside``
+
+
+def only_outside(names: str) -> None:
+    """Makes the laws run over others' algorithms, links and clips in place of ours: ``"module:name,module:name"``.
+
+    A name is a function ``(per_example_loss, client_tx, server_tx=None, **parts) -> Algorithm``, such as ``fc.fedavg``,
+    or one without arguments that gives a link, or a clip of local steps. What it needs besides belongs into a
+    ``functools.partial``.
+    """
+    ENTRIES.clear()
+    MAKERS.clear()
+    for name in names.split(","):
+        module, _, attribute = name.partition(":")
+        thing = getattr(importlib.import_module(module), attribute)
+        made = thing() if takes_nothing(thing) else None
+        if isinstance(made, Uplink):
+            ENTRIES[name] = functools.partial(fc.fedavg, softmax_loss, clipped_sgd, uplink=made)
+        elif made is not None:
+            ENTRIES[name] = functools.partial(fc.fedavg, softmax_loss, optax.chain(made, optax.sgd(0.2)))
+        else:
+            MAKERS[name] = thing
+            ENTRIES[name] = functools.partial(thing, softmax_loss, clipped_sgd)
+            link = fc.uplink.chain(leaky_error_feedback(0.05), fc.uplink.clip_by_global_norm(0.2))
+            adam = optax.adam(0.03, eps=1e-3)
+            ENTRIES[f"{name}, stateful link"] = functools.partial(thing, softmax_loss, clipped_sgd, adam, uplink=link)
+    OUTSIDE.update(ENTRIES)
+
+
+def takes_nothing(function: Callable) -> bool:
+    """Whether a function can be called without arguments."""
+    parameters = inspect.signature(function).parameters.values()
+    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 @dataclasses.dataclass

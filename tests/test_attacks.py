@@ -1,7 +1,6 @@
 """What bad clients do, by the formulas of the papers, and that honest ones stay as they are."""
 
 import doctest
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -191,7 +190,7 @@ def test_clients_that_there_are_not_are_refused_when_training_begins():
     median, clip, six = reduce.median(), uplink.clip_by_global_norm(1.0), population()
 
     def of_the_weights(loss, client_tx, **parts):
-        return fc.partially_frozen(lambda loss: fc.fedavg(loss, client_tx, **parts), loss, "^b$")
+        return fc.partially_frozen(fc.fedavg(loss, client_tx, **parts), "^b$")
 
     def begin(link=None, reducer=None, make=fc.fedavg):
         algorithm = make(softmax_loss, clipped_sgd, uplink=link, reducer=reducer)
@@ -204,7 +203,7 @@ def test_clients_that_there_are_not_are_refused_when_training_begins():
         ({"reducer": attacks.alie(median, (50, 60))}, 60),
         ({"reducer": reduce.norm_bounded(1.0, attacks.mimic(median, [0], target=77))}, 77),
         ({"reducer": reduce.bucketing(attacks.ipm(reduce.fltrust(8), [0]))}, 8),
-        ({"link": attacks.sign_flip([9]), "make": functools.partial(fc.scaffold, num_clients=6)}, 9),
+        ({"link": attacks.sign_flip([9]), "make": fc.scaffold}, 9),
         ({"link": attacks.sign_flip([8]), "make": of_the_weights}, 8),
     ):
         with pytest.raises(fc.InvalidInput, match=f"names client {number}, .* there are 6, numbered from 0"):

@@ -221,9 +221,7 @@ def right() -> dict[str, Callable[[], Case]]:
         "local noise, compressed": lambda: by_messages(clip(), uplink.local_gaussian(8.0), top_k),
         "records": lambda: by_records(private),
         "records, FedBuff": lambda: by_records(private, make=functools.partial(fc.fedbuff, max_staleness=2)),
-        "records, partially private": lambda: by_records(
-            private, make=functools.partial(fc.partially_private, private="^a$")
-        ),
+        "records, partially private": lambda: by_records(private, make=_private),
         "banded inverse, everyone": lambda: everyone(clip(), gaussian(6.0, mechanism=mechanism.banded_inverse(3))),
         "buffered Toeplitz": lambda: of(clip(), gaussian(3.0, mechanism=mechanism.blt(ROUNDS, 3, 2))),
         "cyclic Poisson": lambda: sampled(clip(), gaussian(1.0), sampler=sampling.cyclic_poisson(4, groups=3)),
@@ -238,9 +236,7 @@ def right() -> dict[str, Callable[[], Case]]:
         "preconditioned": lambda: of(uplink.preconditioned(0.99, eps=1.0), clip(), gaussian(2.0)),
         "FedSGD": lambda: of(clip(), gaussian(2.0), make=fc.fedsgd),
         "FedBuff": lambda: of(clip(), gaussian(2.0), make=functools.partial(fc.fedbuff, max_staleness=2)),
-        "partially private": lambda: of(
-            clip(), gaussian(2.0), make=functools.partial(fc.partially_private, private="^a$")
-        ),
+        "partially private": lambda: of(clip(), gaussian(2.0), make=_private),
         "partially frozen": lambda: of(clip(), gaussian(2.0), make=_frozen),
         "compressed broadcast": lambda: of(clip(), gaussian(2.0), make=_broadcast),
         "kept optimisers": lambda: of(clip(), gaussian(2.0), make=functools.partial(fc.fedavg, keep_opt_state=True)),
@@ -248,7 +244,11 @@ def right() -> dict[str, Callable[[], Case]]:
 
 
 def _frozen(loss: Any, *txs: Any, **options: Any) -> fc.extend.Algorithm:
-    return fc.partially_frozen(lambda loss: fc.fedavg(loss, *txs, **options), loss, "^a$")
+    return fc.partially_frozen(fc.fedavg(loss, *txs, **options), "^a$")
+
+
+def _private(*args: Any, **options: Any) -> fc.extend.Algorithm:
+    return fc.partially_private(fc.fedavg(*args, **options), "^a$")
 
 
 def _broadcast(*args: Any, **options: Any) -> fc.extend.Algorithm:

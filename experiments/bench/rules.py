@@ -84,7 +84,7 @@ def _server(point: Mapping[str, Any]) -> optax.GradientTransformation:
 
 
 def _episode(fresh: int | None) -> Build:
-    return lambda loss, p: fc.episode(loss, p["threshold"], _sgd(p), fresh_batches=fresh)
+    return lambda loss, p: fc.episode(loss, _sgd(p), threshold=p["threshold"], fresh_batches=fresh)
 
 
 def _prox(loss, point):
@@ -175,7 +175,7 @@ RULES: dict[str, Rule] = {
     ),
     "episode_full": Rule(_episode(None), passes=2, note="as episode, with that gradient on all of the round's batches"),
     "episode_plus": Rule(
-        lambda loss, p: fc.episode_plus(loss, p["threshold"], _sgd(p), _server(p)),
+        lambda loss, p: fc.episode_plus(loss, _sgd(p), _server(p), threshold=p["threshold"]),
         SERVER,
         note="as episode, with gradients stored from the clients' last rounds",
     ),

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from experiments.config import outside
 from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput
 
@@ -34,7 +35,7 @@ def run(
       doc: what ``--help`` opens with.
       notes: what ``--help`` closes with.
       operands: whether ``main`` takes what is written besides flags; else that is refused.
-      without: flags that come with an import and that ``main`` refuses; they are not in ``--help``.
+      without: flags that come with a module and that have no effect here: refused, and not in ``--help``.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -50,6 +51,9 @@ def run(
             _fail(_reworded(" ".join(str(error).removeprefix("ERROR:: ").split())))
         if len(rest) > 1 and not operands:
             _fail(f"unexpected argument {rest[1]!r}: flags are written --name=value.")
+        for name in without:
+            if flags.FLAGS[name].present:
+                _fail(f"--{name} has no effect here: leave it out.")
         logging.set_verbosity(logging.FATAL)  # what libraries log of an error, the error says again
         return rest
 
@@ -154,9 +158,12 @@ def configure_jax(cpu_devices: int | None) -> None:
 def _flags_help(without: Collection[str]) -> str:
     """The project's flags in the order of their definition, each with its default."""
     modules = flags.FLAGS.flags_by_module_dict()
-    project = str(flags.FLAGS.find_module_defining_flag("workdir")), sys.argv[0]
+    project = str(flags.FLAGS.find_module_defining_flag("workdir")), outside.__name__, sys.argv[0]
     own = [f for name in dict.fromkeys(project) for f in modules.get(name, []) if f.name not in without]
-    rows = [(f"  --{f.name}" + ("" if f.default is None else f"={f.default}"), f.help or "") for f in own]
+    rows = [
+        (f"  --{f.name}" + ("" if f.default in (None, []) else f"={f.default}"), (f.help or "").split(";\n")[0])
+        for f in own
+    ]
     indent = " " * 23
     return "\n".join(
         textwrap.fill(f"{head:<22} {text}" if len(head) < 23 else f"{head}  {text}", 110, subsequent_indent=indent)
@@ -173,6 +180,8 @@ def _expanded(arguments: Sequence[str], within: tuple[str, ...] = ()) -> Iterato
             if name in within:
                 _fail(f"--flagfile={name} names itself, by way of {' and '.join(within)}.")
             yield from _expanded(_flag_lines(name), (*within, name))
+        elif within and re.match(r"--?import(=|$)", argument):
+            _fail(f"--flagfile={within[-1]} has --import, which runs code: write it on the command line.")
         else:
             yield argument
 

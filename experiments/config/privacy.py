@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,11 +134,12 @@ def publishable(text: str) -> Callable[[str], bool]:
     """
     names, thresholds = {"round", "epsilon", "deployment_epsilon"}, []
     for position, call in enumerate(spec.parse(text, "--uplink")):
-        given = inspect.signature(registry.UPLINKS[call.name]).bind_partial(*call.args, **call.kwargs).arguments
         if call.name == "gaussian":
             names |= {f"uplink/{position}/noise_std", f"uplink/{position}/noise_cohort"}
-        elif call.name == "quantile_clip" and given.get("bits_noise"):
-            thresholds.append(f"uplink/{position}/threshold")
+        elif call.name == "quantile_clip":
+            signature = inspect.signature(registry.UPLINKS[call.name])
+            if signature.bind_partial(*call.args, **call.kwargs).arguments.get("bits_noise"):
+                thresholds.append(f"uplink/{position}/threshold")
     allowed = ("eval/", *(f"{name}/" for name in thresholds))  # of layers, a threshold each
     return lambda name: name in (*names, *thresholds) or name.startswith(allowed)
 
@@ -151,6 +152,7 @@ def claim(
     private_seed: int | None,
     withheld: bool,
     denominator: float | None = None,
+    modules: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What a run claims, to be kept in its ``config.json``: ``statement`` says it in words.
 
@@ -162,6 +164,7 @@ def claim(
       private_seed: what the secret key was made from, if it is known.
       withheld: whether metrics of clients' data are.
       denominator: of the reducer; noise of a deployment of that size is the run's own.
+      modules: those of ``--import``, whose code the accounting has to believe.
     """
     shares = uplink.promises.noise is fc.uplink.Noise.SHARES
     size, everyone = f"{sampler.cohort_size:g}", sampler.cohort_size >= num_clients
@@ -184,6 +187,7 @@ def claim(
         "cohorts": f"everyone of {num_clients}" if everyone else f"{drawn}, of {num_clients} clients",
         "private_seed": private_seed,
         "withheld": withheld,
+        **({"believed": list(modules)} if modules else {}),
     }
 
 
@@ -215,11 +219,12 @@ def statement(claim: Mapping[str, Any], last: Mapping[str, float], complete: boo
         if "share" in claim["noise"]
         else "a server that adds the noise and keeps it, the cohorts and the updates to itself"
     )
+    believed = [f"code of {name} that keeps what it promises" for name in claim.get("believed", ())]
     return [
         ("epsilon", f"{spent:.3f} at delta {claim['delta']:g}, {whose}"),
         ("protects", claim["protects"]),
         ("from", claim["from"]),
         ("noise", f"{claim['noise']}; {claim['cohorts']}"),
         ("key", key),
-        ("assumes", f"{trusted}; {WITHHELD if claim['withheld'] else EXACT}"),
+        ("assumes", "; ".join([trusted, WITHHELD if claim["withheld"] else EXACT, *believed])),
     ]

@@ -3,6 +3,7 @@
 A chain is ``name(value, key=value)`` joined by ``|``; a bare ``name`` is ``name()`` and empty text an empty chain.
 A value is a number (also ``inf`` and ``nan``), text in quotes, True, False, None, a tuple or list of values, again
 ``name(...)``, which is looked up among the nested components, or ``{name}``, which is given a value when it is built.
+A dotted name is looked up in the modules that ``--import`` gives (see ``outside``).
 """
 
 import ast
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from experiments.config.components import Components
 from fedjax_clip.core.types import InvalidInput
 
 Registry = Mapping[str, Callable[..., Any]]
@@ -141,17 +143,15 @@ class _Reader:
         return [self.call(node), *reversed(links)]
 
     def call(self, node: ast.expr) -> Call:
-        match node:
-            case ast.Name(id=name):
-                return Call(name)
-            case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
-                kwargs: dict[str, Any] = {}
-                for keyword in keywords:
-                    if keyword.arg is None or keyword.arg in kwargs:
-                        self.refuse(keyword)
-                    kwargs[keyword.arg] = self.value(keyword.value)
-                return Call(name, tuple(self.value(x) for x in args), kwargs)
-        self.refuse(node)
+        called = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        name, kwargs = _dotted(called.func), {}
+        if not name:
+            self.refuse(node)
+        for keyword in called.keywords:
+            if keyword.arg is None or keyword.arg in kwargs:
+                self.refuse(keyword)
+            kwargs[keyword.arg] = self.value(keyword.value)
+        return Call(name, tuple(self.value(x) for x in called.args), kwargs)
 
     def value(self, node: ast.expr) -> Any:
         match node:
@@ -174,7 +174,7 @@ class _Reader:
                 return tuple(self.value(x) for x in items)
             case ast.List(elts=items):
                 return [self.value(x) for x in items]
-            case ast.Name() | ast.Call():
+            case ast.Name() | ast.Attribute() | ast.Call():
                 return self.call(node)
             case ast.Set(elts=[ast.Name(id=name)]):
                 return Placeholder(name)
@@ -185,8 +185,25 @@ class _Reader:
         raise InvalidInput(f"{self.flag}: {piece} cannot stand here; a chain is written {_FORM}, text in quotes.")
 
 
-def _construct(call: Call, registry: Registry, flag: str, nested: Registry, values: Mapping[str, Any]) -> Any:
-    name = call.name
+def _dotted(node: ast.expr) -> str:
+    """``"my_module.fedexp"`` of the node of such a name; empty for any other."""
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=module, attr=name):
+            return f"{_dotted(module)}.{name}" if _dotted(module) else ""
+    return ""
+
+
+def component(name: str, registry: Registry, flag: str, nested: Registry = NONE_NESTED) -> Callable[..., Any]:
+    """The function that a name stands for.
+
+    Raises:
+      InvalidInput: a name that stands for none here.
+    """
+    if "." in name:
+        adopted = registry if isinstance(registry, Components) else Components(object, {})
+        return adopted.outside(name, flag)
     if not registry:
         raise InvalidInput(f"{flag}: {_quote(name)} is not a value; text is written in quotes.")
     if name not in registry and name in nested:
@@ -194,7 +211,11 @@ def _construct(call: Call, registry: Registry, flag: str, nested: Registry, valu
     if name not in registry:
         hint = f"unknown component {_quote(name)}{_nearest(name, registry)} (valid: {_names(registry)})"
         raise InvalidInput(f"{flag}: {hint}.")
-    component = registry[name]
+    return registry[name]
+
+
+def _construct(call: Call, registry: Registry, flag: str, nested: Registry, values: Mapping[str, Any]) -> Any:
+    name, make = call.name, component(call.name, registry, flag, nested)
 
     def resolve(value: Any) -> Any:
         if isinstance(value, tuple | list):
@@ -207,11 +228,10 @@ def _construct(call: Call, registry: Registry, flag: str, nested: Registry, valu
             return values[value.name]
         return _construct(value, nested, flag, nested, values) if isinstance(value, Call) else value
 
-    signature = inspect.signature(component)
-    _check_arguments(call, signature, flag)
+    _check_arguments(call, inspect.signature(make), flag)
     args, kwargs = resolve(call.args), {k: resolve(v) for k, v in call.kwargs.items()}
     try:
-        return component(*args, **kwargs)
+        return make(*args, **kwargs)
     except (TypeError, ValueError, ArithmeticError, OSError) as error:
         sentence = " ".join(str(error).split())
         named = sentence if sentence.startswith((f"{name} ", f"{name}: ")) else f"{name}: {sentence}"

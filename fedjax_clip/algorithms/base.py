@@ -1,64 +1,301 @@
-"""What algorithms share: their parts with defaults, the server's beginning and its step."""
+"""How an algorithm is made of its mathematics: the round as it sees it, and the maker that does the rest."""
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_clip.algorithms.exchange import Answer, ClientFn, exchange, population_share, traffic
 from fedjax_clip.core import checks, optimiser, tree
+from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.loss import Gradient, batch_gradient
-from fedjax_clip.core.types import Algorithm, ClientTx, InvalidInput, Params, PyTree, Server
-from fedjax_clip.reduce import Reducer, weighted_mean
+from fedjax_clip.core.metrics import check_own_names
+from fedjax_clip.core.types import (
+    Algorithm,
+    Array,
+    ClientState,
+    ClientTx,
+    InvalidInput,
+    Metrics,
+    Params,
+    PerExampleLoss,
+    PyTree,
+    Server,
+)
+from fedjax_clip.local.steps import at_round
+from fedjax_clip.local.worker import Worker
+from fedjax_clip.reduce import Reducer, together, weighted_mean
 from fedjax_clip.uplink.base import Uplink, identity, on_parts
 from fedjax_clip.uplink.orders import check_ends
 
+BEFORE_ROUND_1 = 2**31 - 2  # no round has this number
+
 
 class Parts(NamedTuple):
-    """What most algorithms are built of, checked, with defaults filled in.
+    """What an algorithm is made of, checked, with defaults filled in.
 
     Attributes:
-      client_tx, server_tx, reducer, gradient: as ``fc.fedavg``.
+      per_example_loss, client_tx, server_tx, reducer, gradient: as ``fc.fedavg``.
       uplink: what a client's whole message passes; ``fc.uplink.on_parts`` where it has several parts.
+      beside: number of parts that clients send beside the update.
 
     Example:
-      >>> fc.extend.Parts(client_tx, optax.sgd(1.0), fc.uplink.identity(), fc.reduce.weighted_mean()).population
+      >>> fc.fedavg(per_example_loss, optax.sgd(0.1)).parts.beside
       0
     """
 
+    per_example_loss: PerExampleLoss
     client_tx: ClientTx
     server_tx: optax.GradientTransformation
     uplink: Uplink
     reducer: Reducer
     gradient: Gradient = batch_gradient
-
-    @property
-    def population(self) -> int:
-        """Fewest clients that there must be, since one is named by number."""
-        return max(self.uplink.promises.population, self.reducer.population)
+    beside: int = 0
 
 
-def parts(
-    client_tx: ClientTx,
-    server_tx: optax.GradientTransformation | None,
-    uplink: Uplink | None,
-    reducer: Reducer | None,
-    only_update: bool = False,
-    gradient: Gradient = batch_gradient,
-) -> Parts:
-    """``server_tx`` is ``optax.sgd(1.0)`` by default, ``reducer`` the weighted mean, ``uplink`` changes nothing.
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One round as an algorithm writes it: what the server knows, and the three things that happen.
 
-    ``only_update`` says that clients send nothing but what passes the uplink, so that noise there covers all.
+    ``ask`` and ``exchange`` are round trips between server and cohort, and ``step`` ends the round.
+
+    Attributes:
+      server: what the server knows, with its parameters ``server.params`` and ``server.own``.
+      cohort: this device's clients.
+      parts: what the algorithm is made of.
+      key: PRNG key of ``exchange``.
+      ask_key: PRNG key of ``ask``.
+
+    Example:
+      >>> def round(now):  # FedAvg
+      ...     def client_fn(x, client, key):
+      ...         y, _, _, report = client.local_steps(x, key)
+      ...         return optax.tree.sub(y, x), client.state.own, report
+      ...     return now.step(now.exchange(client_fn, now.server.params))
     """
-    filled = Parts(
+
+    server: Server
+    cohort: Cohort
+    parts: Parts
+    key: Array
+    ask_key: Array
+
+    def exchange(self, client_fn: ClientFn, shared: PyTree, *, after: Answer | None = None) -> Answer:
+        """Sends ``shared`` to all clients; their messages pass the uplink and become one.
+
+        Args:
+          client_fn: ``(shared, client, key) -> (message, what the client keeps, report)`` for ONE client, which is an
+            ``fc.extend.Worker``. The message is the update, or ``(update, part, ...)`` of an algorithm with ``beside``.
+          shared: pytree, what the server sends.
+          after: answer of an ``ask`` of this round. Clients then find in ``client.state.own`` what they kept of it, and
+            its bytes are counted with this exchange's.
+
+        Returns:
+          An ``Answer``, whose ``update`` has the form of the message.
+
+        Raises:
+          InvalidInput: a message of another form than the algorithm declared.
+        """
+        parts, cohort = self.parts, self.cohort
+        if after is not None:
+            cohort = dataclasses.replace(cohort, state=after.clients)
+        reducer = together(*[parts.reducer] * (1 + parts.beside)) if parts.beside else parts.reducer
+        work = _sending(client_fn, self.server.params, parts.beside)
+        answer = exchange(self._working(work), parts.uplink, reducer, shared, self.server.uplink, cohort, self.key)
+        if after is None:
+            return answer
+        return answer._replace(metrics=answer.metrics | traffic(after.metrics, answer.metrics))
+
+    def ask(self, client_fn: ClientFn, shared: PyTree, *, remember: PyTree = None) -> Answer:
+        """An exchange before the round's own, whose messages pass no uplink; the algorithm declares ``asks=True``.
+
+        Args:
+          client_fn, shared: as for ``exchange``; a message may be any pytree.
+          remember: pytree like what each client keeps of it until the end of the round; ``None``: it keeps what it kept
+            before. A client that is dropped remembers NaN, so that it is dropped from the round's exchange, too.
+
+        Returns:
+          An ``Answer``, for ``exchange(..., after=answer)``.
+        """
+        state = self.cohort.state._replace(uplink=())  # the link's state is for the other message
+        if remember is not None:
+            clients = len(self.cohort.ids)
+            state = state._replace(
+                own=jax.tree.map(lambda x: jnp.full((clients, *x.shape), jnp.nan, x.dtype), remember)
+            )
+        asked = dataclasses.replace(self.cohort, state=state)
+        answer = exchange(self._working(client_fn), identity(), self.parts.reducer, shared, (), asked, self.ask_key)
+        return answer._replace(clients=answer.clients._replace(uplink=self.cohort.state.uplink))
+
+    def share(self, answer: Answer) -> Array:
+        """What takes an answer to the mean over ALL N clients, others counting as zeros: ``|S| / N``, float32.
+
+        It is the share of the population's weight under a weighted mean, and ``n / N`` of a fixed denominator n.
+
+        Args:
+          answer: of this round's ``exchange`` or ``ask``.
+
+        Raises:
+          InvalidInput: (when traced) a cohort that was not made by ``fc.extend.plan`` and does not tell N.
+        """
+        return population_share(self.parts.reducer, self.cohort, answer.metrics)
+
+    def step(
+        self, answer: Answer, update: PyTree = None, *, own: PyTree = None, metrics: Metrics | None = None
+    ) -> tuple[Server, PyTree, Metrics]:
+        """The server's step along the update, which ends the round.
+
+        Args:
+          answer: of this round's ``exchange``.
+          update: pytree like the parameters; ``answer.update`` by default.
+          own: what the server keeps from now on; by default what it has kept.
+          metrics: of the algorithm, beside those of the answer.
+
+        Returns:
+          ``(server, client_states, metrics)``, what ``Algorithm.round`` returns.
+
+        Raises:
+          InvalidInput: a loss that reports a metric of the algorithm.
+        """
+        seen = answer.metrics if update is None else answer.metrics | {"update_norm": tree.norm(update)}
+        update = answer.update if update is None else update
+        own = self.server.own if own is None else own
+        check_own_names(metrics or {}, seen)
+        after = step_server(self.server, self.parts, update, answer.uplink, own)
+        return after, answer.clients, seen | (metrics or {})
+
+    def _working(self, client_fn: ClientFn) -> ClientFn:
+        parts, around = self.parts, self.cohort.around
+        tx = at_round(parts.client_tx, self.server.round)
+        client_fn = client_fn if around is None else around(client_fn)
+
+        def work(shared, client, key):
+            plain = {field.name: getattr(client, field.name) for field in dataclasses.fields(client)}
+            return client_fn(
+                shared, Worker(**plain, per_example_loss=parts.per_example_loss, tx=tx, gradient_of=parts.gradient), key
+            )
+
+        return work
+
+
+def algorithm(
+    round: Callable[[Round], tuple[Server, PyTree, Metrics]],
+    per_example_loss: PerExampleLoss,
+    client_tx: ClientTx,
+    server_tx: optax.GradientTransformation | None = None,
+    *,
+    uplink: Uplink | None = None,
+    reducer: Reducer | None = None,
+    gradient: Gradient = batch_gradient,
+    server_own: Callable[[Params], PyTree] | None = None,
+    client_own: Callable[[Params], PyTree] | None = None,
+    beside: Sequence[Uplink | None] = (),
+    asks: bool = False,
+    start: Callable[[Round], tuple[Server, PyTree, Metrics]] | None = None,
+    broadcasts: bool = True,
+    name: str = "",
+) -> Algorithm:
+    """Makes an algorithm of its mathematics, a ``round`` of a few lines. All of the library's own are made so.
+
+    It fills in defaults and checks what the user gives, refuses noise that would not cover all that clients send, keeps
+    the states, folds the round's number into the key, and lets the wrappers (``fc.partially_frozen``,
+    ``fc.partially_private``, ``fc.compressed_broadcast``), the accounting of privacy and the evaluators see what they
+    need.
+
+    Args:
+      round: ``now -> (server, client_states, metrics)`` of a ``Round``. It trains by its clients' own methods, such as
+        ``client.local_steps(x, key)``, never by ``per_example_loss`` itself.
+      per_example_loss, client_tx, server_tx, uplink, reducer, gradient: as ``fc.fedavg``.
+      server_own: ``params -> pytree``, what the server keeps before round 1 besides parameters; nothing by default.
+      client_own: ``params -> pytree``, what each client keeps before round 1; nothing by default.
+      beside: one link, or ``None`` for no link, for each part that clients send beside the update. Their message is
+        then ``(update, part, ...)``, and each part takes the reducer's mean.
+      asks: whether a round begins with ``now.ask``.
+      start: as ``round``, run before round 1 with all clients; see ``Algorithm.start``.
+      broadcasts: whether all that clients are sent of a model is ``server.params``, whole.
+      name: of the algorithm in checkpoints; by default that of the function in which ``round`` was defined.
+
+    Returns:
+      An ``Algorithm``.
+
+    Raises:
+      InvalidInput: an argument of the wrong kind; an uplink, a reducer and an algorithm that do not go together.
+
+    Example:
+      >>> def fedavg(per_example_loss, client_tx, server_tx=None, **parts):
+      ...     def round(now):
+      ...         def client_fn(x, client, key):
+      ...             y, _, _, report = client.local_steps(x, key)
+      ...             return optax.tree.sub(y, x), client.state.own, report
+      ...         return now.step(now.exchange(client_fn, now.server.params))
+      ...     return fc.extend.algorithm(round, per_example_loss, client_tx, server_tx, **parts)
+    """
+    checks.kind("round", round, Callable, "a function of an fc.extend.Round")
+    checks.kind("beside", beside, list | tuple, "links, or None, one for each part beside the update")
+    checks.kind("per_example_loss", per_example_loss, Callable, "a function of (params, batch, key)")
+    check_client_tx(client_tx)
+    checks.kind("gradient", gradient, Callable, "such as fc.local.per_example_gradient(clip)")
+    link = checked_link(uplink)
+    if beside:
+        link = on_parts(link, *(part for part in beside if part is not None))
+    built = Parts(
+        per_example_loss,
         client_tx,
         optax.sgd(1.0) if server_tx is None else server_tx,
-        identity() if uplink is None else uplink,
+        link,
         weighted_mean() if reducer is None else reducer,
         gradient,
+        len(beside),
     )
+    checks.kind("server_tx", built.server_tx, optax.GradientTransformation, "an optax optimiser")
+    checks.kind("reducer", built.reducer, Reducer, "an fc.reduce.Reducer, such as fc.reduce.uniform_mean()")
+    covered = None not in beside and not asks and start is None
+    check_ends(link.promises, built.reducer, covered)
+    if getattr(gradient, "counts_alike", False) and (asks or start is not None):
+        raise InvalidInput(
+            "This algorithm's clients take gradients besides those of their local steps, and private_gradient's "
+            "accounting counts one use of a record for each pass of steps: take fedavg, fedsgd or scaffold."
+        )
+    name = name or maker(round)
+
+    def init(params):
+        return init_server(params, built, server_own)
+
+    def init_client(params):
+        own = () if client_own is None else client_own(params)
+        return ClientState(own, link.init_client(params))
+
+    def run(script, server, cohort, key, fold=None):
+        key = jax.random.fold_in(key, server.round)
+        ask_key = key if fold is None else jax.random.fold_in(key, fold)
+        if asks and fold is None:
+            ask_key, key = jax.random.split(key)
+        after, clients, metrics = script(Round(server, cohort, built, key, ask_key))
+        return after, clients if client_own is not None else clients._replace(own=()), metrics
+
+    return Algorithm(
+        init,
+        init_client,
+        lambda server, cohort, key: run(round, server, cohort, key),
+        broadcasts=broadcasts,
+        population=max(link.promises.population, built.reducer.population),
+        start=None if start is None else lambda server, cohort, key: run(start, server, cohort, key, BEFORE_ROUND_1),
+        loss=per_example_loss,
+        name=name,
+        parts=built,
+    )
+
+
+def check_client_tx(client_tx: Any) -> None:
+    """Refuses what is no optimiser of clients.
+
+    Raises:
+      InvalidInput: says what to give instead.
+    """
     if isinstance(client_tx, Uplink):
         raise InvalidInput("client_tx is an uplink; clips of a local step are in fc.clipping.")
     checks.kind(
@@ -70,36 +307,28 @@ def parts(
             f"client_tx is the function {maker.__name__} itself, which would be given the round's number: call it, as "
             f"in {maker.__name__}(0.1)."
         )
-    checks.kind("server_tx", filled.server_tx, optax.GradientTransformation, "an optax optimiser")
-    checks.kind(
-        "uplink", filled.uplink, Uplink, "an fc.uplink.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"
-    )
-    checks.kind("reducer", filled.reducer, Reducer, "an fc.reduce.Reducer, such as fc.reduce.uniform_mean()")
-    check_ends(filled.uplink.promises, filled.reducer, only_update)
-    return filled
 
 
-def on_update(uplink: Uplink | None, beside: Uplink | None = None) -> Uplink:
-    """The link of a message ``(update, what is sent beside it)``; nothing happens to a part without a link."""
-    links = (identity() if uplink is None else uplink, beside)
-    return on_parts(*(link for link in links if link is not None))
+def checked_link(uplink: Uplink | None) -> Uplink:
+    """The uplink, by default one that changes nothing.
 
-
-def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] = lambda params: ()) -> Server:
-    """The server before round 0, with copies of the parameters (a round donates its server's buffers).
-
-    Args:
-      params: initial parameters.
-      parts: of the algorithm.
-      own: ``params -> what the algorithm itself keeps``; nothing by default.
-
-    Example:
-      >>> server = fc.extend.init_server(params, algorithm.parts)
+    Raises:
+      InvalidInput: what is no uplink.
     """
+    uplink = identity() if uplink is None else uplink
+    checks.kind(
+        "uplink", uplink, Uplink, "an fc.uplink.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"
+    )
+    return uplink
+
+
+def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] | None = None) -> Server:
+    """The server before round 0, with copies of the parameters (a round donates its server's buffers)."""
     params = tree.as_arrays(params)
     opt_state = optimiser.init(parts.server_tx, params)
-    opt_state, link, own_state = tree.as_arrays((opt_state, parts.uplink.init(params), own(params)))
-    return Server(params, opt_state, link, jnp.zeros((), jnp.int32), own_state)
+    kept = () if own is None else own(params)
+    opt_state, link, kept = tree.as_arrays((opt_state, parts.uplink.init(params), kept))
+    return Server(params, opt_state, link, jnp.zeros((), jnp.int32), kept)
 
 
 def step_server(server: Server, parts: Parts, update: PyTree, uplink_state: PyTree, own: PyTree = ()) -> Server:
@@ -128,17 +357,6 @@ def zeros_like(params: Params) -> PyTree:
     return jax.tree.map(jnp.zeros_like, params)
 
 
-def told(num_clients: int | None) -> int | None:
-    """``num_clients`` as far as it is known now (not traced): what the driver holds against the population's size.
-
-    Raises:
-      InvalidInput: what is no number of clients.
-    """
-    if num_clients is None or isinstance(num_clients, jax.core.Tracer):
-        return None
-    return checks.count("num_clients", num_clients)
-
-
 def kind(algorithm: Algorithm) -> str:
     """Which algorithm it is: its name, or that of the function that made it, such as ``scaffold``."""
     return algorithm.name or maker(algorithm.round)
@@ -148,3 +366,24 @@ def maker(function: Any) -> str:
     """The function in which a function was defined, or its own name."""
     function = inspect.unwrap(getattr(function, "func", function))
     return getattr(function, "__qualname__", type(function).__qualname__).split(".<locals>")[0]
+
+
+def _sending(client_fn: ClientFn, params: Params, beside: int) -> ClientFn:
+    """The client function, whose messages must have the form that the algorithm has declared."""
+
+    def checked(shared, client, key):
+        message, *rest = client_fn(shared, client, key)
+        parts = message if beside else (message,)
+        if not isinstance(parts, tuple) or len(parts) != 1 + beside or not _alike(parts[0], params):
+            wanted = f"a tuple of the update and {beside} part{'s' * (beside > 1)}" if beside else "the update"
+            raise InvalidInput(
+                f"The algorithm's clients must send {wanted}, an update of the parameters' structure: say what they "
+                "send beside it by beside=, such as beside=[None] for one part without a link."
+            )
+        return message, *rest
+
+    return checked
+
+
+def _alike(update: PyTree, params: Params) -> bool:
+    return str(jax.tree.structure(update)) == str(jax.tree.structure(params))

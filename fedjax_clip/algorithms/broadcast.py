@@ -32,12 +32,13 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
       An ``Algorithm``; ``server.params`` is x.
 
     Raises:
-      InvalidInput: no compressor; an algorithm that sends something else: FedBuff (past models), ``partially_private``;
-        (when a run begins) differences by a compressor whose error may be above 1 for the model's size.
+      InvalidInput: no compressor; an algorithm that sends something else: FedBuff (past models), or a part of the model
+        (put that wrapper outside of this one); (when a run begins) differences by a compressor whose error may be above
+        1 for the model's size.
 
     Example:
-      >>> algorithm = fc.fedavg(per_example_loss, client_tx)
-      >>> algorithm = fc.compressed_broadcast(algorithm, fc.compression.qsgd(8, bucket=512))
+      >>> average = fc.fedavg(per_example_loss, optax.sgd(0.1))
+      >>> algorithm = fc.compressed_broadcast(average, fc.compression.qsgd(8, bucket=512))
 
     Source: Tang et al. (2019), "DoubleSqueeze", Algorithm 1, the server's side; Caldas et al. (2018), "Expanding the
     Reach of Federated Learning by Reducing Client Resource Requirements", for ``relative=False``.
@@ -46,8 +47,9 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
     checks.kind("compressor", compressor, Compressor, "of fc.compression, such as fc.compression.qsgd(8)")
     if not algorithm.broadcasts:
         raise InvalidInput(
-            "compressed_broadcast replaces the server's parameters on their way to the clients, and this algorithm "
-            "sends something else: past models (fedbuff) or a part of one (partially_private)."
+            "compressed_broadcast replaces all of the server's parameters on their way to the clients, and this "
+            "algorithm sends something else: for a part of a model put compressed_broadcast inside, as in "
+            "partially_private(compressed_broadcast(algorithm, compressor), pattern); fedbuff sends past models."
         )
 
     def init(params):

@@ -1,6 +1,8 @@
 """One round trip between the server and a cohort: the only place where clients are mapped and reduced."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,34 @@ from fedjax_clip import clipping
 from fedjax_clip.core import keys, metrics, tree
 from fedjax_clip.core.cohort import Client, Cohort
 from fedjax_clip.core.types import Array, ClientState, InvalidInput, Metrics, PyTree
-from fedjax_clip.local.steps import ClientFn
 from fedjax_clip.reduce import Reducer, Roster
-from fedjax_clip.uplink.base import LATE, SENT, Context, Uplink, decoded, encoded
+from fedjax_clip.uplink.base import Context, Uplink, decoded, encoded
+
+# (shared, client, key) -> (update, what the client keeps, report), and its private parameters if it has trained some
+ClientFn = Callable[[PyTree, Client, Array], tuple[Any, ...]]
 
 NO_POPULATION = "The cohort does not say how many clients there are in all: make it by fc.extend.plan."
 NAMED = 8  # of the clients whose updates are not finite, so many are named
+
+
+class Answer(NamedTuple):
+    """What a cohort answers in one exchange, the same on every device but for ``clients``.
+
+    Attributes:
+      update: the reduced message; a tuple of parts if clients send several.
+      uplink: the uplink's state at the server.
+      clients: ``ClientState`` of ``[C, ...]``, what each client keeps.
+      metrics: of the exchange.
+
+    Example:
+      >>> answer = exchange(client_fn, uplink, reducer, server.params, server.uplink, cohort, key)
+      >>> answer.update, answer.metrics["clients"]
+    """
+
+    update: PyTree
+    uplink: PyTree
+    clients: PyTree
+    metrics: Metrics
 
 
 def exchange(
@@ -26,7 +50,7 @@ def exchange(
     uplink_state: PyTree,
     cohort: Cohort,
     key: Array,
-) -> tuple[PyTree, PyTree, PyTree, Metrics]:
+) -> Answer:
     """Sends ``shared`` to every client, lets each work, and folds their messages into one update.
 
     Clients stream through the device ``cohort.width`` at a time, and each message is folded in as it comes, so
@@ -52,7 +76,7 @@ def exchange(
         of this key, and links' ``round_key`` and the reducer's roster alone are still functions of it.
 
     Returns:
-      ``(update, uplink_state, client_states [C, ...], metrics)``, the same on every device but for client_states.
+      An ``Answer``, ``(update, uplink_state, client_states [C, ...], metrics)``.
       Among the metrics: ``asked``, the clients that were sent something, ``clients``, those whose messages counted;
       ``bytes_down``, what all clients are sent (``shared``, not a link's state), and ``bytes_up``,
       their messages as arrays, or the bytes of the codes that stand for them, with ``bytes_up_entropy`` beside them
@@ -60,10 +84,11 @@ def exchange(
       ``int32 [8]``, up to eight of the clients whose updates were not finite, -1 behind them.
 
     Example:
-      >>> client_fn, uplink = fc.extend.local_update(per_example_loss, client_tx), fc.uplink.identity()
-      >>> one = jax.tree.map(lambda x: x[0], cohort)  # of one device
+      >>> def client_fn(x, client, key):
+      ...     y, _, _, report = fc.extend.local_steps(per_example_loss, optax.sgd(0.1), x, client, key)
+      ...     return optax.tree.sub(y, x), client.state.own, report
       >>> update, link, client_states, metrics = fc.extend.exchange(
-      ...     client_fn, uplink, fc.reduce.weighted_mean(), server.params, server.uplink, one, key
+      ...     client_fn, uplink, reducer, server.params, server.uplink, cohort, key
       ... )
     """
     hidden = uplink.promises.noise is not None or bool(reducer.hides)
@@ -83,7 +108,7 @@ def exchange(
         number = jnp.maximum(id, 0)
         staleness = jnp.zeros((), jnp.int32) if staleness is None else staleness
         client = Client(id, weight, first, num_steps, state, staleness, cohort)
-        update, own, report = client_fn(shared, client, jax.random.fold_in(work_key, number))
+        update, own, report, *private = _worked(client_fn, shared, client, jax.random.fold_in(work_key, number))
         norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
         if hidden:  # then nobody may see that it is not finite
             update = tree.where(jnp.isfinite(norm), update, optax.tree.zeros_like(update))
@@ -91,11 +116,12 @@ def exchange(
         ctx = Context(
             own_key, link_key, id, weight, reducer.denominator, staleness=staleness, threshold=reducer.threshold
         )
-        message, link, link_report = encoded(uplink, update, uplink_state, state.uplink, ctx)
-        sent = {name: link_report[name] for name in SENT if name in link_report}
-        in_time = present & ~link_report.get(LATE, jnp.zeros((), bool))
-        link_report = {name: x for name, x in link_report.items() if name not in (*SENT, LATE)}
-        kept = clipping.bare_state(ClientState(own, link))  # what clips keep for the metrics may be infinite
+        (message, nbytes, entropy_bytes, late), link, link_report = encoded(
+            uplink, update, uplink_state, state.uplink, ctx
+        )
+        in_time = present if late is None else present & ~late
+        new = ClientState(own, link, *(private or [state.private]))
+        kept = clipping.bare_state(new)  # what clips keep for the metrics may be infinite
         lasting = tree.stays_finite(kept, clipping.bare_state(state))
         finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message)) & lasting
         sound = in_time if cohort.non_finite == "keep" else in_time & finite
@@ -106,12 +132,12 @@ def exchange(
             tree.where(arrived, message, optax.tree.zeros_like(message)),
             jnp.where(arrived, weight, 0),
             # A link that sent zeros has done so; what the client keeps besides would hold the NaN.
-            ClientState(tree.where(sound, own, state.own), tree.where(arrived, link, state.uplink)),
+            tree.where(sound, new, state)._replace(uplink=tree.where(arrived, link, state.uplink)),
             jnp.where(in_time & ~finite, number, -1),
             tree.where(sound, seen, optax.tree.zeros_like(seen))
             | tree.where(arrived, came, optax.tree.zeros_like(came))
             | {"asked": present.astype(jnp.float32), "dropped": (present & ~sound).astype(jnp.float32)}
-            | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), sent)},  # who is dropped has answered
+            | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), (nbytes, entropy_bytes))},  # dropped or not
         )
 
     def chunk(index, states):
@@ -154,8 +180,8 @@ def exchange(
         share=None if cohort.num_clients is None else population_share(reducer, cohort, report),
     )
     update, uplink_state, link_metrics = decoded(uplink, aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
-    asked = report["asked"]
-    return (
+    asked, (nbytes, entropy_bytes) = report["asked"], report["sent"]
+    return Answer(
         update,
         uplink_state,
         client_states,
@@ -171,8 +197,8 @@ def exchange(
                 **({"too_few": too_few.astype(jnp.float32)} if fewest > 1 else {}),
                 **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
                 "bytes_down": asked * float(tree.nbytes(shared)),
-                "bytes_up": report["sent"].get("bytes", asked * float(tree.nbytes(message))),
-                **({"bytes_up_entropy": report["sent"]["entropy_bytes"]} if "entropy_bytes" in report["sent"] else {}),
+                "bytes_up": asked * float(tree.nbytes(message)) if nbytes is None else nbytes,
+                **({} if entropy_bytes is None else {"bytes_up_entropy": entropy_bytes}),
                 "update_norm": tree.norm(update),
             }
         ),
@@ -209,6 +235,20 @@ def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Arra
     if reducer.weighted:
         return metrics["weight"] / cohort.total_weight
     return metrics["clients"] / num_clients
+
+
+def _worked(client_fn: ClientFn, shared: PyTree, client: Client, key: Array) -> Any:
+    """What a client function returns, once it is what it must be."""
+    done = client_fn(shared, client, key)
+    if not isinstance(done, tuple) or len(done) not in (3, 4) or not isinstance(done[2], dict):
+        raise InvalidInput("A client function must return (update, what the client keeps, report), the last a dict.")
+    was, now = (str(jax.tree.structure(x)) for x in (client.state.own, done[1]))
+    if was != now:
+        raise InvalidInput(
+            f"A client function must return what the client keeps in the form it got it, {was}, not {now}: say what "
+            "each client keeps before round 1 by client_own= of the algorithm."
+        )
+    return done
 
 
 def _most(*ids: Array) -> Array:

@@ -1,17 +1,13 @@
-"""Federated averaging and the other members of its family: FedSGD and the server-optimiser methods (FedOpt)."""
+"""Federated averaging (FedAvg), FedSGD, and by their server's optimiser the FedOpt family."""
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.algorithms.base import Parts, init_server, parts, step_server
-from fedjax_clip.algorithms.exchange import exchange
+from fedjax_clip.algorithms.base import Round, algorithm
 from fedjax_clip.core import optimiser
 from fedjax_clip.core.loss import Gradient, batch_gradient
-from fedjax_clip.core.types import Algorithm, ClientState, ClientTx, Params, PerExampleLoss, PyTree
-from fedjax_clip.local.steps import ClientFn, at_round, local_gradient, local_update
+from fedjax_clip.core.types import Algorithm, ClientTx, PerExampleLoss
+from fedjax_clip.local.steps import at_round
 from fedjax_clip.reduce import Reducer
 from fedjax_clip.uplink.base import Uplink
 
@@ -26,12 +22,12 @@ def fedavg(
     gradient: Gradient = batch_gradient,
     keep_opt_state: bool = False,
 ) -> Algorithm:
-    """Federated averaging: clients train locally, the server steps along the average of their changes.
+    """Federated averaging: clients train locally, and the server steps along the mean of their changes.
 
-    Round: every client c of the cohort starts from x, takes its local steps to y_c and sends y_c - x through the
-    uplink; the server takes ``server_tx``'s step with ``-reduce(y_c - x)`` for a gradient. With a clip in front of
-    the client's SGD it is clipped FedAvg (CELGC); ``optax.sgd(1.0)`` at the server is FedAvg, ``optax.sgd(1.0,
-    momentum=0.9)`` is FedAvgM. ``fc.fedopt`` has FedAdam, FedYogi and FedAdagrad.
+    ``y_c = x - sum of client c's local steps``; ``x <- x + reduce_c uplink(y_c - x)``, by the server's optimiser.
+
+    With a clip in front of the client's SGD this is clipped FedAvg (CELGC). ``optax.sgd(1.0)`` at the server is FedAvg,
+    and ``optax.sgd(1.0, momentum=0.9)`` is FedAvgM. ``fc.fedopt`` has FedAdam, FedYogi and FedAdagrad.
 
     Args:
       per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``.
@@ -59,15 +55,25 @@ def fedavg(
     Source: McMahan et al. (2017), Algorithm 1; Reddi et al. (2021), Algorithms 1 and 2; Liu et al. (2022) for the
     clipped local step.
     """
-    filled = parts(client_tx, server_tx, uplink, reducer, only_update=True, gradient=gradient)
 
-    def work(tx):
-        return local_update(per_example_loss, tx, gradient, keep_opt_state)
+    def round(now: Round):
+        def client_fn(x, client, key):
+            kept = client.state.own if keep_opt_state else None
+            y, opt_state, _, report = client.local_steps(x, key, opt_state=kept)
+            return optax.tree.sub(y, x), opt_state if keep_opt_state else (), report
 
-    def own(params):
-        return optimiser.init(at_round(client_tx, jnp.zeros((), jnp.int32)), params) if keep_opt_state else ()
+        return now.step(now.exchange(client_fn, now.server.params))
 
-    return _averaged(work, filled, own)._replace(loss=per_example_loss, name="fedavg")
+    def opt_state(params):
+        return optimiser.init(at_round(client_tx, jnp.zeros((), jnp.int32)), params)
+
+    return algorithm(
+        *(round, per_example_loss, client_tx, server_tx),
+        uplink=uplink,
+        reducer=reducer,
+        gradient=gradient,
+        client_own=opt_state if keep_opt_state else None,
+    )
 
 
 def fedsgd(
@@ -77,15 +83,17 @@ def fedsgd(
     *,
     uplink: Uplink | None = None,
     reducer: Reducer | None = None,
+    gradient: Gradient = batch_gradient,
 ) -> Algorithm:
     """One client step a round along the gradient over all of a client's examples, then as ``fedavg``.
 
-    With full participation, ``optax.sgd(lr)`` and the weighted mean this is distributed gradient descent on the
-    mean loss of all examples. Takes and returns what ``fedavg`` does; local epochs and steps must be 1, and the
-    batch size only bounds the memory.
+    ``y_c = x - lr grad f_c(x)``, with ``f_c`` the mean loss over all of client c's examples. With full participation,
+    ``optax.sgd(lr)`` and the weighted mean this is distributed gradient descent on the mean loss of all examples. Local
+    epochs and steps must be 1. The batch size only bounds the memory.
 
     Args:
       per_example_loss, client_tx, server_tx, uplink, reducer: as ``fc.fedavg``.
+      gradient: as ``fc.fedavg``, over all of a client's examples: ``per_example_gradient(clip)`` clips each of them.
 
     Returns:
       An ``Algorithm``; its metrics are ``fc.fedavg``'s.
@@ -98,26 +106,14 @@ def fedsgd(
 
     Source: McMahan et al. (2017), section 2, FedSGD.
     """
-    filled = parts(client_tx, server_tx, uplink, reducer, only_update=True)
-    averaged = _averaged(lambda tx: local_gradient(per_example_loss, tx), filled, lambda params: ())
-    return averaged._replace(loss=per_example_loss, name="fedsgd")
 
+    def round(now: Round):
+        def client_fn(x, client, key):
+            update, report = client.full_step(x, key)
+            return update, client.state.own, report
 
-def _averaged(
-    work: Callable[[optax.GradientTransformation], ClientFn], parts: Parts, own: Callable[[Params], PyTree]
-) -> Algorithm:
-    def init(params):
-        return init_server(params, parts)
+        return now.step(now.exchange(client_fn, now.server.params))
 
-    def init_client(params):
-        return ClientState(own(params), parts.uplink.init_client(params))
-
-    def round(server, cohort, key):
-        client_fn = work(at_round(parts.client_tx, server.round))
-        key = jax.random.fold_in(key, server.round)
-        update, uplink_state, client_states, metrics = exchange(
-            client_fn, parts.uplink, parts.reducer, server.params, server.uplink, cohort, key
-        )
-        return step_server(server, parts, update, uplink_state), client_states, metrics
-
-    return Algorithm(init, init_client, round, population=parts.population, parts=parts)
+    return algorithm(
+        *(round, per_example_loss, client_tx, server_tx), uplink=uplink, reducer=reducer, gradient=gradient
+    )

@@ -1,18 +1,19 @@
 """FedBuff: buffered asynchronous federated averaging."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.algorithms.base import init_server, parts, step_server
-from fedjax_clip.algorithms.exchange import exchange
+from fedjax_clip.algorithms.base import Round, algorithm, checked_link
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.loss import Gradient, batch_gradient
 from fedjax_clip.core.metrics import Mean
-from fedjax_clip.core.types import Algorithm, Array, ClientState, ClientTx, InvalidInput, PerExampleLoss
-from fedjax_clip.local.steps import at_round, local_update
+from fedjax_clip.core.types import Algorithm, Array, ClientTx, InvalidInput, PerExampleLoss
+from fedjax_clip.local.steps import at_round
 from fedjax_clip.reduce import Reducer, uniform_mean
-from fedjax_clip.uplink.base import LATE, Uplink
+from fedjax_clip.uplink.base import Uplink, encoded
 
 
 def fedbuff(
@@ -48,8 +49,8 @@ def fedbuff(
       InvalidInput: a negative exponent, or a staleness that is no whole number.
 
     Example:
-      >>> uplink = fc.uplink.clip_by_global_norm(0.5)
-      >>> algorithm = fc.fedbuff(per_example_loss, client_tx, max_staleness=10, uplink=uplink)
+      >>> clip = fc.uplink.clip_by_global_norm(0.5)
+      >>> algorithm = fc.fedbuff(per_example_loss, optax.sgd(0.1), max_staleness=10, uplink=clip)
       >>> sampler, speeds = fc.data.sampling.uniform(10), fc.data.speeds.lognormal()
       >>> clock = fc.data.clock.buffered(sampler, speeds, buffer_size=10, concurrency=50)
       >>> result = fc.train(algorithm, data, params, rounds=10, sampler=clock)
@@ -57,46 +58,41 @@ def fedbuff(
     Source: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation", Algorithm 1.
     """
     checks.within("exponent", exponent, 0)
-    max_staleness = checks.count("max_staleness", max_staleness, 0, 10**5)
-    reducer = uniform_mean() if reducer is None else reducer
-    built = parts(client_tx, server_tx, uplink, reducer, only_update=True, gradient=gradient)
-    if mirrors := built.uplink.promises.mirrors:
+    length = checks.count("max_staleness", max_staleness, 0, 10**5) + 1
+    link = checked_link(uplink)
+    if mirrors := link.promises.mirrors:
         raise InvalidInput(
             f"FedBuff weighs messages by their staleness, and {mirrors} adds them up as they were sent: "
             f"take fedavg or fedsgd, or {mirrors} out of the uplink."
         )
-    if built.uplink.promises.grid is not None:
+    if link.promises.grid is not None:
         raise InvalidInput(
             "FedBuff weighs messages by their staleness, and integers on a grid cannot be weighed: take fedavg, or "
             "the grid out of the uplink."
         )
-    link, length = _discounted(built.uplink, exponent, max_staleness), max_staleness + 1
 
-    def init(params):
-        return init_server(params, built, lambda x: jax.tree.map(lambda x: jnp.repeat(x[None], length, axis=0), x))
-
-    def init_client(params):
-        return ClientState((), built.uplink.init_client(params))
-
-    def round(server, cohort, key):
+    def round(now: Round):
         def client_fn(ring, client, key):
-            sent = server.round - client.staleness
+            sent = now.server.round - client.staleness
             x = jax.tree.map(lambda past: past[sent % length], ring)
-            work = local_update(per_example_loss, at_round(client_tx, jnp.maximum(sent, 0)), gradient)
-            update, state, report = work(x, client, key)
-            return update, state, report | {"staleness": Mean.of(client.staleness, jnp.ones(()))}
+            client = dataclasses.replace(client, tx=at_round(client_tx, jnp.maximum(sent, 0)))
+            y, _, _, report = client.local_steps(x, key)
+            staleness = Mean.of(client.staleness, jnp.ones(()))
+            return optax.tree.sub(y, x), client.state.own, report | {"staleness": staleness}
 
-        key = jax.random.fold_in(key, server.round)
-        update, state, client_states, metrics = exchange(
-            client_fn, link, built.reducer, server.own, server.uplink, cohort, key
-        )
-        after = step_server(server, built, update, state)
-        ring = jax.tree.map(lambda past, x: past.at[after.round % length].set(x), server.own, after.params)
-        one_of_them = {"bytes_down": metrics["bytes_down"] / length}  # a client is sent no ring
-        return after._replace(own=ring), client_states, metrics | one_of_them
+        answer = now.exchange(client_fn, now.server.own)
+        one_of_them = {"bytes_down": answer.metrics["bytes_down"] / length}  # a client is sent no ring
+        after, clients, metrics = now.step(answer, metrics=one_of_them)
+        ring = jax.tree.map(lambda past, x: past.at[after.round % length].set(x), now.server.own, after.params)
+        return after._replace(own=ring), clients, metrics
 
-    return Algorithm(
-        init, init_client, round, broadcasts=False, population=built.population, parts=built, loss=per_example_loss
+    return algorithm(
+        *(round, per_example_loss, client_tx, server_tx),
+        uplink=_discounted(link, exponent, length - 1),
+        reducer=uniform_mean() if reducer is None else reducer,
+        gradient=gradient,
+        server_own=lambda params: jax.tree.map(lambda x: jnp.repeat(x[None], length, axis=0), params),
+        broadcasts=False,
     )
 
 
@@ -104,10 +100,10 @@ def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Up
     """What a link delivers, times ``(1 + staleness)^-exponent``; too late, so dropped, beyond ``max_staleness``."""
 
     def encode(update, state, client_state, ctx):
-        message, client_state, report = link.encode(update, state, client_state, ctx)
+        message, client_state, report = encoded(link, update, state, client_state, ctx)
         weight = (1.0 + jnp.float32(ctx.staleness)) ** -exponent
-        report = {**report, LATE: ctx.staleness > max_staleness}
-        return jax.tree.map(lambda m: _shortened(weight, m), message), client_state, report
+        value = jax.tree.map(lambda m: _shortened(weight, m), message.value)
+        return message._replace(value=value, late=ctx.staleness > max_staleness), client_state, report
 
     return link._replace(encode=encode)
 

@@ -1,4 +1,8 @@
-"""The server optimisers of Reddi et al. (2021): FedAdagrad, FedAdam and FedYogi, as their Algorithm 2 has them."""
+"""The server optimisers of Reddi et al. (2021): FedAdagrad, FedAdam and FedYogi, as their Algorithm 2 has them.
+
+``m <- beta1 m + (1 - beta1) D``, and ``x <- x + eta m / (sqrt(v) + tau)``, with D the cohort's mean update. Before
+round 1, ``m = 0`` and ``v = tau^2``. They differ in v.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,18 +33,14 @@ class FedOptState(NamedTuple):
 def fedadagrad(
     learning_rate: optax.ScalarOrSchedule, beta1: float | Array = 0.0, tau: float | Array = 1e-3
 ) -> optax.GradientTransformation:
-    """FedAdagrad: ``v <- v + D^2``, and ``x <- x + eta m / (sqrt(v) + tau)``.
+    """FedAdagrad: ``v <- v + D^2``, and ``x <- x + eta m / (sqrt(v) + tau)``; m as in ``fedadam``.
 
-    D is the cohort's mean update, ``m <- beta1 m + (1 - beta1) D``, ``m = 0`` and ``v = tau^2`` before round 1. Every
-    element moves by at most ``eta`` a round.
-
-    ``optax.adagrad(eta)`` is another method: its ``v`` begins at 0.1, so the first steps of updates below 0.3 are
-    shorter, and it has no tau (eps is inside of the root).
+    Every element moves by at most ``eta`` a round. ``optax.adagrad(eta)`` is another method: its ``v`` begins at 0.1,
+    so the first steps of updates below 0.3 are shorter, and it has no tau (eps is inside of the root).
 
     Args:
-      learning_rate: eta, of the server; a schedule of it counts rounds.
-      beta1: momentum of m, in [0, 1].
-      tau: adaptivity, positive. Small: each element moves alike. Large: as SGD of rate ``eta / (2 tau)``.
+      learning_rate, beta1: as ``fedadam``.
+      tau: as ``fedadam``. Small: each element moves alike. Large: as SGD of rate ``eta / (2 tau)``.
 
     Returns:
       An optax transform, for ``server_tx``.
@@ -100,15 +100,11 @@ def fedyogi(
 ) -> optax.GradientTransformation:
     """FedYogi: ``v <- v - (1 - beta2) D^2 sign(v - D^2)``, and ``x <- x + eta m / (sqrt(v) + tau)``.
 
-    D is the cohort's mean update, ``m <- beta1 m + (1 - beta1) D``, ``m = 0`` and ``v = tau^2`` before round 1. v falls
-    more slowly than FedAdam's when updates become small.
-
-    ``optax.yogi(eta)`` is another method: it corrects the bias of m and v, and its v begins at 1e-6.
+    m is ``fedadam``'s. v falls more slowly than FedAdam's when updates become small. ``optax.yogi(eta)`` is another
+    method: it corrects the bias of m and v, and its v begins at 1e-6.
 
     Args:
-      learning_rate: eta, of the server; a schedule of it counts rounds.
-      beta1, beta2: decay of m and v, in [0, 1].
-      tau: adaptivity, positive.
+      learning_rate, beta1, beta2, tau: as ``fedadam``.
 
     Returns:
       An optax transform, for ``server_tx``.

@@ -63,12 +63,10 @@ def lora(
       InvalidInput: a rank below 1, a pattern that finds no matrix.
 
     Example:
-      >>> tuned = fc.lora(per_example_loss, params, rank=4, pattern="w")
-      >>> algorithm = fc.partially_frozen(
-      ...     lambda loss: fc.fedavg(loss, client_tx), tuned.per_example_loss, tuned.frozen
-      ... )
-      >>> result = fc.train(algorithm, data, tuned.init(jax.random.key(0)), rounds=10)
-      >>> params = tuned.merge(result.params)  # a model without adapters
+      >>> tuned = fc.lora(per_example_loss, base, rank=4, pattern="query|value")
+      >>> algorithm = fc.partially_frozen(fc.fedavg(tuned.per_example_loss, optax.sgd(0.1)), tuned.frozen)
+      >>> result = fc.train(algorithm, data, tuned.init(jax.random.key(0)), rounds=100)
+      >>> params = tuned.merge(result.params)
 
     Source: Hu et al. (2022), "LoRA"; federated: Zhang et al. (2024), "Towards Building the Federated GPT" (FedIT).
     """

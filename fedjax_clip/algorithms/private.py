@@ -1,104 +1,130 @@
 """Partial personalisation: a part of the model that never leaves its client."""
 
-import re
+import dataclasses
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-
-from fedjax_clip.algorithms.base import init_server, parts, step_server
-from fedjax_clip.algorithms.exchange import exchange
+from fedjax_clip.algorithms.base import kind
+from fedjax_clip.algorithms.wrapping import around, check_made, check_pattern, split_by
 from fedjax_clip.core import tree
-from fedjax_clip.core.loss import Gradient, batch_gradient
-from fedjax_clip.core.types import Algorithm, ClientState, ClientTx, InvalidInput, PerExampleLoss
-from fedjax_clip.local.steps import at_round, local_steps
-from fedjax_clip.reduce import Reducer
-from fedjax_clip.uplink.base import Uplink
+from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PyTree
+from fedjax_clip.local.worker import Worker
 
 
-def partially_private(
-    per_example_loss: PerExampleLoss,
-    client_tx: ClientTx,
-    server_tx: optax.GradientTransformation | None = None,
-    *,
-    private: str,
-    uplink: Uplink | None = None,
-    reducer: Reducer | None = None,
-    gradient: Gradient = batch_gradient,
-) -> Algorithm:
-    """FedAvg of the shared parameters u; each client keeps its own v_i, which it never sends.
+def partially_private(algorithm: Algorithm, private: str) -> Algorithm:
+    """Any algorithm for shared parameters u; each client keeps its own v_i, which it never sends.
 
-    Round: client i takes its local steps on ``(u, v_i)`` together to ``(u_i, v_i')``, keeps ``v_i'`` and sends
-    ``u_i - u``. So are user factors of a recommender trained, or a head of one's own (FedPer).
-    Clips in ``client_tx`` see both parts, as one gradient; the uplink, the reducer and the server's optimiser see u.
+    Client i takes its local steps on ``(u, v_i)`` together to ``(u_i, v_i')`` and keeps ``v_i'``; the algorithm sees
+    ``u_i`` alone. So user factors of a recommender are trained, or a head of one's own (FedPer). Clips in
+    ``client_tx`` see both parts, as one gradient. The algorithm's corrections, the uplink, the reducer and the server's
+    optimiser see u. Gradients that clients take for the server are those in u, at ``(u, v_i)``.
 
     Args:
-      per_example_loss, client_tx, server_tx, uplink, reducer, gradient: as ``fc.fedavg``; the loss takes all
-        parameters.
+      algorithm: any made by ``fc.fedavg`` and its like or by ``fc.extend.algorithm``, of the whole model's loss.
       private: regular expression, found in the names of the private leaves (``"params/Dense_1/kernel"``).
 
     Returns:
-      An ``Algorithm`` whose clients keep v_i. The server's private leaves stay what they were at first: what a client
-      that never trained begins with. ``algorithm.personal(params, state)`` is a client's model; see
-      ``fc.extend.client_evaluator``.
+      An ``Algorithm`` whose clients keep v_i, in ``ClientState.private``. The server's private leaves stay what they
+      were at first: what a client that never trained begins with. ``algorithm.personal(params, state)`` is a client's
+      model; see ``fc.evaluator``.
 
     Raises:
-      InvalidInput: no regular expression, or (when a run begins) one that is found in no leaf or in all of them.
+      InvalidInput: no such algorithm, one that is partially private already, no regular expression, or (when a run
+        begins) one that is found in no leaf or in all of them; an optimiser's state that clients keep.
 
     Example:
-      >>> algorithm = fc.partially_private(per_example_loss, optax.sgd(0.1), private="^user")
+      >>> algorithm = fc.partially_private(fc.fedavg(per_example_loss, optax.sgd(0.1)), "^user")
 
     Source: Pillutla et al. (2022), "Federated Learning with Partial Model Personalization", FedSim; Arivazhagan et al.
     (2019), "Federated Learning with Personalization Layers".
     """
-    try:
-        re.compile(private)
-    except (re.error, TypeError) as error:
-        raise InvalidInput(f"private: {private!r} is not a regular expression: {error}.") from error
-    built = parts(client_tx, server_tx, uplink, reducer, only_update=True, gradient=gradient)
+    check_made("partially_private", algorithm)
+    check_pattern("private", private)
+    if algorithm.personal is not None:
+        raise InvalidInput("The algorithm is partially private already: join the two patterns by '|' and wrap it once.")
 
     def split(params):
-        own, shared = tree.split(params, private)
-        if not jax.tree.leaves(own) or not jax.tree.leaves(shared):
-            names = ", ".join(name for name, _ in tree.named_leaves(params))
-            raise InvalidInput(
-                f"private={private!r} must be found in some of the parameters, not none or all: {names}."
-            )
-        return own, shared
+        return split_by("private", private, params)
 
     def init(params):
-        return init_server(split(params)[1], built)._replace(params=tree.as_arrays(params))
+        return algorithm.init(split(params)[1])._replace(params=tree.as_arrays(params))
 
     def init_client(params):
         own, shared = split(params)
-        return ClientState(own, built.uplink.init_client(shared))
+        return algorithm.init_client(shared)._replace(private=own)
 
-    def round(server, cohort, key):
-        tx, key = at_round(client_tx, server.round), jax.random.fold_in(key, server.round)
-        untouched, u = split(server.params)
+    def with_private(client_fn):
+        def work(shared, client, key):
+            plain = {field.name: getattr(client, field.name) for field in dataclasses.fields(client)}
+            owner = _Owner(**plain, pattern=private, kept=[client.state.private])
+            return *client_fn(shared, owner, key), owner.kept[0]
 
-        def client_fn(u, client, key):
-            x = tree.join(client.state.own, u)
-            y, _, _, report = local_steps(per_example_loss, tx, x, client, key, gradient=gradient)
-            own, shared = split(y)
-            return jax.tree.map(jnp.subtract, shared, u), own, report
+        return work
 
-        update, link, client_states, metrics = exchange(
-            client_fn, built.uplink, built.reducer, u, server.uplink, cohort, key
-        )
-        server = step_server(server._replace(params=u), built, update, link)
-        return server._replace(params=tree.join(untouched, server.params)), client_states, metrics
+    def inside(run):
+        def round(server, cohort, key):
+            first, u = split(server.params)
+            after, clients, metrics = run(server._replace(params=u), around(cohort, with_private), key)
+            return after._replace(params=tree.join(first, after.params)), clients, metrics
+
+        return round
 
     def personal(params, state):
-        return tree.join(state.own, split(params)[1])
+        return tree.join(state.private, split(params)[1])
 
-    return Algorithm(
-        init,
-        init_client,
-        round,
-        personal,
+    return algorithm._replace(
+        init=init,
+        init_client=init_client,
+        round=inside(algorithm.round),
+        start=inside(algorithm.start) if algorithm.start else None,
+        personal=personal,
         broadcasts=False,
-        population=built.population,
-        parts=built,
-        loss=per_example_loss,
+        name=f"partially_private({kind(algorithm)})",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Owner(Worker):
+    """A client that trains its own v together with what is shared, whatever the algorithm makes of that.
+
+    A client function sees u alone and returns nothing of v. So what a method makes of v is left in ``kept``, a list of
+    one, while the function is traced, and ``with_private`` takes it from there.
+    """
+
+    pattern: str
+    kept: list[PyTree]
+
+    def local_steps(
+        self, params: Params, key: Any, *, adjust: Any = None, opt_state: Any = None, collect: bool = False
+    ) -> Any:
+        if opt_state is not None:
+            raise InvalidInput(
+                "The algorithm's clients keep the state of their optimiser, which is of the shared parameters, and "
+                "local steps are on the private ones, too: leave keep_opt_state out."
+            )
+
+        def of_shared(g, y, step):
+            own, shared = self._split(g)
+            return tree.join(own, adjust(shared, self._split(y)[1], step))
+
+        x = tree.join(self.kept[0], params)
+        y, opt_state, mean, report = super().local_steps(
+            x, key, adjust=None if adjust is None else of_shared, collect=collect
+        )
+        self.kept[0], shared = self._split(y)
+        return shared, opt_state, self._split(mean)[1] if collect else mean, report
+
+    def gradient(self, params: Params, step: Any, key: Any) -> PyTree:
+        return self._split(super().gradient(tree.join(self.kept[0], params), step, key))[1]
+
+    def full_gradient(self, params: Params, key: Any) -> Any:
+        g, report = super().full_gradient(tree.join(self.kept[0], params), key)
+        return self._split(g)[1], report
+
+    def full_step(self, params: Params, key: Any) -> Any:
+        update, report = super().full_step(tree.join(self.kept[0], params), key)
+        own, shared = self._split(update)
+        self.kept[0] = tree.apply_updates(self.kept[0], own)
+        return shared, report
+
+    def _split(self, params: Params) -> tuple[PyTree, PyTree]:
+        return tree.split(params, self.pattern)

@@ -28,7 +28,7 @@ from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
         "total_weight",
         "secret",
     ],
-    meta_fields=["axis_name", "width", "most_steps", "non_finite"],
+    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cohort:
@@ -56,6 +56,8 @@ class Cohort:
       most_steps: if given, loops have this fixed length instead of ending with the last step; see ``differentiable``.
       non_finite: what happens to updates with a NaN or an infinity: ``"drop"``, ``"keep"`` or ``"stop"``; see
         ``fc.train``.
+      around: ``client_fn -> client_fn``, what wrappers of the algorithm do around the work of each client: what
+        ``fc.partially_frozen`` and ``fc.partially_private`` set inside a round; ``None``: nothing.
 
     Example:
       >>> ids = np.array([3, 1, 4])
@@ -79,6 +81,7 @@ class Cohort:
     width: int = 1
     most_steps: int | None = None
     non_finite: str = "drop"
+    around: Callable[[Callable], Callable] | None = None
 
     def differentiable(self) -> "Cohort":
         """The same clients in loops of a fixed length, so that ``jax.grad`` can go through a round.

@@ -42,6 +42,22 @@ def check_names(names: Iterable[Any]) -> None:
             )
 
 
+def check_own_names(names: Iterable[str], reported: Iterable[str]) -> None:
+    """Refuses a loss that reports what the algorithm reports by the same name, which one row cannot hold.
+
+    Args:
+      names: of the algorithm's own metrics.
+      reported: names of what clients have reported, the loss's values among them.
+
+    Raises:
+      InvalidInput: a name that is in both, unless it is the library's own.
+    """
+    for name in sorted(set(names) & set(reported) - set(_TAKEN)):
+        raise InvalidInput(
+            f"per_example_loss reports {name!r}, which this algorithm reports itself: choose another name."
+        )
+
+
 COSTS = re.compile(
     r"\w*(loss|losses|error|errors|mse|mae|mape|entropy|perplexity|distance|divergence)"
     r"|ece|brier|nll|kl|ppl|bpc|wer|cer|fpr|fnr|regret|gap|epsilon|bytes|bits|seconds|hours|dropped|wasted"

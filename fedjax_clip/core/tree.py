@@ -23,9 +23,12 @@ def traced(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any]
     """``function`` for arguments like ``args``, and zeros like what it returns, to begin a loop over it with.
 
     It is traced here, and once: a call of what is returned only repeats the operations that it consists of. A Python
-    integer among the arguments stands for a loop's index, which is int32 here, ``jax_enable_x64`` or not.
+    integer among the arguments stands for a loop's index, which is int32 here, ``jax_enable_x64`` or not. Under
+    ``jax.disable_jit`` nothing is traced: the function is called here, and stays what it is.
     """
     args = jax.tree.map(lambda x: np.int32(x) if type(x) is int else x, args)
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        return function, jax.tree.map(jnp.zeros_like, function(*args))
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     operations, structure = jaxpr_as_fun(jaxpr), jax.tree.structure(shapes)
 

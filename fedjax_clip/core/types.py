@@ -48,12 +48,11 @@ class Algorithm(NamedTuple):
       broadcasts: whether all that clients are sent of a model is ``server.params``, whole, so that
         ``fc.compressed_broadcast`` may replace it.
       population: fewest clients that there must be, since a link or reducer names one by number.
-      num_clients: N as the algorithm was told it, which must be the population's; ``None``: it was not told.
       start: ``(server, cohort, key) -> (server, client_states, metrics)``, a round before the first one in which ALL
         clients take part, in cohorts of any size, each client once; ``None`` where there is none. ``fc.train`` and
         ``fc.sweep`` run it. If you call ``round`` yourself, call it first.
-      parts: what a built-in algorithm is made of, ``fc.extend.Parts``: the accounting of privacy reads it.
-        ``None``: nobody can say what its clients send.
+      parts: what the algorithm is made of, ``fc.extend.Parts``: the accounting of privacy and the wrappers read it.
+        ``fc.extend.algorithm`` fills it in. ``None``: nobody can say what its clients send.
       loss: the loss that clients train on, of the whole model; ``fc.train`` looks whether it may pad its batches.
       name: by which a checkpoint tells algorithms apart; by default that of the function that made ``round``.
 
@@ -70,7 +69,6 @@ class Algorithm(NamedTuple):
     personal: Callable[[Params, PyTree], Params] | None = None
     broadcasts: bool = True
     population: int = 0
-    num_clients: int | None = None
     start: Callable[[PyTree, Any, Array], tuple[PyTree, PyTree, Metrics]] | None = None
     loss: PerExampleLoss | None = None
     name: str = ""
@@ -100,11 +98,12 @@ class Server(NamedTuple):
 
 
 class ClientState(NamedTuple):
-    """What a client keeps between rounds: the algorithm's part and the uplink's.
+    """What a client keeps between rounds: the algorithm's part, the uplink's, and parameters that it never sends.
 
     Attributes:
       own: the algorithm's part.
       uplink: the uplink's part.
+      private: the client's private parameters, see ``fc.partially_private``; ``()`` where all are shared.
 
     Example:
       >>> algorithm.init_client(params)  # of one client; training.loop.client_states makes those of all
@@ -112,15 +111,11 @@ class ClientState(NamedTuple):
 
     own: PyTree
     uplink: PyTree
+    private: PyTree = ()
 
 
 def check_named(algorithm: Algorithm, num_clients: int) -> None:
-    """Refuses an algorithm that was told another population, or whose links or reducers name a client it lacks."""
-    if algorithm.num_clients not in (None, num_clients):
-        raise InvalidInput(
-            f"The algorithm was told num_clients={algorithm.num_clients}, and the population has {num_clients} "
-            "clients: leave num_clients out, and it is read from the data."
-        )
+    """Refuses an algorithm whose links or reducers name a client that the population lacks."""
     if algorithm.population > num_clients:
         raise InvalidInput(
             f"The uplink or the reducer names client {algorithm.population - 1}, and there is none: there are "

@@ -2,25 +2,17 @@
 
 from fedjax_clip.core.loss import Gradient, batch_gradient, mixed_precision
 from fedjax_clip.local.gradients import per_example_gradient, private_gradient
-from fedjax_clip.local.steps import (
-    ClientFn,
-    at_round,
-    full_gradient,
-    local_gradient,
-    local_steps,
-    local_update,
-    proximal,
-)
+from fedjax_clip.local.steps import at_round, full_gradient, full_step, local_steps, proximal
+from fedjax_clip.local.worker import Worker
 
 __all__ = [
-    "ClientFn",
     "Gradient",
+    "Worker",
     "at_round",
     "batch_gradient",
     "full_gradient",
-    "local_gradient",
+    "full_step",
     "local_steps",
-    "local_update",
     "mixed_precision",
     "per_example_gradient",
     "private_gradient",

@@ -13,8 +13,6 @@ from fedjax_clip.core.loss import Gradient, batch_gradient, batch_loss, check_pa
 from fedjax_clip.core.metrics import Mean, add
 from fedjax_clip.core.types import Array, ClientTx, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
 
-ClientFn = Callable[[PyTree, Client, Array], tuple[PyTree, PyTree, Metrics]]
-
 
 def local_steps(
     per_example_loss: PerExampleLoss,
@@ -74,97 +72,73 @@ def local_steps(
     return y, opt_state, mean, report
 
 
-def local_update(
+def full_gradient(
     per_example_loss: PerExampleLoss,
-    client_tx: optax.GradientTransformation,
+    params: Params,
+    client: Client,
+    key: Array,
     gradient: Gradient = batch_gradient,
-    keep_opt_state: bool = False,
-) -> ClientFn:
-    """Local training: one optimiser step for each of the client's batches; sends ``y - x``.
+) -> tuple[PyTree, Metrics]:
+    """The gradient at ``params`` of the mean loss over all of a client's batches: ``sum_i w_i g_i / sum_i w_i``.
 
-    ``y <- y + client_tx(grad of the batch's weighted mean loss at y)``, from ``y = x`` and a fresh optimiser, or the
-    client's own of its last round if it keeps its state.
+    ``g_i`` is the gradient of batch i, and ``w_i`` the sum of its example weights. Batches only bound the memory: their
+    size does not matter. ``per_example_gradient`` so clips each of a client's examples once. ``private_gradient`` adds
+    noise to each batch, and each record is in one of them: the pass is one Gaussian mechanism for a record.
 
     Args:
-      per_example_loss, client_tx, gradient, keep_opt_state: as ``fc.fedavg``.
+      per_example_loss: ``(params, batch, key)``, see ``fc.fedavg``.
+      params: where the gradient is taken.
+      client: whose batches are used.
+      key: PRNG key of the client and round; each batch folds its number in.
+      gradient: how a batch's gradient is taken.
 
     Returns:
-      A client function ``(params, client, key) -> (update, client_state, report)``.
-
-    Example:
-      >>> client_fn = fc.extend.local_update(per_example_loss, optax.sgd(0.1))
-
-    Source: McMahan et al. (2017), Algorithm 1, ClientUpdate.
+      ``(gradient, report)``.
     """
-
-    def client_fn(params, client, key):
-        kept = client.state.own if keep_opt_state else None
-        y, opt_state, _, report = local_steps(
-            per_example_loss, client_tx, params, client, key, gradient=gradient, opt_state=kept
-        )
-        return jax.tree.map(jnp.subtract, y, params), opt_state if keep_opt_state else client.state.own, report
-
-    return client_fn
-
-
-def full_gradient(
-    per_example_loss: PerExampleLoss, params: Params, client: Client, key: Array
-) -> tuple[PyTree, Metrics]:
-    """The gradient of the mean loss over all of a client's batches, at ``params``.
-
-    Batches only bound the memory: their gradients add up exactly, so the batch size does not matter.
-
-    Args:
-      per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``.
-      params: where the gradient is taken.
-      client: its batches.
-      key: of this client and round; each batch folds its number in.
-
-    Example:
-      >>> def client_fn(params, client, key):  # a client of distributed gradient descent
-      ...   gradient, report = fc.local.full_gradient(per_example_loss, params, client, key)
-      ...   return jax.tree.map(jnp.negative, gradient), client.state.own, report
-    """
-
     check_parameters(params)
 
-    def gradient(i):
+    def total(i):
         batch, weights = client.batch(i)
+        here = jax.random.fold_in(key, i)
+        if gradient is batch_gradient:  # the sum itself: no division and multiplication by the batch's weight
 
-        def total_loss(x):
-            return batch_loss(per_example_loss, x, batch, weights, jax.random.fold_in(key, i))
+            def total_loss(x):
+                return batch_loss(per_example_loss, x, batch, weights, here)
 
-        return jax.grad(total_loss, has_aux=True)(params)
+            return jax.grad(total_loss, has_aux=True)(params)
+        mean, report = gradient(per_example_loss, params, batch, weights, here)
+        return jax.tree.map(lambda g: tree.scaled(report["loss"].weight, g), mean), report
 
-    gradient, zeros = tree.traced(gradient, 0)
-    total, report = client.loop(lambda i, acc: add(acc, gradient(i)), zeros)
+    total, zeros = tree.traced(total, 0)
+    summed, report = client.loop(lambda i, acc: add(acc, total(i)), zeros)
     weight = tree.or_one(report["loss"].weight)
-    return jax.tree.map(lambda g: tree.divided(g, weight), total), report
+    return jax.tree.map(lambda g: tree.divided(g, weight), summed), report
 
 
-def local_gradient(per_example_loss: PerExampleLoss, client_tx: optax.GradientTransformation) -> ClientFn:
+def full_step(
+    per_example_loss: PerExampleLoss,
+    client_tx: optax.GradientTransformation,
+    params: Params,
+    client: Client,
+    key: Array,
+    gradient: Gradient = batch_gradient,
+) -> tuple[PyTree, Metrics]:
     """One optimiser step along the gradient of the mean loss over ALL of a client's examples, taken at ``x``.
 
     Args:
-      per_example_loss, client_tx: as ``fc.fedsgd``.
+      per_example_loss, params, client, key, gradient: as for ``full_gradient``.
+      client_tx: the client's optimiser; ``anchor=params`` is among its extra arguments.
 
     Returns:
-      A client function ``(params, client, key) -> (update, client_state, report)``.
-
-    Example:
-      >>> client_fn = fc.extend.local_gradient(per_example_loss, optax.sgd(0.1))
+      ``(update, report)``.
 
     Source: McMahan et al. (2017), section 2, FedSGD.
     """
     client_tx = optax.with_extra_args_support(client_tx)
-
-    def client_fn(params, client, key):
-        grads, report = full_gradient(per_example_loss, params, client, key)
-        opt_state = optimiser.reseeded(optimiser.init(client_tx, params), jax.random.fold_in(key, 2**31 - 1))
-        update, opt_state = optimiser.update(client_tx, grads, opt_state, params, anchor=params)
-        return update, client.state.own, report | _step_report(opt_state)
-
-    return client_fn
+    grads, report = full_gradient(per_example_loss, params, client, key, gradient)
+    opt_state = optimiser.reseeded(optimiser.init(client_tx, params), jax.random.fold_in(key, 2**31 - 1))
+    update, opt_state = optimiser.update(client_tx, grads, opt_state, params, anchor=params)
+    return update, report | _step_report(opt_state)
 
 
 def proximal(mu: float | Array) -> optax.GradientTransformationExtraArgs:

@@ -16,7 +16,8 @@ from fedjax_clip.core.types import Algorithm, Array, Metrics, Params, PyTree
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.reduce import Reducer
-from fedjax_clip.training import lanes
+from fedjax_clip.training.placement import one_round
+from fedjax_clip.training.state import init_state
 
 HUGE = 1e4  # a canary's gradient: any clip is far below
 EXAMPLES = 8  # of a canary; other clients have one, so that weights would show
@@ -145,12 +146,12 @@ class Stage:
             algorithm = self.build(loss, optax.sgd(1.0), optax.sgd(1.0), **options)
 
             def round(state: PyTree, cohort: Cohort) -> Any:
-                after, metrics = lanes.one_round(algorithm.round, state, cohort, population, key)
+                after, metrics = one_round(algorithm.round, state, cohort, population, key)
                 moves = [public(s[0]) for s in (state, after)]
                 shown = {name: x for name, x in metrics.items() if f"{name}/".startswith(self.published)}
                 return after, (moves[1][0] - moves[0][0], moves[1][1] - moves[0][1], shown)
 
-            state = lanes.init_state(algorithm, self.params, self.num_clients)
+            state = init_state(algorithm, self.params, self.num_clients)
             return jax.lax.scan(round, state, cohorts)[1]
 
         return jax.jit(jax.vmap(one))

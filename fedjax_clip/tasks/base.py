@@ -23,7 +23,7 @@ class Task:
       evaluation: held-out populations by name, ``{"examples": ..., "clients": ...}``.
       init: ``key -> params``.
       per_example_loss: ``(params, batch, key) -> (losses[B], {metric: values[B]})``.
-      summarise: scores of a held-out population besides those means, see ``fc.extend.client_evaluator``.
+      summarise: scores of a held-out population besides those means, see ``fc.evaluator``.
       frozen: which parameters stay as they are, see ``fc.partially_frozen``; ``None``: all train.
       fitted: what was computed exactly from the clients' data before training, and what to give instead: no
         epsilon of the training covers it, see ``refuse_fitted``. Empty: nothing was.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,9 +11,7 @@ import numpy as np
 from fedjax_clip.core import checks, files
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.training import identity
-
-if TYPE_CHECKING:
-    from fedjax_clip.training.loop import State
+from fedjax_clip.training.state import State
 
 
 class Checkpoints:
@@ -49,7 +47,7 @@ class Checkpoints:
         """Rounds done at the newest checkpoint, or ``None`` if there is none."""
         return max(self._steps(), default=None)
 
-    def restore(self, template: "State") -> "tuple[int, State] | None":
+    def restore(self, template: State) -> tuple[int, State] | None:
         """The newest checkpoint as ``(rounds done, state)``, or ``None`` if there is none.
 
         Args:
@@ -97,7 +95,7 @@ class Checkpoints:
         server, clients = jax.tree.unflatten(jax.tree.structure(template[:2]), arrays)
         return step, template._replace(server=server, clients=clients, run=run)
 
-    def save(self, round: int, state: "State") -> None:
+    def save(self, round: int, state: State) -> None:
         """Saves the state after ``round`` rounds; returns when it is on disk."""
         import orbax.checkpoint as ocp
 
@@ -141,7 +139,7 @@ class Checkpoints:
         return self._manager
 
 
-def _named(state: "State") -> tuple[list[str], list[np.ndarray]]:
+def _named(state: State) -> tuple[list[str], list[np.ndarray]]:
     """Names, which differ even where one key has another's separator in it, and arrays of what is saved."""
     leaves, _ = jax.tree_util.tree_flatten_with_path((state.server, state.clients))
     roots = {0: "server", 1: "clients"}

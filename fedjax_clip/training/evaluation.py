@@ -1,162 +1,223 @@
-"""Held-out examples one by one, each under the model that its client uses, and scores that no mean gives."""
+"""Held-out scores: means over examples, scores of each client, and scores that no mean gives."""
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fedjax_clip.core import checks
-from fedjax_clip.core.loss import example_values
-from fedjax_clip.core.metrics import prefixed
-from fedjax_clip.core.types import Algorithm, Params, PerExampleLoss, PyTree
+from fedjax_clip.core import checks, metrics, tree
+from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.loss import batch_loss, example_values
+from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree, Row
 from fedjax_clip.data.population import FederatedData, check_sets
 
-Values: TypeAlias = dict[str, np.ndarray]  # of each example [N]: its loss and what the loss says besides
+Values: TypeAlias = dict[str, np.ndarray]  # of each example [N]: its loss and what the loss reports besides
 Summary: TypeAlias = Callable[[Values, FederatedData], Mapping[str, float]]
 
 
-def client_evaluator(
-    algorithm: Algorithm,
-    per_example_loss: PerExampleLoss,
-    population: FederatedData,
-    sets: Mapping[str, FederatedData],
-    summarise: Summary | None = None,
-    batch_size: int = 1024,
-) -> Callable[[Params, PyTree], dict[str, float]]:
-    """An ``evaluate_clients`` for ``train``: as ``fc.evaluator``, but of the model that each client uses itself.
-
-    That is ``algorithm.personal(params, state)``, where the algorithm has one, of the training client of the same name;
-    a client that is not among those that train is new, and uses what it would begin with.
-
-    Args:
-      algorithm: the one that trains.
-      per_example_loss: called with ``key=None``, so nothing in it is random.
-      population: the training population.
-      sets: held-out populations by name.
-      summarise: ``(values of every example, held-out population) -> {name: score}``, for scores that are not means,
-        such as ``auroc``, or that are taken for each client.
-      batch_size: examples at a time.
-
-    Returns:
-      ``(params, clients [M, ...]) -> {"examples/loss": ..., "examples/accuracy": ..., ...}``.
-
-    Example:
-      >>> algorithm = fc.partially_private(per_example_loss, client_tx, private="^b")
-      >>> evaluate = fc.extend.client_evaluator(algorithm, per_example_loss, data, {"examples": held_out})
-      >>> result = fc.train(algorithm, data, params, rounds=10, evaluate_clients=evaluate)
-    """
-    values_of = _values_of(per_example_loss, sets, batch_size, algorithm, population)
-
-    def evaluate(params: Params, clients: PyTree) -> dict[str, float]:
-        scores: dict[str, float] = {}
-        for name, data in sets.items():
-            values = values_of(name, params, clients)
-            found = {key: float(np.average(x.astype(np.float64), weights=data.weights)) for key, x in values.items()}
-            scores |= prefixed(name, found | dict(summarise(values, data) if summarise else {}))
-        return scores
-
-    return evaluate
-
-
-def per_client(
+def evaluator(
     per_example_loss: PerExampleLoss,
     sets: Mapping[str, FederatedData],
-    batch_size: int = 1024,
     *,
     algorithm: Algorithm | None = None,
     population: FederatedData | None = None,
-) -> Callable[..., Values]:
-    """As ``fc.evaluator``, but for every client by itself: a mean hides whom the model does not serve.
+    summarise: Summary | None = None,
+    batch_size: int = 1024,
+) -> "Evaluator":
+    """Evaluates a model on held-out sets: means over all examples, or over the examples of each client.
 
-    ``sum_i w_i v_i / sum_i w_i`` over the examples i of each client, with example weights w and v the loss, the
-    accuracy, ... Examples are laid end to end, whosever they are, and go ``batch_size`` at a time through one
-    compiled program for all sets of the same fields; the sums are the host's, in float64. So ragged clients cost no
-    padding but that of the last batch, which no sum sees.
+    ``sum_i w_i v_i / sum_i w_i`` over the examples i, with example weights w and v the loss, the accuracy, or whatever
+    else the loss reports. Examples go ``batch_size`` at a time through one compiled program for all sets of the same
+    fields. The host sums in float64. Clients are not padded, only the last batch of a set is, and no sum sees that.
 
     Args:
       per_example_loss: the training loss; called with ``key=None``, so nothing in it is random.
       sets: populations by name, such as ``{"examples": held_out_examples, "clients": held_out_clients}``.
+      algorithm: if its clients have models of their own (``algorithm.personal``), each client's examples are judged by
+        the model of the training client of the same name. Other clients are new and begin with the server's model.
+      population: the training population, whose clients' names are meant; needed with such an algorithm.
+      summarise: ``(values of every example {name: [N]}, set) -> {name: score}``, for scores that are not means, such as
+        the area under a ROC curve.
       batch_size: examples at a time.
-      algorithm: if given, each client's own model is used, as in ``fc.extend.client_evaluator``.
-      population: the training population; with ``algorithm``.
 
     Returns:
-      ``(params, clients [M, ...] = ()) -> {"examples/loss": float64[M], "examples/accuracy": float64[M], ...}``, M the
-      clients of the set.
+      An ``Evaluator``: ``evaluate(params)``, or ``evaluate(params, clients)`` with the clients' states ``[M, ...]``,
+      gives ``{"examples/loss": ..., "examples/accuracy": ..., ...}``; ``evaluate.per_client(params)`` gives
+      ``{"examples/loss": float64[C], ...}`` of the C clients of each set.
 
     Raises:
-      InvalidInput: sets that are not populations by name; a loss of the wrong shape.
+      InvalidInput: sets that are not populations by name; no ``population`` where one is needed; (when called) a loss
+        of the wrong shape.
 
     Example:
-      >>> scores = fc.extend.per_client(per_example_loss, {"clients": held_out_clients})(result.params)
-      >>> held_out_clients.name(scores["clients/accuracy"].argmin())  # the client that is served worst
+      >>> evaluate = fc.evaluator(per_example_loss, {"examples": held_out, "clients": held_out_clients})
+      >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10, evaluate=evaluate)
+      >>> result.history[-1]["eval/clients/accuracy"] > 0.8
+      True
+      >>> worst = evaluate.per_client(result.params)["clients/loss"].argmax()
+      >>> name = held_out_clients.name(worst)  # of the client that the model serves worst
     """
-    values_of = _values_of(per_example_loss, sets, batch_size, algorithm, population)
-
-    def evaluate(params: Params, clients: PyTree = ()) -> Values:
-        scores: Values = {}
-        for name, data in sets.items():
-            weights = np.ones(data.num_examples) if data.weights is None else np.asarray(data.weights, np.float64)
-            totals = np.add.reduceat(weights, data.offsets[:-1])
-            for key, values in values_of(name, params, clients).items():
-                sums = np.add.reduceat(weights * values.astype(np.float64), data.offsets[:-1])
-                scores[f"{name}/{key}"] = sums / totals
-        return scores
-
-    return evaluate
-
-
-def _values_of(
-    per_example_loss: PerExampleLoss,
-    sets: Mapping[str, FederatedData],
-    batch_size: int,
-    algorithm: Algorithm | None,
-    population: FederatedData | None,
-) -> Callable[[str, Params, PyTree], Values]:
-    """``(set, params, clients) -> Values``: the last batch is filled with the last example, and cut off again."""
     check_sets("sets", sets)
     checks.kind("algorithm", algorithm, Algorithm | None, "an algorithm such as fc.fedavg(...)")
     checks.kind("population", population, FederatedData | None, "the FederatedData that is trained on")
     batch_size = checks.count("batch_size", batch_size)
-    personal = algorithm.personal if algorithm else None
-    names = [population.name(c) for c in range(population.num_clients)] if personal and population else []
-    number = {name: c for c, name in enumerate(names)}
-    size = min(batch_size, max((data.num_examples for data in sets.values()), default=1))
+    if algorithm is None or algorithm.personal is None:
+        algorithm = None
+    elif population is None:
+        raise InvalidInput(
+            "This algorithm's clients have models of their own: give fc.evaluator the population that trains."
+        )
+    return Evaluator(per_example_loss, sets, algorithm, population, summarise, batch_size)
 
-    @jax.jit
-    def batch_values(params, states, batch):
-        if personal is None:
-            return example_values(per_example_loss, params, batch, None, size)
 
-        def one(state, example):
-            alone = jax.tree.map(lambda x: x[None], example)
-            values = example_values(per_example_loss, personal(params, state), alone, None, 1)
-            return {name: x[0] for name, x in values.items()}
+@dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """What ``fc.evaluator`` makes; see there."""
 
-        return jax.vmap(one)(states, batch)
+    per_example_loss: PerExampleLoss
+    sets: Mapping[str, FederatedData]
+    algorithm: Algorithm | None  # if its clients have models of their own
+    population: FederatedData | None
+    summarise: Summary | None
+    batch_size: int
+
+    def __call__(self, params: Params, clients: PyTree = ()) -> Row:
+        """Means over all examples of each set, and what ``summarise`` makes of them.
+
+        Args:
+          params: the model's parameters.
+          clients: the training clients' states ``[M, ...]``, for an algorithm with models of their own.
+
+        Returns:
+          ``{"set/loss": ..., "set/name": ...}``.
+        """
+        scores: Row = {}
+        for name, data in self.sets.items():
+            values = self.values(name, params, clients)
+            found = {key: _mean(x.astype(np.float64), data.weights) for key, x in values.items()}
+            scores |= metrics.prefixed(name, found | dict(self.summarise(values, data) if self.summarise else {}))
+        return scores
+
+    def per_client(self, params: Params, clients: PyTree = ()) -> Values:
+        """The same means over the examples of each client alone: one mean hides whom the model does not serve.
+
+        Args:
+          params, clients: as for a call.
+
+        Returns:
+          ``{"set/loss": float64[C], ...}``, C the clients of the set.
+        """
+        scores: Values = {}
+        for name, data in self.sets.items():
+            weights = np.ones(data.num_examples) if data.weights is None else np.asarray(data.weights, np.float64)
+            totals = np.add.reduceat(weights, data.offsets[:-1])
+            for key, x in self.values(name, params, clients).items():
+                sums = np.add.reduceat(_counted(x.astype(np.float64), weights) * weights, data.offsets[:-1])
+                scores[f"{name}/{key}"] = np.divide(sums, totals, out=np.full(len(sums), np.nan), where=totals > 0)
+        return scores
 
     @jax.transfer_guard("allow")
-    def values_of(name: str, params: Params, clients: PyTree) -> Values:
-        data = sets[name]
+    def values(self, name: str, params: Params, clients: PyTree = ()) -> Values:
+        """The values of every example of a set, ``{"loss": [N], name: [N]}``."""
+        data = self.sets[name]
+        size = min(self.batch_size, max(data.num_examples for data in self.sets.values()))
+        params, parts = jax.device_put(params), []  # once, not with each batch
+        states = self._states(data, params, clients)
+        for start in range(0, data.num_examples, size):
+            index = np.minimum(np.arange(start, start + size), data.num_examples - 1)  # the last one fills the batch
+            batch = jax.tree.map(lambda x, index=index: x[index], data.examples)
+            parts.append(jax.device_get(self._batch(params, states(index), batch)))
+        return {name: np.concatenate([part[name] for part in parts])[: data.num_examples] for name in parts[0]}
+
+    def _states(self, data: FederatedData, params: Params, clients: PyTree) -> Callable[[np.ndarray], PyTree]:
+        """What the clients of some examples keep, by the examples' numbers."""
+        if self.algorithm is None or self.population is None:
+            return lambda index: ()
+        number = {self.population.name(c): c for c in range(self.population.num_clients)}
         trained = np.array([number.get(data.name(c), -1) for c in range(data.num_clients)])
         client_of = np.repeat(trained, data.sizes)
-        new = algorithm.init_client(params) if algorithm and personal else None
-        params, parts = jax.device_put(params), []  # once, not with each batch
-        for start in range(0, data.num_examples, size):
-            index = np.minimum(np.arange(start, start + size), data.num_examples - 1)
+        new = self.algorithm.init_client(params)
+
+        def states(index: np.ndarray) -> PyTree:
             client = client_of[index]
 
-            def state(kept, begin, client=client):
+            def state(kept: Any, begin: Any) -> np.ndarray:
                 known = (client >= 0).reshape(-1, *[1] * np.ndim(begin))
                 return np.where(known, kept[np.maximum(client, 0)], begin)
 
-            states = jax.tree.map(state, clients, new) if personal else None
-            batch = jax.tree.map(lambda x, index=index: x[index], data.examples)
-            parts.append(jax.device_get(batch_values(params, states, batch)))
-        return {name: np.concatenate([part[name] for part in parts])[: data.num_examples] for name in parts[0]}
+            return jax.tree.map(state, clients, new)
 
-    return values_of
+        return states
+
+    @functools.cached_property
+    def _batch(self) -> Callable[[Params, PyTree, PyTree], dict[str, Array]]:
+        """The compiled program: values of one batch, each example under the model that its client uses."""
+        loss, personal = self.per_example_loss, self.algorithm and self.algorithm.personal
+
+        @jax.jit
+        def batch_values(params, states, batch):
+            if personal is None:
+                return example_values(loss, params, batch, None, len(jax.tree.leaves(batch)[0]))
+
+            def one(state, example):
+                alone = jax.tree.map(lambda x: x[None], example)
+                values = example_values(loss, personal(params, state), alone, None, 1)
+                return {name: x[0] for name, x in values.items()}
+
+            return jax.vmap(one)(states, batch)
+
+        return batch_values
+
+
+def _mean(values: np.ndarray, weights: Any) -> float:
+    """The weighted mean; NaN where nothing was counted, as in a row of training."""
+    if weights is None:
+        return float(np.mean(values))
+    return float(np.average(_counted(values, weights), weights=weights)) if np.any(weights) else math.nan
+
+
+def _counted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The values, 0 where they weigh nothing: NaN or not, they are not looked at."""
+    return np.where(weights > 0, values, 0)
+
+
+ROWS_BATCH = 256
+
+
+class Rows(NamedTuple):
+    """Examples to evaluate on inside a compiled program, by ``number [T, B]``, and their weights, 0 where padded."""
+
+    number: Array | np.ndarray
+    weight: Array | np.ndarray
+
+
+def rows(data: FederatedData, index: np.ndarray, least: int = 0) -> Rows:
+    """These examples of ``data`` in batches, with room for ``least`` of them."""
+    size = min(ROWS_BATCH, max(least, len(index)))
+    shape = -(-max(least, len(index)) // size), size
+    padded, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    padded.flat[: len(index)] = index
+    weight.flat[: len(index)] = 1.0 if data.weights is None else data.weights[index]
+    return Rows(padded, weight)
+
+
+def measure(per_example_loss: PerExampleLoss, params: Params, examples: PyTree, rows: Rows, due: Array) -> Metrics:
+    """An evaluator's means inside a compiled program, summed in float32; nothing is computed unless ``due``."""
+    batches = Cohort((), (), (), (), rows.number, rows.weight, population=examples)  # type: ignore[arg-type] # no clients
+
+    def report(i: Array) -> Metrics:
+        out = batch_loss(per_example_loss, params, *batches.read(i), None)[1]
+        return {name: value for name, value in out.items() if isinstance(value, metrics.Mean)}
+
+    count = jnp.where(due, jnp.int32(len(rows.number)), 0)
+    report, zeros = tree.traced(report, 0)
+    total = jax.lax.fori_loop(0, count, lambda i, acc: metrics.add(acc, report(i)), zeros)
+    return metrics.finish(total)
 
 
 def by_client(values: np.ndarray, data: FederatedData) -> dict[str, np.ndarray]:

@@ -7,31 +7,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.core import keys, metrics, tree
 from fedjax_clip.core.cohort import Cohort
-from fedjax_clip.core.loss import batch_loss
-from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree, check_named
+from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
 from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork, plan_rounds
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
-from fedjax_clip.training import placement
+from fedjax_clip.training import failures, placement
+from fedjax_clip.training.evaluation import Rows, measure, rows
+from fedjax_clip.training.placement import one_round, run_rounds
+from fedjax_clip.training.state import init_state
 
 Build = Callable[[dict[str, Any]], Algorithm]
 
 LONGEST = 64  # rounds in a block,
 PLAN_BYTES = 2**24  # as far as their example numbers are no more than this
-EVALUATION_BATCH = 256
-
-
-class Rows(NamedTuple):
-    """Examples to evaluate on, by ``number [T, B]``, and their weights ``[T, B]``, 0 where padded."""
-
-    number: Array | np.ndarray
-    weight: Array | np.ndarray
 
 
 class Stream(NamedTuple):
@@ -52,72 +45,6 @@ class Stream(NamedTuple):
     held_out: Rows | None
     cohorts: Cohort
     everyone: Cohort | None = None
-
-
-def train_rounds(
-    algorithm: Algorithm, state: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array
-) -> tuple[PyTree, Metrics]:
-    """The first ``count`` of the rounds planned in ``cohorts [R, ...]``, all clients' states being at hand.
-
-    Args:
-      state: ``(server, kept [M, ...])``, see ``init_state``.
-
-    Returns:
-      ``(state, metrics of the last round)``.
-    """
-
-    def round(index: Array, state: PyTree) -> tuple[PyTree, Metrics]:
-        cohort = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), cohorts)
-        return one_round(algorithm.round, state, cohort, population, key)
-
-    round, (_, report) = tree.traced(round, 0, state)
-    return jax.lax.fori_loop(0, count, lambda index, carry: round(index, carry[0]), (state, report))
-
-
-def one_round(
-    round: Callable[..., Any], state: PyTree, cohort: Cohort, population: PyTree, key: Array
-) -> tuple[PyTree, Metrics]:
-    """``(state, metrics)`` after ``algorithm.round``, or its ``start``, of one cohort; see ``train_rounds``."""
-    server, kept = state
-    own = jax.tree.map(lambda x: x[jnp.maximum(cohort.ids, 0)], kept)
-    server, own, report = round(server, dataclasses.replace(cohort, state=own, population=population), key)
-    kept = jax.tree.map(lambda xs, x: xs.at[_places(cohort.ids, len(xs))].set(x, mode="drop"), kept, own)
-    return (server, kept), report
-
-
-def _places(ids: Array | np.ndarray, size: int) -> Array:
-    return jnp.where(ids < 0, size, ids)
-
-
-def init_state(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
-    """The server before round 0 and what each of ``num_clients`` clients keeps, ``[M, ...]``."""
-    check_named(algorithm, num_clients)
-    kept = algorithm.init_client(tree.as_arrays(params))
-    return algorithm.init(params), jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], num_clients, axis=0), kept)
-
-
-def rows(data: FederatedData, index: np.ndarray, least: int = 0) -> Rows:
-    """These examples of ``data`` in batches, with room for ``least`` of them."""
-    size = min(EVALUATION_BATCH, max(least, len(index)))
-    shape = -(-max(least, len(index)) // size), size
-    padded, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    padded.flat[: len(index)] = index
-    weight.flat[: len(index)] = 1.0 if data.weights is None else data.weights[index]
-    return Rows(padded, weight)
-
-
-def measure(per_example_loss: PerExampleLoss, params: Params, examples: PyTree, rows: Rows, due: Array) -> Metrics:
-    """Means over the rows' examples, as ``fc.evaluator`` gives them; nothing is computed unless ``due``."""
-    batches = Cohort((), (), (), (), rows.number, rows.weight, population=examples)  # type: ignore[arg-type] # no clients
-
-    def report(i: Array) -> Metrics:
-        out = batch_loss(per_example_loss, params, *batches.read(i), None)[1]
-        return {name: value for name, value in out.items() if isinstance(value, metrics.Mean)}
-
-    count = jnp.where(due, jnp.int32(len(rows.number)), 0)
-    report, zeros = tree.traced(report, 0)
-    total = jax.lax.fori_loop(0, count, lambda i, acc: metrics.add(acc, report(i)), zeros)
-    return metrics.finish(total)
 
 
 @placement.remembered  # so that a sweep that goes on compiles nothing again
@@ -144,11 +71,12 @@ def program(
                 begun,
             )
         state = tree.where(start == 0, begun, state)
-        state, report = train_rounds(algorithm, state, stream.cohorts, population, key, count)
+        state, reports = run_rounds(algorithm.round, state, stream.cohorts, population, key, count)
+        report = jax.tree.map(lambda x: x[count - 1], reports)
         if stream.held_out is not None:
             sets = sets | {"fold": (population, stream.held_out)}
-        for name, (examples, rows) in sets.items():
-            scores = measure(per_example_loss, state[0].params, examples, rows, due)
+        for name, (examples, which) in sets.items():
+            scores = measure(per_example_loss, state[0].params, examples, which, due)
             report |= metrics.prefixed(f"eval/{name}", scores)
         return state, report
 
@@ -252,7 +180,7 @@ class Lanes:
         devices: Sequence[jax.Device],
         width: int,
     ):
-        self.points, self.plans, self.devices, self.width = points, plans, devices, width
+        self.points, self.plans, self.devices, self.width, self.data = points, plans, devices, width, data
         num_kept = max(int(plan.stream.num_clients) for plan in plans.values())
         first = next(iter(plans.values())).stream
         hyper = {name: values[0] for name, values in points.items()} | {"num_clients": first.num_clients}
@@ -302,7 +230,7 @@ class Lanes:
                 continue
             stream = _stack([s._replace(cohorts=plan.blocks[i][1]) for s, plan in zip(common, plans)])
             counts = np.int32(rounds.start), np.int32(len(rounds)), np.bool_(rounds.stop == stop)
-            with _while_tracing():
+            with _while_tracing(), failures.Explained(self.data, debug=False):
                 state, report = self.program(hyper, state, stream, self.population, self.sets, *counts)
             report = {name: np.asarray(x) for name, x in report.items()}  # waits
             on_rounds(len(rounds) * len(lanes))
@@ -320,6 +248,8 @@ def _while_tracing() -> Iterator[None]:
     try:
         yield
     except TypeError as error:
+        if failures.explained(error) and not isinstance(error, jax.errors.JAXTypeError):
+            raise  # of the user's own
         why = str(error).splitlines()[0]
         raise InvalidInput(f"A swept number decides what is compiled, which only a known one can: {why}") from error
 

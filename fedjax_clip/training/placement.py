@@ -1,14 +1,15 @@
-"""A round over all local devices: the cohort is split, the server replicated, its buffers donated.
+"""Rounds over all local devices: the cohort is split, the server replicated, its buffers donated.
 
-The round itself knows nothing of this: give it an unsplit cohort under ``jax.jit``, or a split one under
-``jax.shard_map``, and it computes the same.
+``run_rounds`` is the one loop over rounds, whoever compiles it; ``pmap_rounds`` is what ``fc.train`` compiles. A round
+itself knows nothing of this: under ``jax.jit`` with an unsplit cohort, or under ``jax.shard_map`` with a split one, it
+computes the same.
 """
 
 import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, PyTree
 
 AXIS = "devices"
+Index = Array | int
+Round = Callable[[PyTree, Cohort, Array], tuple[PyTree, PyTree, Metrics]]  # of an algorithm
 
 
 def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
@@ -45,6 +48,105 @@ def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
     if not devices or len(set(devices)) < len(devices):
         raise InvalidInput(f"devices must be one or more different devices, not {devices}.")
     return devices
+
+
+class Shelf(NamedTuple):
+    """Where a program keeps what its clients keep between rounds.
+
+    Attributes:
+      read: ``(kept, index of the round, cohort) -> states [C, ...]``.
+      write: ``(kept, index of the round, cohort, states [C, ...]) -> kept``.
+    """
+
+    read: Callable[[PyTree, Index, Cohort], PyTree]
+    write: Callable[[PyTree, Index, Cohort, PyTree], PyTree]
+
+
+def _read_round(kept: PyTree, index: Index, cohort: Cohort) -> PyTree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), kept)
+
+
+def _write_round(kept: PyTree, index: Index, cohort: Cohort, states: PyTree) -> PyTree:
+    return jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, index, 0), kept, states)
+
+
+def _read_clients(kept: PyTree, index: Index, cohort: Cohort) -> PyTree:
+    return jax.tree.map(lambda x: x[jnp.maximum(cohort.ids, 0)], kept)
+
+
+def _write_clients(kept: PyTree, index: Index, cohort: Cohort, states: PyTree) -> PyTree:
+    def write(xs: Array, x: Array) -> Array:
+        return xs.at[jnp.where(cohort.ids < 0, len(xs), cohort.ids)].set(x, mode="drop")
+
+    return jax.tree.map(write, kept, states)
+
+
+BY_ROUND = Shelf(_read_round, _write_round)  # [R, C, ...]: the host has gathered each round's states
+BY_CLIENT = Shelf(_read_clients, _write_clients)  # [M, ...]: all clients' states are at hand
+
+
+def run_rounds(
+    round: Round,
+    state: PyTree,
+    cohorts: Cohort,
+    population: PyTree,
+    key: Array,
+    count: Array | np.int32 | int,
+    shelf: Shelf = BY_CLIENT,
+    axis_name: str | None = None,
+) -> tuple[PyTree, Metrics]:
+    """Runs the first ``count`` of the R rounds that ``cohorts`` plan.
+
+    Args:
+      round: an algorithm's round.
+      state: ``(server, kept)``; see ``shelf``.
+      cohorts: ``[R, ...]``, without states.
+      population: examples on the device, or ``None`` if the cohorts hold batches.
+      key: PRNG key of the run.
+      count: int32, up to R.
+      shelf: how ``kept`` is indexed: by client ``[M, ...]``, or by round ``[R, C, ...]``.
+      axis_name: the mapped axis of the devices, if there are several.
+
+    Returns:
+      ``(state, metrics [R, ...])``; metrics of rounds that were not run are 0.
+
+    Example:
+      >>> work = fc.extend.LocalWork(20)
+      >>> cohorts = fc.extend.plan_rounds(data, [np.array([3, 1, 4])], work, seed=0, first_round=0)
+      >>> cohorts = jax.tree.map(lambda x: x[0], cohorts)  # those of the first device
+      >>> state = algorithm.init(params), algorithm.init_client(params)  # FedAvg's clients keep nothing
+      >>> state, metrics = fc.extend.placement.run_rounds(algorithm.round, state, cohorts, None, key, 1)
+    """
+
+    def one(state: PyTree, index: Array) -> tuple[PyTree, Metrics]:
+        cohort = _read_round(cohorts, index, cohorts)
+        return one_round(round, state, dataclasses.replace(cohort, axis_name=axis_name), population, key, shelf, index)
+
+    one, (_, metrics) = tree.traced(one, state, 0)
+    reports = jax.tree.map(lambda x: jnp.zeros((cohorts.ids.shape[0], *x.shape), x.dtype), metrics)
+
+    def body(index: Array, carry: tuple[PyTree, Metrics]) -> tuple[PyTree, Metrics]:
+        state, reports = carry
+        state, metrics = one(state, index)
+        return state, _write_round(reports, index, cohorts, metrics)
+
+    return jax.lax.fori_loop(0, count, body, (state, reports))
+
+
+def one_round(
+    round: Round,
+    state: PyTree,
+    cohort: Cohort,
+    population: PyTree,
+    key: Array,
+    shelf: Shelf = BY_CLIENT,
+    index: Index = 0,
+) -> tuple[PyTree, Metrics]:
+    """``(state, metrics)`` after an algorithm's ``round``, or its ``start``, of one cohort; see ``run_rounds``."""
+    server, kept = state
+    own = shelf.read(kept, index, cohort)
+    server, own, metrics = round(server, dataclasses.replace(cohort, state=own, population=population), key)
+    return (server, shelf.write(kept, index, cohort, own)), metrics
 
 
 def pmap_rounds(
@@ -100,44 +202,42 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
             return make(function, *rest)
         if rest not in made:
             made[rest] = make(weak, *rest)
-        return functools.partial(_call, made[rest], function)
+        program: Any = functools.partial(made[rest])
+        program.made_of = function  # whoever has a program keeps alive what it was made of
+        return program
 
     return find
-
-
-def _call(program: Callable[..., Any], owner: Any, *args: Any) -> Any:
-    """Whoever has a program keeps alive what it was made of."""
-    return program(*args)
 
 
 @remembered
 def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callable[..., Any]:
     def one_device(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
-        def at(index: Array, xs: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), xs)
-
-        def put(index: Array, xs: PyTree, x: PyTree) -> PyTree:
-            return jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, index, 0), xs, x)
-
-        def round(server: PyTree, states: PyTree, index: Array):
-            cohort = dataclasses.replace(at(index, cohorts), population=population, axis_name=AXIS)
-            return play(server, dataclasses.replace(cohort, state=at(index, states)), key)
-
-        round, (_, _, metrics) = tree.traced(round, server, states, 0)
-        reports = jax.tree.map(lambda x: jnp.zeros((cohorts.ids.shape[0], *x.shape), x.dtype), metrics)
-
-        def body(index: Array, carry: tuple[PyTree, PyTree, Metrics]):  # states stay where they lie: they are large
-            server, states, reports = carry
-            server, state, metrics = round(server, states, index)
-            return server, put(index, states, state), put(index, reports, metrics)
-
-        return jax.lax.fori_loop(0, count, body, (server, states, reports))
+        state, metrics = run_rounds(play, (server, states), cohorts, population, key, count, BY_ROUND, AXIS)
+        return *state, metrics
 
     compiled = _on_each(one_device, devices, num_mapped=4, num_shared=2, donate=(0, 1))
 
     def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
         rest = dataclasses.replace(cohorts, state=(), population=None)
         return compiled(server, cohorts.state, rest, cohorts.population, key, np.int32(count))
+
+    return run
+
+
+def eager_rounds(
+    algorithm: Algorithm, devices: Sequence[jax.Device]
+) -> Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]:
+    """``pmap_rounds`` of one device without compilation: each operation of each client by itself, for debugging.
+
+    Call it under ``jax.disable_jit()``. Plan the cohorts with ``width=1``; donate nothing.
+    """
+
+    def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
+        server, cohorts = jax.tree.map(lambda x: jnp.asarray(x)[0], (server, cohorts))
+        rest = dataclasses.replace(cohorts, state=(), population=None)
+        arguments = rest, cohorts.population, key, np.int32(count)
+        state, metrics = run_rounds(algorithm.round, (server, cohorts.state), *arguments, BY_ROUND)
+        return jax.tree.map(lambda x: x[None], (*state, metrics))
 
     return run
 
@@ -188,11 +288,11 @@ def _forget(function: Callable[..., Any]) -> None:
         pass
 
 
-def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+def replicate(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """A copy of every leaf on each device, ``[D, ...]``; nothing is compiled.
 
     Args:
-      tree: arrays of any shape.
+      values: arrays of any shape.
       devices: D local devices.
 
     Example:
@@ -205,20 +305,20 @@ def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
         each = [jax.device_put(np.array(x)[None], device) for device in devices]
         return jax.make_array_from_single_device_arrays((len(each), *each[0].shape[1:]), sharding, each)
 
-    return jax.tree.map(copies, tree)
+    return jax.tree.map(copies, values)
 
 
-def split(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+def split(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """Sends host arrays ``[D, ...]`` to the devices, a slice to each, without waiting; what is there stays there.
 
     Args:
-      tree: host arrays ``[D, ...]``.
+      values: host arrays ``[D, ...]``.
       devices: D local devices.
 
     Example:
       >>> cohorts = fc.extend.placement.split(cohort, jax.local_devices()[:1])
     """
-    return jax.device_put(tree, _sharding(tuple(devices)))
+    return jax.device_put(values, _sharding(tuple(devices)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -227,14 +327,14 @@ def _sharding(devices: tuple[jax.Device, ...]) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
 
 
-def first_replica(tree: PyTree) -> PyTree:
+def first_replica(values: PyTree) -> PyTree:
     """The first device's copy of each leaf as a NumPy array, without the leading axis.
 
     Args:
-      tree: arrays ``[D, ...]`` with a slice on each device.
+      values: arrays ``[D, ...]`` with a slice on each device.
 
     Example:
       >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
       >>> params = fc.extend.placement.first_replica(server.params)
     """
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), values)

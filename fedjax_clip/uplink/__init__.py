@@ -1,7 +1,7 @@
 """Links between a client and the server; ``chain`` joins them."""
 
 from fedjax_clip.uplink import mechanism
-from fedjax_clip.uplink.base import Context, Uplink, at_client, chain, identity, on_parts
+from fedjax_clip.uplink.base import Context, Message, Uplink, at_client, chain, identity, on_parts, stateless
 from fedjax_clip.uplink.clip import by_group, clip_by_global_norm, quantile_clip, zeroing
 from fedjax_clip.uplink.compressed import compress, count_sketch, error_feedback, power_sgd
 from fedjax_clip.uplink.extrapolate import fedexp
@@ -14,6 +14,7 @@ from fedjax_clip.uplink.scale import preconditioned
 __all__ = [
     "Context",
     "Grid",
+    "Message",
     "Noise",
     "Promises",
     "Uplink",
@@ -39,6 +40,7 @@ __all__ = [
     "quantile_clip",
     "relative_to_last",
     "skellam",
+    "stateless",
     "with_bias",
     "zeroing",
 ]

@@ -16,8 +16,33 @@ from fedjax_clip.core.types import Array, InvalidInput, Metrics, Params, PyTree
 from fedjax_clip.uplink.orders import check_chain
 from fedjax_clip.uplink.promises import Promises, beside, joined, last_bound
 
-SENT = ("bytes", "entropy_bytes")  # what a link that packs reports of its message
-LATE = "late"  # what a link reports, true, of a message that comes too late to count
+
+class Message(NamedTuple):
+    """What a link sends of an update, where the arrays do not say all: a link's ``encode`` may return it as message.
+
+    Attributes:
+      value: pytree, what the reducer is given.
+      bytes: float32 scalar, the bytes that travel; ``None``: those of the arrays.
+      entropy_bytes: float32 scalar, the least bytes that a code of the same numbers needs; ``None``: not known.
+      late: bool scalar, whether it comes too late to count; ``None``: in time.
+
+    Example:
+      >>> def encode(update, ctx):  # half of the bits travel
+      ...     halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), update)
+      ...     sent = sum(x.nbytes for x in jax.tree.leaves(update)) / 2
+      ...     return fc.uplink.Message(halved, bytes=jnp.float32(sent)), {}
+      >>> link = fc.uplink.stateless(encode)
+    """
+
+    value: PyTree
+    bytes: Array | None = None
+    entropy_bytes: Array | None = None
+    late: Array | None = None
+
+    @property
+    def plain(self) -> PyTree:
+        """The value alone, where there is nothing else to say."""
+        return self.value if all(said is None for said in self[1:]) else self
 
 
 class Context(NamedTuple):
@@ -57,8 +82,9 @@ class Uplink(NamedTuple):
     Attributes:
       init: ``params -> state``, which lives at the server and is checkpointed.
       init_client: ``params -> client_state``, what one client keeps; without leaves if nothing.
-      encode: ``(update, state, client_state, ctx) -> (message, client_state, report)`` at ONE client. A report is a
-        dict of sums or ``metrics.Mean`` pairs, which add up over the cohort.
+      encode: ``(update, state, client_state, ctx) -> (message, client_state, report)`` at ONE client. The message is a
+        pytree, or a ``Message`` that says besides how many bytes travel. A report is a dict of sums or
+        ``metrics.Mean``s, which add up over the cohort.
       decode: ``(aggregate, state, report, ctx) -> (update, state, metrics)`` at the server, once, with the
         cohort's report.
       promises: what holds of every message that leaves the link; nothing by default. Links, reducers and the accounting
@@ -140,15 +166,15 @@ def chain(*links: Uplink) -> Uplink:
 
     def encode(update, state, client_state, ctx):
         states, reports = [], []
-        sent: Metrics = {}
+        sent = Message(update)
         for position, (link, s, c) in enumerate(zip(links, state, client_state, strict=True)):
-            update, c, report = encoded(link, update, s, c, context(position, state, ctx, update))
-            report = dict(report)
+            before = sent
+            sent, c, report = encoded(link, before.value, s, c, context(position, state, ctx, before.value))
+            if before.bytes is not None:  # the first that says: what follows, such as noise, is the server's work
+                sent = sent._replace(bytes=before.bytes, entropy_bytes=before.entropy_bytes)
             states.append(c)
-            here = {name: report.pop(name) for name in SENT if name in report}
-            sent = sent or here  # the first that says: what follows, such as noise, is the server's work
             reports.append(report)
-        return update, tuple(states), _numbered(reports) | sent
+        return sent.plain, tuple(states), _numbered(reports)
 
     def decode(aggregate, state, report, ctx):
         reports = _unnumbered(report, len(links))
@@ -164,11 +190,18 @@ def chain(*links: Uplink) -> Uplink:
     return Uplink(init, init_client, encode, decode, joined(promises))
 
 
-def encoded(link: Uplink, update: PyTree, state: PyTree, client_state: PyTree, ctx: Context) -> Any:
-    """``link.encode(...)``, once it is what it must be."""
+def encoded(
+    link: Uplink, update: PyTree, state: PyTree, client_state: PyTree, ctx: Context
+) -> tuple[Message, PyTree, Metrics]:
+    """``link.encode(...)``, once it is what it must be; what is sent as a ``Message``.
+
+    Args:
+      link, update, state, client_state, ctx: see ``Uplink``.
+    """
     sent = link.encode(update, state, client_state, ctx)
     _check_returned("encode", "(message, client_state, report)", sent, client_state, "client_state")
-    return sent
+    message, client_state, report = sent
+    return message if isinstance(message, Message) else Message(message), client_state, report
 
 
 def decoded(link: Uplink, aggregate: PyTree, state: PyTree, report: Metrics, ctx: Context) -> Any:
@@ -260,6 +293,43 @@ def nothing(params: Params) -> tuple[()]:
     return ()
 
 
+def stateless(
+    encode: Callable[[PyTree, Context], tuple[PyTree, Metrics]],
+    decode: Callable[[PyTree, Metrics, Context], tuple[PyTree, Metrics]] | None = None,
+    promises: Promises = Promises(),  # noqa: B008 (it is immutable)
+) -> Uplink:
+    """A link that keeps nothing from round to round, neither at clients nor at the server.
+
+    Args:
+      encode: ``(update, ctx) -> (message, report)`` at ONE client; see ``Uplink`` for both.
+      decode: ``(aggregate, report, ctx) -> (update, metrics)`` at the server, once; by default the update is the
+        aggregate, and the metrics are the report.
+      promises: what holds of every message that leaves the link; nothing by default.
+
+    Example:
+      >>> def encode(update, ctx):  # signSGD: one bit of each coordinate
+      ...     return jax.tree.map(jnp.sign, update), {}
+      >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), uplink=fc.uplink.stateless(encode))
+    """
+
+    checks.kind("stateless: encode", encode, Callable, "a function (update, ctx) -> (message, report)")
+    checks.kind(
+        "stateless: decode", decode, Callable | None, "a function (aggregate, report, ctx) -> (update, metrics)"
+    )
+    checks.kind("stateless: promises", promises, Promises, "an fc.uplink.Promises")
+
+    def encode_at(update, state, client_state, ctx):
+        message, report = encode(update, ctx)
+        return message, client_state, report
+
+    def decode_at(aggregate, state, report, ctx):
+        assert decode is not None
+        update, metrics = decode(aggregate, report, ctx)
+        return update, state, metrics
+
+    return Uplink(nothing, nothing, encode_at, at_server if decode is None else decode_at, promises)
+
+
 def on_parts(*links: Uplink) -> Uplink:
     """Links for a message of several parts, ``(update, change, ...)``: one for each of the first parts, in order.
 
@@ -301,21 +371,21 @@ def on_parts(*links: Uplink) -> Uplink:
             )
         sent, states = [], []
         report: Metrics = {}
-        packed: dict[str, list[Any]] = {name: [] for name in SENT}
         for part, (link, s, c) in enumerate(zip(links, state, client_state, strict=True)):
             out, c, said = encoded(link, message[part], s, c, own(ctx, part))
             sent.append(out)
             states.append(c)
-            for name in SENT:
-                packed[name].append(said.get(name))
-            said = {name: x for name, x in said.items() if name not in SENT}
             report |= said if part == 0 else prefixed(f"part{part}", said)
-        rest = tree.nbytes(message[count:])
-        for name, sizes in packed.items():
-            if any(size is not None for size in sizes):
-                known = [tree.nbytes(x) if size is None else size for x, size in zip(sent, sizes, strict=True)]
-                report[name] = sum(known) + rest
-        return (*sent, *message[count:]), tuple(states), report
+        rest = message[count:]
+
+        def total(sizes):
+            if all(size is None for size in sizes):
+                return None
+            known = [tree.nbytes(x.value) if size is None else size for x, size in zip(sent, sizes, strict=True)]
+            return sum(known) + tree.nbytes(rest)
+
+        bytes, least = total([x.bytes for x in sent]), total([x.entropy_bytes for x in sent])
+        return Message((*(x.value for x in sent), *rest), bytes, least).plain, tuple(states), report
 
     def decode(aggregate, state, report, ctx):
         made, states = [], []

@@ -15,7 +15,7 @@ from fedjax_clip.compression.rotate import unpacked_signs
 from fedjax_clip.core import checks, keys, tree
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
-from fedjax_clip.uplink.base import Uplink, at_server, chain, nothing
+from fedjax_clip.uplink.base import Message, Uplink, at_server, chain, encoded, nothing, stateless
 from fedjax_clip.uplink.promises import Promises, Wire
 
 
@@ -41,12 +41,12 @@ def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
     """
     checks.kind("compressor", compressor, Compressor, "of fc.compression, such as fc.compression.qsgd(4)")
 
-    def encode(update, state, client_state, ctx):
+    def encode(update, ctx):
         finite, whole = _finite(update)
         message, codes = compression.roundtrip(compressor, whole, ctx.key, by_leaf)
-        return _or_nan(finite, message), client_state, _sent(codes) | _error(whole, message)
+        return _sent(_or_nan(finite, message), codes), _error(whole, message)
 
-    return Uplink(nothing, nothing, encode, at_server, Promises(contracts=compressor.contracts, wire=Wire.PACKS))
+    return stateless(encode, promises=Promises(contracts=compressor.contracts, wire=Wire.PACKS))
 
 
 def error_feedback(*links: Uplink | Compressor) -> Uplink:
@@ -88,9 +88,13 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
     def encode(update, state, client_state, ctx):
         residual, own = client_state
         wanted = jax.tree.map(jnp.add, update, residual)
-        message, own, report = inner.encode(wanted, state, own, ctx)
-        residual = jax.tree.map(jnp.subtract, wanted, message)
-        return message, (residual, own), report | {"residual": Mean(tree.norm(residual), jnp.ones((), jnp.float32))}
+        message, own, report = encoded(inner, wanted, state, own, ctx)
+        residual = jax.tree.map(jnp.subtract, wanted, message.value)
+        return (
+            message.plain,
+            (residual, own),
+            report | {"residual": Mean(tree.norm(residual), jnp.ones((), jnp.float32))},
+        )
 
     def decode(aggregate, state, report, ctx):
         update, state, metrics = inner.decode(aggregate, state, report, ctx)
@@ -147,7 +151,7 @@ def power_sgd(rank: int = 4) -> Uplink:
         values = tree.ravel(sent)[0].astype(jnp.float32)
         code = Code(jnp.zeros(0, jnp.uint32), values, alphabet=1, size=len(values))
         message = jax.tree.unflatten(structure, leaves)
-        return _or_nan(finite, message), kept, _sent(code) | _error(whole, message)
+        return _sent(_or_nan(finite, message), code), kept, _error(whole, message)
 
     return Uplink(nothing, init_client, encode, at_server, Promises(contracts=True, wire=Wire.PACKS))
 
@@ -259,8 +263,8 @@ class _Shape:
         return jax.tree.unflatten(self.structure, [jnp.zeros(*leaf) for leaf in self.leaves])
 
 
-def _sent(codes: PyTree) -> Metrics:
-    return {"bytes": compression.nbytes(codes).astype(jnp.float32), "entropy_bytes": compression.entropy(codes)}
+def _sent(message: PyTree, codes: PyTree) -> Message:
+    return Message(message, compression.nbytes(codes).astype(jnp.float32), compression.entropy(codes))
 
 
 def _error(update: PyTree, message: PyTree) -> Metrics:

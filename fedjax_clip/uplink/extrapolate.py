@@ -7,7 +7,7 @@ from fedjax_clip.core import checks, tree
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Array, InvalidInput
 from fedjax_clip.uplink import lattice
-from fedjax_clip.uplink.base import Uplink, nothing
+from fedjax_clip.uplink.base import Uplink, stateless
 from fedjax_clip.uplink.orders import NO_BOUND
 from fedjax_clip.uplink.promises import Promises, Wire
 
@@ -53,13 +53,13 @@ def fedexp(noise_multiplier: float | Array | None = None, epsilon: float = 1e-3)
         assert noise_multiplier is not None
         return lattice.lattice(jnp.square(ctx.bound), noise_multiplier, ctx.denominator)
 
-    def encode(update, state, client_state, ctx):
+    def encode(update, ctx):
         square = jnp.square(tree.norm(update)).astype(jnp.float32)
         if noise_multiplier is None:
-            return update, client_state, {"squares": Mean(square, jnp.ones((), jnp.float32))}
-        return update, client_state, {"squares": lattice.truncated(square, on(ctx))}
+            return update, {"squares": Mean(square, jnp.ones((), jnp.float32))}
+        return update, {"squares": lattice.truncated(square, on(ctx))}
 
-    def decode(aggregate, state, report, ctx):
+    def decode(aggregate, report, ctx):
         if noise_multiplier is None:
             squares = jnp.where(ctx.weight > 0, report["squares"], 0)
         else:
@@ -67,9 +67,9 @@ def fedexp(noise_multiplier: float | Array | None = None, epsilon: float = 1e-3)
             squares = lattice.values(total, on(ctx).step / jnp.float32(ctx.denominator))
         short = jnp.square(tree.norm(aggregate)).astype(jnp.float32)
         eta = jnp.maximum(1, squares / (2 * (short + epsilon)))
-        return jax.tree.map(lambda x: tree.scaled(eta, x), aggregate), state, {"extrapolation": eta}
+        return jax.tree.map(lambda x: tree.scaled(eta, x), aggregate), {"extrapolation": eta}
 
-    link = Uplink(nothing, nothing, encode, decode, Promises(contracts=True, wire=Wire.KEEPS))
+    link = stateless(encode, decode, Promises(contracts=True, wire=Wire.KEEPS))
     if noise_multiplier is None:
         leaks = "fedexp tells the server the norms of clients' updates without noise: give it noise_multiplier=10.0."
         return link.promising(leaks=leaks)

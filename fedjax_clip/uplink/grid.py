@@ -12,7 +12,7 @@ from fedjax_clip.compression import hadamard, random_signs
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.types import Array, InvalidInput
 from fedjax_clip.uplink import discrete
-from fedjax_clip.uplink.base import Context, Uplink, nothing
+from fedjax_clip.uplink.base import Context, Uplink, stateless
 from fedjax_clip.uplink.lattice import bounded
 from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM, NO_BOUND
 from fedjax_clip.uplink.promises import Noise, Promises
@@ -129,7 +129,7 @@ def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
     unsigned, signed = TYPES[bits]
     layout = functools.partial(_layout, bits=bits, rotate=rotate, noise=noise, z=z)
 
-    def encode(update, state, client_state, ctx):
+    def encode(update, ctx):
         x, restore = tree.ravel(update)
         grid, _ = _of(layout, x.size, ctx)
         x = bounded(x, ctx.bound)
@@ -140,9 +140,9 @@ def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
             steps += discrete.discrete_gaussian(noising, x.shape, grid.stddev)
         elif noise == "skellam":
             steps += discrete.skellam(noising, x.shape, grid.stddev**2)
-        return restore(steps.astype(unsigned)), client_state, {}
+        return restore(steps.astype(unsigned)), {}
 
-    def decode(aggregate, state, report, ctx):
+    def decode(aggregate, report, ctx):
         total, restore = tree.ravel(aggregate)
         if not jnp.issubdtype(total.dtype, jnp.unsignedinteger):
             raise InvalidInput(NEEDS_MODULAR_SUM)
@@ -156,10 +156,10 @@ def _link(bits: int, rotate: bool, noise: str, z: float | Array) -> Uplink:
             of_came = jnp.sqrt(ctx.weight)
             metrics["noise_multiplier"] = of_came * jnp.float32(z) / math.sqrt(grid.clients)
             metrics["noise_std"] = of_came * jnp.float32(grid.stddev * step / ctx.denominator)
-        return restore(jnp.where(aborted, 0, mean)), state, metrics
+        return restore(jnp.where(aborted, 0, mean)), metrics
 
     promises = Promises(noise=Noise.SHARES if noise else None, needs_bound=True, grid=layout)
-    return Uplink(nothing, nothing, encode, decode, promises)
+    return stateless(encode, decode, promises)
 
 
 def _layout(

@@ -6,7 +6,7 @@ import optax
 
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.types import Array, InvalidInput
-from fedjax_clip.uplink.base import Uplink, at_client, nothing
+from fedjax_clip.uplink.base import Uplink, at_client, encoded, nothing
 from fedjax_clip.uplink.promises import Noise, Wire
 
 
@@ -64,9 +64,9 @@ def memory(
         if averages:
             update = average = jax.tree.map(lambda u, x: (1 - momentum) * u + momentum * x, average, update)
         difference = jax.tree.map(jnp.subtract, update, sent)
-        message, _, report = link.encode(difference, link.init(difference), (), ctx)
-        sent = jax.tree.map(lambda v, c: v + step * c, sent, message)
-        return message, (average, sent), report
+        message, _, report = encoded(link, difference, link.init(difference), link.init_client(difference), ctx)
+        sent = jax.tree.map(lambda v, c: v + step * c, sent, message.value)
+        return message.plain, (average, sent), report
 
     def decode(aggregate, g, report, ctx):
         if ctx.share is None:
@@ -132,8 +132,8 @@ def with_bias(link: Uplink) -> Uplink:
     checks.kind("link", link, Uplink, "an fc.uplink.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
 
     def encode(update, state, client_state, ctx):
-        message, client_state, report = link.encode(update, state, client_state, ctx)
-        return (message, update), client_state, report
+        message, client_state, report = encoded(link, update, state, client_state, ctx)
+        return message._replace(value=(message.value, update)).plain, client_state, report
 
     def decode(aggregate, state, report, ctx):
         update, state, metrics = link.decode(aggregate[0], state, report, ctx)

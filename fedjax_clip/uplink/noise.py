@@ -7,7 +7,7 @@ import optax
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.types import Array, InvalidInput
 from fedjax_clip.uplink import lattice
-from fedjax_clip.uplink.base import Context, Uplink, nothing
+from fedjax_clip.uplink.base import Context, Message, Uplink, nothing, stateless
 from fedjax_clip.uplink.mechanism import Mechanism
 from fedjax_clip.uplink.orders import NO_BOUND
 from fedjax_clip.uplink.promises import Noise, Promises, Wire
@@ -79,8 +79,8 @@ def gaussian(
             return update, client_state, {}
         message = lattice.truncated(update, on(ctx))
         travels = tree.nbytes(update)  # whole steps are what the server makes of it
-        other = {} if travels == tree.nbytes(message) else {"bytes": jnp.float32(travels)}
-        return message, client_state, other
+        other = None if travels == tree.nbytes(message) else jnp.float32(travels)
+        return Message(message, other).plain, client_state, {}
 
     def decode(aggregate, state, report, ctx):
         steps = on(ctx)
@@ -135,17 +135,17 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
     def on(ctx):
         return lattice.lattice(_bound(ctx), noise_multiplier, 1)
 
-    def encode(update, state, client_state, ctx):
+    def encode(update, ctx):
         if silent:
-            return update, client_state, {}
+            return update, {}
         steps = on(ctx)
         noised = jax.tree.map(jnp.add, lattice.truncated(update, steps), lattice.noise(ctx.key, update, steps))
-        return optax.tree.cast_like(lattice.values(noised, steps.step), update), client_state, {}
+        return optax.tree.cast_like(lattice.values(noised, steps.step), update), {}
 
-    def decode(aggregate, state, report, ctx):
-        return aggregate, state, {"noise_std": on(ctx).stddev}
+    def decode(aggregate, report, ctx):
+        return aggregate, {"noise_std": on(ctx).stddev}
 
-    return Uplink(nothing, nothing, encode, decode, Promises(noise=Noise.CLIENT, needs_bound=True))
+    return stateless(encode, decode, Promises(noise=Noise.CLIENT, needs_bound=True))
 
 
 def _bound(ctx: Context) -> Array:

@@ -237,7 +237,7 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
         (lambda: train(population(), sampler="uniform"), "sampler must be"),
         (lambda: train(population(), sampler=fc.data.sampling.uniform(2), cohort_size=2), "give one of them"),
         (lambda: train(population(), evaluate=softmax_loss), "evaluate must be a function of the parameters"),
-        (lambda: train(population(), evaluate_clients=lambda params: {}), "and what all clients keep"),
+        (lambda: train(population(), evaluate=lambda params, clients: {}), "evaluate must be a function of the par"),
         (
             lambda: train(population(), uplink=link(lambda u, s, c, ctx: u)),
             "encode must return (message, client_state, report)",
@@ -251,7 +251,7 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
         (lambda: train(fc.FederatedData({"x": np.array(["a"])}, [0, 1])), "Field 'x' holds <U1"),
         (lambda: fc.fedavg(softmax_loss, optax.sgd), "client_tx is the function sgd itself"),
         (
-            lambda: fc.scaffold(softmax_loss, functools.partial(optax.adam, b1=0.5), num_clients=6),
+            lambda: fc.scaffold(softmax_loss, functools.partial(optax.adam, b1=0.5)),
             "function adam itself",
         ),
         (lambda: fc.fedavg(softmax_loss, fc.clipping.clip_by_global_norm), "function clip_by_global_norm itself"),

@@ -89,8 +89,12 @@ CASES = {
         oracle.clipped_minibatch,
         {"lr": 0.1, "tau": TAU},
     ),
-    "episode": (fc.episode(LOSS, TAU, SGD, fresh_batches=1), oracle.episode, {"lr": 0.1, "tau": TAU}),
-    "episode, never clipped": (fc.episode(LOSS, 1e3, SGD, fresh_batches=1), oracle.episode, {"lr": 0.1, "tau": 1e3}),
+    "episode": (fc.episode(LOSS, SGD, threshold=TAU, fresh_batches=1), oracle.episode, {"lr": 0.1, "tau": TAU}),
+    "episode, never clipped": (
+        fc.episode(LOSS, SGD, threshold=1e3, fresh_batches=1),
+        oracle.episode,
+        {"lr": 0.1, "tau": 1e3},
+    ),
     "scaffoldclip": (
         fc.scaffold(LOSS, clipped(TAU), reducer=fc.reduce.uniform_mean()),
         lambda x, grad, rounds, weights, **k: oracle.scaffold(x, grad, rounds, dict.fromkeys(weights, 1.0), **k),
@@ -149,7 +153,7 @@ CASES = {
     ),
     "fednova": (fc.fednova(LOSS, clipped(TAU)), oracle.fednova, {"lr": 0.1, "tau": TAU}),
     "feddyn": (
-        fc.feddyn(LOSS, clipped(TAU), alpha=0.3, num_clients=N),
+        fc.feddyn(LOSS, clipped(TAU), alpha=0.3),
         oracle.feddyn,
         {"lr": 0.1, "tau": TAU, "alpha": 0.3, "num_clients": N},
     ),
@@ -288,7 +292,7 @@ def test_variates_are_means_of_raw_gradients_even_where_steps_are_clipped():
 def test_an_episode_takes_its_local_steps_on_other_batches_than_its_correction():
     """A client with one batch only sends its gradient; reusing the batch would move it."""
     data, loss, start, _ = problem()
-    algorithm = fc.episode(loss, 1.0, SGD, fresh_batches=1)
+    algorithm = fc.episode(loss, SGD, threshold=1.0, fresh_batches=1)
     result = fc.train(algorithm, data.select([2]), {"w": start}, rounds=1, batch_size=BATCH)
     assert_identical(result.params["w"], start)
     assert result.history[0]["mean_gradient_norm"] > 0

@@ -57,7 +57,7 @@ def oracle(data, rounds):
 
 def clipped(**options):
     tx = optax.chain(fc.clipping.clip_by_global_norm(TAU), optax.sgd(LR))
-    return fc.partially_private(squared, tx, private="own", **options)
+    return fc.partially_private(fc.fedavg(squared, tx, **options), "own")
 
 
 def test_it_is_the_loop_of_the_paper():
@@ -66,7 +66,7 @@ def test_it_is_the_loop_of_the_paper():
     server, clients, history = run.rounds(START, ROUNDS)
     u, v = oracle(data, ROUNDS)
     assert_close(server.params["slope"], u.astype(np.float32), rtol=1e-4)
-    assert_close(clients.own["own"], v.astype(np.float32), rtol=1e-4)
+    assert_close(clients.private["own"], v.astype(np.float32), rtol=1e-4)
     assert server.params["own"] == START["own"]
     assert any(row["clipped_steps"] > 0 for row in history)
     assert history[0]["clipped_steps"] <= 1
@@ -74,26 +74,26 @@ def test_it_is_the_loop_of_the_paper():
 
 def test_private_parameters_fit_clients_that_one_model_cannot():
     data = intercepts()
-    algorithm = fc.partially_private(squared, optax.sgd(LR), private="own")
-    evaluate = fc.extend.client_evaluator(algorithm, squared, data, {"seen": data})
-    private = fc.train(algorithm, data, START, rounds=150, evaluate_clients=evaluate)
+    algorithm = fc.partially_private(fc.fedavg(squared, optax.sgd(LR)), "own")
+    evaluate = fc.evaluator(squared, {"seen": data}, algorithm=algorithm, population=data)
+    private = fc.train(algorithm, data, START, rounds=150, evaluate=evaluate)
     shared = fc.train(
         fc.fedavg(squared, optax.sgd(LR)), data, START, rounds=150, evaluate=fc.evaluator(squared, {"seen": data})
     )
     assert private.history[-1]["eval/seen/loss"] < 0.01
     assert shared.history[-1]["eval/seen/loss"] > 1.0
-    assert_close(private.state.clients.own["own"], np.float32([0, 3, 6, 9]), atol=0.2)
+    assert_close(private.state.clients.private["own"], np.float32([0, 3, 6, 9]), atol=0.2)
 
 
 def test_a_private_leaf_that_does_nothing_leaves_fedavg():
     run = Run(fc.fedavg(softmax_loss, optax.sgd(0.2), optax.adam(0.1)), population())
     idle = {**parameters(), "idle": np.ones(2, np.float32)}
-    algorithm = fc.partially_private(softmax_loss, optax.sgd(0.2), optax.adam(0.1), private="idle")
+    algorithm = fc.partially_private(fc.fedavg(softmax_loss, optax.sgd(0.2), optax.adam(0.1)), "idle")
     server, clients, history = Run(algorithm, population()).rounds(idle, COHORTS)
     plain, _, expected = run.rounds(parameters(), COHORTS)
     assert_identical({k: server.params[k] for k in plain.params}, plain.params)
     assert_identical(history, expected)
-    assert_identical(clients.own["idle"], np.ones((6, 2), np.float32))
+    assert_identical(clients.private["idle"], np.ones((6, 2), np.float32))
 
 
 def test_only_shared_leaves_cross_the_wire_and_meet_the_server_optimiser():
@@ -122,11 +122,11 @@ def test_a_client_whose_own_part_is_lost_is_dropped_and_keeps_the_old_one():
 
     lost = np.repeat(np.arange(N) == 2, SIZES)  # the client of a single step: nothing tells it but its own part
     data = dataclasses.replace(intercepts(), examples={**intercepts().examples, "lost": lost})
-    algorithm = fc.partially_private(loss, optax.sgd(LR), private="own")
+    algorithm = fc.partially_private(fc.fedavg(loss, optax.sgd(LR)), "own")
     server, clients, history = Run(algorithm, data, fc.extend.LocalWork(BATCH)).rounds(START, [[0, 2]])
     assert history[0]["dropped"] == 1
-    assert clients.own["own"][2] == START["own"]
-    assert clients.own["own"][0] != START["own"]
+    assert clients.private["own"][2] == START["own"]
+    assert clients.private["own"][0] != START["own"]
     assert np.all(np.isfinite(server.params["slope"]))
 
 
@@ -135,14 +135,14 @@ def test_a_client_whose_own_part_is_lost_is_dropped_and_keeps_the_old_one():
 )
 def test_patterns_that_cannot_be_are_one_sentence(private, words):
     with pytest.raises(fc.InvalidInput, match=words):
-        fc.partially_private(squared, optax.sgd(0.1), private=private).init(START)
+        fc.partially_private(fc.fedavg(squared, optax.sgd(0.1)), private).init(START)
 
 
 def test_clients_are_evaluated_with_their_own_model_and_new_ones_with_the_first():
     data = intercepts()
     algorithm = clipped()
     own = np.float32([1, 2, 3, 4])
-    clients = fc.extend.ClientState({"own": own, "slope": None}, ())
+    clients = fc.extend.ClientState((), (), {"own": own, "slope": None})
     params = {"slope": np.float32([1, 0, -1]), "own": np.float32(0.25)}
     held_out = fc.FederatedData(data.examples, data.offsets, ["d", "new", "a", "c"], np.linspace(1, 2, sum(SIZES)))
     gathered = {}
@@ -151,7 +151,8 @@ def test_clients_are_evaluated_with_their_own_model_and_new_ones_with_the_first(
         gathered.update(values)
         return {"worst": values["loss"].max()}
 
-    evaluate = fc.extend.client_evaluator(algorithm, squared, data, {"set": held_out}, summarise, batch_size=7)
+    options = {"algorithm": algorithm, "population": data, "summarise": summarise, "batch_size": 7}
+    evaluate = fc.evaluator(squared, {"set": held_out}, **options)
     scores = evaluate(params, clients)
     intercept = np.repeat([4, 0.25, 1, 3], SIZES)
     losses = 0.5 * (data.examples["x"] @ params["slope"] + intercept - data.examples["y"]) ** 2
@@ -163,12 +164,10 @@ def test_clients_are_evaluated_with_their_own_model_and_new_ones_with_the_first(
 def test_without_a_model_of_ones_own_it_is_the_evaluator():
     data = dataclasses.replace(population(), weights=np.linspace(0.5, 2, population().num_examples))
     algorithm = fc.fedavg(softmax_loss, optax.sgd(0.1))
-    ours = fc.extend.client_evaluator(algorithm, softmax_loss, data, {"a": data, "b": population()}, batch_size=8)(
-        parameters(), ()
-    )
-    theirs = fc.evaluator(softmax_loss, {"a": data, "b": population()}, batch_size=8)(parameters())
-    assert ours.keys() == theirs.keys()
-    assert_close(ours, theirs, rtol=1e-6)
+    sets = {"a": data, "b": population()}
+    ours = fc.evaluator(softmax_loss, sets, algorithm=algorithm, batch_size=8)(parameters(), ())
+    theirs = fc.evaluator(softmax_loss, sets, batch_size=8)(parameters())
+    assert ours == theirs
 
 
 def test_auroc_is_scikit_learns():
@@ -197,11 +196,11 @@ def test_calibration_error_is_the_sum_over_bins():
 def test_what_is_frozen_is_an_argument_of_the_round_and_goes_nowhere():
     def scaffold(loss):
         link = fc.uplink.quantile_clip(0.3)
-        return fc.scaffold(loss, optax.adam(0.05), optax.adam(0.03, eps=1e-3), num_clients=6, uplink=link)
+        return fc.scaffold(loss, optax.adam(0.05), optax.adam(0.03, eps=1e-3), uplink=link)
 
     fixed = np.float32([0.5, -1.0, 2.0])
     start = {**parameters(), "b": fixed}
-    algorithm = fc.partially_frozen(scaffold, softmax_loss, "^b$")
+    algorithm = fc.partially_frozen(scaffold(softmax_loss), "^b$")
     closed_over = scaffold(lambda params, batch, key: softmax_loss({**params, "b": fixed}, batch, key))
     run, other = Run(algorithm, population()), Run(closed_over, population())
     server, clients, history = run.rounds(start, COHORTS)
@@ -222,17 +221,15 @@ def test_what_is_frozen_is_an_argument_of_the_round_and_goes_nowhere():
 
 def test_a_part_may_be_frozen_and_another_private():
     start = {"own": np.float32(1), "slope": np.zeros(3, np.float32), "w": np.ones(2, np.float32)}
-    algorithm = fc.partially_frozen(
-        lambda loss: fc.partially_private(loss, optax.sgd(LR), private="own"), squared, "^slope"
-    )
+    algorithm = fc.partially_frozen(fc.partially_private(fc.fedavg(squared, optax.sgd(LR)), "own"), "^slope")
     kept = algorithm.init_client(start)
     assert jax.tree.leaves(kept) == [1]
     assert_identical(algorithm.personal({**start, "own": np.float32(3)}, kept), start)
-    assert fc.partially_frozen(lambda loss: fc.fedavg(loss, optax.sgd(LR)), squared, "^slope").personal is None
+    assert fc.partially_frozen(fc.fedavg(squared, optax.sgd(LR)), "^slope").personal is None
     for frozen, says in (("nothing", "found in some of the parameters, not none or all: own, slope, w"), (".", "all")):
         with pytest.raises(fc.InvalidInput, match=says):
-            fc.partially_frozen(lambda loss: fc.fedavg(loss, optax.sgd(LR)), squared, frozen).init(start)
+            fc.partially_frozen(fc.fedavg(squared, optax.sgd(LR)), frozen).init(start)
     with pytest.raises(fc.InvalidInput, match=r"frozen: '\(' is not a regular expression"):
-        fc.partially_frozen(lambda loss: fc.fedavg(loss, optax.sgd(LR)), squared, "(")
+        fc.partially_frozen(fc.fedavg(squared, optax.sgd(LR)), "(")
     with pytest.raises(fc.InvalidInput, match="sends something else"):
         fc.compressed_broadcast(algorithm, fc.compression.qsgd(8))

@@ -140,8 +140,8 @@ def test_rules_by_name_do_not_meet_the_boxes_of_flax(kind):
     assert list(tuned.init(jax.random.key(0))["adapters"]) == ["first/kernel", "second/kernel"]
     if kind == "partitioned":  # which wants a mesh of those axes where the model is applied
         return
-    frozen = fc.partially_frozen(lambda loss: fc.fedavg(loss, optax.sgd(0.1)), loss, "^first/.*s$")
-    private = fc.partially_private(loss, optax.sgd(0.1), private="^second/bias$")
+    frozen = fc.partially_frozen(fc.fedavg(loss, optax.sgd(0.1)), "^first/.*s$")
+    private = fc.partially_private(fc.fedavg(loss, optax.sgd(0.1)), "^second/bias$")
     for algorithm, still in ((frozen, "first/bias"), (private, "second/bias")):
         after = dict(tree.named_leaves(fc.train(algorithm, data, params, rounds=1, devices=jax.devices()[:1]).params))
         moved = {name for name, x in tree.named_leaves(params) if np.any(after[name] != x)}

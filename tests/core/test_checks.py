@@ -19,6 +19,7 @@ from fedjax_clip.uplink import mechanism
 
 DATA = fc.FederatedData({"x": np.ones((6, 2), np.float32), "y": np.arange(6) % 2}, [0, 2, 4, 6])
 TX, SPEEDS, SAMPLER = optax.sgd(0.1), speeds.lognormal(), sampling.uniform(2)
+GRADIENT = fc.local.per_example_gradient(clipping.clip_by_global_norm(1.0))
 
 
 def loss(params, batch, key):
@@ -96,13 +97,20 @@ CALLS = [
     (clock.synchronous, {"sampler": SAMPLER, "speeds": SPEEDS, "keep": 1, "deadline": 1.0, "dropout": 0.1}),
     (fc.compressed_broadcast, {"algorithm": fc.fedavg(loss, TX), "compressor": compression.qsgd(4)}),
     (fc.episode, {"per_example_loss": loss, "threshold": 1.0, "client_tx": TX, "fresh_batches": 1}),
-    (fc.episode_plus, {"per_example_loss": loss, "threshold": 1.0, "client_tx": TX, "num_clients": 3}),
+    (fc.episode_plus, {"per_example_loss": loss, "client_tx": TX, "threshold": 1.0, "reducer": None}),
     (fc.fedavg, {"per_example_loss": loss, "client_tx": TX, "server_tx": TX, "uplink": None, "reducer": None}),
     (fc.fedbuff, {"per_example_loss": loss, "client_tx": TX, "max_staleness": 2, "exponent": 0.5}),
-    (fc.feddyn, {"per_example_loss": loss, "client_tx": TX, "alpha": 0.1, "num_clients": 3}),
+    (fc.feddyn, {"per_example_loss": loss, "client_tx": TX, "alpha": 0.1}),
     (fc.fednova, {"per_example_loss": loss, "client_tx": TX, "server_tx": TX, "uplink": None, "reducer": None}),
     (fc.mime, {"per_example_loss": loss, "client_tx": TX, "beta": 0.9}),
-    (fc.scaffold, {"per_example_loss": loss, "client_tx": TX, "num_clients": 3, "uplink": None, "reducer": None}),
+    (
+        fc.scaffold,
+        {"per_example_loss": loss, "client_tx": TX, "uplink": None, "variate_uplink": None, "gradient": GRADIENT},
+    ),
+    (fc.partially_frozen, {"algorithm": fc.fedavg(loss, TX), "frozen": "w"}),
+    (fc.partially_private, {"algorithm": fc.fedavg(loss, TX), "private": "w"}),
+    (fc.extend.algorithm, {"round": len, "per_example_loss": loss, "client_tx": TX, "beside": [None]}),
+    (fc.uplink.stateless, {"encode": len, "decode": None, "promises": fc.uplink.Promises()}),
     (fc.local.proximal, {"mu": 0.1}),
     (fc.local.per_example_gradient, {"example_tx": TX}),
     (fc.local.private_gradient, {"max_norm": 1.0, "noise_multiplier": 1.0}),
@@ -119,8 +127,7 @@ CALLS = [
             "width": 1,
         },
     ),
-    (fc.evaluator, {"per_example_loss": loss, "sets": {"a": DATA}, "batch_size": 4}),
-    (fc.extend.per_client, {"per_example_loss": loss, "sets": {"a": DATA}, "batch_size": 4, "population": DATA}),
+    (fc.evaluator, {"per_example_loss": loss, "sets": {"a": DATA}, "batch_size": 4, "population": DATA}),
     (fc.data.folds.clients, {"data": DATA, "num_folds": 2, "seed": 0}),
     (fc.data.folds.examples, {"data": DATA, "num_folds": 2, "seed": 0}),
     (fc.lora, {"per_example_loss": loss, "base": {"w": np.ones((2, 2))}, "rank": 1, "pattern": "w"}),

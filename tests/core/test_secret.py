@@ -20,8 +20,8 @@ from fedjax_clip.core import keys, secret
 from fedjax_clip.data import draws
 from fedjax_clip.privacy import Secret
 from fedjax_clip.training import loop
-from fedjax_clip.training.dispatch import Dispatcher
 from fedjax_clip.training.identity import fingerprint
+from fedjax_clip.training.planner import Planner
 from fedjax_clip.uplink import discrete
 
 SECRET = Secret.of_seed(7)
@@ -391,24 +391,13 @@ def test_local_noise_is_each_clients_own_and_changes_with_neither_width_nor_plac
 
 
 def test_blocks_of_rounds_and_of_a_start_carry_it():
-    dispatcher = Dispatcher(
-        algorithm(),
-        data(),
-        fc.data.sampling.uniform(N),
-        fc.extend.LocalWork(),
-        jax.local_devices(),
-        0,
-        3,
-        secret=SECRET,
-    )
-    for block in (dispatcher.plan(range(2)), dispatcher._sent(range(1), [fc.data.clock.Turn(np.arange(4), None, {})])):
+    sampler, devices = fc.data.sampling.uniform(N), jax.local_devices()
+    planner = Planner(data(), sampler, fc.extend.LocalWork(), devices, 0, 3, secret=SECRET)
+    for block in (planner.plan(range(2)), *planner.everyone()):
         np.testing.assert_array_equal(block.cohorts.secret[0], np.tile(SECRET.words(), (3, 1)))
-    public = Dispatcher(
-        algorithm(), data(), fc.data.sampling.uniform(N), fc.extend.LocalWork(), jax.local_devices(), 0, 3
-    )
+    public = Planner(data(), sampler, fc.extend.LocalWork(), devices, 0, 3)
     assert public.plan(range(2)).cohorts.secret is None
     for r in range(3):
         assert (
-            dispatcher.turns[r].ids.tolist()
-            == fc.data.sampling.uniform(N).draw(data().sizes, SECRET.seed(), r).tolist()
+            planner.turns[r].ids.tolist() == fc.data.sampling.uniform(N).draw(data().sizes, SECRET.seed(), r).tolist()
         )

@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 
 import fedjax_clip as fc
-from experiments import run
-from experiments.config import binary, rundir
+from experiments.config import binary, problem, rundir
 from fedjax_clip.core import files, tree
 from fedjax_clip.training.checkpoint import Checkpoints
 
@@ -107,7 +106,7 @@ BAD_FLAGS = {
     "an unknown task": ("--task=digit", 'did you mean "digits"'),
     "an unknown algorithm": ("--algorithm=fedavgg", 'did you mean "fedavg"'),
     "an unknown sampler": ("--sampler=unifrom", 'did you mean "uniform"'),
-    "an unknown argument": ("--algorithm=fedavg(local_epoch=1)", 'did you mean "local_epochs"'),
+    "an unknown argument": ("--algorithm=fedavg(keep_opt=True)", 'did you mean "keep_opt_state"'),
     "an unknown flag": ("--cohort_sizes=3", "cohort_size"),
     "a value that is no number": ("--rounds=many", "rounds"),
     "a fraction of a round": ("--rounds=2.5", "error: --rounds must be a whole number, not 2.5."),
@@ -144,12 +143,14 @@ BAD_FLAGS = {
     ),
     "a learning rate of text": ("--client=sgd('a')", "must be a number, not 'a'"),
     "a decay above one": ("--server=adam(0.01, b1=2)", "b1 must be a number of at least 0 and below 1"),
-    "epochs and steps": ("--algorithm=fedavg(local_epochs=1, local_steps=1)", "exclude each other"),
+    "steps of words": ("--local_steps=many", 'unknown component "many" (valid: budget)'),
+    "part of a batch": ("--batch_size=2.5", "--batch_size must be a whole number of at least 0, not 2.5"),
+    "epochs of the algorithm": ("--algorithm=fedavg(local_epochs=2)", 'fedavg has no argument "local_epochs"'),
     "a run directory that cannot be": ("--workdir=/proc/nope", "--workdir: /proc/nope cannot be written"),
     "code": ("--client=__import__('os').system('touch owned')", "--client"),
     "code in an argument": ("--client=sgd(open('owned', 'w'))", "--client"),
-    "no local epochs": ("--algorithm=fedavg(local_epochs=0)", "local_epochs must be a whole number"),
-    "half a local step": ("--algorithm=fedavg(local_steps=0.5)", "local_steps must be a whole number"),
+    "no local epochs": ("--local_epochs=0", "--local_epochs must be a whole number"),
+    "half a local step": ("--local_steps=0.5", "--local_steps must be a whole number of at least 1, not 0.5"),
     "a negative staleness": ("--algorithm=fedbuff(max_staleness=-1)", "whole number between 0 and 100000, not -1"),
     "a discount that grows": ("--algorithm=fedbuff(exponent=-1.0)", "exponent must be a number of at least 0"),
     "speeds that are none": (
@@ -176,7 +177,7 @@ BAD_FLAGS = {
     "no time for a batch": ("--batch_size=budget(lognormal, 0, 3)", "Seconds a step must be a positive, finite number"),
     "a batch of words": ("--batch_size=many", 'unknown component "many"'),
     "no time for a step": (
-        "--algorithm=fedavg(local_steps=budget(lognormal, 0, 3))",
+        "--local_steps=budget(lognormal, 0, 3)",
         "Seconds a step must be a positive, finite number",
     ),
     "no speeds": ("--sampler=synchronous", "missing a required argument: 'speeds'"),
@@ -204,14 +205,14 @@ BAD_FLAGS = {
     "more rounds at once than there is memory for": ("--rounds_per_dispatch=1000000000", "between 1 and 10000"),
     "a batch of all there is": (
         "--batch_size=1000000000000",
-        "batch_size must be a whole number between 1 and 2147483647",
+        "--batch_size must be a whole number between 0 and 2147483647",
     ),
     "a window without end": (
         "--client=auto_clip(10, 1000000000)|sgd(0.1)",
         "window must be a whole number between 1 and",
     ),
     "a sketch of a terabyte": ("--uplink=count_sketch(5, 1000000000)", "are a sketch of more than 1 GiB"),
-    "a plan of gigabytes": ("--algorithm=fedavg(local_steps=1000000000)", "are too many to plan: lower local_epochs"),
+    "a plan of gigabytes": ("--local_steps=1000000000", "are too many to plan: lower local_epochs"),
     "a model of terabytes": ("--task=digits(hidden=(1000000, 1000000))", "GiB of parameters, and the machine"),
     "a layer without end": (
         "--task=digits(hidden=(1000000000,))",
@@ -330,7 +331,7 @@ def test_what_fits_in_no_memory_is_one_sentence(cli, tmp_path, monkeypatch):
         OverflowError("too large"),
         RuntimeError("RESOURCE_EXHAUSTED"),
     ):
-        monkeypatch.setattr(run, "initial", mock.Mock(side_effect=error))
+        monkeypatch.setattr(problem, "initial", mock.Mock(side_effect=error))
         assert_refused(cli(*QUICK), tmp_path, [], "this needs more memory than there is, or a number is too large")
 
 

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from experiments.config import binary, registry, spec
+from experiments.config import binary, optimisers, spec
 from fedjax_clip.core.types import InvalidInput
 
 QUICK = (
@@ -122,8 +122,8 @@ BAD = {
         "learning rate must be a positive, finite number",
     ),
     "a whole number swept": (
-        ("--algorithm=fedavg(local_steps={n})", "--points=grid(n=(1, 2))"),
-        "local_steps must be a whole number",
+        ("--local_steps={n}", "--points=grid(n=(1, 2))"),
+        '--local_steps: "{n}" cannot stand here',
     ),
     "a number that decides what is compiled": (
         ("--client=sgd(0.1)", "--uplink=top_k({k})", "--points=grid(k=(1, 2))"),
@@ -143,8 +143,8 @@ BAD = {
     "no halving": ((*QUICK[4:], "--halving=1"), "--halving must be a whole number between 2 and 10000"),
     "folds of nothing": ((*QUICK[4:], "--fold_over=examples"), "--fold_over says nothing without --folds"),
     "a clock": ((*QUICK[4:], "--sampler=buffered(lognormal(), concurrency=3)", "--cohort_size=2"), "is a clock"),
-    "a flag of privacy": ((*QUICK[4:], "--delta=0.01"), "--delta says nothing to a sweep"),
-    "a flag of runs only": ((*QUICK[4:], "--eval_every=5"), "--eval_every says nothing to a sweep"),
+    "a flag of privacy": ((*QUICK[4:], "--delta=0.01"), "--delta has no effect here"),
+    "a flag of runs only": ((*QUICK[4:], "--eval_every=5"), "--eval_every has no effect here"),
 }
 
 
@@ -185,6 +185,6 @@ def test_placeholders_are_found_and_filled():
 
 
 def test_every_placeholder_may_stand_where_a_component_takes_a_number():
-    registry.server_tx("sgd({r}, momentum={m})", {"r": 0.1, "m": 0.9})
+    optimisers.server_tx("sgd({r}, momentum={m})", {"r": 0.1, "m": 0.9})
     with pytest.raises(InvalidInput, match="momentum must be a number of at least 0 and below 1"):
-        registry.server_tx("sgd({r}, momentum={m})", {"r": 0.1, "m": 1.5})
+        optimisers.server_tx("sgd({r}, momentum={m})", {"r": 0.1, "m": 1.5})

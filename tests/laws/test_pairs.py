@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiling import OPTIMIZED
-from problems import SIZES, Run, assert_close, parameters, population
+from problems import Run, assert_close, parameters, population
 
 import fedjax_clip as fc
-from experiments.config import privacy, registry, spec
+from experiments.config import optimisers, privacy, registry, spec
 from fedjax_clip.reduce import Roster
 
 COHORT = (4, 1, 3, 0)
@@ -76,12 +76,12 @@ def written(name):
 
 def build(algorithm, links="", reducer="", downlink=""):
     """As ``experiments.run`` does, with the reducer that the links need where none is asked for."""
-    make, _ = spec.one(written(algorithm), registry.ALGORITHMS, "--algorithm")
+    make = spec.one(written(algorithm), registry.ALGORITHMS, "--algorithm")
     uplink, reducers = privacy.chain(links, None), registry.reducers(len(COHORT))
     reducer = reducer or registry.needed_reducer(uplink)
     parts = {"uplink": uplink, "reducer": spec.one(reducer, reducers, "--reducer", reducers) if reducer else None}
-    optimisers = registry.client_tx("sgd(0.01)"), registry.server_tx("sgd(1.0)")
-    made = make(squared_loss, *optimisers, num_clients=len(SIZES), **parts)
+    txs = optimisers.client_tx("sgd(0.01)"), optimisers.server_tx("sgd(1.0)")
+    made = make(squared_loss, *txs, **parts)
     if not downlink:
         return made
     return spec.one(downlink, registry.DOWNLINKS, "--downlink", registry.COMPRESSORS)(made)
@@ -115,7 +115,7 @@ def rounds():
 
 @functools.cache
 def cohort():
-    run = Run(fc.fedavg(squared_loss, registry.client_tx("sgd(0.01)")), population())
+    run = Run(fc.fedavg(squared_loss, optimisers.client_tx("sgd(0.01)")), population())
     return jax.tree.map(lambda x: x[0], run.cohort(COHORT, 0, run.start(parameters())[1]))
 
 

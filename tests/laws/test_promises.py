@@ -20,6 +20,7 @@ from experiments.config import registry
 from fedjax_clip import compression, privacy, reduce, uplink
 from fedjax_clip.core import tree
 from fedjax_clip.reduce import Roster
+from fedjax_clip.uplink.base import encoded
 
 CLIP, FIXED = uplink.clip_by_global_norm(1.0), fc.reduce.fixed_mean(4)
 SGD = optax.sgd(0.1)
@@ -93,8 +94,9 @@ REDUCERS = {  # every public function that makes a reducer of a reducer
     "fc.reduce.together": lambda r: fc.reduce.together(r, r),
 }
 ALGORITHMS = {  # every public function that makes an algorithm of an algorithm
-    "fc.compressed_broadcast": lambda build: fc.compressed_broadcast(build(softmax_loss), compression.qsgd(8)),
-    "fc.partially_frozen": lambda build: fc.partially_frozen(build, softmax_loss, "b"),
+    "fc.compressed_broadcast": lambda algorithm: fc.compressed_broadcast(algorithm, compression.qsgd(8)),
+    "fc.partially_frozen": lambda algorithm: fc.partially_frozen(algorithm, "b"),
+    "fc.partially_private": lambda algorithm: fc.partially_private(algorithm, "b"),
 }
 
 
@@ -197,7 +199,7 @@ def algorithm_makers():
 def build(name, **parts):
     make = functools.reduce(getattr, name.split(".")[1:], fc)
     needed = {"episode": {"threshold": 1.0}, "episode_plus": {"threshold": 1.0}, "fedbuff": {"max_staleness": 2}}
-    needed |= {"feddyn": {"alpha": 0.1}, "partially_private": {"private": "b"}}
+    needed |= {"feddyn": {"alpha": 0.1}}
     return make(per_example_loss=softmax_loss, client_tx=SGD, **needed.get(name.split(".")[-1], {}), **parts)
 
 
@@ -205,23 +207,20 @@ def build(name, **parts):
 def test_every_algorithm_covers_what_it_sends_or_is_refused(bare):
     """Those that send more than the uplink covers: known by what one client's message is made of."""
     reducer = reduce.modular_sum(4) if bare == "shares" else FIXED
-    names = {name for name in algorithm_makers() if name not in ALGORITHMS}
+    names = algorithm_makers() - {"fc.extend.algorithm"}
     taken = set()
     for name in names:
         algorithm = made_or_refused(lambda name=name: build(name, uplink=BARE[bare], reducer=reducer))
         if algorithm is not None:
             taken.add(name.rsplit(".", 1)[-1])
             kept(BARE[bare].promises, algorithm.parts.uplink.promises)
-    only_update = {"fedavg", "fedsgd", "feddyn", "partially_private", "fedbuff"}
+    only_update = {"fedavg", "fedsgd", "feddyn", "fedbuff"}
     assert taken == only_update - ({"fedbuff"} if bare == "shares" else set())
 
 
 @pytest.mark.parametrize("wrapper", ALGORITHMS)
 def test_a_wrapped_algorithm_keeps_its_parts(wrapper):
-    def make(loss):
-        return fc.fedavg(loss, SGD, uplink=BARE["server"], reducer=FIXED)
-
-    parts = ALGORITHMS[wrapper](make).parts
+    parts = ALGORITHMS[wrapper](fc.fedavg(softmax_loss, SGD, uplink=BARE["server"], reducer=FIXED)).parts
     assert parts.uplink.promises == BARE["server"].promises
     assert parts.reducer == FIXED
 
@@ -264,8 +263,8 @@ def test_no_message_breaks_a_links_bound_or_its_contraction(name):
     state, kept_by_client = link.init(params), link.init_client(params)
     key = jax.random.key(0)
     encode = jax.jit(
-        lambda update, kept: link.encode(
-            update, state, kept, uplink.Context(key, key, jnp.int32(0), jnp.float32(1), bound=jnp.float32(1e30))
+        lambda update, kept: encoded(
+            link, update, state, kept, uplink.Context(key, key, jnp.int32(0), jnp.float32(1), bound=jnp.float32(1e30))
         )[:2]
     )
     rng = np.random.default_rng(1)
@@ -273,7 +272,7 @@ def test_no_message_breaks_a_links_bound_or_its_contraction(name):
         update = jax.tree.map(lambda x, size=size: (size * rng.normal(size=x.shape)).astype("f4"), LIKE)
         if one:
             update = jax.tree.map(np.zeros_like, LIKE) | {"head": np.eye(4, 2, dtype="f4") * np.float32(size)}
-        message, kept_by_client = encode(update, kept_by_client)
+        (message, *_), kept_by_client = encode(update, kept_by_client)
         if link.promises.bound is not None:
             assert length(message) <= float(link.promises.bound(state, LIKE)) * (1 + 1e-5)
         if link.promises.contracts:
@@ -370,7 +369,7 @@ def test_a_round_of_nobody_looks_like_any_other_whatever_the_order_of_links():
     for names, link in orders():
         state = link.init(params)
         ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, share=jnp.float32(0.5))
-        sent, _, report = link.encode(params, state, link.init_client(params), ctx)
+        (sent, *_), _, report = encoded(link, params, state, link.init_client(params), ctx)
         total, sums = jax.tree.map(jnp.zeros_like, (sent, report))  # as they add up over nobody
         server = ctx._replace(client_id=jnp.int32(-1), weight=jnp.float32(0))
         update, _, _ = link.decode(total, state, fc.extend.metrics.finish(sums), server)
@@ -387,7 +386,7 @@ def test_what_clients_report_beside_their_messages_moves_nothing_that_is_kept_or
             continue
         state = link.init(params)
         ctx = uplink.Context(key, key, jnp.int32(0), jnp.float32(1), 4.0, share=jnp.float32(0.5))
-        sent, _, report = link.encode(params, state, link.init_client(params), ctx)
+        (sent, *_), _, report = encoded(link, params, state, link.init_client(params), ctx)
         report, absurd = (
             fc.extend.metrics.finish(report),
             jax.tree.map(lambda x: x * 0 + 1e9, fc.extend.metrics.finish(report)),
@@ -400,15 +399,13 @@ def test_what_clients_report_beside_their_messages_moves_nothing_that_is_kept_or
     assert seen > 10
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedsgd", "feddyn", "partially_private", "fedbuff", "scaffold"])
+@pytest.mark.parametrize("name", ["fedavg", "fedsgd", "feddyn", "fedbuff", "scaffold"])
 def test_a_round_of_nobody_is_noise_under_every_algorithm_that_takes_it(name):
     """All that the server keeps and sends moves as in any round: parameters, and SCAFFOLD's variate."""
     beside = {"variate_uplink": BARE["server"]} if name == "scaffold" else {}
     algorithm = build(f"fc.{name}", uplink=BARE["server"], reducer=FIXED, **beside)
     server, _, history = Run(algorithm, population()).rounds(parameters(), [[]])
-    sent = {k: x for k, x in server.params.items() if (name, k) != ("partially_private", "b")}
-    for x, before in zip(jax.tree.leaves(sent), jax.tree.leaves({k: parameters()[k] for k in sent}), strict=True):
-        assert np.all(np.asarray(x) != before)
+    assert all(np.all(np.asarray(x) != parameters()[k]) for k, x in server.params.items())
     if name == "scaffold":
         assert all(np.all(np.asarray(x) != 0) for x in jax.tree.leaves(server.own))
     assert history[0]["clients"] == 0

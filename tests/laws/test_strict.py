@@ -18,7 +18,7 @@ import test_pairs as pairs
 from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, parameters, population
 
 import fedjax_clip as fc
-from experiments.config import registry
+from experiments.config import optimisers, registry
 from fedjax_clip import models, tasks
 from fedjax_clip.core import keys
 
@@ -116,8 +116,8 @@ def test_every_link_reducer_and_downlink_keeps_types_and_ranks(algorithm, dtype,
 
 
 def with_client(algorithm, text):
-    make, _ = pairs.spec.one(pairs.written(algorithm), registry.ALGORITHMS, "--algorithm")
-    return make(squared_loss, registry.client_tx(text), registry.server_tx("sgd(1.0)"), num_clients=6)
+    make = pairs.spec.one(pairs.written(algorithm), registry.ALGORITHMS, "--algorithm")
+    return make(squared_loss, optimisers.client_tx(text), optimisers.server_tx("sgd(1.0)"))
 
 
 def transform(name):
@@ -140,7 +140,7 @@ def test_every_transform_of_the_server_and_every_schedule_keeps_types_and_ranks(
     given("float32")
 
     def build(text):
-        return fc.fedavg(squared_loss, registry.client_tx("sgd(0.1)"), registry.server_tx(text))
+        return fc.fedavg(squared_loss, optimisers.client_tx("sgd(0.1)"), optimisers.server_tx(text))
 
     names = registry.OPTIMIZERS.keys() - OPTAX - {"proximal"}
     rates = [f"sgd({SCHEDULES[name]})" for name in registry.SCHEDULES]

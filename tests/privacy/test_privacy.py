@@ -118,7 +118,7 @@ CLIP, NOISE, FIXED = uplink.clip_by_global_norm(1.0), uplink.gaussian(1.0), fc.r
 
 
 def scaffold(**kwargs):
-    return fc.scaffold(softmax_loss, SGD, num_clients=6, **kwargs)
+    return fc.scaffold(softmax_loss, SGD, **kwargs)
 
 
 def fedavg(**kwargs):

@@ -250,7 +250,7 @@ def test_bad_clients_do_not_come_in_by_the_side_door():
     poisoned = fc.FederatedData({**data.examples, "x": x}, data.offsets)
     norms = {}
     for name, reducer in (("mean", fc.reduce.uniform_mean()), ("median", reduce.median())):
-        run = Run(fc.scaffold(softmax_loss, clipped_sgd, num_clients=6, reducer=reducer), poisoned)
+        run = Run(fc.scaffold(softmax_loss, clipped_sgd, reducer=reducer), poisoned)
         norms[name] = run.rounds(parameters(), [[4, 1, 3]])[2][0]["variate_norm"]
     assert norms["median"] < 10 < 1e4 < norms["mean"]
 
@@ -301,7 +301,7 @@ def test_what_means_nothing_is_refused_when_it_is_built(make):
 def test_a_round_of_too_few_changes_nothing_and_is_counted():
     """Formerly refused if the first cohort was so small, and else accepted, with an aggregate of whoever came."""
     for make in (lambda: reduce.krum(1), lambda: reduce.trimmed_mean(2), lambda: reduce.bucketing(reduce.krum(0), 2)):
-        run = Run(fc.scaffold(softmax_loss, clipped_sgd, num_clients=6, reducer=make()), population())
+        run = Run(fc.scaffold(softmax_loss, clipped_sgd, reducer=make()), population())
         few, kept, metrics = run.rounds(parameters(), [[4, 1, 3], [0, 2], []])
         assert [float(m["too_few"]) for m in metrics] == [1, 1, 1]
         assert_identical(few.params, parameters())
@@ -316,7 +316,7 @@ def test_a_poisson_sample_may_begin_with_too_few():
     data, sampler = population(), fc.data.sampling.poisson(5)
     sizes = [[len(sampler.sample(data.sizes, seed, r)) for r in range(3)] for seed in range(50)]
     seed = next(s for s, of in enumerate(sizes) if of[0] < 5 <= of[1])
-    algorithm = fc.scaffold(softmax_loss, clipped_sgd, num_clients=6, reducer=reduce.krum(1))
+    algorithm = fc.scaffold(softmax_loss, clipped_sgd, reducer=reduce.krum(1))
     result = fc.train(algorithm, data, parameters(), rounds=3, sampler=sampler, seed=seed)
     assert [row["too_few"] for row in result.history] == [float(size < 5) for size in sizes[seed]]
     assert [row["update_norm"] > 0 for row in result.history] == [size >= 5 for size in sizes[seed]]

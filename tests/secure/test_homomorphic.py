@@ -72,10 +72,10 @@ def test_the_server_does_not_get_the_key_from_a_decrypted_sum(scale):
 
 
 EXTRAS = {
-    "scaffold": lambda **parts: fc.scaffold(softmax_loss, optax.sgd(0.1), num_clients=8, **parts),
+    "scaffold": lambda **parts: fc.scaffold(softmax_loss, optax.sgd(0.1), **parts),
     "mime": lambda **parts: fc.mime(softmax_loss, optax.sgd(0.1), **parts),
-    "episode": lambda **parts: fc.episode(softmax_loss, 1.0, optax.sgd(0.1), **parts),
-    "episode_plus": lambda **parts: fc.episode_plus(softmax_loss, 1.0, optax.sgd(0.1), num_clients=8, **parts),
+    "episode": lambda **parts: fc.episode(softmax_loss, optax.sgd(0.1), threshold=1.0, **parts),
+    "episode_plus": lambda **parts: fc.episode_plus(softmax_loss, optax.sgd(0.1), threshold=1.0, **parts),
     "fednova": lambda **parts: fc.fednova(softmax_loss, optax.sgd(0.1), **parts),
 }
 

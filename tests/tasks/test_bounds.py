@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_tabular import clinic, fit, installed
+from test_tabular import clinic, fit, installed, with_private
 
 import fedjax_clip as fc
 from experiments.config import registry, spec
@@ -110,7 +110,7 @@ def test_a_user_has_no_say_in_the_others_ratings_once_their_bounds_are_known():
     starts = [jax.tree.map(np.asarray, task.init(jax.random.key(0))) for task in both]
     jax.tree.map(np.testing.assert_array_equal, *starts)
     tx = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.5))
-    scores = fit(both[0], tx, 3, fc.partially_private, server_tx=optax.adam(0.05), private="user").history[-1]
+    scores = fit(both[0], tx, 3, with_private("user"), server_tx=optax.adam(0.05)).history[-1]
     assert {"eval/examples/rmse", "eval/examples/rmse_of_middle"} < scores.keys()
     assert "eval/examples/rmse_of_mean" not in scores
 

@@ -269,9 +269,8 @@ def test_only_adapters_travel(tmp_path, monkeypatch):
         encode=lambda update, state, client, ctx: (sent.append(jax.tree.map(np.shape, update)) or update, client, {}),
         decode=lambda update, state, report, ctx: (update, state, {}),
     )
-    algorithm = fc.partially_frozen(
-        lambda loss: fc.fedavg(loss, optax.adam(0.05), uplink=spy), task.per_example_loss, task.frozen
-    )
+    average = fc.fedavg(task.per_example_loss, optax.adam(0.05), uplink=spy)
+    algorithm = fc.partially_frozen(average, task.frozen)
     start = task.init(jax.random.key(0))
     evaluate = fc.evaluator(task.per_example_loss, {"examples": task.evaluation["examples"]})
     before = evaluate(start)

@@ -32,12 +32,19 @@ def clinic(path, num=120, seed=0):
     return write(path, rows)
 
 
+def with_private(pattern):
+    """FedAvg of what clients share."""
+    return lambda *args, **parts: fc.partially_private(fc.fedavg(*args, **parts), pattern)
+
+
 def fit(task, client_tx, rounds=60, algorithm=fc.fedavg, cohort_size=None, **options):
     algorithm = algorithm(task.per_example_loss, client_tx, **options)
-    evaluate = fc.extend.client_evaluator(algorithm, task.per_example_loss, task.data, task.evaluation, task.summarise)
+    evaluate = fc.evaluator(
+        task.per_example_loss, task.evaluation, algorithm=algorithm, population=task.data, summarise=task.summarise
+    )
     params = task.init(jax.random.key(0))
     size = {"cohort_size": cohort_size, "eval_every": rounds}
-    return fc.train(algorithm, task.data, params, rounds=rounds, evaluate_clients=evaluate, **size)
+    return fc.train(algorithm, task.data, params, rounds=rounds, evaluate=evaluate, **size)
 
 
 def test_a_csv_of_words_becomes_logistic_regression_by_clinic(tmp_path):
@@ -81,7 +88,7 @@ def test_private_factors_beat_the_biases_where_tastes_differ():
     rating = 3 + taste[user] * genre[item] + 0.3 * rng.normal(size=user.size)
     task = tasks.ratings(user, item, rating, rank=2, l2=0.5, l2_bias=0.5)
     tx = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.5))
-    result = fit(task, tx, 60, fc.partially_private, server_tx=optax.adam(0.05), private="user")
+    result = fit(task, tx, 60, with_private("user"), server_tx=optax.adam(0.05))
     row = result.history[-1]
     assert row["eval/examples/rmse"] < 0.6 < 0.9 < row["eval/examples/rmse_of_biases"]
     assert result.state.clients.own["params"]["user"].shape == (60, 2)
@@ -247,7 +254,7 @@ def test_real_tables_have_the_clients_that_their_pages_name_and_are_learnt(name)
     assert task.data.examples["x"].shape[1:] == (() if num_features is None else (num_features,))
     rate = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.1))
     if num_features is None:
-        row = fit(task, rate, rounds, fc.partially_private, cohort_size=50, private="user").history[-1]
+        row = fit(task, rate, rounds, with_private("user"), cohort_size=50).history[-1]
     else:
         row = fit(task, rate, rounds).history[-1]
     reached = row[f"eval/examples/{score}"]

@@ -22,7 +22,7 @@ def loss(params, batch, key):
     return 0.5 * (batch["x"] @ params["w"] - batch["y"]) ** 2
 
 
-SCAFFOLD = fc.scaffold(loss, optax.sgd(0.1), num_clients=2)
+SCAFFOLD = fc.scaffold(loss, optax.sgd(0.1))
 
 
 def train(directory, rounds, data=DATA, algorithm=SCAFFOLD, params=PARAMS, **options):
@@ -64,7 +64,7 @@ OTHER_RUNS = {
     ),
     "the seed": ({"seed": 1}, "seed=0, not 1"),
     "the algorithm": (
-        {"algorithm": fc.feddyn(loss, optax.sgd(0.1), num_clients=2, alpha=0.1)},
+        {"algorithm": fc.feddyn(loss, optax.sgd(0.1), alpha=0.1)},
         "algorithm=scaffold, not feddyn",
     ),
     "what is around it": (
@@ -72,7 +72,7 @@ OTHER_RUNS = {
         "algorithm=scaffold, not compressed_broadcast(scaffold)",
     ),
     "what it keeps": (
-        {"algorithm": fc.scaffold(loss, optax.sgd(0.1), optax.adam(0.1), num_clients=2)},
+        {"algorithm": fc.scaffold(loss, optax.sgd(0.1), optax.adam(0.1))},
         "another model or algorithm",
     ),
 }
@@ -95,10 +95,10 @@ def test_no_two_kinds_of_algorithm_have_one_name():
     for name, make in made.items():
         algorithm = make(loss, tx)
         assert identity.kind(algorithm) == name
-        frozen = fc.partially_frozen(lambda loss, make=make: make(loss, tx), loss, "b")
+        frozen = fc.partially_frozen(algorithm, "b")
         assert identity.kind(frozen) == f"partially_frozen({name})"
-    assert identity.kind(fc.episode_plus(loss, 1.0, tx)) == "episode_plus"
-    assert identity.kind(fc.partially_private(loss, tx, private="b")) == "partially_private"
+    assert identity.kind(fc.episode_plus(loss, tx, threshold=1.0)) == "episode_plus"
+    assert identity.kind(fc.partially_private(fc.fedavg(loss, tx), "b")) == "partially_private(fedavg)"
 
 
 def test_fewer_rounds_than_are_done_are_refused_and_as_many_are_done(saved):

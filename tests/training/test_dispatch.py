@@ -15,7 +15,15 @@ import pytest
 from problems import ENTRIES, assert_close, assert_identical, entry, parameters, population, softmax_loss
 
 import fedjax_clip as fc
-from fedjax_clip.training.dispatch import Dispatcher, fastest, next_block
+from fedjax_clip.training import width
+from fedjax_clip.training.dispatch import Dispatcher
+from fedjax_clip.training.placement import first_replica
+from fedjax_clip.training.planner import Planner
+
+
+def planner(run, cohort_size=4, length=1, work=None):
+    sampler = fc.data.sampling.uniform(cohort_size)
+    return Planner(run.data, sampler, work or run.work, jax.local_devices()[:1], 0, length)
 
 
 @pytest.mark.parametrize(
@@ -28,58 +36,49 @@ from fedjax_clip.training.dispatch import Dispatcher, fastest, next_block
     ],
 )
 def test_the_width_goes_down_while_that_is_faster(seconds, best):
-    assert fastest(64, seconds.__getitem__) == best  # and tries nothing further
+    assert width.fastest(64, seconds.__getitem__) == best  # and tries nothing further
 
 
 def test_widths_tried_need_not_be_powers_of_two():
     tried = []
-    assert fastest(50, lambda width: tried.append(width) or width) == 1
+    assert width.fastest(50, lambda wide: tried.append(wide) or wide) == 1
     assert tried == [50, 12, 3, 1]
 
 
-def test_a_trial_leaves_the_run_as_it_was():
+def test_a_trial_leaves_the_run_as_it_was(monkeypatch):
     run = entry("fedavg, stateful link")
-    dispatcher = Dispatcher(
-        run.algorithm, run.data, fc.data.sampling.uniform(4), run.work, jax.local_devices()[:1], 0, 1
-    )
-    dispatcher.on_cpu = False  # so the width is tried
     server, clients = run.start(parameters())
     before = jax.tree.map(np.copy, (server, clients))
-    dispatcher.choose_width(server, clients, parameters(), 0)
-    assert dispatcher.width in (4, 1)
-    assert_identical((server, clients), before)
-    dispatcher._try = None  # type: ignore[assignment]
-    dispatcher.choose_width(server, clients, parameters(), 0)  # remembered
+    dispatcher = Dispatcher(run.algorithm, planner(run), server, clients)
+    dispatcher.planner.on_cpu = False  # so the width is tried
+    chosen = width.choose(dispatcher, parameters(), 0)
+    assert chosen in (4, 1)
+    assert_identical((first_replica(dispatcher.server), dispatcher.clients), before)
+    monkeypatch.delattr(width, "seconds")
+    assert width.choose(dispatcher, parameters(), 0) == chosen  # remembered
 
 
 def test_a_width_that_does_not_fit_is_passed_over(monkeypatch):
     run = entry("fedavg")
-    dispatcher = Dispatcher(
-        run.algorithm, run.data, fc.data.sampling.uniform(4), run.work, jax.local_devices()[:1], 0, 1
-    )
+    dispatcher = Dispatcher(run.algorithm, planner(run), *run.start(parameters()))
 
     def too_large(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(dispatcher, "run_rounds", too_large)
-    server, clients = run.start(parameters())
-    assert dispatcher._try(4, server, clients, 0) == math.inf
+    monkeypatch.setattr(dispatcher, "_run_rounds", too_large)
+    assert width.seconds(dispatcher, 4, 0) == math.inf
 
 
 def test_small_models_train_all_clients_at_once_where_none_waits():
-    def width(sizes, model=parameters(), **work):  # noqa: B008
-        data, work = population(sizes), fc.extend.LocalWork(4, **work)
-        algorithm = entry("fedavg").algorithm
-        devices = jax.local_devices()[:1]
-        dispatcher = Dispatcher(algorithm, data, fc.data.sampling.uniform(20), work, devices, 0, 1)
-        dispatcher.choose_width(None, None, model, 0)
-        return dispatcher.width
+    def chosen(sizes, model=parameters(), **work):  # noqa: B008
+        run = dataclasses.replace(entry("fedavg"), data=population(sizes))
+        return width.by_rule(planner(run, work=fc.extend.LocalWork(4, **work)), model, 20)
 
     uneven = [3, 5] * 10
-    assert width([4] * 20) == width(uneven, steps=3) == 20
-    assert width(uneven) == 16
-    assert width([4] * 20, {"w": np.zeros(2**14, np.float32)}) == 16  # of 64 KiB each
-    assert width([4] * 20, {"w": np.zeros(2**14 + 1, np.float32)}) == 1
+    assert chosen([4] * 20) == chosen(uneven, steps=3) == 20
+    assert chosen(uneven) == 16
+    assert chosen([4] * 20, {"w": np.zeros(2**14, np.float32)}) == 16  # of 64 KiB each
+    assert chosen([4] * 20, {"w": np.zeros(2**14 + 1, np.float32)}) == 1
 
 
 def test_a_resumed_run_keeps_its_width(tmp_path):
@@ -114,10 +113,10 @@ def test_an_algorithm_that_is_gone_leaves_nothing_behind(compilations):
     algorithm = build({"lr": 0.1})
     gone = weakref.ref(algorithm.round), weakref.ref(build)
     run = entry("fedavg")
-    dispatcher = Dispatcher(algorithm, run.data, fc.data.sampling.uniform(4), run.work, jax.local_devices()[:1], 0, 1)
-    dispatcher.on_cpu = False  # so the width is tried, and remembered
-    dispatcher.choose_width(*run.start(parameters()), parameters(), 0)
-    fc.train(algorithm, run.data, parameters(), rounds=2, cohort_size=4, clients_per_chunk=dispatcher.width)
+    dispatcher = Dispatcher(algorithm, planner(run), *run.start(parameters()))
+    dispatcher.planner.on_cpu = False  # so the width is tried, and remembered
+    chosen = width.choose(dispatcher, parameters(), 0)
+    fc.train(algorithm, run.data, parameters(), rounds=2, cohort_size=4, clients_per_chunk=chosen)
     fc.sweep(build, {"lr": np.float32([0.1])}, run.data, parameters(), softmax_loss, rounds=1)
     assert compilations
     del algorithm, build, dispatcher
@@ -126,31 +125,30 @@ def test_an_algorithm_that_is_gone_leaves_nothing_behind(compilations):
 
 
 def test_blocks_end_where_something_is_due():
-    cut, start = [], 3
+    cut, start, five = [], 3, planner(entry("fedavg"), length=5)
     while start < 20:
-        block = next_block(range(start, 20), 5, 4, 0, 10)
+        block = five.first_of(range(start, 20), 4, 0, 10)
         cut.append((block.start, start := block.stop))
     assert cut == [(3, 4), (4, 8), (8, 10), (10, 12), (12, 16), (16, 20)]
 
 
 def test_blocks_hold_as_many_rounds_as_take_a_tenth_of_a_second():
     run = entry("fedavg")
-    devices = jax.local_devices()[:1]
-    dispatcher = Dispatcher(run.algorithm, run.data, fc.data.sampling.uniform(4), run.work, devices, 0)
+    quick = planner(run, length=None)
     lengths = []
-    for dispatcher.seconds in (math.inf, 1.0, 0.02, 1e-4):
-        lengths.append(len(dispatcher.next_block(range(3, 1000))))
+    for quick.seconds in (math.inf, 1.0, 0.02, 1e-4):
+        lengths.append(len(quick.first_of(range(3, 1000))))
     assert lengths == [1, 1, 5, 64]
-    assert len(dispatcher.next_block(range(3, 1000), 10)) == 7
+    assert len(quick.first_of(range(3, 1000), 10)) == 7
     wide = fc.extend.LocalWork(batch_size=4, steps=2**14)  # whose example numbers take 2 MiB a round
-    assert Dispatcher(run.algorithm, run.data, fc.data.sampling.uniform(4), wide, devices, 0).length == 1
+    assert planner(run, length=None, work=wide).length == 1
 
 
 def test_blocks_of_any_length_share_one_shape():
     run = entry("fedavg")
-    dispatcher = Dispatcher(run.algorithm, run.data, fc.data.sampling.poisson(3), run.work, jax.local_devices()[:1], 0)
-    dispatcher.plan(range(64))  # the largest
-    shapes = {dispatcher.plan(range(r, r + 1 + r % 3)).cohorts.example_weight.shape for r in range(30)}
+    blocks = Planner(run.data, fc.data.sampling.poisson(3), run.work, jax.local_devices()[:1], 0)
+    blocks.plan(range(64))  # the largest
+    shapes = {blocks.plan(range(r, r + 1 + r % 3)).cohorts.example_weight.shape for r in range(30)}
     assert len(shapes) == 1
 
 

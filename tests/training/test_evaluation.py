@@ -34,7 +34,9 @@ def by_hand(data, params):
 @pytest.mark.parametrize("data", [population(), DATA], ids=["plain", "weighted"])
 def test_each_client_is_scored_as_by_hand(data, batch_size):
     params = parameters()
-    scores = fc.extend.per_client(softmax_loss, {"all": data, "few": data.select([4, 2])}, batch_size)(params)
+    scores = fc.evaluator(softmax_loss, {"all": data, "few": data.select([4, 2])}, batch_size=batch_size).per_client(
+        params
+    )
     for name, expected in by_hand(data, params).items():
         np.testing.assert_allclose(scores[f"all/{name}"], expected, rtol=1e-5)
         np.testing.assert_allclose(scores[f"few/{name}"], np.array(expected)[[4, 2]], rtol=1e-5)
@@ -42,21 +44,22 @@ def test_each_client_is_scored_as_by_hand(data, batch_size):
 
 
 def test_clients_weighed_by_their_examples_are_the_evaluators_mean():
-    evaluate, scores = (f(softmax_loss, {"all": DATA}, 5)(parameters()) for f in (fc.evaluator, fc.extend.per_client))
-    assert evaluate.keys() == scores.keys()
-    for name, mean in evaluate.items():
+    evaluate = fc.evaluator(softmax_loss, {"all": DATA}, batch_size=5)
+    means, scores = evaluate(parameters()), evaluate.per_client(parameters())
+    assert means.keys() == scores.keys()
+    for name, mean in means.items():
         np.testing.assert_allclose(np.average(scores[name], weights=DATA.client_weights), mean, rtol=1e-5)
 
 
 def test_each_client_is_scored_by_the_model_of_its_own():
-    algorithm = fc.partially_private(softmax_loss, optax.sgd(0.1), private="b")
+    algorithm = fc.partially_private(fc.fedavg(softmax_loss, optax.sgd(0.1)), "b")
     own = np.random.default_rng(3).normal(size=(len(SIZES), 3)).astype(np.float32)
-    kept = fc.extend.ClientState({"b": own, "w": None}, ())
+    kept = fc.extend.ClientState((), (), {"b": own, "w": None})
     sets = {"few": dataclasses.replace(DATA.select([4, 2]), names=["4", "new"])}  # a stranger begins with the server's
-    score = fc.extend.per_client(softmax_loss, sets, 5, algorithm=algorithm, population=DATA)
+    evaluate = fc.evaluator(softmax_loss, sets, batch_size=5, algorithm=algorithm, population=DATA)
     models = [parameters() | {"b": own[4]}, parameters()]
     expected = [by_hand(sets["few"], model)["loss"][i] for i, model in enumerate(models)]
-    np.testing.assert_allclose(score(parameters(), kept)["few/loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(evaluate.per_client(parameters(), kept)["few/loss"], expected, rtol=1e-5)
 
 
 def test_a_client_that_is_not_finite_spoils_no_other():
@@ -64,7 +67,8 @@ def test_a_client_that_is_not_finite_spoils_no_other():
     x[DATA.offsets[-1] - 1] = np.nan  # which also fills up the last batch
     spoiled = dataclasses.replace(DATA, examples={**DATA.examples, "x": x})
     before, after = (
-        fc.extend.per_client(softmax_loss, {"all": d}, 5)(parameters())["all/loss"] for d in (DATA, spoiled)
+        fc.evaluator(softmax_loss, {"all": d}, batch_size=5).per_client(parameters())["all/loss"]
+        for d in (DATA, spoiled)
     )
     assert np.isnan(after[-1])
     np.testing.assert_array_equal(before[:-1], after[:-1])
@@ -77,27 +81,26 @@ def test_all_sets_share_one_program():
         calls.append(jax.tree.map(np.shape, batch))
         return softmax_loss(params, batch, key)
 
-    evaluate = fc.extend.per_client(counted, {"all": DATA, "few": DATA.select([0]), "more": DATA.select([1, 3])}, 5)
+    sets = {"all": DATA, "few": DATA.select([0]), "more": DATA.select([1, 3])}
+    evaluate = fc.evaluator(counted, sets, batch_size=5)
     evaluate(parameters())
-    evaluate(parameters(seed=2))
+    evaluate.per_client(parameters(seed=2))
     assert calls == [{"x": (5, 4), "y": (5,)}]
 
 
 def test_a_loss_that_is_one_number_is_refused():
     with pytest.raises(fc.InvalidInput, match="one loss for each example"):
-        fc.extend.per_client(lambda params, batch, key: softmax_loss(params, batch, key)[0].mean(), {"all": DATA})(
-            parameters()
-        )
+        fc.evaluator(lambda *args: softmax_loss(*args)[0].mean(), {"all": DATA})(parameters())
 
 
 def test_held_out_sets_are_populations_of_numbers_that_devices_hold():
-    algorithm = fc.fedavg(softmax_loss, optax.sgd(0.1))
     wrapped = {"far": fc.FederatedData({"x": np.zeros((1, 4)), "y": np.array([2**32])}, [0, 1])}
-    for make in (
-        lambda sets: fc.evaluator(softmax_loss, sets),
-        lambda sets: fc.extend.per_client(softmax_loss, sets),
-        lambda sets: fc.extend.client_evaluator(algorithm, softmax_loss, DATA, sets),
-    ):
-        for sets, sentence in ((DATA, "by name"), ({"few": [1]}, "FederatedData, not list"), (wrapped, "keep as 0")):
-            with pytest.raises(fc.InvalidInput, match=sentence):
-                make(sets)
+    for sets, sentence in ((DATA, "by name"), ({"few": [1]}, "FederatedData, not list"), (wrapped, "keep as 0")):
+        with pytest.raises(fc.InvalidInput, match=sentence):
+            fc.evaluator(softmax_loss, sets)
+
+
+def test_models_of_the_clients_own_need_their_names():
+    algorithm = fc.partially_private(fc.fedavg(softmax_loss, optax.sgd(0.1)), "b")
+    with pytest.raises(fc.InvalidInput, match="give fc.evaluator the population"):
+        fc.evaluator(softmax_loss, {"all": DATA}, algorithm=algorithm)

@@ -20,7 +20,7 @@ def scaffold(hyper):
     client_tx = optax.chain(fc.clipping.clip_by_global_norm(hyper["clip"]), optax.sgd(hyper["lr"]))
     link = fc.uplink.quantile_clip(hyper["clip"], 0.5)
     server_tx = optax.sgd(1.0, momentum=hyper["momentum"])
-    return fc.scaffold(softmax_loss, client_tx, server_tx, uplink=link, num_clients=hyper["num_clients"])
+    return fc.scaffold(softmax_loss, client_tx, server_tx, uplink=link)
 
 
 def fedavg(hyper):

@@ -1,6 +1,5 @@
 """Integers that a server may add: rounding, room, rotation and the clients' own noise, against NumPy and the papers."""
 
-import functools
 import math
 
 import jax
@@ -222,7 +221,7 @@ def train(link):
     return Run(fedavg(link), population()).rounds(parameters(), COHORTS[:1])
 
 
-GRID, SCAFFOLD = uplink.integer_grid(), functools.partial(fc.scaffold, num_clients=6)
+GRID, SCAFFOLD = uplink.integer_grid(), fc.scaffold
 
 
 @pytest.mark.parametrize(

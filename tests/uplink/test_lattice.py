@@ -20,6 +20,7 @@ import fedjax_clip as fc
 from fedjax_clip import uplink
 from fedjax_clip.core.keys import seeded
 from fedjax_clip.uplink import Context, alias, discrete, lattice, mechanism
+from fedjax_clip.uplink.base import encoded
 
 FALSE_ALARM = 1e-6  # of each statistical test below, for a right implementation
 C, N = 0.5, 8
@@ -273,9 +274,9 @@ def test_parameters_of_other_types_get_the_same_noise(dtype):
     with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         update, key = {"w": jnp.full((5, 3), 0.05, dtype), "b": jnp.full(3, 0.05, dtype)}, seeded(0)
         ctx, link = context(key), uplink.gaussian(1.0)
-        message, _, report = link.encode(update, (), (), ctx)
+        (message, *said), _, _ = encoded(link, update, (), (), ctx)
         assert {x.dtype for x in jax.tree.leaves(message)} == {jnp.dtype("int32")}
-        assert report["bytes"] == 18 * jnp.dtype(dtype).itemsize  # what a client sends
+        assert said[0] == 18 * jnp.dtype(dtype).itemsize  # what a client sends
         decode = jax.jit(lambda message: link.decode(message, (), {}, ctx)[0])
         whole = link.encode(jax.tree.map(lambda x: x.astype(jnp.float32), update), (), (), ctx)[0]
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), decode(message), decode(whole))
@@ -288,7 +289,7 @@ def test_a_stale_message_gets_shorter_and_stays_whole():
 
     link = _discounted(uplink.gaussian(1.0), 0.5, 5)
     update, ctx = jnp.array([0.3, -0.2, 1e-5]), context(jax.random.key(0))
-    fresh, stale = (link.encode(update, (), (), ctx._replace(staleness=jnp.int32(s)))[0] for s in (0, 3))
+    fresh, stale = (link.encode(update, (), (), ctx._replace(staleness=jnp.int32(s)))[0].value for s in (0, 3))
     assert_identical(np.asarray(fresh), np.asarray(uplink.gaussian(1.0).encode(update, (), (), ctx)[0]))
     np.testing.assert_array_equal(stale, np.trunc(np.asarray(fresh) / 2))
 

@@ -105,7 +105,7 @@ def test_what_no_order_could_mend_is_refused_at_once(build, sentence):
 def test_what_does_not_cover_all_that_is_sent_is_refused(links):
     reducer = FIXED if noise in links else fc.reduce.modular_sum(8)
     with pytest.raises(fc.InvalidInput, match=r"does not cover: .* take fedavg"):
-        fc.scaffold(softmax_loss, optax.sgd(0.1), num_clients=6, uplink=uplink.chain(*links), reducer=reducer)
+        fc.scaffold(softmax_loss, optax.sgd(0.1), uplink=uplink.chain(*links), reducer=reducer)
 
 
 def test_orders_that_keep_their_promises_are_not_refused():

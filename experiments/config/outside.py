@@ -1,0 +1,125 @@
+"""Components from outside of this repository: ``--import=my_module``, then ``--algorithm="my_module.fedexp()"``.
+
+A flag is text that is read without running any of it. ``--import`` is the one exception, so that it counts only on
+the command line and not in a flag file.
+"""
+
+import functools
+import importlib.util
+import inspect
+import pathlib
+import traceback
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+
+from fedjax_clip.core.types import InvalidInput
+
+FLAGS = flags.FLAGS
+
+
+def define_flag() -> None:
+    """Defines ``--import`` for a binary."""
+    flags.DEFINE_multi_string(
+        "import",
+        [],
+        "Modules of your own, joined by commas. This runs their code. Other flags may then name their functions, as in "
+        '--import=my_module --algorithm="my_module.fedexp()". Python finds them in this directory and in $PYTHONPATH.',
+    )
+
+
+def modules() -> list[str]:
+    """The names of the modules that ``--import`` gives, each once."""
+    given = FLAGS["import"].value or [] if "import" in FLAGS else []
+    return list(dict.fromkeys(name.strip() for text in given for name in text.split(",")))
+
+
+def load() -> None:
+    """Imports all modules of ``--import``; to be called once JAX is configured, for a module may use JAX.
+
+    Raises:
+      InvalidInput: a module that cannot be imported.
+    """
+    for name in modules():
+        _imported(name)
+
+
+def find(name: str, flag: str) -> Callable[..., Any]:
+    """The function that a dotted name stands for; whatever goes wrong in it is one sentence.
+
+    Args:
+      name: ``"my_module.fedexp"``.
+      flag: where the name was written, for error messages.
+
+    Example:
+      >>> find("json.dumps", "--task")
+      Traceback (most recent call last):
+      ...
+      fedjax_clip.core.types.InvalidInput: --task: "json.dumps" is from outside of the library: add --import=json, ...
+
+    Raises:
+      InvalidInput: a module that ``--import`` does not name or that cannot be imported, a name that it lacks, or
+        something that is no function.
+    """
+    module, _, attribute = name.rpartition(".")
+    if module not in modules():
+        raise InvalidInput(
+            f'{flag}: "{name}" is from outside of the library: add --import={module}, which runs the code of that '
+            "module, or write text in quotes."
+        )
+    found = getattr(_imported(module), attribute, None)
+    if found is None:
+        raise InvalidInput(f"{flag}: the module {module} has no {attribute}.")
+    if not callable(found):
+        raise InvalidInput(f"{flag}: {name} is not a function but of type {type(found).__name__}.")
+    try:
+        inspect.signature(found)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"{flag}: {name} does not say which arguments it takes.") from None
+
+    @functools.wraps(found)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return found(*args, **kwargs)
+        except InvalidInput:
+            raise
+        except Exception as error:
+            raise InvalidInput(f"{name}: {_said(error)}{_place(error, module)}.") from error
+
+    called.__name__ = name
+    return called
+
+
+def checked(thing: Any, kind: Any, name: str) -> Any:
+    """``thing``, which the function of a dotted name made, if it is of the kind that is needed."""
+    if not isinstance(thing, kind):
+        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise InvalidInput(f"{name} must return a thing of type {kinds}, not {type(thing).__name__}.")
+    return thing
+
+
+def _imported(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise InvalidInput(f"--import={name} is not the name of a module: write my_module for the file my_module.py.")
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise InvalidInput(
+                f"--import={name}: there is no module {error.name} here or in $PYTHONPATH: set PYTHONPATH to the "
+                "directory that it is in."
+            ) from None
+        raise InvalidInput(f"--import={name} fails: {_said(error)}{_place(error, name)}.") from error
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}".rstrip(".")
+
+
+def _place(error: BaseException, module: str) -> str:
+    """``" (my_module.py, line 7)"``: the last line of the module that an error passed; else nothing."""
+    spec = importlib.util.find_spec(module)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if spec is not None and f.filename == spec.origin]
+    return f" ({pathlib.Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

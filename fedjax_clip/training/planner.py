@@ -1,0 +1,125 @@
+"""From the numbers of some rounds to their cohorts on the devices: who takes part, and in which shapes."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.secret import Secret
+from fedjax_clip.data.clock import Clock, Timeline, Turn, World
+from fedjax_clip.data.planning import LocalWork, plan_rounds, wasted_steps
+from fedjax_clip.data.population import FederatedData
+from fedjax_clip.data.sampling import Sampler
+from fedjax_clip.training import placement
+
+RESIDENT_BYTES = 2**29  # populations up to this size live on every CPU device, on others up to a quarter of its memory
+LONGEST = 64  # rounds in a block, unless told,
+PLAN_BYTES = 2**20  # as far as their example numbers are no more than this,
+BLOCK_SECONDS = 0.1  # and as many as take this long: one waits no longer for a row of metrics, or to stop
+
+
+class Block(NamedTuple):
+    """Some rounds, planned: client numbers ``[D, R, C]`` and columns ``[R]`` on the host, cohorts on the devices."""
+
+    rounds: range
+    ids: np.ndarray
+    columns: dict[str, np.ndarray]
+    cohorts: Cohort
+
+
+class Planner:
+    """Samples the cohorts of a run's rounds, and plans blocks of them.
+
+    Args:
+      data, sampler, work, devices, seed: of the run.
+      length: the most rounds in a block; by default as many as take a tenth of a second, as far as seen.
+      non_finite: see ``Cohort``.
+      secret: what noise and cohorts are drawn from in place of the seed.
+
+    Attributes:
+      turns: who takes part in each round.
+      resident: whether the population lives on the devices; blocks are then example numbers only.
+      length: rounds that a block has room for.
+      seconds: what the fastest round took so far.
+      width: clients that a device trains at once, for all blocks planned from now on.
+      least: slots and rows of the last plan; later ones have no fewer, so that there are few shapes.
+    """
+
+    def __init__(
+        self,
+        data: FederatedData,
+        sampler: Sampler | Clock,
+        work: LocalWork,
+        devices: Sequence[jax.Device],
+        seed: int,
+        length: int | None = None,
+        non_finite: str = "drop",
+        secret: Secret | None = None,
+    ):
+        self.data, self.work, self.devices, self.seed, self.non_finite = data, work, devices, seed, non_finite
+        hidden = None if secret is None else secret.seed()
+        self.turns = Timeline(
+            sampler, World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed, hidden)
+        )
+        self.words = None if secret is None else secret.words()
+        self.on_cpu = devices[0].platform == "cpu"
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit", 4 * RESIDENT_BYTES)
+        most = RESIDENT_BYTES if self.on_cpu else memory // 4
+        self.resident = sum(x.nbytes for x in data.fields().values()) <= most
+        self.population = placement.replicate(data.examples, devices) if self.resident else None
+        self.width, self.least, self.seconds = 1, (0, 0), math.inf
+        self.fixed, self.length = length is not None, 1
+        if self.resident:
+            self.length = self._longest() if length is None else length
+
+    def first_of(self, rounds: range, *every: int) -> range:
+        """The first of these rounds, as many as go together, ending where a multiple of ``every`` (if not 0) is due."""
+        length = self.length if self.fixed else min(self.length, max(1, int(BLOCK_SECONDS / self.seconds)))
+        due = [rounds.start + e - rounds.start % e for e in every if e]
+        return range(rounds.start, min(rounds.start + length, rounds.stop, *due))
+
+    def plan(self, rounds: range) -> Block:
+        """These rounds, on the devices or on their way."""
+        return self._block(rounds, [self.turns[r] for r in rounds])
+
+    def everyone(self) -> Iterator[Block]:
+        """All clients, a cohort as large as the first round's at a time: for an algorithm's ``start``."""
+        size = max(1, len(self.turns[0].ids))
+        for first in range(0, self.data.num_clients, size):
+            ids = np.arange(first, min(first + size, self.data.num_clients))
+            yield self._block(range(1), [Turn(ids, None, {})])
+
+    def _block(self, rounds: range, turns: Sequence[Turn]) -> Block:
+        cohorts = self._cohorts(turns, rounds.start)
+        self.least = cohorts.ids.shape[-1], cohorts.example_weight.shape[2]
+        ids = np.asarray(cohorts.ids)
+        columns = {name: np.array([turn.metrics[name] for turn in turns]) for name in turns[0].metrics}
+        columns["wasted_steps"] = wasted_steps(cohorts)
+        if not (self.on_cpu and self.resident and len(self.devices) == 1):  # which takes numbers in with the call
+            cohorts = placement.split(cohorts, self.devices)
+        return Block(rounds, ids, columns, cohorts)
+
+    def _cohorts(self, turns: Sequence[Turn], first_round: int) -> Cohort:
+        planned = plan_rounds(
+            self.data,
+            [turn.ids for turn in turns],
+            self.work,
+            seed=self.seed,
+            first_round=first_round,
+            length=self.length,
+            least=self.least,
+            num_devices=len(self.devices),
+            width=self.width,
+            population=self.population,
+            staleness=[turn.staleness for turn in turns if turn.staleness is not None] or None,
+        )
+        secret = None if self.words is None else np.tile(self.words, (len(self.devices), self.length, 1))
+        return dataclasses.replace(planned, non_finite=self.non_finite, secret=secret)
+
+    def _longest(self) -> int:
+        cohort = self._cohorts([self.turns[0]], 0)
+        return min(LONGEST, max(1, PLAN_BYTES // (cohort.batches.nbytes + cohort.example_weight.nbytes)))

@@ -1,0 +1,114 @@
+"""Where a run goes on and when it saves itself: its identity, its checkpoints, and Ctrl-C between two dispatches."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from fedjax_clip.core.secret import Secret
+from fedjax_clip.core.types import InvalidInput
+from fedjax_clip.training import identity, placement
+from fedjax_clip.training.dispatch import Dispatcher
+from fedjax_clip.training.settings import Settings
+from fedjax_clip.training.state import State, client_states
+
+
+class Saver:
+    """Restores a run and saves it.
+
+    Args:
+      run: with or without checkpoints.
+
+    Attributes:
+      run: the settings.
+      identity: what a checkpoint must agree with; nothing without checkpoints.
+    """
+
+    def __init__(self, run: Settings):
+        self.run = run
+        self.identity: dict[str, Any] = {}
+        if run.checkpoints is not None:
+            self.identity = identity.identify(run.algorithm, run.data, run.sampler, run.work, run.seed)
+            self.identity |= {} if run.secret is None else {"secret": run.secret.commitment}
+
+    def restore(self) -> tuple[int, State]:
+        """``(rounds done, state)``: of the newest checkpoint, or before round 0.
+
+        Raises:
+          InvalidInput: a checkpoint that is damaged, of another run, or of more rounds than this run's.
+        """
+        run = self.run
+        clients = client_states(run.algorithm, run.params, run.data.num_clients)
+        if run.sampler.replacement and jax.tree.leaves(clients):
+            raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
+        state = State(run.algorithm.init(run.params), clients, self.identity)
+        start, state = (run.checkpoints and run.checkpoints.restore(state)) or (0, state)
+        identity.check("The checkpoint", state.run, self.identity)
+        if start > run.rounds:
+            raise InvalidInput(
+                f"The checkpoint is of a run that has done {start} rounds, more than rounds={run.rounds}: ask for "
+                f"{start} or more, or name another directory."
+            )
+        return start, state
+
+    def secret(self, start: int) -> Secret | None:
+        """What this run draws from, if it has a secret: no run on other data draws the same."""
+        if (secret := self.run.secret) is None:
+            return None
+        if start == 0:
+            secret.begin()
+        return secret.of(identity.fingerprint(self.run.data))
+
+    def state(self, dispatcher: Dispatcher) -> State:
+        """All that the run needs to go on; it keeps the width that it began with."""
+        run = self.identity | {"width": dispatcher.planner.width}
+        return State(placement.first_replica(dispatcher.server), dispatcher.clients, run)
+
+    def save(self, done: int, dispatcher: Dispatcher, stop: bool) -> None:
+        """Saves the state after so many rounds, if a checkpoint is due, at the end, or where the run stops."""
+        run = self.run
+        if run.checkpoints is not None and (stop or done == run.rounds or done % run.checkpoint_every == 0):
+            run.checkpoints.save(done, self.state(dispatcher))
+
+    def interrupts(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+        """With checkpoints, a first Ctrl-C waits: the devices write into the state, so a round in flight is lost."""
+        return held_back(self.run.checkpoints is not None)
+
+
+@contextlib.contextmanager
+def held_back(wanted: bool) -> Iterator[Callable[[], bool]]:
+    """Holds the first Ctrl-C back: the block asks whether there was one. A second one ends it at once.
+
+    A program that handles SIGINT itself goes on doing so, and so do threads other than the main one, where Python
+    delivers no signals. What was held back and not asked for is raised when the block ends.
+
+    Args:
+      wanted: else nothing is held back.
+
+    Example:
+      >>> with held_back(True) as interrupted:
+      ...   for round in range(3):
+      ...     if interrupted():
+      ...       break
+    """
+    came = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    main = threading.current_thread() is threading.main_thread()
+    if not (wanted and main and signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt

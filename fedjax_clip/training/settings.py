@@ -1,0 +1,154 @@
+"""What a run was asked for: the arguments of ``fc.train``, checked once."""
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+
+from fedjax_clip import reduce
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.secret import Secret
+from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PyTree, Row, check_named
+from fedjax_clip.data import clock, sampling
+from fedjax_clip.data.planning import LocalWork
+from fedjax_clip.data.population import FederatedData, check_alike, check_fields
+from fedjax_clip.training import placement, watch
+from fedjax_clip.training.checkpoint import Checkpoints
+from fedjax_clip.training.evaluation import Evaluator
+from fedjax_clip.training.state import State
+
+Evaluate = Callable[[Params], Mapping[str, float]] | Evaluator
+
+
+class Store(Protocol):
+    """Where a run saves itself; see ``fc.extend.Checkpoints``."""
+
+    def restore(self, template: State) -> tuple[int, State] | None: ...
+
+    def save(self, round: int, state: State) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A run's settings; their names and meanings are those of ``fc.train``."""
+
+    algorithm: Algorithm
+    data: FederatedData
+    params: Params
+    rounds: int
+    sampler: sampling.Sampler | clock.Clock
+    work: LocalWork
+    seed: int
+    evaluate: Evaluate | None
+    eval_every: int
+    checkpoints: Store | None
+    checkpoint_every: int
+    on_round: Callable[[Row], None]
+    should_stop: Callable[[], bool]
+    devices: list[jax.Device]
+    clients_per_chunk: int | None
+    rounds_per_dispatch: int | None
+    non_finite: str
+    secret: Secret | None
+    debug: bool
+
+    @property
+    def due(self) -> tuple[int, int]:
+        """Rounds from one evaluation to the next, and from one save to the next; 0 where there is none."""
+        return self.eval_every if self.evaluate else 0, self.checkpoint_every if self.checkpoints else 0
+
+    def evaluated_after(self, done: int) -> bool:
+        """Whether there is an evaluation after so many rounds."""
+        return self.evaluate is not None and (done == self.rounds or done % self.eval_every == 0)
+
+    def scores(self, params: Params, clients: PyTree) -> Row:
+        """What the evaluation gives, ``{"eval/name": value}``."""
+        assert self.evaluate is not None
+        own = isinstance(self.evaluate, Evaluator)
+        scores = self.evaluate(params, clients) if own else self.evaluate(params)  # type: ignore[call-arg]
+        checks.kind("What an evaluation returns", scores, Mapping, "numbers by name")
+        try:
+            return {f"eval/{name}": float(value) for name, value in scores.items()}
+        except (TypeError, ValueError):
+            raise InvalidInput(
+                f"An evaluation must return one number for each name, not {checks.shown(scores)}."
+            ) from None
+
+
+def checked(
+    algorithm: Algorithm,
+    data: FederatedData,
+    params: Params,
+    *,
+    rounds: int,
+    cohort_size: int | None,
+    sampler: sampling.Sampler | clock.Clock | None,
+    work: tuple[Any, ...],
+    seed: int,
+    evaluate: Evaluate | None,
+    checkpoints: "Store | str | os.PathLike[str] | None",
+    devices: Sequence[jax.Device] | None,
+    on_round: Callable[[Row], None] | None,
+    should_stop: Callable[[], bool] | None,
+    debug: bool,
+    **others: Any,
+) -> Settings:
+    """The settings of a run, if it can begin.
+
+    Args:
+      work: batch size, local epochs, local steps, shuffle.
+      others: as ``fc.train``.
+
+    Raises:
+      InvalidInput: an argument of the wrong kind, numbers out of range, arguments that contradict each other.
+    """
+    rounds, seed = checks.count("rounds", rounds), checks.seed("seed", seed)
+    for name in ("eval_every", "checkpoint_every", "rounds_per_dispatch", "clients_per_chunk"):
+        if others[name] is not None:
+            checks.count(name, others[name])
+    if (non_finite := others["non_finite"]) not in ("drop", "keep", "stop"):
+        raise InvalidInput(f"non_finite must be 'drop', 'keep' or 'stop', not {non_finite!r}.")
+    checks.kind("algorithm", algorithm, Algorithm, "one such as fc.fedavg(...)")
+    checks.kind("data", data, FederatedData, "a FederatedData")
+    checks.kind(
+        "sampler", sampler, sampling.Sampler | clock.Clock | None, "a sampler such as fc.data.sampling.uniform(10)"
+    )
+    if sampler is not None and cohort_size is not None:
+        raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
+    checks.kind("secret", others["secret"], Secret | None, "an fc.privacy.Secret, such as fc.privacy.Secret.fresh()")
+    check_fields(data)
+    check_named(algorithm, data.num_clients)
+    if getattr(getattr(algorithm.parts, "gradient", None), "counts_alike", False):
+        check_alike(data)
+    for name, function, count, wanted in (
+        ("evaluate", evaluate, 1, "the parameters: fc.evaluator(per_example_loss, sets) makes one"),
+        ("on_round", on_round, 1, "a row"),
+        ("should_stop", should_stop, 0, "nothing, which says whether to stop"),
+    ):
+        if function is not None:
+            checks.takes(name, function, count, wanted)
+    if isinstance(checkpoints, str | os.PathLike):
+        checkpoints = Checkpoints(checkpoints)
+    if checkpoints is not None and not hasattr(checkpoints, "restore"):
+        raise InvalidInput(
+            f"checkpoints must be a directory, or fc.extend.Checkpoints(directory), not {checks.shown(checkpoints)}."
+        )
+    params = tree.parameters(params)
+    sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
+    if algorithm.parts is not None and isinstance(sampler, sampling.Sampler):
+        reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
+    local_work, devices = LocalWork(*work), placement.local(devices)
+    if algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work):
+        warnings.warn(watch.MEET, stacklevel=3)  # at the call of train
+    return Settings(
+        *(algorithm, data, params, rounds, sampler, local_work, seed, evaluate),
+        checkpoints=checkpoints,
+        devices=devices[:1] if debug else devices,
+        on_round=on_round or (lambda row: None),
+        should_stop=should_stop or (lambda: False),
+        debug=debug,
+        **others,
+    )

@@ -1,0 +1,79 @@
+"""How many clients a device trains at once: by rule on a CPU, by trying on other devices."""
+
+import math
+import time
+import weakref
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from fedjax_clip.core.types import Params
+from fedjax_clip.data.speeds import BatchSizes
+from fedjax_clip.training import placement
+from fedjax_clip.training.dispatch import Dispatcher
+from fedjax_clip.training.planner import Planner
+
+WIDE_BYTES = 2**16  # on a CPU, models up to this size train several clients at once: their cost is that of many loops
+WIDE = 16  # as many, unless all clients take the same number of steps: then none waits for another,
+ALL_BYTES = 2**20  # and as many are faster as make up this size
+
+_WIDTHS: weakref.WeakKeyDictionary[Callable, dict[tuple, int]] = weakref.WeakKeyDictionary()  # of rounds that live
+
+
+def choose(dispatcher: Dispatcher, params: Params, round: int) -> int:
+    """The width of a run that begins with this round.
+
+    Where it is tried, it goes from all of a device's clients down by fours while that is faster, and is remembered as
+    long as the process lives.
+    """
+    planner = dispatcher.planner
+    most = max(1, math.ceil(len(planner.turns[round].ids) / len(planner.devices)))
+    if planner.on_cpu:
+        return by_rule(planner, params, most)
+    shapes = tuple((x.shape, str(x.dtype)) for x in planner.data.fields().values())
+    tried = _WIDTHS.setdefault(dispatcher.algorithm.round, {})
+    key = tuple(planner.devices), planner.work, shapes, most
+    if key not in tried:
+        tried[key] = fastest(most, lambda width: seconds(dispatcher, width, round))
+    return tried[key]
+
+
+def by_rule(planner: Planner, params: Params, most: int) -> int:
+    """On a CPU: 1 for larger models, else up to ``most``."""
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    steps = planner.work.steps
+    own = callable(steps) or isinstance(planner.work.batch_size, BatchSizes)
+    even = not own and (steps is not None or np.ptp(planner.data.sizes) == 0)
+    return 1 if size > WIDE_BYTES else min(most, max(WIDE, ALL_BYTES // max(1, size)) if even else WIDE)
+
+
+def fastest(widest: int, seconds: Callable[[int], float]) -> int:
+    """Of ``widest``, a quarter of it, ..., 1: the last one before trying on no longer gains 5%."""
+    best, least = widest, seconds(widest)
+    while best > 1:
+        narrower = max(1, best // 4)
+        took = seconds(narrower)
+        if took > 0.95 * least:
+            break
+        best, least = narrower, took
+    return best
+
+
+def seconds(dispatcher: Dispatcher, width: int, round: int) -> float:
+    """Seconds of a round at this width, on copies of the run's state; infinite if it does not fit."""
+    planner, took = dispatcher.planner, []
+    planner.width, planner.least = width, (0, 0)
+    block = planner.plan(range(round, round + 1))
+    server = placement.first_replica(dispatcher.server)
+    for _ in range(3):  # the first one compiles
+        own = placement.replicate(server, planner.devices)
+        began = time.perf_counter()
+        try:
+            dispatcher.run(own, jax.tree.map(np.copy, dispatcher.clients), block)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return math.inf
+            raise
+        took.append(time.perf_counter() - began)
+    return min(took[1:])
