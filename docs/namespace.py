@@ -29,5 +29,7 @@ algorithm = fc.fedavg(per_example_loss, client_tx)
 
 key = jax.random.key(0)
 server = algorithm.init(params)
-cohort = fc.extend.plan(data, np.array([3, 1, 4]), fc.extend.LocalWork(batch_size=20), seed=0, round=0)
+uplink, reducer = fc.uplink.identity(), fc.reduce.weighted_mean()
+cohorts = fc.extend.plan(data, np.array([3, 1, 4]), fc.extend.LocalWork(batch_size=20), seed=0, round=0)
+cohort = jax.tree.map(lambda x: x[0], cohorts)  # of the first device
 result = fc.train(algorithm, data, params, rounds=2, cohort_size=10)

@@ -323,7 +323,16 @@ def checked_link(uplink: Uplink | None) -> Uplink:
 
 
 def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] | None = None) -> Server:
-    """The server before round 0, with copies of the parameters (a round donates its server's buffers)."""
+    """The server before round 0, with copies of the parameters (a round donates its server's buffers).
+
+    Args:
+      params: initial parameters.
+      parts: of the algorithm.
+      own: ``params -> what the algorithm itself keeps``; nothing by default.
+
+    Example:
+      >>> server = fc.extend.init_server(params, algorithm.parts)
+    """
     params = tree.as_arrays(params)
     opt_state = optimiser.init(parts.server_tx, params)
     kept = () if own is None else own(params)

@@ -32,8 +32,11 @@ class Answer(NamedTuple):
       metrics: of the exchange.
 
     Example:
-      >>> answer = exchange(client_fn, uplink, reducer, server.params, server.uplink, cohort, key)
-      >>> answer.update, answer.metrics["clients"]
+      >>> def client_fn(x, client, key):  # sends its number of steps
+      ...     return jnp.float32(client.num_steps), client.state.own, {}
+      >>> answer = fc.extend.exchange(client_fn, uplink, reducer, server.params, (), cohort, key)
+      >>> float(answer.metrics["clients"])
+      3.0
     """
 
     update: PyTree
@@ -223,9 +226,7 @@ def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Arra
       InvalidInput: (when traced) a cohort that was not made by ``fc.extend.plan`` and does not tell N.
 
     Example:
-      >>> cohort = fc.extend.plan(data, np.array([3, 1, 4]), fc.extend.LocalWork(20), seed=0, round=0)
-      >>> one = jax.tree.map(lambda x: x[0], cohort)  # of one device
-      >>> share = population_share(fc.reduce.uniform_mean(), one, {"clients": 3.0})  # 3 / data.num_clients
+      >>> share = population_share(fc.reduce.uniform_mean(), cohort, {"clients": 3.0})  # 3 / data.num_clients
     """
     if cohort.num_clients is None or cohort.total_weight is None:
         raise InvalidInput(NO_POPULATION)

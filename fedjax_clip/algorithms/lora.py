@@ -63,9 +63,9 @@ def lora(
       InvalidInput: a rank below 1, a pattern that finds no matrix.
 
     Example:
-      >>> tuned = fc.lora(per_example_loss, base, rank=4, pattern="query|value")
+      >>> tuned = fc.lora(per_example_loss, params, rank=4, pattern="w")
       >>> algorithm = fc.partially_frozen(fc.fedavg(tuned.per_example_loss, optax.sgd(0.1)), tuned.frozen)
-      >>> result = fc.train(algorithm, data, tuned.init(jax.random.key(0)), rounds=100)
+      >>> result = fc.train(algorithm, data, tuned.init(key), rounds=10)
       >>> params = tuned.merge(result.params)
 
     Source: Hu et al. (2022), "LoRA"; federated: Zhang et al. (2024), "Towards Building the Federated GPT" (FedIT).

@@ -90,10 +90,10 @@ class Cohort:
         ``jax.jit``, while the cohort is NumPy arrays.
 
         Example:
-          >>> one = jax.tree.map(lambda x: x[0], cohort).differentiable()
+          >>> fixed = cohort.differentiable()
           >>> def loss_after_a_round(lr):
           ...   algorithm = fc.fedavg(per_example_loss, optax.sgd(lr))
-          ...   server, _, _ = algorithm.round(algorithm.init(params), one, key)
+          ...   server, _, _ = algorithm.round(algorithm.init(params), fixed, key)
           ...   return per_example_loss(server.params, held_out.examples, None)[0].mean()
           >>> bool(jax.grad(loss_after_a_round)(0.1) < 0)  # a larger rate would be better
           True

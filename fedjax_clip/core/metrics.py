@@ -51,6 +51,9 @@ def check_own_names(names: Iterable[str], reported: Iterable[str]) -> None:
 
     Raises:
       InvalidInput: a name that is in both, unless it is the library's own.
+
+    Example:
+      >>> fc.extend.metrics.check_own_names(["extrapolation"], ["loss", "accuracy"])
     """
     for name in sorted(set(names) & set(reported) - set(_TAKEN)):
         raise InvalidInput(

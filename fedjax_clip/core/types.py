@@ -57,8 +57,7 @@ class Algorithm(NamedTuple):
       name: by which a checkpoint tells algorithms apart; by default that of the function that made ``round``.
 
     Example:
-      >>> one = jax.tree.map(lambda x: x[0], cohort)  # of one device
-      >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), one, key)
+      >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, key)
       >>> int(server.round), float(metrics["clients"])
       (1, 3.0)
     """

@@ -98,7 +98,7 @@ def synchronous(
 
     Args:
       sampler: whom the server asks, more than it keeps: ``fc.data.sampling.uniform(13)`` for ``keep=10``
-      (over-selection).
+        (over-selection).
       speeds: how fast they are.
       keep: answers that are enough.
       deadline: seconds after which a round ends in any case; it may then have nobody.

@@ -94,6 +94,11 @@ def full_gradient(
 
     Returns:
       ``(gradient, report)``.
+
+    Example:
+      >>> def client_fn(params, client, key):  # of distributed gradient descent
+      ...     gradient, report = fc.local.full_gradient(per_example_loss, params, client, key)
+      ...     return jax.tree.map(jnp.negative, gradient), client.state.own, report
     """
     check_parameters(params)
 
@@ -131,6 +136,11 @@ def full_step(
 
     Returns:
       ``(update, report)``.
+
+    Example:
+      >>> def client_fn(params, client, key):  # of FedSGD
+      ...     update, report = fc.local.full_step(per_example_loss, optax.sgd(0.1), params, client, key)
+      ...     return update, client.state.own, report
 
     Source: McMahan et al. (2017), section 2, FedSGD.
     """

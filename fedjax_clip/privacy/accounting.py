@@ -199,7 +199,7 @@ def noise_multiplier(
     Example:
       >>> sampler = fc.data.sampling.round_robin(50)
       >>> round(fc.privacy.noise_multiplier(2.0, sampler, num_clients=1000, rounds=20, delta=1e-5), 2)
-      2.0
+      1.99
     """
     checks.positive("target_epsilon", target_epsilon)
     num_clients, rounds = checks.count("num_clients", num_clients), checks.count("rounds", rounds, 0)

@@ -58,7 +58,7 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
     Args:
       mechanism: of ``fc.uplink.mechanism``.
       sampler: ``fc.data.sampling.round_robin``, one that takes everyone or keeps a client's rounds apart, or
-      ``Separated``.
+        ``Separated``.
       num_clients: clients in the population.
       rounds: rounds of the run.
 

@@ -229,7 +229,7 @@ def by_client(values: np.ndarray, data: FederatedData) -> dict[str, np.ndarray]:
 
     Example:
       >>> table = fc.FederatedData.from_clients({"ann": {"x": np.zeros(2)}, "bob": {"x": np.zeros(1)}})
-      >>> fc.extend.evaluation.by_client(np.array([0.1, 0.2, 0.3]), table)["ann"].tolist()
+      >>> by_client(np.array([0.1, 0.2, 0.3]), table)["ann"].tolist()
       [0.1, 0.2]
     """
     return dict(zip(map(data.name, range(data.num_clients)), np.split(values, data.offsets[1:-1]), strict=True))
@@ -248,7 +248,7 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
       Between 0 and 1; NaN where one of the classes is missing.
 
     Example:
-      >>> fc.extend.evaluation.auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1]))
+      >>> auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1]))
       0.75
 
     Source: Hanley and McNeil (1982), "The Meaning and Use of the Area under a ROC Curve".
@@ -274,7 +274,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
       bins: how many.
 
     Example:
-      >>> fc.extend.evaluation.calibration_error(np.array([0.25, 0.25, 0.25, 0.25]), np.array([0, 0, 0, 1]))
+      >>> calibration_error(np.array([0.25, 0.25, 0.25, 0.25]), np.array([0, 0, 0, 1]))
       0.0
 
     Source: Naeini, Cooper and Hauskrecht (2015), "Obtaining Well Calibrated Probabilities Using Bayesian Binning".

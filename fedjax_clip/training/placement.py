@@ -19,6 +19,8 @@ from fedjax_clip.core import checks, tree
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, PyTree
 
+__all__ = ["first_replica", "local", "pmap_rounds", "replicate", "run_rounds", "split"]
+
 AXIS = "devices"
 Index = Array | int
 Round = Callable[[PyTree, Cohort, Array], tuple[PyTree, PyTree, Metrics]]  # of an algorithm
@@ -185,10 +187,10 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
     a weak reference that can be called: what it makes must not keep the function alive.
 
     Example:
-      >>> @fc.extend.placement.remembered
+      >>> @remembered
       ... def compiled(function):
-      ...   return jax.jit(lambda x: function()(x))
-      >>> compiled(jnp.sin) is compiled(jnp.sin)
+      ...   return jax.jit(lambda *args: function()(*args))
+      >>> compiled(per_example_loss) is compiled(per_example_loss)
       True
     """
     kept: weakref.WeakKeyDictionary[Callable[..., Any], dict] = weakref.WeakKeyDictionary()
@@ -255,7 +257,7 @@ def pmap_alone(
 
     Example:
       >>> devices = jax.local_devices()[:1]
-      >>> doubled = fc.extend.placement.pmap_alone(lambda x, factor: factor * x, devices, 1, 1, donate=0)
+      >>> doubled = pmap_alone(lambda x, factor: factor * x, devices, 1, 1, donate=0)
     """
     return _on_each(function, tuple(devices), num_mapped, num_shared, (donate,))
 
@@ -316,7 +318,7 @@ def split(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
       devices: D local devices.
 
     Example:
-      >>> cohorts = fc.extend.placement.split(cohort, jax.local_devices()[:1])
+      >>> on_devices = fc.extend.placement.split(cohorts, jax.local_devices()[:1])
     """
     return jax.device_put(values, _sharding(tuple(devices)))
 

@@ -84,7 +84,7 @@ class Uplink(NamedTuple):
       init_client: ``params -> client_state``, what one client keeps; without leaves if nothing.
       encode: ``(update, state, client_state, ctx) -> (message, client_state, report)`` at ONE client. The message is a
         pytree, or a ``Message`` that says besides how many bytes travel. A report is a dict of sums or
-        ``metrics.Mean``s, which add up over the cohort.
+        ``metrics.Mean`` pairs, which add up over the cohort.
       decode: ``(aggregate, state, report, ctx) -> (update, state, metrics)`` at the server, once, with the
         cohort's report.
       promises: what holds of every message that leaves the link; nothing by default. Links, reducers and the accounting
