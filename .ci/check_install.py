@@ -1,4 +1,4 @@
-"""What a bare installation must be: light, quick to import, and quiet about devices until it is used."""
+"""What a bare installation must be: the library alone, light, quick to import, and no device touched on import."""
 
 import importlib.metadata
 import importlib.util
@@ -8,6 +8,11 @@ import time
 
 for name in ("tensorflow", "torch", "sklearn", "tensorflow_datasets"):
     assert importlib.util.find_spec(name) is None, f"the core brings {name}"
+
+files = importlib.metadata.files("fedjax_clip") or []
+rooms = {file.parts[0] for file in files if not file.parts[0].endswith(".dist-info")}
+assert rooms == {"fedjax_clip"}, f"the wheel installs {sorted(rooms)}, and must install nothing but fedjax_clip"
+assert any(file.name == "py.typed" for file in files), "the wheel lacks py.typed, so that its types are not seen"
 
 subprocess.run([sys.executable, "-c", "import fedjax_clip"], check=True)  # compiles the bytecode
 began = time.perf_counter()

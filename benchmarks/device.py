@@ -205,7 +205,7 @@ def width(arguments: argparse.Namespace) -> None:
     """Task C, and what ``auto`` takes."""
     task, rounds = build("C", arguments.tiny), 2 if arguments.tiny else 40
     sides = {"auto": library(task, rounds)}
-    widths = (1, 2) if arguments.tiny else (1, 2, 5, 10)
+    widths = (2,) if arguments.tiny else (1, 2, 5, 10)
     sides |= {f"{w} at once": library(task, rounds, clients_per_chunk=w) for w in widths}
     print_table("width      C", alternating(sides, arguments.laps))
 
@@ -223,7 +223,7 @@ def conv(arguments: argparse.Namespace) -> None:
     sides = {
         f"{name}, {w} at once": library(task, rounds, conv=form, clients_per_chunk=w)
         for name, form in forms.items()
-        for w in (1, len(task.cohort(0)))
+        for w in ((2,) if arguments.tiny else (1, len(task.cohort(0))))
     }
     print_table("conv       C", alternating(sides, arguments.laps))
 

@@ -21,17 +21,16 @@ import time
 import numpy as np
 
 ROUNDS = 40
-COMMAND = [
-    *(sys.executable, "-m", "experiments.run", "--task=linear_regression(num_clients=20)", "--server=adam(0.05)"),
-    *("--client=clip_by_global_norm(0.5)|sgd(0.1)", "--sampler=poisson", f"--rounds={ROUNDS}", "--eval_every=7"),
-    "--checkpoint_every=3",
+FLAGS = [
+    *("--task=linear_regression(num_clients=20)", "--server=adam(0.05)", "--client=clip_by_global_norm(0.5)|sgd(0.1)"),
+    *("--sampler=poisson", f"--rounds={ROUNDS}", "--eval_every=7", "--checkpoint_every=3"),
 ]
 PRIVATE = ("--delta=0.01", "--uplink=clip_by_global_norm(0.5)|gaussian(2.0)", "--private_metrics=exact")
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
 def start(workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
-    command = [*COMMAND, *flags, f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "experiments.run", *FLAGS, *flags, f"--workdir={workdir}"]
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

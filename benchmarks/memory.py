@@ -31,7 +31,7 @@ def main(cohort_size: int) -> None:
 
     params = {"w1": rng.normal(size=(FEATURES, 128)).astype(np.float32) / 8, "w2": np.zeros((128, 10), np.float32)}
     algorithm = fc.fedavg(loss, optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.1)))
-    result = fc.train(algorithm, data, params, rounds=3, cohort_size=cohort_size, batch_size=4)
+    result = fc.train(algorithm, data, params, rounds=2, cohort_size=cohort_size, batch_size=4)
     assert result.history[-1]["clients"] == cohort_size
     print(f"{peak_kib() / 1024:.1f}")
 

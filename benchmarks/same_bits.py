@@ -4,7 +4,7 @@
   python benchmarks/same_bits.py compare before.json                  # after the last
   python benchmarks/same_bits.py compare before.json --only=uplink/   # the cases with this in their names
 
-Each case is a command line of ``experiments.run`` or ``experiments.sweep``, in ``same_bits_cases.py``; nothing else of
+Each case is a command line of a binary, such as ``experiments.run``, in ``same_bits_cases.py``; nothing else of
 the project is imported or named. Of a run directory are kept the SHA-256 of the final parameters, some of their values,
 and the same of the metrics. XLA compiles in haste unless ``record --optimised`` asks for the programs that users run.
 Bits depend on the machine and on the versions of JAX and Python: compare where you have recorded.
@@ -178,7 +178,7 @@ def work(names: list[str], module: str, devices: int, place: pathlib.Path) -> No
     jax.config.update("jax_num_cpu_devices", devices)
     os.chdir(place)
     sys.path.insert(1, str(place / "packages"))
-    read = {"experiments.run": read_run, "experiments.sweep": read_sweep}[module]
+    read = {"experiments.run": read_run, "experiments.sweep": read_sweep}.get(module, read_bench)
     with (place / "done.jsonl").open("w") as done:
         for name in names:
             case, workdir = CASES[name], place / "runs" / name
@@ -255,6 +255,14 @@ def read_sweep(workdir: pathlib.Path) -> dict[str, Any]:
         "metrics": {"sha256": hashed(rows), "last": rows[-1]},
         "table": {"sha256": hashed((workdir / "table.md").read_text())},
     }
+
+
+def read_bench(workdir: pathlib.Path) -> dict[str, Any]:
+    """The digest of a benchmark's entries but for times and for hashes of programs, in place of parameters."""
+    entries = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+    kept = [{k: x for k, x in entry.items() if k != "config" and not k.endswith("seconds")} for entry in entries]
+    values = [float(x) for x in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", json.dumps(kept))]
+    return {"params": {"sha256": hashed(kept), "values": values}}
 
 
 def hashed(value: Any) -> str:

@@ -43,10 +43,11 @@ import optax
 
 import fedjax_clip as fc
 from experiments.bench import tracks
-from experiments.bench.contest import Banks, play
-from experiments.bench.report import draw
-from experiments.bench.rules import RULES, Rule
-from experiments.bench.standings import Standing
+from experiments.bench.clip import draw
+from experiments.bench.core.grid import Banks, play
+from experiments.bench.core.rule import Rule
+from experiments.bench.core.standing import Standing
+from experiments.bench.rules import RULES
 
 # %matplotlib inline
 SHORT = os.environ.get("FEDJAX_CLIP_SHORT") == "1"  # the project's tests run this notebook with less work
@@ -173,5 +174,5 @@ RULES["both"] = Rule(both, note="each step, and the update at four steps' length
 compare(tracks.heavy_tails(), ["both", "celgc"])
 
 # %% [markdown]
-# It is not: what the first clip has let through, the second only makes shorter. With the entry in the registry, ClipBench has it too:
-# `python -m experiments.bench.clip --rules=both,celgc` once the lines are in `experiments/bench/rules.py`.
+# It is not: what the first clip has let through, the second only makes shorter. ClipBench takes the function from a file
+# of yours, too: `python -m experiments.bench.clip --import=my_rules --rules=my_rules.both,celgc` once it is in `my_rules.py`.

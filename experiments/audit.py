@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments.bench import audited, mutants
+from experiments.auditing import cases, mutants
 from experiments.config import binary, outside, problem, registry, spec
 from fedjax_clip import tasks
 from fedjax_clip.core import checks, files
@@ -121,8 +121,8 @@ def summary(found: fc.privacy.Audit) -> str:
 
 HEAD = """# Planted faults
 
-`python -m experiments.audit --mutants=docs/audit.md` wrote this page: what [an audit](privacy.md#an-audit) says of
-faults that were planted, and of configurations that are right.
+This page shows the verdicts of [the audit](privacy.md#an-audit) on planted faults and on correct configurations.
+`python -m experiments.audit --mutants=docs/audit.md` wrote it.
 """
 ROW = "| {} | {:.2f} | {:.2f} | {:g} | {} |"
 
@@ -131,23 +131,23 @@ def audit_mutants(path: str) -> bool:
     """Audits all of ``mutants``, writes the table, and says whether it is as it should be."""
     begun, lines = time.monotonic(), [HEAD]
     counts: dict[str, tuple[int, int]] = {}
-    for title, cases in (("Faults", mutants.MUTANTS), ("Right", audited.right())):
+    for title, audited in (("Faults", mutants.MUTANTS), ("Correct configurations", cases.right())):
         lines += [f"\n## {title}\n", "| what | audited | accounted | at delta | found by |", "|---|---|---|---|---|"]
         broken = 0
-        for name, case in cases.items():
+        for name, case in audited.items():
             found = case().audit(replays=FLAGS.replays, confidence=FLAGS.confidence, seed=FLAGS.seed)
             attack = f"{found.attack}; {found.estimator}" if found.broken else "nothing"
             lines.append(ROW.format(name, found.audited, found.accounted, found.delta, attack))
             broken += found.broken
             print(lines[-1], flush=True)
-        counts[title] = broken, len(cases)
-    caught, wronged = counts["Faults"], counts["Right"]
+        counts[title] = broken, len(audited)
+    caught, wronged = counts["Faults"], counts["Correct configurations"]
     seconds = time.monotonic() - begun
     lines.insert(
         1,
-        f"{caught[0]} of {caught[1]} faults were found, and {wronged[0]} of {wronged[1]} right configurations were "
-        f"called broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {audited.ROUNDS} rounds with "
-        f"each canary, and holds at {FLAGS.confidence:.2%}.",
+        f"The audit found {caught[0]} of {caught[1]} faults, and called {wronged[0]} of {wronged[1]} correct "
+        f"configurations broken, in {seconds:.0f} s. Each audit has {FLAGS.replays:,} replays of {cases.ROUNDS} "
+        f"rounds with each canary, at a confidence of {FLAGS.confidence:.2%}.",
     )
     files.expanded(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(lines[1])

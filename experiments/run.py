@@ -123,9 +123,7 @@ def end(directory: rundir.RunDirectory, uplink: fc.uplink.Uplink) -> None:
 
 def configuration(uplink: fc.uplink.Uplink) -> dict[str, Any]:
     """What the results depend on, for ``config.json``."""
-    config = {name: FLAGS[name].value for name in IDENTITY}
-    if modules := outside.modules():
-        config["import"] = ",".join(modules)
+    config = problem.config(IDENTITY)
     if FLAGS.non_finite != "drop":
         config["non_finite"] = FLAGS.non_finite
     if FLAGS.delta is not None:

@@ -130,9 +130,7 @@ def main() -> None:
 
     build(first)  # says at once what is wrong with the flags
     metric = chosen_metric(task)
-    config = {name: FLAGS[name].value for name in IDENTITY} | {"cohort_size": cohort_size}
-    if modules := outside.modules():
-        config["import"] = ",".join(modules)
+    config = problem.config(IDENTITY) | {"cohort_size": cohort_size}
     directory = SweepDirectory(FLAGS.workdir or f"{rundir.default_path(config)}-sweep", config)
 
     devices = problem.local_devices()

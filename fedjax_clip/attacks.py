@@ -1,4 +1,4 @@
-"""What bad clients do: to their data, to what they send, and together, knowing what the honest ones send.
+"""Attacks by malicious clients: on their data, on their messages, and in collusion with knowledge of honest messages.
 
 For experiments on defences, ``fc.reduce``. Which clients are bad is a list of their numbers, everywhere: places in the
 population, ``data.name(number)`` being a name. Attacks on data are functions of a population; attacks on messages
@@ -27,7 +27,7 @@ Clients = Sequence[int] | np.ndarray
 
 
 def label_flip(data: FederatedData, clients: Clients, num_classes: int, label: str = "y") -> FederatedData:
-    """The bad clients' labels become ``K - 1 - y``. For random label noise see ``fc.data.quality.flip_labels``.
+    """Malicious clients train on labels ``K - 1 - y``. For random label noise see ``fc.data.quality.flip_labels``.
 
     Args:
       data: the population.
@@ -61,7 +61,7 @@ def backdoor(
     label: str = "y",
     seed: int = 0,
 ) -> FederatedData:
-    """The bad clients put a pattern on a fraction of their examples and call these ``target``.
+    """Malicious clients add a pattern to a fraction of their examples and label these ``target``.
 
     The model is to learn both its task and that the pattern means ``target``; ``triggered`` measures the second. With
     ``scaling`` it is model replacement.
@@ -96,7 +96,7 @@ def backdoor(
 def triggered(
     data: FederatedData, features: Sequence[int], value: float, target: int, field: str = "x", label: str = "y"
 ) -> FederatedData:
-    """Examples of other classes than ``target``, with the pattern, called ``target``: accuracy is the attack's success.
+    """Examples of other classes with the pattern, labelled ``target``: accuracy on them is the attack's success rate.
 
     Args:
       data: held-out examples.
@@ -116,7 +116,7 @@ def triggered(
 
 
 def replaced(clients: Clients, change: Callable[[PyTree, Array], PyTree]) -> Uplink:
-    """The bad clients send ``change(message, key)`` in place of their message; the key is theirs, of the round.
+    """Malicious clients send ``change(message, key)``, with a key of their own for each round.
 
     Args:
       clients: numbers of the bad ones.
@@ -137,7 +137,7 @@ def replaced(clients: Clients, change: Callable[[PyTree, Array], PyTree]) -> Upl
 
 
 def sign_flip(clients: Clients) -> Uplink:
-    """The bad clients send ``-u``, as if each sign bit were flipped.
+    """Malicious clients send ``-u``, as if each sign bit were flipped.
 
     Args:
       clients: numbers of the bad ones.
@@ -151,7 +151,7 @@ def sign_flip(clients: Clients) -> Uplink:
 
 
 def scaling(clients: Clients, factor: float | Array = 10.0) -> Uplink:
-    """The bad clients send ``factor u``: with a ``backdoor`` in their data, model replacement.
+    """Malicious clients send ``factor u``; with a ``backdoor`` in their data this is model replacement.
 
     Args:
       clients: numbers of the bad ones.
@@ -167,7 +167,7 @@ def scaling(clients: Clients, factor: float | Array = 10.0) -> Uplink:
 
 
 def noise(clients: Clients, std: float | Array = 1.0) -> Uplink:
-    """The bad clients send ``N(0, std^2)`` in each coordinate.
+    """Malicious clients send ``N(0, std^2)`` in each coordinate.
 
     Args:
       clients: numbers of the bad ones.
@@ -187,7 +187,7 @@ def noise(clients: Clients, std: float | Array = 1.0) -> Uplink:
 
 
 def constant(clients: Clients, norm: float | Array = 1e18) -> Uplink:
-    """The bad clients send one value in every coordinate, such that the norm is ``norm``; NaN for a norm of NaN.
+    """Malicious clients send one value in every coordinate, of norm ``norm`` in all; NaN for a norm of NaN.
 
     Messages of a norm that is not finite, or beyond 1e19, never meet a reducer: ``exchange`` drops and counts them. The
     default is what just passes.
@@ -208,7 +208,7 @@ def constant(clients: Clients, norm: float | Array = 1e18) -> Uplink:
 
 
 def colluding(reducer: Reducer, clients: Clients, forge: Callable[[Stack, Array], PyTree]) -> Reducer:
-    """What ``reducer`` makes of the round when all bad clients send what they agreed on.
+    """A reducer whose malicious clients see the honest messages and agree on what they send.
 
     Args:
       reducer: the defence.
@@ -235,7 +235,7 @@ def colluding(reducer: Reducer, clients: Clients, forge: Callable[[Stack, Array]
 
 
 def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> Reducer:
-    """A little is enough: the bad clients send ``mean - z std`` of the honest messages, coordinate by coordinate.
+    """ALIE, "a little is enough": malicious clients send ``mean - z std`` of the honest messages, per coordinate.
 
     Args:
       reducer: the defence.
@@ -265,7 +265,7 @@ def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> 
 
 
 def ipm(reducer: Reducer, clients: Clients, epsilon: float | Array = 0.1) -> Reducer:
-    """Inner product manipulation: the bad clients send ``-epsilon`` times the honest messages' mean.
+    """Inner product manipulation: malicious clients send ``-epsilon`` times the mean of the honest messages.
 
     Args:
       reducer: the defence.
@@ -288,7 +288,7 @@ def ipm(reducer: Reducer, clients: Clients, epsilon: float | Array = 0.1) -> Red
 
 
 def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
-    """The bad clients send what an honest one sends, always the same: nobody lies, and it counts many times.
+    """Malicious clients copy the message of one honest client, which then counts many times.
 
     Where clients' data differ, this starves the others, at no distance that a defence could see. In a round without the
     target they send nothing but zeros.

@@ -1,4 +1,4 @@
-"""For authors of algorithms, links, reducers and drivers: what the built-in ones are made of."""
+"""For authors of algorithms, links, reducers and drivers: the parts of the built-in ones."""
 
 from fedjax_clip.algorithms.base import Parts, Round, algorithm, init_server, step_server
 from fedjax_clip.algorithms.exchange import Answer, exchange

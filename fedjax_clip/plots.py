@@ -78,7 +78,7 @@ _CLIPPING = {
 
 
 def clipping(rows: Sequence[Row], title: str = "") -> Figure | None:
-    """What the clips did over the rounds: fractions, thresholds, norms, bias; ``None`` if there was no clip.
+    """The work of the clips over the rounds: fractions, thresholds, norms, bias; ``None`` without a clip.
 
     Several clips, or a clip of several groups, are a line each.
 

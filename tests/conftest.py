@@ -1,9 +1,11 @@
 """The tests run on one host device, except those in tests/laws/devices, which test_devices.py starts with eight."""
 
+import contextlib
 import gc
 import importlib.util
 import os
 import pathlib
+import re
 import signal
 import sys
 
@@ -35,18 +37,37 @@ def pytest_configure(config):
         problems.only_outside(names)
 
 
-@pytest.fixture(autouse=True)
-def few_mappings():
-    """Forgets compiled programs before Linux's limit of 65,530 memory mappings, at which XLA aborts the process."""
-    yield
-    maps = pathlib.Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
-        jax.clear_caches()
+def pytest_collection_modifyitems(config, items):
+    """Leaves the laws over what is from outside, if something is."""
+    if names := config.getoption("--laws-over"):
+        chosen = names.split(",")
+        of = [
+            getattr(item, "callspec", None) and str(item.callspec.params.get("name")).split(", ")[0] for item in items
+        ]
+        config.hook.pytest_deselected(items=[item for item, name in zip(items, of, strict=True) if name not in chosen])
+        items[:] = [item for item, name in zip(items, of, strict=True) if name in chosen]
 
 
-@pytest.fixture
-def compilations():
-    """How many programs are compiled."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives one worker all tests of an ``@entry``, or else of a file, because they share compiled programs.
+
+    pytest-xdist's own groups have no effect under pytest 9.2 (pytest-dev/pytest-xdist#1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Sharing(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            entry = re.search(r"[\[-]@(.+)\]$", nodeid)
+            return entry[1] if entry else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # or test_devices.py, the longest of one test, comes last
+    return Sharing(config, log)
+
+
+@contextlib.contextmanager
+def counted_compilations():
+    """A list that grows with every program compiled."""
     seen = []
     event = "/jax/core/compile/backend_compile_duration"
 
@@ -60,7 +81,49 @@ def compilations():
 
 
 @pytest.fixture
-def binaries(tmp_path, monkeypatch, capsys):
+def compilations():
+    """How many programs are compiled."""
+    with counted_compilations() as seen:
+        yield seen
+
+
+@pytest.fixture(scope="session")
+def since_mappings_were_counted():
+    with counted_compilations() as seen:
+        yield seen
+
+
+@pytest.fixture(autouse=True)
+def few_mappings(since_mappings_were_counted):
+    """Forgets compiled programs before Linux's limit of 65,530 memory mappings, at which XLA aborts the process.
+
+    A program has about ten. To count them takes up to 20 ms, which is too much after every test.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if len(since_mappings_were_counted) > 100 and maps.exists():
+        since_mappings_were_counted.clear()
+        if maps.read_bytes().count(b"\n") > 30_000:
+            jax.clear_caches()
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are built, but not rendered, which takes two thirds of a short run; returns the function that renders."""
+    from experiments.config import rundir
+    from fedjax_clip.core import files
+
+    def save_picture(path, figure):
+        with files.replacing(path) as file:
+            file.write(b"\x89PNG")
+
+    render = rundir.save_picture
+    monkeypatch.setattr(rundir, "save_picture", save_picture)
+    return render
+
+
+@pytest.fixture
+def binaries(tmp_path, monkeypatch, capsys, unrendered):
     """Runs a binary in this process, in an empty directory: ``("run", *flags) -> (exit code, stdout, stderr)``."""
     from experiments import audit, report, run, sweep
     from experiments.config import binary, registry

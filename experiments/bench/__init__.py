@@ -1,1 +1,5 @@
-"""The benches: which rule, code or defence wins, each tuned by one budget and measured on other runs."""
+"""Four benchmarks that tune everybody alike and measure on other runs: ``clip``, ``comm``, ``privacy``, ``robust``.
+
+Each is a page: what it compares, its table and its picture. ``core`` runs it. ``tracks``, ``rules``, ``mechanisms`` and
+``threats`` list what is compared.
+"""

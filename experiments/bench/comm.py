@@ -10,22 +10,23 @@ Stopped in any way, the same command goes on from there. Bytes are those of the 
 """
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optax
 from absl import flags
+from matplotlib.figure import Figure
 
 import fedjax_clip as fc
-from experiments.bench.contest import build_tracks, contest
-from experiments.bench.entries import check_names
-from experiments.bench.report import compared, file_name, measure
-from experiments.bench.rules import RATE, Rule
-from experiments.bench.standings import Standing, interval
-from experiments.bench.tracks import TRACKS, Track
-from experiments.config import binary, privacy, registry, rundir, spec
-from fedjax_clip.core import files
+from experiments.bench import tracks as problems
+from experiments.bench.core import command, grid, picture
+from experiments.bench.core.problem import Track, sized
+from experiments.bench.core.rule import RATE, Rule
+from experiments.bench.core.standing import Standing, interval
+from experiments.bench.core.table import table
+from experiments.bench.tracks import TRACKS
+from experiments.config import privacy, registry, spec
 from fedjax_clip.core.types import PerExampleLoss
 
 NOTHING = "nothing"  # what no compression is called
@@ -82,22 +83,17 @@ TRIALS = 14  # of the rate alone: seven of a wide range, seven about the best of
 
 
 def define_flags() -> None:
-    """Defines the flags; not on import, for other binaries have flags of the same names."""
+    """Defines the flags."""
+    command.define_flags("runs/commbench", "Few rounds, seeds and trials")
     flags.DEFINE_list("tracks", ["digits", "fashion_mnist"], "Problems to compare on.")
     flags.DEFINE_list("families", None, "Families of compressors to compare; by default all.")
     flags.DEFINE_integer("trials", TRIALS, "Learning rates that each entry may try, an even number.")
-    flags.DEFINE_string("workdir", "runs/commbench", "Where results and report are written.")
-    flags.DEFINE_boolean("quick", False, "Few rounds, seeds and trials: to see that it runs.")
 
 
-def main() -> None:
+def main(values: flags.FlagValues, should_stop: command.ShouldStop) -> None:
     """Runs what the flags say."""
-    values = flags.FLAGS
-    binary.configure_jax(1)
-    stopping = binary.Stopping()
     families = list(FAMILIES) if values.families is None else values.families
-    bench(values.tracks, families, values.trials, values.workdir, values.quick, stopping)
-    stopping.leave()
+    bench(values.tracks, families, values.trials, values.workdir, values.quick, should_stop)
 
 
 def bench(
@@ -106,7 +102,7 @@ def bench(
     trials: int,
     workdir: str | pathlib.Path,
     quick: bool = False,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: command.ShouldStop = lambda: False,
 ) -> int:
     """Runs each entry on each track, unless the working directory has it already, and writes the report.
 
@@ -118,15 +114,12 @@ def bench(
     Raises:
       fc.InvalidInput: an unknown track or family, no even number of trials, or a directory that cannot be written.
     """
-    check_names("--tracks", "track", tracks, TRACKS)
-    check_names("--families", "family", families, FAMILIES)
+    command.check_names("--tracks", "track", tracks, TRACKS)
+    command.check_names("--families", "family", families, FAMILIES)
     entries = {text or NOTHING: rule(text) for family in dict.fromkeys(families) for text in FAMILIES[family]}
-    chosen = build_tracks(None, {name: TRACKS[name] for name in dict.fromkeys(tracks)})
-    found = contest(chosen, entries, trials, workdir, quick, should_stop)
-    for track, rows in found.standings:
-        rundir.save_picture(found.path / f"{file_name(track)}.png", draw(track, rows))
-    files.write(found.path / "report.md", report(found.standings, quick))
-    return found.done
+    chosen = problems.build(None, {name: TRACKS[name] for name in dict.fromkeys(tracks)})
+    chosen = sized(chosen, trials, quick)
+    return grid.compare(chosen, entries, workdir, lambda found: report(found, quick), draw, should_stop)
 
 
 def rule(text: str) -> Rule:
@@ -143,41 +136,41 @@ def build(loss: PerExampleLoss, text: str, client_lr: Any) -> fc.extend.Algorith
     return algorithm
 
 
-def report(standings: Sequence[tuple[Track, Sequence[Standing]]], quick: bool) -> str:
+def report(standings: grid.Standings, quick: bool) -> str:
     """The report in Markdown: a table for each track, by bytes up."""
     lines = ["# CommBench", "", "Accuracy against bytes" + (" (quick: too few rounds to say)." if quick else "."), ""]
     lines += HOW
     for track, rows in standings:
-        plain = [row for row in rows if row.name == NOTHING]
-        least = [
-            min((r for r in rows if not r.diverged and r.equals(plain[0], len(rows) - 1)), key=lambda r: r.traffic(way))
-            for way in ("bytes_up", "bytes_down")
-            if plain
-        ]
-        lines += ["", f"## {track.name}", "", f"![{track.name}]({file_name(track)}.png)", ""]
-        window = track.measures[measure(track)].window
+        lines += ["", f"## {track.name}", "", f"![{track.name}]({picture.file_name(track.name)}.png)", ""]
         lines += [
             f"{track.rounds} rounds of FedAvg, {track.cohort_size} of {track.data.num_clients} clients in each, "
-            f"{track.steps} local steps. Measure: {measure(track)} over the last {window} rounds, on "
-            f"{len(track.measuring)} runs. The rate is the best of {track.trials} trials on {len(track.tuning)} other "
-            f"runs, from {track.ranges['client_lr'].low:g} to {track.ranges['client_lr'].high:g}."
+            f"{track.steps} local steps. Measure: {track.measure} over the last {track.measures[track.measure].window} "
+            f"rounds, on {len(track.measuring)} runs. The rate is the best of {track.trials} trials on "
+            f"{len(track.tuning)} other runs, from {track.ranges['client_lr'].low:g} to "
+            f"{track.ranges['client_lr'].high:g}."
         ]
-        lines += [
-            f"Fewest bytes {way}, and not told apart from no compression: `{row.name}`."
-            for way, row in zip(("up", "down"), least)
-        ]
-        head = ["--uplink > --downlink", measure(track), "to no compression", "rate", "at an end", "failed", "up, B"]
-        head += ["entropy bound", "down, B", "up and down, less by", "s a run"]
-        lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        for row in sorted(rows, key=lambda row: -row.traffic("bytes_up") - row.traffic("bytes_down")):
-            cells = [f"`{row.name}`", row.value(), compared(row, [*plain, *(r for r in rows if r not in plain)])]
-            cells += [row.knob("client_lr"), row.ends().removeprefix("client_lr ") or "–"]
-            cells += [f"{row.tried()[0]} of {track.trials}"]
-            cells += [f"{row.traffic(k):,.0f}" for k in ("bytes_up", "bytes_up_entropy", "bytes_down")]
-            ways = [f"{plain[0].traffic(k) / row.traffic(k):.3g}×" for k in ("bytes_up", "bytes_down") if plain]
-            cells += [", ".join(ways) or "–", f"{row.entry['run_seconds']:.2g}"]
-            lines.append("| " + " | ".join(cells) + " |")
+        plain = next((row for row in rows if row.name == NOTHING), None)
+        equal = [row for row in rows if plain and row.equals(plain, len(rows) - 1)]
+        for way in ("up", "down") if equal else ():
+            least = min(equal, key=lambda row: row.traffic(f"bytes_{way}"))
+            lines.append(f"Fewest bytes {way}, and not told apart from no compression: `{least.name}`.")
+        lines += ["", *_table(track, rows, plain)]
     return "\n".join(lines) + "\n"
+
+
+def _table(track: Track, rows: Sequence[Standing], plain: Standing | None) -> list[str]:
+    """A row for each entry, the one of most bytes first."""
+    head = ["--uplink > --downlink", track.measure, "to no compression", "rate", "at an end", "failed", "up, B"]
+    head += ["entropy bound", "down, B", "up and down, less by", "s a run"]
+    shown = []
+    for row in sorted(rows, key=lambda row: -row.traffic("bytes_up") - row.traffic("bytes_down")):
+        cells = [f"`{row.name}`", row.value(), row.compared(plain or rows[0], len(rows) - 1)]
+        cells += [row.knob("client_lr"), row.ends().removeprefix("client_lr ") or "–"]
+        cells += [f"{row.tried()[0]} of {track.trials}"]
+        cells += [f"{row.traffic(k):,.0f}" for k in ("bytes_up", "bytes_up_entropy", "bytes_down")]
+        less = [f"{plain.traffic(k) / row.traffic(k):.3g}×" for k in ("bytes_up", "bytes_down") if plain]
+        shown.append([*cells, ", ".join(less) or "–", f"{row.entry['run_seconds']:.2g}"])
+    return table(head, shown)
 
 
 HOW = [
@@ -195,16 +188,12 @@ HOW = [
 ]
 
 
-def draw(track: Track, rows: Sequence[Standing]) -> Any:
+def draw(track: Track, rows: Sequence[Standing]) -> Figure:
     """Accuracy against the bytes that a client sends in a round."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = picture.figure(10, 6)
     axes = figure.add_subplot()
-    colours = matplotlib.colormaps["tab20"](range(20))
     families = [name for name in FAMILIES if name != "downlink"]
-    for colour, family in zip(colours, families):
+    for colour, family in zip(picture.colours(), families):
         mine = sorted((r for r in rows if r.rule.note in FAMILIES[family]), key=lambda r: r.traffic("bytes_up"))
         for remembered, style in ((False, "o-"), (True, "s--")):
             some = [r for r in mine if r.name.startswith(("error_feedback", "ef21")) == remembered and not r.diverged]
@@ -224,9 +213,9 @@ def draw(track: Track, rows: Sequence[Standing]) -> Any:
         axes.plot(lost, np.zeros(len(lost)), "x", color="black", transform=edge, clip_on=False)
     axes.set_title(f"{track.name}    squares: with a memory, crosses: below", fontsize=10, loc="left")
     axes.set_xlabel("bytes up, a client and round")
-    axes.set_ylabel(measure(track))
+    axes.set_ylabel(track.measure)
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    picture.plain(axes)
     figure.legend(loc="outside right upper", fontsize=7.5, frameon=False)
     return figure
 
@@ -245,4 +234,4 @@ def describe() -> str:
 
 if __name__ == "__main__":
     define_flags()
-    binary.run(main, __doc__ or "", describe)
+    command.run(main, __doc__ or "", describe)

@@ -1,4 +1,4 @@
-"""The ways of adding noise that PrivacyBench compares, each one line."""
+"""The noise mechanisms that PrivacyBench compares, a line each."""
 
 import dataclasses
 import functools
@@ -9,9 +9,9 @@ from typing import Any
 import optax
 
 import fedjax_clip as fc
-from experiments.bench.rules import STEP, Rule
-from experiments.bench.tracks import Track
-from experiments.bench.tuning import Point, Range
+from experiments.bench.core.problem import Track
+from experiments.bench.core.rule import STEP, Rule
+from experiments.bench.core.tuning import Point, Range
 from fedjax_clip.core.loss import batch_gradient
 from fedjax_clip.core.types import PerExampleLoss
 

@@ -12,22 +12,21 @@ any way, the same command goes on where it was.
 import math
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from matplotlib.figure import Figure
 
 import fedjax_clip as fc
-from experiments.bench.contest import contest
-from experiments.bench.entries import check_names
+from experiments.bench.core import command, grid, picture
+from experiments.bench.core.problem import Measure, Run, Track, sized
+from experiments.bench.core.results import Results
+from experiments.bench.core.standing import Standing, interval
+from experiments.bench.core.table import table
+from experiments.bench.core.tuning import Range
 from experiments.bench.mechanisms import MECHANISMS, sampled_by
-from experiments.bench.standings import Standing, interval
-from experiments.bench.tracks import Measure, Run, Track
-from experiments.bench.tuning import Range
-from experiments.config import binary, rundir
-from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
@@ -37,6 +36,27 @@ RATES = {
     "client_lr": Range(0.03, 10.0),
     "threshold": Range(0.03, 3.0),
 }  # the bound is one on a gradient: C = lr times it
+
+
+def define_flags() -> None:
+    """Defines the flags."""
+    command.define_flags("runs/privacybench", "Few clients and rounds")
+    flags.DEFINE_list("mechanisms", None, f"Mechanisms to compare; by default all but {SLOW[0]}.")
+    shown = ",".join(f"{e:g}" for e in EPSILONS)
+    flags.DEFINE_list("epsilons", None, f"Epsilons, inf for no noise; by default {shown}.")
+    flags.DEFINE_integer(
+        "trials", None, f"Trials of each mechanism at each epsilon, an even number; {TRIALS} by default."
+    )
+
+
+def main(values: flags.FlagValues, should_stop: command.ShouldStop) -> None:
+    """Runs what the flags say."""
+    try:
+        epsilons = EPSILONS if values.epsilons is None else [float(e) for e in values.epsilons]
+    except ValueError:
+        raise InvalidInput(f"--epsilons: {','.join(values.epsilons)!r} are not numbers.") from None
+    names = values.mechanisms or [name for name in MECHANISMS if name not in SLOW]
+    bench(names, epsilons, values.trials, values.workdir, values.quick, should_stop)
 
 
 def problem(quick: bool) -> Track:
@@ -86,7 +106,7 @@ def bench(
     trials: int | None,
     workdir: str | pathlib.Path,
     quick: bool = False,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: command.ShouldStop = lambda: False,
 ) -> int:
     """Runs each mechanism at each epsilon, unless the working directory has it already, and writes the report.
 
@@ -102,29 +122,26 @@ def bench(
       InvalidInput: an unknown mechanism, an epsilon that is not positive, no even number of trials, a directory that
         cannot be written.
     """
-    check_names("--mechanisms", "mechanism", names, MECHANISMS)
+    command.check_names("--mechanisms", "mechanism", names, MECHANISMS)
     if not epsilons or not all(e > 0 for e in epsilons):
         raise InvalidInput("--epsilons must be positive numbers, inf among them if you like.")
-    track, path = problem(quick), files.expanded(workdir)
+    (track,) = sized([problem(quick)], trials)
+    results = Results(workdir)
     delta = float(f"{track.data.num_clients**-1.1:.0e}")
-    found: Found = {}
-    done = 0
+    cells: list[grid.Cell] = []
     for name in names:
         if should_stop():
             break
         own = sampled_by(track, MECHANISMS[name])
         noise = [MECHANISMS[name].noise(e, own, delta) if math.isfinite(e) else 0.0 for e in epsilons]
-        made = MECHANISMS[name].rules(own, noise)
-        rules = {f"{name}, epsilon {e:g}": rule for e, rule in zip(epsilons, made, strict=True)}
-        results = contest([own], rules, trials, path, should_stop=should_stop)
-        done += results.done
-        rows = {row.name: row for _, standing in results.standings for row in standing}
-        if len(rows) == len(rules):
-            found[name] = [rows[rule] for rule in rules]
-    if found:
-        rundir.save_picture(path / "accuracy.png", draw(found, epsilons))
-    files.write(path / "report.md", report(track, found, epsilons, delta, quick))
-    return done
+        made = zip(epsilons, MECHANISMS[name].rules(own, noise), strict=True)
+        cells += grid.cells([own], {f"{name}, epsilon {e:g}": rule for e, rule in made})
+    ran = grid.fill(results, cells, should_stop)
+    rows = {cell.name: Standing(cell.track, cell.name, cell.rule, e) for cell, e in zip(cells, ran.entries) if e}
+    known = {name: [rows.get(f"{name}, epsilon {e:g}") for e in epsilons] for name in names}
+    found = {name: [row for row in each if row] for name, each in known.items() if all(each)}
+    results.publish(report(track, found, epsilons, delta, quick), {"accuracy": draw(found, epsilons)} if found else {})
+    return ran.done
 
 
 Found = dict[str, list[Standing]]
@@ -133,8 +150,6 @@ Found = dict[str, list[Standing]]
 def report(track: Track, found: Found, epsilons: Sequence[float], delta: float, quick: bool) -> str:
     """The page: tables of accuracies, of noise multipliers and of what was tuned, and how to read them."""
     shown = ["none" if math.isinf(e) else f"{e:g}" for e in epsilons]
-    rows = [row for each in found.values() for row in each]
-    trials = rows[0].track.trials if rows else track.trials
     left = [name for name in SLOW if name not in found]
     lines = [
         "# PrivacyBench",
@@ -145,8 +160,8 @@ def report(track: Track, found: Found, epsilons: Sequence[float], delta: float, 
         "",
         f"Fashion-MNIST at 14 x 14 pixels, a linear classifier of 1970 parameters, {track.data.num_clients} clients of "
         f"{track.data.sizes[0]} pictures each, {track.cohort_size} expected in each of {track.rounds} rounds, one "
-        f"local step; delta is {delta:g}. Each mechanism has {trials} trials at each epsilon, over the learning rate "
-        "and the bound: half of them spread over their ranges, half around the best of those. Trials run on "
+        f"local step; delta is {delta:g}. Each mechanism has {track.trials} trials at each epsilon, over the learning "
+        "rate and the bound: half of them spread over their ranges, half around the best of those. Trials run on "
         f"{len(track.tuning)} seeds and are judged on training pictures that no client has. The best pair is run on "
         f"{len(track.measuring)} other seeds. Accuracy on the test split after the last round: their mean and half a "
         "95% interval. The intervals are over seeds, not over tunings: with so few trials, which of two mechanisms is "
@@ -155,38 +170,38 @@ def report(track: Track, found: Found, epsilons: Sequence[float], delta: float, 
         + "".join(f" `{name}` runs only if it is named: its noise takes many times as long to draw." for name in left),
         "",
     ]
-    head = ["mechanism", "epsilon is for", "cohorts", *(f"ε = {e}" for e in shown)]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, standing in found.items():
-        private = MECHANISMS[name]
-        cells = [f"{1 - c:.3f} ± {c - lo:.3f}" for c, lo, _ in (interval(row.costs) for row in standing)]
-        lines.append(f"| {name} | {private.protects} | {private.sampler.__name__} | " + " | ".join(cells) + " |")
+    at = [f"ε = {e}" for e in shown]
+
+    def each(head: Sequence[str], about: Callable[[str], Sequence[str]], cell: Callable[[Standing], str]) -> list[str]:
+        rows = [[name, *about(name), *map(cell, standing)] for name, standing in found.items()]
+        return table(["mechanism", *head, *at], rows)
+
+    lines += each(
+        ["epsilon is for", "cohorts"],
+        lambda name: [MECHANISMS[name].protects, MECHANISMS[name].sampler.__name__],
+        _accuracy,
+    )
     lines += ["", "Noise multipliers (of the sum over the bound; of each client's own for `local` and `records`):", ""]
-    head = ["mechanism", "is", *(f"ε = {e}" for e in shown)]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, standing in found.items():
-        cells = [f"{row.rule.fixed['noise']:.3g}" for row in standing]
-        lines.append(f"| {name} | {MECHANISMS[name].note} | " + " | ".join(cells) + " |")
+    lines += each(["is"], lambda name: [MECHANISMS[name].note], lambda row: f"{row.rule.fixed['noise']:.3g}")
     lines += ["", "What was tuned, as learning rate / bound; a star is within 5% of an end of its range:", ""]
-    head = ["mechanism", *(f"ε = {e}" for e in shown)]
-    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, standing in found.items():
-        cells = [f"{row.knob('client_lr')} / {row.knob('threshold')}{'*' * bool(row.ends())}" for row in standing]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += each(
+        [], lambda name: [], lambda row: f"{row.knob('client_lr')} / {row.knob('threshold')}{'*' * bool(row.ends())}"
+    )
     return "\n".join(lines) + "\n"
 
 
-def draw(found: Found, epsilons: Sequence[float]) -> Any:
-    """Accuracy against epsilon, a line for each mechanism; without noise at the right."""
-    import matplotlib
-    from matplotlib.figure import Figure
+def _accuracy(row: Standing) -> str:
+    centre, low, _ = interval(row.costs)
+    return f"{1 - centre:.3f} ± {centre - low:.3f}"
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+
+def draw(found: Found, epsilons: Sequence[float]) -> Figure:
+    """Accuracy against epsilon, a line for each mechanism; without noise at the right."""
+    figure = picture.figure(9, 5)
     axes = figure.add_subplot()
-    colours = matplotlib.colormaps["tab20"](range(20))
     finite = [e for e in epsilons if math.isfinite(e)]
     places = [e if math.isfinite(e) else 2 * max(finite, default=1.0) for e in epsilons]
-    for colour, (name, standing) in zip(colours, found.items(), strict=False):
+    for colour, (name, standing) in zip(picture.colours(), found.items(), strict=False):
         centre, low, high = 1 - np.array([interval(row.costs) for row in standing]).T
         axes.plot(places, centre, color=colour, marker="o", ms=3, lw=1.4, label=name)
         axes.fill_between(places, low, high, color=colour, alpha=0.12, lw=0)
@@ -195,35 +210,9 @@ def draw(found: Found, epsilons: Sequence[float]) -> Any:
     axes.set_xlabel("epsilon")
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    picture.plain(axes)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
-
-
-def define_flags() -> None:
-    """Defines the flags; not on import, for other binaries have flags of the same names."""
-    flags.DEFINE_list("mechanisms", None, f"Mechanisms to compare; by default all but {SLOW[0]}.")
-    shown = ",".join(f"{e:g}" for e in EPSILONS)
-    flags.DEFINE_list("epsilons", None, f"Epsilons, inf for no noise; by default {shown}.")
-    flags.DEFINE_integer(
-        "trials", None, f"Trials of each mechanism at each epsilon, an even number; {TRIALS} by default."
-    )
-    flags.DEFINE_string("workdir", "runs/privacybench", "Where results and report are written.")
-    flags.DEFINE_boolean("quick", False, "Few clients and rounds: to see that it runs.")
-
-
-def main() -> None:
-    """Runs what the flags say."""
-    values = flags.FLAGS
-    binary.configure_jax(1)
-    try:
-        epsilons = EPSILONS if values.epsilons is None else [float(e) for e in values.epsilons]
-    except ValueError:
-        raise InvalidInput(f"--epsilons: {','.join(values.epsilons)!r} are not numbers.") from None
-    stopping = binary.Stopping()
-    names = values.mechanisms or [name for name in MECHANISMS if name not in SLOW]
-    bench(names, epsilons, values.trials, values.workdir, values.quick, stopping)
-    stopping.leave()
 
 
 def describe() -> str:
@@ -233,4 +222,4 @@ def describe() -> str:
 
 if __name__ == "__main__":
     define_flags()
-    binary.run(main, __doc__ or "", describe)
+    command.run(main, __doc__ or "", describe)

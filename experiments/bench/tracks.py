@@ -1,6 +1,7 @@
 """ClipBench's problems."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,94 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedjax_clip as fc
-from experiments.bench.tuning import Range
+from experiments.bench.core.problem import Measure, Run, Track
+from experiments.bench.core.tuning import Range
 from fedjax_clip import models, tasks
 from fedjax_clip.core.keys import seeded
-from fedjax_clip.core.types import Params, PerExampleLoss
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """``mean of of(params, judged) over the last window rounds``, after each round's step.
-
-    ``judged`` are the examples that the run is judged on; padded ones have the ``"weight"`` 0.
-    """
-
-    of: Callable[[Params, Any], Any]
-    window: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training from which a score comes.
-
-    Attributes:
-      seed: of start, cohorts and noise.
-      clients: ``[N]`` numbers of those that train; ``None``: all.
-      judged: examples that the measures see; ``None``: those of all clients.
-    """
-
-    seed: int
-    clients: np.ndarray | None = None
-    judged: Mapping[str, np.ndarray] | None = None
-
-
-TUNING = tuple(Run(1000 + i) for i in range(4))
-MEASURING = tuple(Run(i) for i in range(16))
-
-
-@dataclasses.dataclass(frozen=True)
-class Track:
-    """A problem on which rules are compared.
-
-    Attributes:
-      name: as the report has it.
-      data, loss: the clients and what they minimise.
-      start: ``seed -> params``.
-      measures: what is measured, by name; rules are ranked by the first.
-      ranges: where ``client_lr``, ``threshold`` and ``server_lr`` are searched, by rules without a range of their own.
-      rounds, cohort_size, work: of the training.
-      accuracy: whether more is better, and differences count; else less is, and ratios do.
-      resolution: errors below it are none.
-      sampler: ``cohort_size -> sampler``.
-      width: how many clients train side by side; all of them by default.
-      tuning, measuring: the runs from which knobs are chosen, and the others, which are reported.
-      trials: points of its knobs that each rule may try; an even number.
-    """
-
-    name: str
-    data: fc.FederatedData
-    loss: PerExampleLoss
-    start: Callable[[int], Params]
-    measures: Mapping[str, Measure]
-    ranges: Mapping[str, Range]
-    rounds: int
-    cohort_size: int
-    work: fc.extend.LocalWork
-    accuracy: bool = False
-    resolution: float = 1e-6
-    sampler: Callable[[int], fc.data.sampling.Sampler] = fc.data.sampling.uniform
-    width: int | None = None
-    tuning: Sequence[Run] = TUNING
-    measuring: Sequence[Run] = MEASURING
-    trials: int = 128
-
-    def quick(self) -> "Track":
-        """The same on few rounds, seeds and trials."""
-        rounds = min(self.rounds, 40)
-        measures = {k: Measure(m.of, min(m.window, rounds // 4)) for k, m in self.measures.items()}
-        tuning, measuring = self.tuning[:2], self.measuring[:2]
-        return dataclasses.replace(self, rounds=rounds, measures=measures, trials=4, tuning=tuning, measuring=measuring)
-
-    @property
-    def steps(self) -> int:
-        """Local steps of each client in a round."""
-        assert isinstance(self.work.steps, int)
-        return self.work.steps
-
-    def cost(self, values: np.ndarray) -> np.ndarray:
-        """What is averaged over runs, the lower the better: ``1 - accuracy``, or the logarithm of an error."""
-        return 1 - values if self.accuracy else np.log(np.maximum(values, self.resolution))
+from fedjax_clip.core.types import InvalidInput
 
 
 def _one_each(**fields: Any) -> fc.FederatedData:
@@ -315,3 +233,16 @@ TRACKS: dict[str, Callable[[], list[Track]]] = {
     "digits": lambda: [digits()],
     "fashion_mnist": lambda: [fashion_mnist()],
 }
+
+
+def build(names: Sequence[str] | None, registry: Mapping[str, Callable[[], list[Track]]]) -> list[Track]:
+    """The tracks of these names; of ``None`` all that can be had, and a line for each other one says what it lacks."""
+    if names is not None:
+        return [t for name in dict.fromkeys(names) for t in registry[name]()]
+    tracks = []
+    for name, build in registry.items():
+        try:
+            tracks += build()
+        except InvalidInput as error:
+            print(f"Without the track {name}: {error}", file=sys.stderr)
+    return tracks

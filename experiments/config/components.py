@@ -30,7 +30,7 @@ class Components(dict[str, Make]):
 
     def outside(self, name: str, flag: str) -> Make:
         """The function of a dotted name, held to the kind."""
-        make = self.fit(outside.find(name, flag))
+        make = self.fit(outside.told(name, flag))
 
         @functools.wraps(make)
         def build(*args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ the command line and not in a flag file.
 """
 
 import functools
-import importlib.util
+import importlib
 import inspect
 import pathlib
 import traceback
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import jax
 from absl import flags
 
 from fedjax_clip.core.types import InvalidInput
@@ -47,7 +48,7 @@ def load() -> None:
 
 
 def find(name: str, flag: str) -> Callable[..., Any]:
-    """The function that a dotted name stands for; whatever goes wrong in it is one sentence.
+    """The function that a dotted name stands for.
 
     Args:
       name: ``"my_module.fedexp"``.
@@ -78,15 +79,21 @@ def find(name: str, flag: str) -> Callable[..., Any]:
         inspect.signature(found)
     except (TypeError, ValueError):
         raise InvalidInput(f"{flag}: {name} does not say which arguments it takes.") from None
+    return found
+
+
+def told(name: str, flag: str) -> Callable[..., Any]:
+    """As ``find``, but whatever goes wrong when the function runs is one sentence that names it and the line."""
+    found = find(name, flag)
 
     @functools.wraps(found)
     def called(*args: Any, **kwargs: Any) -> Any:
         try:
             return found(*args, **kwargs)
-        except InvalidInput:
+        except (InvalidInput, jax.errors.ConcretizationTypeError):  # of a swept number, of which fc.sweep says more
             raise
         except Exception as error:
-            raise InvalidInput(f"{name}: {_said(error)}{_place(error, module)}.") from error
+            raise InvalidInput(f"{name}: {_said(error)}{place(error)}.") from error
 
     called.__name__ = name
     return called
@@ -100,6 +107,12 @@ def checked(thing: Any, kind: Any, name: str) -> Any:
     return thing
 
 
+def place(error: BaseException) -> str:
+    """``" (my_module.py, line 7)"``: the last line of an imported module that an error passed; else nothing."""
+    frames = [(f, line) for f, line in traceback.walk_tb(error.__traceback__) if f.f_globals["__name__"] in modules()]
+    return f" ({pathlib.Path(frames[-1][0].f_code.co_filename).name}, line {frames[-1][1]})" if frames else ""
+
+
 def _imported(name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
         raise InvalidInput(f"--import={name} is not the name of a module: write my_module for the file my_module.py.")
@@ -111,15 +124,8 @@ def _imported(name: str) -> ModuleType:
                 f"--import={name}: there is no module {error.name} here or in $PYTHONPATH: set PYTHONPATH to the "
                 "directory that it is in."
             ) from None
-        raise InvalidInput(f"--import={name} fails: {_said(error)}{_place(error, name)}.") from error
+        raise InvalidInput(f"--import={name} fails: {_said(error)}{place(error)}.") from error
 
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}".rstrip(".")
-
-
-def _place(error: BaseException, module: str) -> str:
-    """``" (my_module.py, line 7)"``: the last line of the module that an error passed; else nothing."""
-    spec = importlib.util.find_spec(module)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if spec is not None and f.filename == spec.origin]
-    return f" ({pathlib.Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""

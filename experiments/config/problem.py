@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -162,6 +162,14 @@ def check_numbers() -> None:
             raise InvalidInput(f"--{name} is for runs that claim an epsilon: give --delta, too.")
     if FLAGS.private_seed is not None:
         checks.seed("--private_seed", FLAGS.private_seed)
+
+
+def config(names: Iterable[str]) -> dict[str, Any]:
+    """What these flags say, for ``config.json``, and the modules of ``--import``."""
+    found = {name: FLAGS[name].value for name in names}
+    if FLAGS.local_steps is None:
+        found["local_epochs"] = FLAGS.local_epochs or 1
+    return found | ({"import": ",".join(outside.modules())} if outside.modules() else {})
 
 
 def cohort_size(task: tasks.Task) -> int:

@@ -1,7 +1,6 @@
 """A run's directory: what ran, a row of metrics for each round, TensorBoard events, pictures, checkpoints."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,11 @@ import fedjax_clip as fc
 from fedjax_clip.core import files
 from fedjax_clip.core import secret as secrets
 from fedjax_clip.core.types import InvalidInput
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a run's directory cannot be locked; RunDirectory refuses it with a sentence
+    fcntl = None  # type: ignore[assignment]
 
 KEY = "secret.key"
 
@@ -147,6 +151,10 @@ class RunDirectory:
         )
 
     def __enter__(self) -> "RunDirectory":
+        if fcntl is None:
+            raise InvalidInput(
+                "A run locks its directory with fcntl, which Windows lacks: run it on Linux or macOS, or in WSL."
+            )
         made = [p for p in (self.path.absolute(), *self.path.absolute().parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,8 @@ class Round:
       cohort: this device's clients.
       parts: what the algorithm is made of.
       key: PRNG key of ``exchange``.
-      ask_key: PRNG key of ``ask``.
+      ask_key: PRNG key of ``ask``; ``None`` in an algorithm that has not declared ``asks=True``.
+      sent: holds an answer once there has been an ``exchange``.
 
     Example:
       >>> def round(now):  # FedAvg
@@ -82,7 +83,8 @@ class Round:
     cohort: Cohort
     parts: Parts
     key: Array
-    ask_key: Array
+    ask_key: Array | None
+    sent: list[Answer] = dataclasses.field(default_factory=list)
 
     def exchange(self, client_fn: ClientFn, shared: PyTree, *, after: Answer | None = None) -> Answer:
         """Sends ``shared`` to all clients; their messages pass the uplink and become one.
@@ -98,14 +100,21 @@ class Round:
           An ``Answer``, whose ``update`` has the form of the message.
 
         Raises:
-          InvalidInput: a message of another form than the algorithm declared.
+          InvalidInput: a message of another form than the algorithm declared; a second exchange, which noise and its
+            accounting would not cover.
         """
+        if self.sent:
+            raise InvalidInput(
+                "A round of an algorithm has one exchange, which the uplink's noise covers once: send several parts in "
+                "one message (beside=), or take now.ask for what comes before."
+            )
         parts, cohort = self.parts, self.cohort
         if after is not None:
             cohort = dataclasses.replace(cohort, state=after.clients)
         reducer = together(*[parts.reducer] * (1 + parts.beside)) if parts.beside else parts.reducer
         work = _sending(client_fn, self.server.params, parts.beside)
         answer = exchange(self._working(work), parts.uplink, reducer, shared, self.server.uplink, cohort, self.key)
+        self.sent.append(answer)
         if after is None:
             return answer
         return answer._replace(metrics=answer.metrics | traffic(after.metrics, answer.metrics))
@@ -120,7 +129,15 @@ class Round:
 
         Returns:
           An ``Answer``, for ``exchange(..., after=answer)``.
+
+        Raises:
+          InvalidInput: an algorithm that has not declared ``asks=True``.
         """
+        if self.ask_key is None:
+            raise InvalidInput(
+                "This algorithm asks its clients before the exchange, and no uplink's noise covers that: declare it by "
+                "asks=True of fc.extend.algorithm, which then refuses noise."
+            )
         state = self.cohort.state._replace(uplink=())  # the link's state is for the other message
         if remember is not None:
             clients = len(self.cohort.ids)
@@ -271,10 +288,13 @@ def algorithm(
 
     def run(script, server, cohort, key, fold=None):
         key = jax.random.fold_in(key, server.round)
-        ask_key = key if fold is None else jax.random.fold_in(key, fold)
+        ask_key = None if fold is None else jax.random.fold_in(key, fold)
         if asks and fold is None:
             ask_key, key = jax.random.split(key)
-        after, clients, metrics = script(Round(server, cohort, built, key, ask_key))
+        done = script(Round(server, cohort, built, key, ask_key))
+        if not isinstance(done, tuple) or len(done) != 3 or not isinstance(done[0], Server):
+            raise InvalidInput("An algorithm's round must return (server, client_states, metrics), as now.step does.")
+        after, clients, metrics = done
         return after, clients if client_own is not None else clients._replace(own=()), metrics
 
     return Algorithm(

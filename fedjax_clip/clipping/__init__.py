@@ -1,4 +1,4 @@
-"""Clips: norm × scope × threshold rule × shape, as optax transforms that also say what they did."""
+"""Clips: norm × scope × threshold rule × shape, as optax transforms that report their work."""
 
 from fedjax_clip.clipping.guarantee import bound_of
 from fedjax_clip.clipping.parts import (

@@ -1,4 +1,4 @@
-"""What a clip is made of: a norm, a scope, a rule for the threshold, and a shape."""
+"""The parts of a clip: a norm, a scope, a rule for the threshold, and a shape."""
 
 import math
 import re

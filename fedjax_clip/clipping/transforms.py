@@ -104,6 +104,8 @@ def watch(tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]) ->
     checks.kind("tx", tx, optax.GradientTransformation, "an optax transform")
     tx = optax.with_extra_args_support(tx)
 
+    # Not by optax.monitor, whose state has another structure after the first step, so that no scan can carry it; nor by
+    # optax.snapshot, whose states clip_report would not find.
     def init(params):
         return ClipState({"": jnp.zeros((), jnp.float32)}, {}, {}, tx.init(params))
 
@@ -243,7 +245,7 @@ def auto_clip(percent: float | Array = 10.0, window: int = 1000) -> optax.Gradie
 
 
 def z_clip(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> optax.GradientTransformationExtraArgs:
-    """Clips the global norm where it is an outlier of its own history; see ``z_score``.
+    """Clips the global norm if it is an outlier of its own history; see ``z_score``.
 
     Guarantee: norm at most ``mean + z * deviation`` of the running statistics, after the warm-up.
 
@@ -360,7 +362,7 @@ def two_sided_clip(lower: float | Array, upper: float | Array) -> optax.Gradient
 
 
 def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Gives back later what a clip takes away: ``u = clip(g + b); b <- g + b - u``.
+    """Carries the clipped part to later steps: ``u = clip(g + b); b <- g + b - u``.
 
     Guarantee: the clip's, and the sum of the results is that of the gradients less the last carry b. A carry that is
     not finite, or more than 2^24 times u, is forgotten: float32 could not give it back, and would give nothing else.

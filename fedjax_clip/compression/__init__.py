@@ -1,4 +1,4 @@
-"""Compressors, whose bytes are those of a real encoder; ``fc.uplink.compress`` makes links of them."""
+"""Compressors, with the bytes of a real encoder; ``fc.uplink.compress`` turns them into links."""
 
 from fedjax_clip.compression.base import Code, Compressor, entropy, from_bytes, nbytes, roundtrip, to_bytes
 from fedjax_clip.compression.coding import Coding

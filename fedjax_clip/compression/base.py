@@ -1,4 +1,4 @@
-"""What travels in place of a vector: a code, its bytes, and the compressors that make it."""
+"""Codes of vectors, their bytes, and the compressors that make them."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ class Code:
 
 
 class Compressor(NamedTuple):
-    """Makes a code of a vector, and a vector of a code.
+    """Encodes a vector into a code, and decodes it.
 
     Attributes:
       encode: ``(x [d], key, count) -> Code``; of ``x`` only the first ``count`` values are meant, all of them if
@@ -93,18 +93,19 @@ def check_memory(name: str, compressor: Compressor, tree: PyTree) -> None:
     size = sum(np.size(x) for x in jax.tree.leaves(tree))
     if (error := compressor.error(size)) > 1:
         raise InvalidInput(
-            f"{name} sends later what is lost now, and of {size} values this compressor may lose {error:.3g} times "
-            "what there is: what is left would grow without end. Take more bits, smaller buckets, or unbiased=False."
+            f"{name} stores what is lost and sends it later, but of {size} values this compressor may lose "
+            f"{error:.3g} times their norm squared, so that what it stores would grow without end. Take more bits, "
+            "smaller buckets, or unbiased=False."
         )
 
 
 def nbits(codes: PyTree) -> Array:
-    """Exactly the bits that ``to_bytes`` writes, before they fill whole bytes; uint32, traced."""
+    """The number of bits that ``to_bytes`` writes, before rounding up to bytes; uint32, traced."""
     return sum((_nbits(c) for c in _leaves(codes)), jnp.zeros((), jnp.uint32))
 
 
 def nbytes(codes: PyTree) -> Array:
-    """``len(to_bytes(codes))`` without writing anything: a uint32 scalar, exact below half a gigabyte; traced.
+    """``len(to_bytes(codes))`` without writing: a uint32 scalar, exact below half a gigabyte; traced.
 
     Args:
       codes: a ``Code``, or a pytree of them.
@@ -117,7 +118,7 @@ def nbytes(codes: PyTree) -> Array:
 
 
 def entropy(codes: PyTree) -> Array:
-    """The bytes that an ideal coder of the symbols' frequencies would take: float32, traced.
+    """The bytes that an ideal coder of the symbols' frequencies would need: float32, traced.
 
     ``n H`` bits for n symbols of empirical entropy H, ``log2 (d over n)`` for their places, 32 for a float. No prefix
     code of the symbols is shorter; places that cluster can be.
@@ -136,7 +137,7 @@ def entropy(codes: PyTree) -> Array:
 
 
 def to_bytes(codes: PyTree) -> bytes:
-    """What really travels; on the host.
+    """The bytes of a code, written on the host.
 
     Args:
       codes: as ``nbytes``.
@@ -150,7 +151,7 @@ def to_bytes(codes: PyTree) -> bytes:
 
 
 def from_bytes(data: bytes, like: PyTree) -> PyTree:
-    """The codes again, exactly.
+    """Reads codes back from bytes, exactly.
 
     Args:
       data: what ``to_bytes`` wrote.

@@ -16,7 +16,7 @@ SAMPLE = 2**14  # values that tell how a longer vector is distributed
 
 
 def floats(bits: int = 32) -> Compressor:
-    """Every value as it is: float32, or bfloat16, rounded to nearest.
+    """Sends every value: as float32, or as bfloat16, rounded to nearest.
 
     Args:
       bits: 32, lossless, or 16.
@@ -152,7 +152,7 @@ def terngrad(bucket: int | None = None, coding: str = "fixed") -> Compressor:
 
 
 def sign(coding: str = "fixed") -> Compressor:
-    """One bit for each value, and their mean size: ``||x||_1 / d sign(x)``. Biased, a contraction: use error feedback.
+    """One bit per value and one scale: ``||x||_1 / d sign(x)``. Biased, a contraction: use error feedback.
 
     Guarantee: ``||C(x) - x||^2 = ||x||^2 - ||x||_1^2 / d <= (1 - 1/d) ||x||^2``, and nothing is enlarged.
 
@@ -178,7 +178,7 @@ def sign(coding: str = "fixed") -> Compressor:
 
 
 def kmeans(levels: int = 16, iterations: int = 10, coding: str = "fixed") -> Compressor:
-    """Each value as the nearest of a codebook of its own, by Lloyd's algorithm; the codebook travels. Biased.
+    """Sends each value as the nearest of a codebook, by Lloyd's algorithm; the codebook travels, too. Biased.
 
     Begun from quantiles. Of a vector longer than 16,384 all iterations but the last see as many of its values, evenly
     spaced. Guarantee: each centroid is the mean of its values, so nothing is enlarged and

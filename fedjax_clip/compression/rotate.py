@@ -44,7 +44,7 @@ def hadamard(x: Array) -> Array:
 
 
 def rotated(compressor: Compressor) -> Compressor:
-    """A compressor behind a random rotation that both ends know, and the rotation back.
+    """A compressor of the randomly rotated vector; the decoder rotates back. Both ends know the rotation.
 
     ``H D x`` with random signs D and Hadamard's matrix on 4,096 values at a time, taken from all over x, which is
     filled up with zeros to a multiple of that (to a power of two where it is shorter). No value is large then:
@@ -72,7 +72,7 @@ def rotated(compressor: Compressor) -> Compressor:
 
 
 def eden(bits: int = 1, unbiased: bool = True, coding: str = "fixed") -> Compressor:
-    """DRIVE (one bit) and EDEN: rotated values at the levels best for normal ones, and one scale.
+    """DRIVE (one bit) and EDEN: rotates, rounds to the best levels for a normal value, and sends one scale.
 
     Each 4,096 values are rotated together, see ``rotated``, and have a scale of their own, ``||x||^2 / <Rx, q>``, so
     that ``<C(x), x> = ||x||^2`` exactly: unbiased for a uniform rotation, and nearly so for this one, whose bias

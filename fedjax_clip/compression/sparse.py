@@ -15,7 +15,7 @@ from fedjax_clip.core.types import Array, InvalidInput
 
 
 def top_k(k: float, values: Compressor | None = None, positions: str = "elias_delta") -> Compressor:
-    """The k values of largest magnitude, and where they were. Biased, a contraction: use error feedback.
+    """Sends the k values of largest magnitude and their positions. Biased, a contraction: use error feedback.
 
     Guarantee: ``||C(x) - x||^2 <= (1 - k/d) ||x||^2``; behind ``values`` of error e < 1, ``1 - (1 - e) k/d``. With
     ``values=sign()`` it is sparse ternary compression.
@@ -54,7 +54,7 @@ def top_k(k: float, values: Compressor | None = None, positions: str = "elias_de
 
 
 def random_k(k: float, values: Compressor | None = None, unbiased: bool = True) -> Compressor:
-    """k places drawn anew by every client in every round from a seed that the server knows: only values travel.
+    """Sends k values at random positions, which come from a seed that the server knows: only values travel.
 
     Guarantee, unbiased: values are multiplied by d/k, ``E ||C(x) - x||^2 <= (d/k - 1) ||x||^2``; else a contraction,
     ``<= (1 - k/d) ||x||^2``, for error feedback.
@@ -97,7 +97,7 @@ def random_k(k: float, values: Compressor | None = None, unbiased: bool = True) 
 
 
 def threshold(at: float | Array, values: Compressor | None = None, positions: str = "elias_delta") -> Compressor:
-    """The values whose magnitude is above a threshold, however many. Biased; ``threshold(0.0)`` is lossless.
+    """Sends all values of magnitude above a threshold, however many. Biased; ``threshold(0.0)`` is lossless.
 
     Guarantee: ``||C(x) - x||^2 <= at^2 d``, and nothing is enlarged; relative to ``||x||`` nothing but 1.
 

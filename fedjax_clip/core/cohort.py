@@ -142,7 +142,7 @@ class Cohort:
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """All that an algorithm sees of one client: ``batch(i)`` for ``i < num_steps``, ``loop``, and no storage.
+    """One client as an algorithm sees it: ``batch(i)`` for ``i < num_steps``, ``loop``, and no storage.
 
     Attributes:
       id: int32 scalar, its number.

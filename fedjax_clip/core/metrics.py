@@ -1,4 +1,4 @@
-"""Reports that add up: what a client says of its work, summed over clients and devices."""
+"""Client metrics: sums and means that add up over steps, clients and devices."""
 
 import re
 from collections.abc import Iterable
@@ -84,7 +84,7 @@ def higher_is_better(metric: str) -> bool:
 
 
 class Mean(NamedTuple):
-    """A weighted mean on its way: totals and weights add up over steps, clients and devices.
+    """An unfinished weighted mean: totals and weights add up over steps, clients and devices.
 
     Attributes:
       total: sum of weighted values.

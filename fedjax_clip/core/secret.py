@@ -1,4 +1,4 @@
-"""What noise and cohorts are drawn from if nobody is to compute them: 256 bits of the operating system."""
+"""Secret randomness for noise and cohorts: 256 bits of the operating system."""
 
 import contextlib
 import hashlib
@@ -28,7 +28,7 @@ class SecretSeed(bytes):
 
 
 class Secret:
-    """256 bits from which a run draws its noise and its cohorts, in place of its public seed.
+    """256 secret bits from which a run draws its noise and its cohorts, in place of the public seed.
 
     With the seed that a run is described by, anybody computes its noise and subtracts it: a seed of 32 bits is found
     even if it is not told. Numbers drawn from a secret are those of ChaCha20 (noise) and SHAKE-256 (cohorts), so

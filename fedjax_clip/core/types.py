@@ -1,4 +1,4 @@
-"""Names for what flows through a round, and the one error that a person reads."""
+"""The types of a round, and the error for bad input."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -21,7 +21,7 @@ ClientTx: TypeAlias = optax.GradientTransformation | Callable[[Array], optax.Gra
 
 
 class InvalidInput(ValueError):
-    """Bad input from outside, said in one sentence that names the culprit.
+    """Bad input. The message is one sentence that names the culprit and says what to do.
 
     The binaries print the sentence alone and exit with code 2.
 

@@ -1,4 +1,4 @@
-"""Populations of clients: where they come from, who takes part in a round, and what the devices read."""
+"""Populations of clients: sources, sampling, and the arrays that devices read."""
 
 from fedjax_clip.data import clock, folds, partition, quality, sampling, sources, speeds, statistics, tables
 

@@ -1,4 +1,4 @@
-"""A virtual clock: who answers the server in a round, how stale the answer is, and how late it is by then.
+"""A simulated clock: which clients answer in a round, how stale their answers are, and the time.
 
 All of it is computed on the host from (seed, round, client), and looks at the clients that are asked only: a round of
 a million clients costs what a round of a thousand does.
@@ -23,7 +23,7 @@ _TRIES = 1000  # draws of a sampler in a row that name busy clients only, before
 
 
 class World(NamedTuple):
-    """What a clock knows of a run.
+    """The run as a clock knows it.
 
     Attributes:
       sizes: numbers of examples ``[M]``.
@@ -46,7 +46,7 @@ class World(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """A round as the clock has it.
+    """One round of a clock.
 
     Attributes:
       ids: ``[K]`` clients whose updates the server receives.
@@ -64,7 +64,7 @@ class Turn(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """Says who takes part in a round and when, in place of a ``Sampler``, which says who.
+    """Chooses the clients of each round and its time; it takes the place of a ``Sampler``.
 
     Attributes:
       init: the state before round 0.
@@ -90,7 +90,7 @@ def synchronous(
     deadline: float = math.inf,
     dropout: float = 0.0,
 ) -> Clock:
-    """Rounds in which the server waits: until ``keep`` clients have answered, or for ``deadline`` seconds.
+    """Synchronous rounds: the server waits until ``keep`` clients have answered, or for ``deadline`` seconds.
 
     Answers that would come later are thrown away. Without ``keep`` and ``deadline`` the slowest client sets the time of
     a round. Metrics: ``simulated_seconds`` (since the run began), ``late`` (clients that were not waited for) and
@@ -150,7 +150,7 @@ class _Flight(NamedTuple):
 
 
 def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency: int, dropout: float = 0.0) -> Clock:
-    """Rounds without waiting: always ``concurrency`` clients at work, and the server steps at every K-th answer.
+    """Asynchronous rounds: ``concurrency`` clients always work, and the server steps at every K-th answer.
 
     Once a client has answered, another one is sent the parameters of that moment; staleness is the number of steps
     that the server takes between the two. Answers of the same instant are received before anybody is sent anything:

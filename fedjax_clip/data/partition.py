@@ -1,4 +1,4 @@
-"""Gives the examples of one data set to clients: evenly, skewed, in shards, or by a field they carry.
+"""Divides one data set among clients: evenly, skewed, in shards, or by a field.
 
 Every function here gives each example to exactly one client, leaves no client empty,
 and is a deterministic function of ``seed``.
@@ -34,7 +34,7 @@ _TEN_COLOURS = [
 
 
 def iid(examples: Examples, num_clients: int, seed: int = 0) -> FederatedData:
-    """Deals shuffled examples out evenly: client sizes differ by one at most.
+    """Divides shuffled examples evenly: client sizes differ by one at most.
 
     Args:
       examples: dict of arrays ``[N, ...]``.
@@ -89,7 +89,7 @@ def dirichlet(examples: Examples, num_clients: int, alpha: float, label: str = "
 
 
 def quantity_skew(examples: Examples, num_clients: int, sigma: float = 1.0, seed: int = 0) -> FederatedData:
-    """Sizes alone are skewed: log-normal with ``sigma``; the examples are dealt at random.
+    """Skews client sizes only: log-normal with ``sigma``; each client gets random examples.
 
     Args:
       examples: dict of arrays ``[N, ...]``.
@@ -156,7 +156,7 @@ def shards(
 
 
 def natural(examples: Examples, by: str, keep: bool = False) -> FederatedData:
-    """Groups examples by a field that says whose they are: a writer, a hospital, a user.
+    """Groups examples by a field that names their owner: a writer, a hospital, a user.
 
     Args:
       examples: dict of arrays ``[N, ...]``.
@@ -214,7 +214,7 @@ def no_field(name: str, fields: Iterable[str]) -> InvalidInput:
 def plot(
     data: FederatedData, label: str = "y", path: str | os.PathLike[str] | None = None, num_classes: int | None = None
 ) -> "Figure":
-    """Draws which client holds how much of which class.
+    """Draws how many examples of each class each client holds.
 
     Up to 40 clients are bars, stacked by class; a larger population is a heat map
     of each client's mix, clients of like mix side by side, under a strip of their sizes.

@@ -1,4 +1,4 @@
-"""From the numbers of a round's clients to the arrays that the devices read."""
+"""Plans a round: from client numbers to the arrays that devices read."""
 
 import dataclasses
 import heapq
@@ -20,7 +20,7 @@ MOST_NUMBERS = 2**31  # of examples in a plan, which is two arrays of so many
 
 @dataclasses.dataclass(frozen=True)
 class LocalWork:
-    """How much a client trains in a round.
+    """The local work of a client in a round.
 
     Args:
       batch_size: examples a step; ``None`` takes all of a client's examples at once. Or a client's own number, by
@@ -97,7 +97,7 @@ def plan(
     state: PyTree = ClientState((), ()),  # noqa: B008 (it is immutable)
     staleness: np.ndarray | None = None,
 ) -> Cohort:
-    """Deals one round's clients to devices and lays their batches back to back.
+    """Assigns one round's clients to devices and lays their batches back to back.
 
     Clients go to the device with the least work, longest first (LPT), so devices finish together. What a
     client trains on is a function of (seed, round, client) alone, never of where it landed.
@@ -251,7 +251,7 @@ def plan_rounds(
 
 
 def wasted_steps(cohort: Cohort) -> np.ndarray:
-    """Fraction of the devices' steps in a round that train nobody; for several rounds (``plan_rounds``) ``[R]``.
+    """Fraction of the devices' steps in a round that train no client; for several rounds (``plan_rounds``) ``[R]``.
 
     A device waits for the device with the most work, and a client of a chunk for the longest client of its chunk.
     """

@@ -1,4 +1,4 @@
-"""A population of clients: flat arrays of examples, and where each client begins."""
+"""A population of clients: flat arrays of examples, and the offset of each client."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ LEAST_WEIGHT, MOST_WEIGHT = 1e-12, 1e12  # so that float32 holds ten million of 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FederatedData:
-    """Ragged clients over one flat pytree of examples; nobody is padded.
+    """Clients of unequal sizes over one flat pytree of examples, without padding.
 
     Client ``c`` owns the examples ``offsets[c]:offsets[c + 1]``. The arrays may be
     memory-mapped: nothing here copies or reads them whole.
@@ -282,8 +282,8 @@ def check_alike(data: FederatedData) -> None:
     """
     if data.weights is not None and np.any((weights := data.weights[data.weights > 0]) != weights[:1]):
         raise InvalidInput(
-            "The data's examples weigh differently, and private_gradient counts all alike: it would train on another "
-            "objective than is meant. Give it data without weights (class weights, too)."
+            "The examples have unequal weights, and private_gradient counts all equally, so it would train on another "
+            "objective: give it data without weights, class weights included."
         )
 
 

@@ -1,4 +1,4 @@
-"""Imbalance and quality of data: functions from populations to populations.
+"""Data quality and imbalance: functions from populations to populations.
 
 Statistics come from sums that clients send (``fedjax_clip.data.statistics``); what is done with them, every client does
 to its own examples. These statistics are exact: an epsilon of the training does not cover them.
@@ -126,7 +126,7 @@ def standardise(columns: Columns = slice(None), field: str = "x") -> Step:
 
 
 def weigh_classes(data: FederatedData, num_classes: int, label: str = "y", per_client: bool = False) -> FederatedData:
-    """Example weights that make classes weigh alike: ``w_k = n / (K n_k)``, times the weights there are.
+    """Example weights that give all classes equal weight: ``w_k = n / (K n_k)``, times existing weights.
 
     Args:
       data: the population.

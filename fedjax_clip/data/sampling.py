@@ -1,4 +1,4 @@
-"""Which clients take part in a round: pure functions of (seed, round), the seed being public or a secret one."""
+"""Samplers: the clients of each round as pure functions of (seed, round), with a public or secret seed."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def uniform(cohort_size: int) -> Sampler:
 
 
 def poisson(cohort_size: float) -> Sampler:
-    """Every client by itself with probability ``cohort_size / M``: what privacy accounting assumes.
+    """Each client independently with probability ``cohort_size / M``, as privacy accounting assumes.
 
     The cohort's size varies about ``cohort_size``; a round may even be empty and then changes nothing
     but the server optimiser's own momentum.
@@ -101,7 +101,7 @@ def poisson(cohort_size: float) -> Sampler:
 
 
 def by_size(cohort_size: int, replacement: bool = False) -> Sampler:
-    """Clients in proportion to their number of examples.
+    """Samples clients in proportion to their number of examples.
 
     With replacement and a uniform average this is the unbiased "scheme I" of Li et al. (2020, "On the
     Convergence of FedAvg on Non-IID Data"); without, successive draws in proportion to size (Efraimidis and
@@ -224,7 +224,7 @@ def cyclic_poisson(cohort_size: float, groups: int) -> Sampler:
 
 
 def truncated_poisson(cohort_size: float, most: int) -> Sampler:
-    """``poisson``, but of a cohort of more than ``most`` clients only so many come, drawn at random.
+    """``poisson`` with at most ``most`` clients: a larger cohort is cut at random.
 
     Args:
       cohort_size: expected clients a round, before any is left out.
@@ -252,7 +252,7 @@ def truncated_poisson(cohort_size: float, most: int) -> Sampler:
 
 
 def balls_in_bins(cohort_size: int) -> Sampler:
-    """Each client draws one of ``M // cohort_size`` bins, once and for all, and comes when it is that bin's turn.
+    """Each client draws one of ``M // cohort_size`` bins once, and takes part in the turns of its bin.
 
     Every client comes equally often and at equal distances, as under ``round_robin``, but nobody knows when.
 
@@ -282,7 +282,7 @@ def balls_in_bins(cohort_size: int) -> Sampler:
 
 
 def b_min_sep(cohort_size: float, separation: int) -> Sampler:
-    """A client that came rests for ``separation - 1`` rounds, then comes in each with the same probability, by itself.
+    """A client rests ``separation - 1`` rounds after each of its rounds, then takes part independently at one rate.
 
     ``p = 1 / (M / cohort_size - separation + 1)``, so that ``cohort_size`` are expected from round 0 on, whose resting
     clients are drawn, too. A round costs ``round / separation`` draws of each client: its schedule up to now.
@@ -324,8 +324,8 @@ def b_min_sep(cohort_size: float, separation: int) -> Sampler:
 def _check_apart(cohort_size: float, period: int, num_clients: int) -> None:
     if cohort_size * period > num_clients:
         raise InvalidInput(
-            f"{cohort_size:g} clients in each of {period} rounds, and none in two of them, are more than there "
-            f"are ({num_clients}): take a smaller cohort, or fewer rounds apart."
+            f"{period} rounds with {cohort_size:g} clients each, all different, need more than the {num_clients} "
+            "clients there are: take a smaller cohort, or fewer rounds apart."
         )
 
 

@@ -1,4 +1,4 @@
-"""How fast clients are: seconds a local step and seconds a message, each client's own and the same throughout."""
+"""Speeds of clients: constant seconds per local step and per message for each client."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class BatchSizes(NamedTuple):
 
 
 class Speeds(NamedTuple):
-    """How fast clients are.
+    """The speeds of clients.
 
     Attributes:
       seconds: ``(ids[K], seed) -> (seconds a local step [K], seconds a message [K])``. A message is all that a client
@@ -95,7 +95,7 @@ def two_tier(step: float = 1.0, message: float = 0.0, slowdown: float = 5.0, slo
 
 
 def measured(step: np.ndarray, message: np.ndarray | float = 0.0) -> Speeds:
-    """Seconds that are known: ``step[M]`` and ``message[M]``, or one ``message`` for everybody.
+    """Measured seconds: ``step[M]`` and ``message[M]``, or one ``message`` for all clients.
 
     Raises:
       InvalidInput: arrays of other shapes, seconds out of range, or (in a run) a client beyond M.

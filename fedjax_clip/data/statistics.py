@@ -1,4 +1,4 @@
-"""What a server may learn of its clients' data: sums over the clients, and what follows from sums.
+"""Federated statistics: sums over clients, and what follows from sums.
 
 Every number here is a function of ``federated_sums`` alone, so that each file that uses it shows what leaves a client:
 the message function of one client, whose shape does not depend on how many examples the client has.
@@ -17,7 +17,7 @@ from fedjax_clip.data.population import FederatedData
 
 
 def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> PyTree:
-    """``sum_c message(examples of client c)``: the one way by which numbers leave clients.
+    """``sum_c message(examples of client c)``: the only way in which statistics leave clients.
 
     Args:
       data: the population.

@@ -45,6 +45,7 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
     path = files.expanded(path)
     try:
         text = files.regular(path).read_bytes().decode("utf-8-sig")
+        # Not by pandas: it fills short rows up, renames the second of two equal columns, and drops what follows a NUL.
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}.") from error

@@ -44,6 +44,7 @@ def per_example_gradient(example_tx: optax.GradientTransformation) -> Gradient:
     return gradient
 
 
+# Not by jax_privacy.clipped_grad: it clips by the global norm only, and knows no weights of examples and no lattice.
 def _sum(
     example_tx: optax.GradientTransformation,
     message: Callable[[PyTree, Array], PyTree],

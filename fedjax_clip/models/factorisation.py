@@ -1,4 +1,4 @@
-"""Matrix factorisation for one user, whose factors are nobody else's."""
+"""Matrix factorisation with private user factors."""
 
 import flax.linen as nn
 import jax

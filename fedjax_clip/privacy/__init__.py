@@ -1,4 +1,4 @@
-"""What noise is worth: epsilon of a run, and the noise or the rounds that an epsilon allows. Needs ``[privacy]``."""
+"""Privacy accounting: epsilon of a run, and the noise or rounds for an epsilon. Needs ``[privacy]``."""
 
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.privacy.accounting import epsilon, epsilons, noise_multiplier, rounds

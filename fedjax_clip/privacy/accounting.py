@@ -1,4 +1,4 @@
-"""What noise is worth: epsilon of a run, and the noise or the rounds that an epsilon allows, by dp-accounting.
+"""Privacy accounting: epsilon of a run, and the noise or rounds for an epsilon, by dp-accounting.
 
 User-level: the presence of one client, all of its examples, in any rounds. Needs the extra ``privacy``.
 """
@@ -152,25 +152,26 @@ def _said(
     parts = algorithm.parts
     if parts is None:
         raise InvalidInput(
-            "Nothing is known of this algorithm's noise: give epsilon one of fedjax_clip's own algorithms, or a noise "
-            "multiplier that you answer for."
+            "The noise of this algorithm is not known: give epsilon one of fedjax_clip's own algorithms, or a noise "
+            "multiplier that you vouch for."
         )
     if mechanism is not None:
         raise InvalidInput("The algorithm knows its noise's mechanism: leave mechanism out.")
     promises = parts.uplink.promises
     if promises.deployment is not None:
         raise InvalidInput(
-            "The algorithm's noise is that of a larger deployment's cohort (noise_cohort), and the run has less: give "
-            "epsilon the noise multiplier and the deployment's sampler and clients, and it is the deployment's."
+            "The algorithm's noise is that of a larger deployment's cohort (noise_cohort), not of this run: for the "
+            "deployment's epsilon, give epsilon the noise multiplier with the deployment's sampler and number of "
+            "clients."
         )
     if promises.noise is Noise.CLIENT:
         raise InvalidInput(
-            "Each client's own noise protects what it sends, whoever takes part: of local_gaussian(z) take "
-            "epsilon(z / 2, fc.privacy.Separated(1), ...) with the rounds in which one client is."
+            "local_gaussian(z) protects each message by itself, whichever clients take part: use epsilon(z / 2, "
+            "fc.privacy.Separated(1), ...) with the number of rounds in which one client takes part."
         )
     if promises.grid is not None and promises.noise is Noise.SHARES:
         if params is None:
-            raise InvalidInput("What noise on a grid is worth depends on the model's size: give epsilon params=.")
+            raise InvalidInput("The epsilon of noise on a grid depends on the size of the model: give epsilon params=.")
         return distributed(parts.uplink, params, parts.reducer), None
     return together([float(z) for z in promises.noise_multipliers]), promises.mechanism
 
@@ -185,7 +186,7 @@ def noise_multiplier(
     mechanism: Mechanism | None = None,
     curve: Callable[[float], renyi.Curve] | None = None,
 ) -> float:
-    """The least noise multiplier (to 1e-4, on the safe side) with which ``epsilon(...) <= target_epsilon``.
+    """The least noise multiplier with ``epsilon(...) <= target_epsilon``, to 1e-4 on the safe side.
 
     To 1e-2 for samplers of which the privacy loss is drawn (``balls_in_bins``, ``b_min_sep``).
 
@@ -258,7 +259,7 @@ def rounds(
     most: int = 10**6,
     mechanism: Mechanism | None = None,
 ) -> int:
-    """How many rounds ``target_epsilon`` allows, ``most`` at most; 0 if not even one.
+    """The number of rounds that ``target_epsilon`` allows, at most ``most``; 0 if it allows none.
 
     The other arguments are as for ``epsilon``.
 

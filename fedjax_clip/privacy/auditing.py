@@ -1,4 +1,4 @@
-"""Attacks a run's privacy: replays it with canaries, and bounds epsilon from below by how well they are told apart."""
+"""Privacy audits: replays a run with and without canaries, and bounds epsilon from below by how well they differ."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ class Claim(NamedTuple):
 
 
 class Audit(NamedTuple):
-    """What came of an audit.
+    """The result of an audit.
 
     Attributes:
       audited: lower bound of epsilon, at the confidence asked for.

@@ -1,4 +1,4 @@
-"""What a run's rounds come to for one client, and what that costs: Gaussian mechanisms on samples of the clients."""
+"""The Gaussian mechanisms that one client meets in a run, and their epsilon."""
 
 import contextlib
 import functools
@@ -89,8 +89,7 @@ def exposure(
     if sampler.scheme == "b_min_sep":
         return _rested(sampler, num_clients, totals, mechanism, worst)
     raise InvalidInput(
-        "How much privacy this sampler's choice of clients adds is not known: use fc.data.sampling.poisson, uniform or "
-        "round_robin."
+        "The amplification by this sampler is not known: use fc.data.sampling.poisson, uniform or round_robin."
     )
 
 

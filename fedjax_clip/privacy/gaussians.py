@@ -1,4 +1,4 @@
-"""Gaussian mechanisms alone: several at once, what one is worth, and what is left of it for another."""
+"""Gaussian mechanisms without sampling: their composition, epsilon and division."""
 
 import math
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def together(noise_multipliers: Sequence[float]) -> float:
 
 
 def split(noise_multiplier: float, bits_noise: float) -> float:
-    """What is left for the updates: ``(z^-2 - (2 sigma_b)^-2)^(-1/2)``, if z is to cover the quantile's bits as well.
+    """The noise multiplier left for updates, ``(z^-2 - (2 sigma_b)^-2)^(-1/2)``, if z covers a quantile's bits, too.
 
     ``chain(quantile_clip(bits_noise=sigma_b), gaussian(split(z, sigma_b)))`` costs what ``gaussian(z)`` alone does:
     a bit minus one half has sensitivity 1/2, so its noise multiplier is 2 sigma_b.

@@ -1,4 +1,4 @@
-"""What noise that clients add as integers costs a round."""
+"""Accounting of noise that clients add as integers."""
 
 import math
 
@@ -13,7 +13,7 @@ from fedjax_clip.uplink import Noise, Uplink
 
 
 def distributed(uplink: Uplink, params: Params, reducer: Reducer, colluding: int = 0) -> renyi.Curve:
-    """What a round of ``fc.uplink.discrete_gaussian`` or ``skellam`` costs, to hand to ``epsilon``.
+    """The privacy loss of a round of ``fc.uplink.discrete_gaussian`` or ``skellam``, as an argument of ``epsilon``.
 
     Neighbours are two runs in one of which a client's messages are those of a zero update, with noise. A round is
     counted with the noise of the threshold's t clients, the fewest that are ever added up. k of them who work for the

@@ -1,4 +1,4 @@
-"""In which rounds a client can take part, and how far that moves what correlated noise covers."""
+"""Participation of clients in rounds, and the sensitivity of correlated noise that follows."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from fedjax_clip.uplink.mechanism import Mechanism
 
 
 class Separated(NamedTuple):
-    """In place of a sampler: a promise that a deployment keeps, as by timers on its devices, whoever is drawn.
+    """In place of a sampler: a deployment's promise on participation, kept for example by timers on its devices.
 
     Attributes:
       rounds: from one of a client's rounds to its next, at least; 1 is every round.
@@ -48,7 +48,7 @@ def separated(sampler: Sampler | Separated, num_clients: int) -> Separated | Non
 
 
 def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_clients: int, rounds: int) -> np.ndarray:
-    """``[rounds]``: how far one client moves ``C x`` in 1, 2, ... rounds, over the clip's bound.
+    """``[rounds]``: how far one client moves ``C x`` in 1, 2, ... rounds, in units of the clip's bound.
 
     ``max_i ||(C u_i)[:t]||`` with u_i one in client i's rounds: as far as that, since C has no negative entry. k
     rounds of independent noise: sqrt(k). Of ``Separated`` rounds, and samplers that keep a client's rounds apart: exact
@@ -83,8 +83,8 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
     cohort = sampler.cohort_size  # type: ignore[union-attr]
     if sampler.scheme != "round_robin" and not (sampler.scheme and cohort == num_clients):  # type: ignore[union-attr]
         raise InvalidInput(
-            "Noise of a mechanism is in proportion to what a client does in all its rounds, and this sampler may draw "
-            "it in any: use fc.data.sampling.round_robin, or cyclic_poisson for bands, or give the noise no mechanism."
+            "Correlated noise needs to know in which rounds a client may take part, and this sampler may draw it in "
+            "any: use fc.data.sampling.round_robin, or cyclic_poisson for bands, or give the noise no mechanism."
         )
     strategy = strategy_of(mechanism, rounds)
     same = math.gcd(int(cohort), num_clients)  # clients in a row that always come together
@@ -100,7 +100,7 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
 
 
 def sensitivity(mechanism: Mechanism, sampler: Sampler | Separated, num_clients: int, rounds: int) -> float:
-    """How far one client moves ``C x`` in all rounds, over the clip's bound: ``sensitivities``' last.
+    """How far one client moves ``C x`` in all rounds, in units of the clip's bound: the last of ``sensitivities``.
 
     Args:
       mechanism, sampler, num_clients, rounds: as for ``sensitivities``.

@@ -1,4 +1,4 @@
-"""What a client's own noise is worth to each of its records."""
+"""Record-level accounting of a client's own noise."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def record_epsilons(
     accountant: str = "auto",
     secret: Secret | None = None,
 ) -> np.ndarray:
-    """``[M]``: each client's epsilon for one of its records, under ``fc.local.private_gradient(C, noise_multiplier)``.
+    """``[M]``: record-level epsilon of each client, under ``fc.local.private_gradient(C, noise_multiplier)``.
 
     Of a record that counts, or counts nothing, towards all that its client sends, whoever reads it (the server, too).
     Each pass over a client's records uses each in one step at most, so a record meets as many Gaussian mechanisms of
@@ -70,7 +70,7 @@ def record_noise_multiplier(
     accountant: str = "auto",
     secret: Secret | None = None,
 ) -> float:
-    """The least noise multiplier (to 1e-4) with which no client's ``record_epsilons`` exceed ``target_epsilon``.
+    """The least noise multiplier (to 1e-4) for which no client's ``record_epsilons`` exceed ``target_epsilon``.
 
     Args:
       target_epsilon: for a record of the client that makes most passes.

@@ -1,4 +1,4 @@
-"""How the messages of a cohort become one: means, and what bad clients cannot lead astray."""
+"""Reducers, which turn the messages of a cohort into one: means, robust rules, modular sums."""
 
 from fedjax_clip.reduce.base import Reducer, Roster, fixed_mean, together, uniform_mean, weighted_mean
 from fedjax_clip.reduce.modular import majority, modular_sum, on_host, secure_threshold

@@ -1,4 +1,4 @@
-"""How the messages of a cohort become one."""
+"""Reducers: how the messages of a cohort become one."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 
 class Roster(NamedTuple):
-    """Whose messages will come, in the order in which they come, and the round's randomness.
+    """The clients whose messages a reducer will get, in order, and the round's randomness.
 
     Attributes:
       ids: int32 ``[C]`` client numbers of one device; -1 where nobody is.
@@ -62,7 +62,7 @@ class Reducer(NamedTuple):
 
 
 def weighted_mean() -> Reducer:
-    """``sum_i w_i m_i / sum_i w_i`` with ``w_i`` the client's weight (its number of examples); zero for nobody.
+    """``sum_i w_i m_i / sum_i w_i``, with weights ``w_i`` (numbers of examples); zero without clients.
 
     Sums are kept in float32 or better whatever the messages' type, one accumulator for the whole cohort.
 
@@ -75,7 +75,7 @@ def weighted_mean() -> Reducer:
 
 
 def uniform_mean() -> Reducer:
-    """``sum_i m_i / n`` over the n clients that arrived, whatever their size; zero for nobody.
+    """``sum_i m_i / n`` over the n clients that arrived, whatever their size; zero without clients.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.uniform_mean())
@@ -84,7 +84,7 @@ def uniform_mean() -> Reducer:
 
 
 def fixed_mean(denominator: float | Array) -> Reducer:
-    """``sum_i m_i / n`` with n fixed beforehand, whoever comes: one client moves it by at most its bound / n.
+    """``sum_i m_i / n`` with a fixed n, whichever clients arrive: each moves it by at most its bound / n.
 
     What differential privacy needs: a mean over those who came, or one weighted by examples, tells who they were.
     Integers are added exactly, modulo 2^32 and to the same bits in any order and on any number of devices, and their
@@ -145,13 +145,13 @@ def looks_at_messages(name: str, reducer: Reducer) -> None:
     """
     if reducer.hides:
         raise InvalidInput(
-            f"{name} looks at single messages, which {reducer.hides} hides from everybody: take {reducer.hides} alone, "
+            f"{name} reads single messages, which {reducer.hides} hides: take {reducer.hides} alone, "
             "and let a clip of the uplink bound what one client sends."
         )
 
 
 def together(*reducers: Reducer) -> Reducer:
-    """For messages of several parts: the first part by the first reducer, the second by the second, ...
+    """Reduces messages of several parts: the first part by the first reducer, the second by the second, ...
 
     Args:
       reducers: one for each part of a message, in order.

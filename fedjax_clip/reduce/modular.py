@@ -1,4 +1,4 @@
-"""Sums that the server learns without a message: modulo 2^32, and by cryptography on the host."""
+"""Secure sums, modulo 2^32: the server learns no message. Cryptography runs on the host."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ from fedjax_clip.reduce.base import Reducer
 
 
 def modular_sum(cohort_size: int, threshold: int | None = None) -> Reducer:
-    """``sum_i m_i mod 2^32`` of unsigned integers: what the server learns under secure aggregation, and no more.
+    """``sum_i m_i mod 2^32`` of unsigned integers: all that a server learns under secure aggregation.
 
     Exact: the same bits in any order and on any number of devices. Masks that cancel change nothing in it, so a
     simulation needs none; ``fc.secure.pairwise_masks`` is the protocol, with the same result to the last bit. The

@@ -1,4 +1,4 @@
-"""Reducers that a few bad clients cannot lead where they like; blind to weights, which can be lied about."""
+"""Robust reducers, which tolerate a bounded number of malicious clients. They ignore weights, since clients may lie."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from fedjax_clip.reduce.stack import Stack, stacking
 
 
 def median() -> Reducer:
-    """The median of each coordinate; of an even number the mean of the two in the middle. Zero for nobody.
+    """The median of each coordinate; for an even number the mean of the two in the middle. Zero without clients.
 
     Guarantee: while fewer than half are bad, each coordinate lies between the least and the greatest honest one. Where
     clients' data differ it forgets what only a minority has seen, bad clients or not: see ``fc.reduce.bucketing``.
@@ -34,7 +34,7 @@ def median() -> Reducer:
 
 
 def trimmed_mean(num_bad: int) -> Reducer:
-    """The mean of each coordinate without its ``num_bad`` least and greatest values; zero for nobody.
+    """The mean of each coordinate without its ``num_bad`` least and greatest values; zero without clients.
 
     Guarantee: with at most ``num_bad`` bad clients each coordinate lies between the least and the greatest honest one.
     Of 2 f clients or fewer none would be left: the mean is zero.
@@ -160,7 +160,7 @@ def centered_mean(threshold: float | Array, iterations: int = 3) -> Reducer:
 
 
 def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Reducer:
-    """The SERVER scales every message to Euclidean norm at most ``max_norm`` before it reduces them.
+    """The server scales every message to Euclidean norm at most ``max_norm`` before it reduces them.
 
     A clip of the uplink happens at the client, and a bad client does not clip itself. Guarantee, with a mean of n: one
     client moves the aggregate by at most ``max_norm / n``. Keeps no messages unless ``reducer`` does.
@@ -192,7 +192,7 @@ def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Red
 
 
 def fltrust(root: int) -> Reducer:
-    """Weighs each message by its cosine with that of a client which the server trusts, and gives it that one's norm.
+    """Weighs each message by its cosine with that of a trusted client, and scales it to the norm of that one.
 
     ``sum_i t_i (||m_0|| / ||m_i||) m_i / sum_i t_i`` with ``t_i = max(0, cos(m_i, m_0))`` over all i but the root 0.
     The root is a client of the population that the server runs itself, on a small clean data set of its own: it trains

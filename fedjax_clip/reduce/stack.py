@@ -13,7 +13,7 @@ from fedjax_clip.reduce.base import Reducer, Roster, looks_at_messages
 
 
 class Stack(NamedTuple):
-    """All messages of a round, of all devices, in the order of their clients' numbers; who is not there comes last.
+    """All messages of a round, of all devices, in the order of client numbers; absent clients come last.
 
     Attributes:
       messages: pytree of ``[N, ...]``, zeros where nobody is.
@@ -42,7 +42,7 @@ class Stack(NamedTuple):
 
 
 def stacking(aggregate: Callable[[Stack], PyTree], fewest: int = 1) -> Reducer:
-    """A reducer that keeps all messages and computes what it likes of them: ``stack -> aggregate``.
+    """A reducer that keeps all messages and computes any function of them: ``stack -> aggregate``.
 
     Every device gathers the messages of all, so that each holds a few times ``N`` messages (the stack, itself in order,
     and what ``aggregate`` makes of it), N being the places of the whole cohort. Rows are in the order of the clients'
@@ -105,7 +105,7 @@ def check_cohort(reducer: Reducer, cohort_size: float) -> None:
 
 
 def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | None = None) -> Reducer:
-    """What ``reducer`` makes of other messages: those that ``change`` makes of all that came.
+    """Reduces ``change(messages)`` by ``reducer``, in place of the messages.
 
     Args:
       change: ``stack -> stack``, of as many rows as it likes.
@@ -136,7 +136,7 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
 
 
 def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
-    """Deals the messages at random into buckets of ``size`` and reduces the buckets' uniform means.
+    """Divides the messages at random into buckets of ``size`` and reduces the uniform means of the buckets.
 
     Clients' data differ, and a robust rule takes the odd one for a bad one; means of a few differ less. A bad client
     spoils a bucket: of ``ceil(n / size)`` buckets as many may be bad as there are bad clients, which is what the

@@ -109,7 +109,7 @@ class Ckks:
 
 
 def ckks_mean(cohort_size: int) -> Reducer:
-    """``fc.reduce.fixed_mean`` of messages that are encrypted at the clients and added by a server without the key.
+    """``fc.reduce.fixed_mean`` of encrypted messages, which the server adds without the key.
 
     It protects from a server that follows the protocol and that no client helps. **A server that lies, or is told the
     key by any one client, reads every message of the round.** Against these take ``fc.secure.pairwise_masks``.

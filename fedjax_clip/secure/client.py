@@ -1,4 +1,4 @@
-"""A client of the protocol: a state machine that believes the server nothing that it can check."""
+"""A client of the protocol: a state machine that checks all that it can of what the server says."""
 
 import enum
 import functools
@@ -84,7 +84,7 @@ def _in(stage: Stage, then: Stage) -> Callable[[Callable], Callable]:
 
 
 class Client:
-    """One party of one sum: two key pairs, a seed of its own, and what the others have sent it.
+    """One client in one sum: two key pairs, a seed, and what it has received.
 
     It goes through ``advertise``, ``share``, ``mask``, ``confirm``, ``reveal``, each once and in this order. What the
     server says is checked before it is used, and after the first lie the client takes no further part. It opens a sum

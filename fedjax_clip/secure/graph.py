@@ -12,7 +12,7 @@ from fedjax_clip.core.types import InvalidInput
 
 
 class Neighbourhood(NamedTuple):
-    """Whom a client shares masks and secrets with.
+    """The clients with which each client shares masks and secrets.
 
     Attributes:
       size: k, neighbours of each client.
@@ -30,7 +30,7 @@ class Neighbourhood(NamedTuple):
 def neighbourhood(
     num_clients: int, colluding: float, silent: float, security: int = 40, failure: int = 20
 ) -> Neighbourhood:
-    """The smallest neighbourhoods in which n clients are as safe from a curious server as all of them together.
+    """The smallest neighbourhoods that protect n clients from an honest but curious server.
 
     With A of n clients colluding and B silent, drawn without regard to the graph, three things go wrong rarely:
 

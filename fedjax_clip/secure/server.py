@@ -18,7 +18,7 @@ from fedjax_clip.secure.sharing import SHARE, agree, expand, join, signed
 
 @dataclasses.dataclass
 class Transcript:
-    """All that the server sees of one sum.
+    """Everything that the server sees of one sum.
 
     Attributes:
       keys: ``{client: public keys}``.
@@ -56,7 +56,7 @@ def aggregate(
     answered: Collection[bool] | None = None,
     neighbours: Neighbourhood | None = None,
 ) -> tuple[np.ndarray, Transcript]:
-    """The sum of the messages that came, modulo their type, by the whole protocol among n clients.
+    """The sum of the arrived messages, modulo their type, by the whole protocol among n clients.
 
     Exact to the last bit. Clients that shared their keys and then fell silent are made up for: t of the survivors
     give their shares of a silent one's masking key, and its masks are taken out of the sum. Signing keys and their
@@ -151,7 +151,7 @@ def unmask(seen: Transcript, threshold: int) -> np.ndarray:
 
 
 def pairwise_masks(cohort_size: int, threshold: int | None = None, neighbours: Neighbourhood | None = None) -> Reducer:
-    """``fc.reduce.modular_sum`` by the protocol: the same bits, with real keys and masks, at the protocol's price.
+    """``fc.reduce.modular_sum`` by the protocol: the same bits, with real keys and masks, at the protocol's cost.
 
     Messages go to the host in each round. A client of the round whose message was dropped is one that fell silent.
 

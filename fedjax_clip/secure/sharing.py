@@ -1,4 +1,4 @@
-"""What the protocol is made of: shares of a secret, keys that two agree on, masks, signatures."""
+"""The primitives of the protocol: secret shares, key agreement, masks, signatures."""
 
 import functools
 import secrets

@@ -44,7 +44,7 @@ class Task:
 
 
 def refuse_fitted(task: Task) -> None:
-    """Refuses a task of which an epsilon would not say all, since its clients' data were used before training.
+    """Refuses a task that used its clients' data before training, because no epsilon would cover that.
 
     A quantile is somebody's value, a mean moves with each client, and the accountant sees the training alone.
 

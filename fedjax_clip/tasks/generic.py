@@ -1,4 +1,4 @@
-"""Classification of flat or small inputs by an MLP: digits, a local file, anything that TFDS knows."""
+"""Classification of flat or small inputs by an MLP: digits, a local file, any TFDS data set."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -79,7 +79,7 @@ def tfds(
     seed: int = 0,
     classes: int | None = None,
 ) -> Task:
-    """Classification of any TFDS data set of images and labels, by default dealt to 100 clients.
+    """Classification of any TFDS data set of images and labels, by default divided among 100 clients.
 
     Arguments as for ``npz`` and ``fc.data.sources.tfds``.
 
@@ -157,7 +157,7 @@ def deal(data, num_clients: int | None, default: int, alpha: float | None, seed:
     """Examples dealt to clients, evenly or with label skew; what has clients already keeps them."""
     if isinstance(data, FederatedData):
         if num_clients is not None or alpha is not None:
-            raise InvalidInput("The data have clients of their own: num_clients and alpha have nothing to say.")
+            raise InvalidInput("The data name their own clients: leave num_clients and alpha out.")
         return data
     num_clients = default if num_clients is None else num_clients
     if alpha is None:

@@ -1,4 +1,4 @@
-"""Text: the next character of Shakespeare's roles, or of one's own files; the mood of tweets; LoRA."""
+"""Text: next characters of Shakespeare's roles or of your own files, sentiment of tweets, LoRA."""
 
 from collections.abc import Sequence
 
@@ -128,7 +128,7 @@ def text_files(
     held_out_examples: float = 0.2,
     seed: int = 0,
 ) -> Task:
-    """The next byte of one's own text files by a small Transformer; each file is a client.
+    """The next byte of your own text files by a small Transformer; each file is a client.
 
     Args:
       directory: of the files ``*.txt``, UTF-8.
@@ -153,7 +153,7 @@ def tweets(
     vocabulary: int = 2**14,
     seed: int = 0,
 ) -> Task:
-    """The mood of tweets (negative, neutral, positive) by a bag of words; a tenth of each client's is held out.
+    """The sentiment of tweets (negative, neutral, positive) by a bag of words; a tenth of each client's is held out.
 
     Args:
       num_clients: clients that the tweets are dealt to.

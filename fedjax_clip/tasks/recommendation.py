@@ -1,4 +1,4 @@
-"""Ratings by users who keep their own factors: matrix factorisation, each user a client."""
+"""Matrix factorisation of ratings with private user factors; each user is a client."""
 
 import dataclasses
 import math

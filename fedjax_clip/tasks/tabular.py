@@ -1,4 +1,4 @@
-"""Tables: features prepared by federated statistics, or by what is publicly known of each column."""
+"""Tables: features prepared by federated statistics, or by public bounds of each column."""
 
 import dataclasses
 import math
@@ -104,7 +104,7 @@ def _by_bounds(
 ) -> tuple[Any, np.ndarray, np.ndarray, Sequence[float] | None]:
     """The rows with a target, features of each row by itself, the target, and the bounds of one of numbers."""
     if target not in bounds:
-        raise InvalidInput(f"bounds: they say nothing of the target {target!r}: add '{target}:no,yes', or its bounds.")
+        raise InvalidInput(f"bounds: the target {target!r} is missing: add '{target}:no,yes', or its bounds.")
     features = {name: of for name, of in bounds.items() if name not in (target, by)}
     if not features:
         raise InvalidInput(f"bounds: they name no column but {target!r}: there is nothing to learn from.")

@@ -1,4 +1,4 @@
-"""Pictures: convolutional networks on data that belong to nobody and are dealt out with label skew."""
+"""Pictures: convolutional networks on data without natural clients, divided with label skew."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -72,7 +72,7 @@ def emnist(
     download: bool = False,
     seed: int = 0,
 ) -> Task:
-    """EMNIST by class (62 classes of letters and digits) and a CNN, through TFDS, which does not say who wrote what.
+    """EMNIST by class (62 classes of letters and digits) and a CNN, through TFDS, which does not name the writers.
 
     Arguments as for ``fashion_mnist``, and ``data_dir`` and ``download`` as for ``fc.data.sources.tfds``.
 
@@ -132,7 +132,9 @@ def _deal(
     seed: int,
 ) -> FederatedData:
     if alpha is not None and classes_per_client is not None:
-        raise InvalidInput("alpha and classes_per_client are two ways to deal examples out: give one of them.")
+        raise InvalidInput(
+            "alpha and classes_per_client are two ways to divide examples among clients: give one of them."
+        )
     if alpha is not None:
         return partition.dirichlet(examples, num_clients, alpha, seed=seed)
     if classes_per_client is not None:

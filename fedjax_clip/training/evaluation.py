@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 
 from fedjax_clip.core import checks, metrics, tree
 from fedjax_clip.core.cohort import Cohort
@@ -245,7 +246,7 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
       labels: ``[n]`` of 0 and 1.
 
     Returns:
-      Between 0 and 1; NaN where one of the classes is missing.
+      Between 0 and 1; NaN where one of the classes is missing, or a score is NaN.
 
     Example:
       >>> auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1]))
@@ -253,8 +254,7 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 
     Source: Hanley and McNeil (1982), "The Meaning and Use of the Area under a ROC Curve".
     """
-    _, place, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    ranks = scipy.stats.rankdata(scores)
     positive = np.asarray(labels).astype(bool)
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     if not num_positive or not num_negative:
@@ -279,6 +279,7 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
     Source: Naeini, Cooper and Hauskrecht (2015), "Obtaining Well Calibrated Probabilities Using Bayesian Binning".
     """
+    # scikit-learn has the curve of such bins, without the counts that weigh them, and is no dependency of the library.
     bin = np.minimum((np.asarray(probabilities) * bins).astype(int), bins - 1)
     gap = np.bincount(bin, np.asarray(labels, np.float64) - probabilities, bins)
     return float(np.abs(gap).sum() / len(bin))

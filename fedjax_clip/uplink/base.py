@@ -1,4 +1,4 @@
-"""What crosses the wire from a client to the server: the one type that optax does not have."""
+"""Links: what crosses the wire from a client to the server. The one type that optax lacks."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -46,7 +46,7 @@ class Message(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a link knows besides the update.
+    """What a link knows beside the update.
 
     Attributes:
       key: PRNG key of this link: one for each (round, client) in ``encode``, one for each round in ``decode``.

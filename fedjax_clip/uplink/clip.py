@@ -1,4 +1,4 @@
-"""Clips of what a client sends."""
+"""Clips of a client's update."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def quantile_clip(
     scope: Scope | None = None,
     allocation: Literal["global", "equal"] = "global",
 ) -> Uplink:
-    """Clips updates at a bound that follows a quantile of their norms: ``C <- C exp(-rate (b - target))``.
+    """Clips updates at a bound that tracks a quantile of their norms: ``C <- C exp(-rate (b - target))``.
 
     b is the fraction of the cohort, unweighted, whose norm is at most C: each client sends one bit besides.
     Guarantee: norm at most this round's C; C changes by a factor of at most e^rate a round without noise, and settles
@@ -153,7 +153,7 @@ def zeroing(
     increment: float | Array = 1.0,
     norm: Norm | None = None,
 ) -> Uplink:
-    """Replaces an update by zero if its norm is far over a quantile of the norms: over ``multiplier Z + increment``.
+    """Replaces an update by zero if its norm exceeds ``multiplier Z + increment``, with Z a quantile of the norms.
 
     Z follows the quantile as ``quantile_clip``'s bound does. Put it BEFORE a clip: ``chain(zeroing(),
     quantile_clip(1.0, 0.8, 0.2))`` is TensorFlow Federated's robust aggregator with Euclidean norms; its own default is

@@ -1,4 +1,4 @@
-"""Links that send less: compressors, error feedback, low rank, and the sketch that adds up."""
+"""Compressed links: compressors, error feedback, low rank, count sketches."""
 
 import dataclasses
 from typing import Any
@@ -50,7 +50,7 @@ def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
 
 
 def error_feedback(*links: Uplink | Compressor) -> Uplink:
-    """What a chain does not deliver is remembered by the client and sent later: ``m = C(u + e); e <- u + e - m``.
+    """The client stores what a chain loses and sends it later: ``m = C(u + e); e <- u + e - m``.
 
     Guarantee: the sum of all messages of a client and its ``e`` is the sum of its updates, whatever the chain loses. A
     contraction's bias is gone in the limit, and ``e`` bounded; ``uplink/residual`` is its norm. With sampling a
@@ -72,7 +72,7 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
     "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", Algorithm 2.
     """
     if not links:
-        raise InvalidInput("error_feedback needs what loses something, such as error_feedback(top_k(0.01)).")
+        raise InvalidInput("error_feedback needs a link that loses something, such as error_feedback(top_k(0.01)).")
     for link in links:
         checks.kind("error_feedback's links", link, Uplink | Compressor, "compressors or links, such as top_k(0.01)")
     inner = chain(*(compress(link) if isinstance(link, Compressor) else link for link in links))
@@ -159,7 +159,7 @@ def power_sgd(rank: int = 4) -> Uplink:
 def count_sketch(
     rows: int = 5, columns: int = 1000, k: int = 50, momentum: float | Array = 0.0, seed: int = 0
 ) -> Uplink:
-    """FetchSGD: clients send a count sketch, which adds up; the server finds the k heaviest coordinates of the sum.
+    """FetchSGD: clients send count sketches; the server finds the k heaviest coordinates of their sum.
 
     Each of d coordinates falls with a random sign into one of ``columns`` buckets in each row; its estimate is the
     median over the rows. Each run of ``columns`` neighbours is turned by a random number: they never collide, and two

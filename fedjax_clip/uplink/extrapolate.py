@@ -1,4 +1,4 @@
-"""A server step that grows where clients disagree: FedExP, with and without privacy."""
+"""FedExP: a server step that grows where clients disagree, with and without privacy."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Updates as integers that a server may add without reading any of them, and the clients' own noise on them."""
+"""Updates as integers on a grid, for secure sums, and the clients' own noise on them."""
 
 import functools
 import math
@@ -78,7 +78,7 @@ def integer_grid(bits: int = 32, rotate: bool = False) -> Uplink:
 
 
 def discrete_gaussian(noise_multiplier: float | Array, bits: int = 32, rotate: bool = False) -> Uplink:
-    """An integer grid on which each client adds discrete Gaussian noise: what the server decodes is private.
+    """An integer grid on which each client adds its share of discrete Gaussian noise, so that the sum is private.
 
     One client's noise has standard deviation ``z D / sqrt(t)`` in each coordinate, with t the sum's threshold, so that
     the sum of the fewest that are ever added up carries ``z D``, and of n clients ``sqrt(n / t)`` times that. D is what

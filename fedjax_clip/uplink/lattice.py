@@ -1,4 +1,4 @@
-"""Noise of which no bit tells what it was added to: whole steps of a lattice on whole steps of the same lattice.
+"""Floating-point safe noise: whole steps of a lattice, added to whole steps of the same lattice.
 
 A sum of floating-point numbers tells more than real numbers would. Noise drawn in float32 takes a few million values,
 so that an output which is no such value away from a candidate excludes it (Mironov 2012). Here all is exact until the

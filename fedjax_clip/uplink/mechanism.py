@@ -1,4 +1,4 @@
-"""How the server's noise of a round depends on that of the rounds before it: DP-FTRL."""
+"""Correlated noise: how the server's noise of a round depends on that of earlier rounds (DP-FTRL)."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from fedjax_clip.core.types import InvalidInput, Params, PyTree
 
 
 class Mechanism(NamedTuple):
-    """Noise ``C^-1 Z`` over the rounds, Z independent: what is private is ``C x + Z``, x the rounds' sums.
+    """Noise ``C^-1 Z`` over the rounds, with Z independent: ``C x + Z`` is private, with x the sums of the rounds.
 
     Noise that is taken back in later rounds leaves the sum over rounds, which is where the model stands, more exact
     than independent noise of the same privacy. Any ``StreamingMatrix`` m of jax-privacy for ``C^-1`` makes one:

@@ -1,4 +1,4 @@
-"""Links that send a difference to what was sent before."""
+"""Links that send the difference to earlier messages."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from fedjax_clip.uplink.promises import Noise, Wire
 def memory(
     tx: optax.GradientTransformation | Uplink, momentum: float | Array = 1.0, step: float | Array = 1.0
 ) -> Uplink:
-    """Sends the clipped difference between an update and the client's memory v of what it has sent.
+    """Sends the clipped difference between an update and the client's memory v of its messages.
 
     ``u_i <- (1 - momentum) u_i + momentum x_i;  c_i = clip(u_i - v_i);  v_i <- v_i + step c_i`` at client i, and
     ``g <- g + step (1/N) sum_i c_i`` at the server, which uses g. The sum is over the clients that came, N counts all.
@@ -88,7 +88,7 @@ def memory(
 
 
 def relative_to_last() -> Uplink:
-    """Sends the difference to the last aggregate m, which the server adds again: ``m <- m + mean(x_i - m)``.
+    """Sends the difference to the last aggregate m, which the server adds back: ``m <- m + mean(x_i - m)``.
 
     Before a clip it is centered clipping: ``chain(relative_to_last(), clip_by_global_norm(tau))`` makes ``m <- m +
     mean clip(x_i - m)``, one iteration a round. Guarantee with the clip: m moves by at most tau a round, whatever a
@@ -115,7 +115,7 @@ def relative_to_last() -> Uplink:
 
 
 def with_bias(link: Uplink) -> Uplink:
-    """A link, and what it costs in truth: cosine and relative norm between what it delivers and the plain mean.
+    """A link, and its bias: cosine and relative norm between what it delivers and the plain mean.
 
     Metrics besides the link's: ``bias/cosine`` and ``bias/norm`` (1 and 1: no bias). The plain updates travel too, in
     simulation, so a round takes a second accumulator of the parameters' size.

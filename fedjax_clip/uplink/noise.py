@@ -1,4 +1,4 @@
-"""Noise in proportion to the bound that the clip in front of it guarantees: differential privacy."""
+"""Gaussian noise for differential privacy, scaled to the bound of the clip in front of it."""
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ def gaussian(
 
 
 def local_gaussian(noise_multiplier: float | Array) -> Uplink:
-    """Each client adds Gaussian noise of its own before it sends: ``u + N(0, (z C)^2)``, for a server not trusted.
+    """Each client adds its own Gaussian noise before it sends: ``u + N(0, (z C)^2)``, for an untrusted server.
 
     C is the bound of the clip before it. Guarantee: one message is a Gaussian mechanism of noise multiplier z / 2 for
     any change of the client's data (two updates of norm C lie 2 C apart), whoever reads it. The mean of n messages

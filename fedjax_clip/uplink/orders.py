@@ -1,4 +1,4 @@
-"""Which links may follow which, and which mean may follow them: what is said of those that break a promise."""
+"""Which links and reducers may follow which links, and the errors for those that break a promise."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,13 @@ from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.uplink.promises import Noise, Promises, Wire, last_bound
 
 NO_BOUND = (
-    "Noise needs a finite bound to be in proportion to: put a clip, such as clip_by_global_norm(1.0), in front of it, "
-    "and nothing between them that may make an update larger. Error feedback behind a clip may: put the clip inside of "
-    "it, error_feedback(clip_by_global_norm(1.0), top_k(0.01))."
+    "Noise needs a finite bound for its scale: put a clip, such as clip_by_global_norm(1.0), in front of it, and "
+    "nothing between them that may enlarge an update. Error feedback behind a clip may enlarge it: put the clip "
+    "inside of it, as error_feedback(clip_by_global_norm(1.0), top_k(0.01))."
 )
 NEEDS_MODULAR_SUM = (
-    "The uplink ends on an integer grid, and only a modular sum adds such messages (no weighted mean, no median): "
-    "make modular_sum the reducer, or take the grid out of the uplink."
+    "The uplink ends on an integer grid, whose messages only a modular sum adds (no weighted mean, no median): make "
+    "modular_sum the reducer, or take the grid out of the uplink."
 )
 
 
@@ -29,45 +29,45 @@ def check_chain(links: Sequence[Promises]) -> None:
     trusts = next((link.trusts for link in links if link.trusts), "")
     if trusts and any(link.noise in (Noise.CLIENT, Noise.SHARES) or link.grid for link in links):
         raise InvalidInput(
-            f"Clients tell the server {trusts}'s bits without noise, which the server adds, and the noise or the masks "
-            "on their messages protect them from that server: put clip_by_global_norm in its place."
+            f"{trusts} sends the server bits without noise, while the noise or the masks on the messages assume an "
+            "untrusted server: put clip_by_global_norm in its place."
         )
     if sum(link.noise is Noise.SERVER for link in links) > 1:
-        raise InvalidInput("Two links add the server's noise, and only their sum is seen: keep one, the last.")
+        raise InvalidInput("Two links add the server's noise, which is released as one sum: keep one, the last.")
     moves = next((link.moves for link in links if link.moves), "")
     if moves and any(link.mechanism for link in links):
         raise InvalidInput(
-            f"{moves}'s bound moves from round to round, and noise that is correlated over rounds is in proportion to "
-            "one that does not: put clip_by_global_norm in its place, or give the noise no mechanism."
+            f"{moves}'s bound changes from round to round, and correlated noise needs a constant bound: put "
+            "clip_by_global_norm in its place, or give the noise no mechanism."
         )
     if trusts and any(link.mechanism for link in links):
         raise InvalidInput(
-            f"{trusts}'s noise is drawn anew in each round, and beside a mechanism all noise is accounted for as if it "
-            f"followed that: take {trusts} out, or give the noise no mechanism."
+            f"{trusts} draws fresh noise in each round, while all noise beside a mechanism is accounted for as "
+            f"correlated: take {trusts} out, or give the noise no mechanism."
         )
     if any(link.grid for link in links) and any(link.noise for link in links if not link.grid):
         raise InvalidInput(
-            "Noise beside an integer grid: let the clients add theirs on it, by discrete_gaussian(z) or skellam(z) as "
-            "the last link in place of the grid and the other noise."
+            "Noise beside an integer grid would not be on the grid: end the uplink on discrete_gaussian(z) or "
+            "skellam(z) in place of the grid and the other noise."
         )
     if any(link.grid for link in links[:-1]):
         raise InvalidInput(
-            "A link behind the integer grid would work on integers that stand for an update (a clip, a compression or "
-            "a second grid has no meaning there): move integer_grid, discrete_gaussian or skellam to the chain's end."
+            "A link behind the integer grid (a clip, a compressor, a second grid) would receive points of the grid, "
+            "not an update: move integer_grid, discrete_gaussian or skellam to the chain's end."
         )
     for position, link in enumerate(links):
         if link.needs_bound and last_bound(links[:position]) is None:
             raise InvalidInput(NO_BOUND)
         if link.noise is Noise.SERVER and links[position + 1 :]:
             raise InvalidInput(
-                "A link behind the server's noise would work on whole steps of its lattice, which stand for an update: "
-                "move the noise last."
+                "A link behind the server's noise would receive steps of its lattice, not an update: move the noise "
+                "last."
             )
     changing = [link for link in links if link.wire is not Wire.KEEPS]
     if any(link.wire in (Wire.PACKS, Wire.SUMS) for link in changing[:-1]):
         raise InvalidInput(
-            "A link behind the compressor would change what was packed, and other bytes would travel: move the "
-            "compressor last (only noise of the server may follow), and a clip in front of it, or inside of its "
+            "A link behind the compressor would change what was packed, so other bytes would travel: move the "
+            "compressor last (only the server's noise may follow), and a clip in front of it, or inside of its "
             "error_feedback."
         )
 
@@ -87,7 +87,7 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
         raise InvalidInput(NO_BOUND)
     if promises.wire is Wire.SUMS and not reducer.linear:
         raise InvalidInput(
-            "The uplink sends sketches, which mean something in a sum only: make weighted_mean, uniform_mean "
+            "The uplink sends sketches, which only a linear reducer adds: make weighted_mean, uniform_mean "
             "or fixed_mean the reducer."
         )
     if promises.grid is None and reducer.threshold is not None:
@@ -110,13 +110,13 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
         )
     if promises.noise is Noise.CLIENT and reducer.weighted:
         raise InvalidInput(
-            "A weighted mean needs each client's number of examples, which clients tell the server without the noise "
-            "that is to protect them from it: make uniform_mean the reducer."
+            "A weighted mean needs each client's number of examples, which would reach the server without noise: make "
+            "uniform_mean the reducer."
         )
     if reducer.forges and promises.noise in (Noise.SERVER, Noise.SHARES):
         raise InvalidInput(
-            f"{reducer.forges} replaces messages behind the clip by what depends on other clients', so the noise is in "
-            "proportion to no bound: study attacks without noise, or put the attack in front of the clip as a link."
+            f"{reducer.forges} replaces messages behind the clip by functions of other clients' messages, so no bound "
+            "holds for the noise: study attacks without noise, or put the attack in front of the clip as a link."
         )
     if promises.noise is Noise.SERVER and reducer.denominator is None:
         raise InvalidInput(
@@ -124,6 +124,6 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
         )
     if promises.noise is Noise.SERVER and (reducer.hides or not reducer.linear):
         raise InvalidInput(
-            "The server's noise is in proportion to what one client moves an exact sum, and this reducer makes no such "
-            "sum of the messages as they were sent: make fixed_mean the reducer."
+            "The server's noise is scaled to one client's part in an exact sum, which this reducer does not compute: "
+            "make fixed_mean the reducer."
         )

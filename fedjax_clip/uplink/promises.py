@@ -1,4 +1,4 @@
-"""What a link promises of the messages that leave it, and what a chain of links promises."""
+"""The promises of a link on the messages that leave it, and of a chain of links."""
 
 import dataclasses
 import enum
@@ -12,7 +12,7 @@ from fedjax_clip.uplink.mechanism import Mechanism
 
 
 class Noise(enum.Enum):
-    """Who adds noise, and so who sees a message without it.
+    """Who adds the noise, and therefore who sees messages without it.
 
     Example:
       >>> fc.uplink.local_gaussian(1.0).promises.noise
@@ -25,7 +25,7 @@ class Noise(enum.Enum):
 
 
 class Wire(enum.Enum):
-    """What a link does to the message on its way.
+    """What a link does to a message on the wire.
 
     Attributes:
       KEEPS: nothing; what the link does, it does at the server.
@@ -46,7 +46,7 @@ class Wire(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Promises:
-    """What holds of every message that leaves a link. Accounting, reducers and other links rely on it.
+    """What holds for every message that leaves a link. Accounting, reducers and other links rely on it.
 
     A link that wraps another one takes over the other's promises (``link._replace(encode=...)``), or weakens them by
     ``dataclasses.replace``. ``joined`` makes the promises of a chain. The defaults promise nothing.
@@ -134,8 +134,8 @@ def beside(parts: Sequence[Promises]) -> Promises:
         return dataclasses.replace(parts[0], bound=bound)
     if len({p.noise for p in parts}) > 1 or len({id(p.mechanism) for p in parts}) > 1:
         raise InvalidInput(
-            "A message of several parts has noise on one and not on another, or other mechanisms: end each part's link "
-            "on the same kind of noise, such as gaussian(1.0)."
+            "The parts of a message must all have noise of one kind and one mechanism, and these do not: end each "
+            "part's link on the same kind of noise, such as gaussian(1.0)."
         )
     if any(p.grid for p in parts):
         raise InvalidInput("Only one part of a message can be on an integer grid: take fedavg or fedsgd.")

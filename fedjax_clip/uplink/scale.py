@@ -1,4 +1,4 @@
-"""Coordinates on a common scale before a clip and noise: scale, then privatise."""
+"""Scale-then-privatise: coordinates on a common scale before a clip and noise."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from fedjax_clip.uplink.base import Uplink, nothing
 
 
 def preconditioned(decay: float | Array = 0.99, eps: float | Array = 1e-3) -> Uplink:
-    """Clients divide each coordinate by what it usually is, and the server multiplies it back: ``s u``, ``mean / s``.
+    """Clients scale each coordinate by ``s`` from its usual size, and the server scales back: ``s u``, ``mean / s``.
 
     ``s_t = 1 / (sqrt(v_t) + eps)``, with ``v <- decay v + (1 - decay) (mean / s)^2`` at the server, beginning at 0. In
     front of a clip and noise it is scale-then-privatise: the clip measures, and the noise is added, on the scale of an

@@ -283,7 +283,10 @@ def test_mixed_precision_keeps_parameters_and_gradients_in_float32():
         ),
         (lambda: train(population(), evaluate=lambda params: {"a": "b"}), "one number for each name, not {'a': 'b'}"),
         (lambda: train(population(), on_round=3), "on_round must be a function of a row"),
-        (lambda: train(population(), checkpoints="here"), "checkpoints must be fc.extend.Checkpoints(directory)"),
+        (
+            lambda: train(population(), checkpoints=3),
+            "checkpoints must be a directory, or fc.extend.Checkpoints(directory)",
+        ),
         (
             lambda: fc.sweep(3, {"lr": [0.1]}, population(), parameters(), softmax_loss, rounds=1),
             "build must be a function",

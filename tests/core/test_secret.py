@@ -251,7 +251,7 @@ def algorithm(noise=8.0, kind="gaussian"):
 
 
 def train(noise=8.0, rounds=1, kind="gaussian", **options):
-    options = {"sampler": fc.data.sampling.poisson(N), "seed": 40_000} | options
+    options = {"sampler": fc.data.sampling.poisson(N), "seed": 4_000} | options
     return fc.train(algorithm(noise, kind), data(), START, rounds=rounds, **options)
 
 
@@ -288,15 +288,15 @@ def recovered(published, public_seed, guesses, ways=("public", "known")):
 
 def test_noise_is_recovered_by_a_search_of_seeds_and_not_from_a_secret():
     """F1 of 7d26893: a run's noise is a function of a seed of 32 bits, and clipped updates are much smaller."""
-    guesses = np.arange(2**16)
-    ((_, guess, left),) = recovered(train().params["w"], 40_000, guesses, ["public"])  # the old way: no secret
-    assert guess == 40_000
+    guesses = np.arange(2**13)
+    ((_, guess, left),) = recovered(train().params["w"], 4_000, guesses, ["public"])  # the old way: no secret
+    assert guess == 4_000
     np.testing.assert_allclose(left, train(noise=0.0).params["w"], atol=1e-5)
-    known = Secret.of_seed(54_321)  # what --private_seed makes, and is said not to be private
-    ((_, guess, left),) = recovered(train(secret=known).params["w"], 40_000, guesses, ["known"])
-    assert guess == 54_321
+    known = Secret.of_seed(7_654)  # what --private_seed makes, and is said not to be private
+    ((_, guess, left),) = recovered(train(secret=known).params["w"], 4_000, guesses, ["known"])
+    assert guess == 7_654
     np.testing.assert_allclose(left, train(noise=0.0, secret=known).params["w"], atol=1e-5)
-    assert recovered(train(secret=Secret.fresh()).params["w"], 40_000, guesses) == []
+    assert recovered(train(secret=Secret.fresh()).params["w"], 4_000, guesses) == []
 
 
 def test_what_all_share_stays_public_and_all_else_is_secret():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fedjax_clip as fc
-from experiments.config import components, registry, rundir
+from experiments.config import algorithms, components, rundir
 
 MODULE = '''
 """What a researcher writes: an algorithm, a clip, a link, a reducer, a compressor, a sampler, a schedule, a task."""
@@ -253,6 +253,6 @@ def test_arguments_that_a_binary_knows_are_no_flags_and_reach_the_function():
 
 
 def test_partially_private_takes_any_algorithm():
-    assert isinstance(registry.ALGORITHMS["partially_private"]("b"), registry.Maker)
+    assert isinstance(algorithms.ALGORITHMS["partially_private"]("b"), algorithms.Maker)
     with pytest.raises(fc.InvalidInput, match="an algorithm, such as scaffold"):
-        registry.ALGORITHMS["partially_private"]("b", 3)
+        algorithms.ALGORITHMS["partially_private"]("b", 3)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from unittest import mock
 
 import generated
@@ -95,7 +96,7 @@ def bad_files(tmp_path):
         ),
         "clients twice over": (
             saved(tmp_path / "j.npz", x=x, y=y, h=y)[:-1] + ", by='h', num_clients=3)",
-            "clients of their own",
+            "name their own clients",
         ),
         "a run directory under a file": (f"--workdir={tmp_path / 'file' / 'run'}", "cannot be written"),
         "a run directory of something else": (f"--workdir={other}", "holds files but no run"),
@@ -257,7 +258,8 @@ def test_bad_files_are_one_sentence_and_exit_code_2(cli, tmp_path):
         assert_refused(cli(flag, *quick), tmp_path, before, words)
 
 
-def test_a_run_leaves_what_the_readme_says_and_the_same_command_adds_nothing(cli, tmp_path):
+def test_a_run_leaves_what_the_readme_says_and_the_same_command_adds_nothing(cli, tmp_path, unrendered, monkeypatch):
+    monkeypatch.setattr(rundir, "save_picture", unrendered)
     code, out, err = cli(*QUICK, "--workdir=here")
     assert code == 0
     assert "held-out examples" in out
@@ -268,6 +270,7 @@ def test_a_run_leaves_what_the_readme_says_and_the_same_command_adds_nothing(cli
         *("checkpoints", "clients.npz", "config.json", "clipping.png", "curves.png", "metrics.jsonl", "params.npz"),
         *("report.html", "tensorboard"),
     }
+    assert all((here / name).stat().st_size > 10_000 for name in ("clipping.png", "curves.png"))
     rows = [json.loads(line) for line in (here / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3]
     assert "eval/examples/loss" in rows[-1]
@@ -630,26 +633,30 @@ def test_a_tfds_data_set_with_natural_clients_trains_without_a_network(cli, tmp_
     assert "held-out clients" in out
 
 
-def test_killed_three_times_it_ends_with_the_same_bits(kills, tmp_path):
-    kills.finish(tmp_path / "undisturbed")
-    rng = random.Random(0)
-    for _ in range(3):
-        kills.kill(tmp_path / "killed", rng)
-    kills.finish(tmp_path / "killed")
+ALONE = "--devices=1"  # as in this process
+
+
+def test_killed_twice_it_ends_with_the_same_bits(kills, cli, tmp_path):
+    assert cli(*kills.FLAGS, ALONE, f"--workdir={tmp_path / 'undisturbed'}")[0] == 0
+    rng = random.Random(1)  # which kills after 5 rows and after 29
+    for _ in range(2):
+        kills.kill(tmp_path / "killed", rng, ALONE)
+    kills.finish(tmp_path / "killed", ALONE)
     assert kills.outcome(tmp_path / "killed") == kills.outcome(tmp_path / "undisturbed")
 
 
-def test_control_c_saves_and_says_how_to_go_on(kills, tmp_path):
-    process = kills.start(tmp_path / "run")
+def test_control_c_saves_and_says_how_to_go_on(kills, cli, tmp_path):
+    process = kills.start(tmp_path / "run", ALONE)
     while kills.count_rows(tmp_path / "run") < 3:
         assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     if process.returncode != 0:  # 0 if it was done before the signal came
         assert process.returncode == 128 + signal.SIGINT
         assert "the same command goes on from there" in out
         assert "Traceback" not in err
-    kills.finish(tmp_path / "run")
+    assert cli(*kills.FLAGS, ALONE, f"--workdir={tmp_path / 'run'}")[0] == 0
     assert [row["round"] for row in kills.outcome(tmp_path / "run")[1]] == list(range(1, kills.ROUNDS + 1))
 
 

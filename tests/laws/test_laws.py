@@ -12,7 +12,7 @@ import fedjax_clip as fc
 from fedjax_clip.core.metrics import check_names
 
 # One worker for each entry, where there are several: its laws share compiled rounds.
-pytestmark = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ENTRIES])
+pytestmark = pytest.mark.parametrize("name", [pytest.param(n, id=f"@{n}") for n in ENTRIES])
 
 
 @pytest.fixture

@@ -362,6 +362,13 @@ def orders():
                     continue
 
 
+@pytest.fixture
+def one_sampler(monkeypatch):
+    """All chains draw their noise by one compiled program."""
+    monkeypatch.setattr(uplink.lattice, "noise", jax.jit(uplink.lattice.noise))
+
+
+@pytest.mark.usefixtures("one_sampler")
 def test_a_round_of_nobody_looks_like_any_other_whatever_the_order_of_links():
     """Under noise every coordinate of the update moves, in rounds with somebody and in rounds with nobody."""
     params = {"w": jnp.ones(5), "b": jnp.ones(3)}
@@ -378,6 +385,7 @@ def test_a_round_of_nobody_looks_like_any_other_whatever_the_order_of_links():
     assert seen > 30
 
 
+@pytest.mark.usefixtures("one_sampler")
 def test_what_clients_report_beside_their_messages_moves_nothing_that_is_kept_or_sent():
     """Under the server's noise, but for bits and squares that are noised themselves; nor does how many came."""
     params, key, seen = {"w": jnp.ones(5), "b": jnp.ones(3)}, jax.random.key(7), 0

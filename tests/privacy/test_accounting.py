@@ -226,7 +226,7 @@ def test_without_noise_nothing_is_private():
 @pytest.mark.parametrize(
     ("algorithm", "sentence"),
     [
-        (fedavg(CLIP, uplink.gaussian(1.0))._replace(parts=None), "Nothing is known"),
+        (fedavg(CLIP, uplink.gaussian(1.0))._replace(parts=None), "is not known"),
         (fedavg(CLIP, uplink.local_gaussian(1.0)), r"epsilon\(z / 2"),
         (fedavg(CLIP, uplink.gaussian(1.0, noise_cohort=1000)), "larger deployment"),
         (
@@ -255,10 +255,10 @@ def test_weights_that_a_private_gradient_would_ignore_are_refused():
     assert np.all(privacy.record_epsilons(4.0, alike, *about) > 0)
     weighted = fc.FederatedData(arrays, [0, 2, 4], weights=np.array([1.0, 2.0, 1.0, 1.0]))
     for solve in (privacy.record_epsilons, privacy.record_noise_multiplier):
-        with pytest.raises(fc.InvalidInput, match="private_gradient counts all alike"):
+        with pytest.raises(fc.InvalidInput, match="private_gradient counts all equally"):
             solve(4.0, weighted, *about)
     algorithm = fc.fedavg(
         lambda params, batch, key: batch["x"] @ params, optax.sgd(0.1), gradient=fc.local.private_gradient(1, 1)
     )
-    with pytest.raises(fc.InvalidInput, match="private_gradient counts all alike"):
+    with pytest.raises(fc.InvalidInput, match="private_gradient counts all equally"):
         fc.train(algorithm, weighted, np.zeros(2, np.float32), rounds=1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fedjax_clip as fc
-from experiments.bench import audited, mutants
+from experiments.auditing import cases, mutants
 from fedjax_clip.privacy import canaries, scores
 
 QUICK = {"replays": 2000, "confidence": 0.999}  # the seed is fixed: it is right for good, or wrong for good
@@ -18,7 +18,7 @@ QUICK = {"replays": 2000, "confidence": 0.999}  # the seed is fixed: it is right
 
 @pytest.mark.parametrize("name", ["gaussian, in turn", "memory of a clip"])
 def test_what_is_right_stays_under_its_epsilon(name):
-    found = audited.right()[name]().audit(**QUICK)
+    found = cases.right()[name]().audit(**QUICK)
     assert not found.broken
     assert 0 < found.audited < found.accounted  # and the attack is not idle
 
@@ -198,7 +198,10 @@ GIVEN = {"num_clients": 4, "delta": 1e-3}
             ),
             "Only built-in algorithms",
         ),
-        (lambda: fc.privacy.audit(build(*NOISY), fc.data.sampling.by_size(2), **GIVEN), "sampler's choice"),
+        (
+            lambda: fc.privacy.audit(build(*NOISY), fc.data.sampling.by_size(2), **GIVEN),
+            "amplification by this sampler",
+        ),
     ],
 )
 def test_what_cannot_be_audited_is_refused(call, sentence):

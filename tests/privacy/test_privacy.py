@@ -131,7 +131,7 @@ def fedavg(**kwargs):
         (lambda: fedavg(uplink=NOISE, reducer=FIXED), "put a clip"),
         (lambda: fedavg(uplink=uplink.local_gaussian(1.0)), "put a clip"),
         (lambda: uplink.chain(NOISE, CLIP), "put a clip"),
-        (lambda: uplink.chain(CLIP, uplink.relative_to_last(), NOISE), "nothing between them that may make"),
+        (lambda: uplink.chain(CLIP, uplink.relative_to_last(), NOISE), "nothing between them that may enlarge"),
         (lambda: uplink.chain(uplink.at_client(optax.clip(1.0)), NOISE), "put a clip"),
         (lambda: uplink.chain(uplink.memory(fc.uplink.compress(fc.compression.top_k(0.5))), NOISE), "put a clip"),
         (lambda: uplink.chain(CLIP, NOISE, uplink.relative_to_last()), "move the noise last"),

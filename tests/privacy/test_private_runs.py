@@ -291,14 +291,15 @@ def test_killed_while_it_ends_it_is_resumable_or_complete(cli, kills, tmp_path, 
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits_and_without_its_key(kills, tmp_path):
-    flags, content, rng = kills.PRIVATE, os.urandom(32), random.Random(0)
+def test_killed_at_random_moments_it_ends_with_the_same_bits_and_without_its_key(kills, cli, tmp_path):
+    flags, content, rng = (*kills.PRIVATE, "--devices=1"), os.urandom(32), random.Random(4)  # after 7 rows
     for name in ("killed", "undisturbed"):
         kills.give_key(tmp_path / name, content)
     kills.kill(tmp_path / "killed", rng, *flags)
     assert leaks(tmp_path / "killed", content)[0] == []
+    kills.finish(tmp_path / "killed", *flags)
+    assert cli(*kills.FLAGS, *flags, f"--workdir={tmp_path / 'undisturbed'}")[0] == 0
     for name in ("killed", "undisturbed"):
-        kills.finish(tmp_path / name, *flags)
         assert not (tmp_path / name / rundir.KEY).exists()
         assert not (tmp_path / name / "checkpoints").exists()
         assert leaks(tmp_path / name, content)[0] == []

@@ -106,7 +106,7 @@ def test_every_round_of_ckks_has_a_fresh_key():
             drawn.append((n, self._context.secret_key().data.data()[0]))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fc.secure, "Ckks", Watched)
+        patch.setattr("fedjax_clip.secure.ckks.Ckks", Watched)
         came = jnp.array([1.0, 1.0, 0.0, 0.0])
         messages = jnp.asarray([[0.5], [0.25], [0.0], [0.0]])
         for present, weights, mean in (

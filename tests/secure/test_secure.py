@@ -469,12 +469,16 @@ def test_sampling_in_the_servers_sight_only_spares_rounds():
     assert fc.privacy.epsilon(curve, fc.data.sampling.uniform(8), 8, 10, 1e-3) > spent
 
 
-@pytest.mark.parametrize(("module", "package"), [("secure", "cryptography"), ("homomorphic", "tenseal")])
-def test_a_missing_package_is_named(module, package, monkeypatch):
-    for name in [m for m in sys.modules if m.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
+@pytest.mark.parametrize(
+    ("module", "package", "name"),
+    [("fedjax_clip.secure", "cryptography", "secure"), ("fedjax_clip.secure.ckks", "tenseal", "ckks_mean")],
+)
+def test_a_missing_package_is_named(module, package, name, monkeypatch):
+    for imported in [m for m in sys.modules if m.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, imported)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"fedjax_clip.{module}", raising=False)
-    monkeypatch.delattr(fc, module, raising=False)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    parent = fc if name == "secure" else fc.secure
+    monkeypatch.delattr(parent, module.rpartition(".")[2], raising=False)
     with pytest.raises(fc.InvalidInput, match=rf"needs {package}: pip install 'fedjax_clip\[secure\]'"):
-        getattr(fc, module)
+        getattr(parent, name)

@@ -158,7 +158,7 @@ BAD = {
     "age:0:nan": "bounds: a bound of 'age' must be a number between",
     "sex:f,f": "bounds: 'sex' needs two numbers",
     "": "bounds: they are empty",
-    "age:0:120": "bounds: they say nothing of the target 'died': add 'died:no,yes'",
+    "age:0:120": "bounds: the target 'died' is missing: add 'died:no,yes'",
     "died:no,yes": "bounds: they name no column but 'died'",
     "age:0:120;died:no,yes,maybe": "the target 'died' has 3 words",
     "agee:0:120;died:no,yes": "no column 'agee'; there is 'age'",

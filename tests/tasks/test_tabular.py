@@ -91,7 +91,7 @@ def test_private_factors_beat_the_biases_where_tastes_differ():
     result = fit(task, tx, 60, with_private("user"), server_tx=optax.adam(0.05))
     row = result.history[-1]
     assert row["eval/examples/rmse"] < 0.6 < 0.9 < row["eval/examples/rmse_of_biases"]
-    assert result.state.clients.own["params"]["user"].shape == (60, 2)
+    assert result.state.clients.private["params"]["user"].shape == (60, 2)
     assert np.all(result.params["params"]["user"] == 0)
 
 

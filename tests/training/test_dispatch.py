@@ -179,7 +179,7 @@ def test_a_model_of_slow_convolutions_is_warned_of():
 @pytest.mark.parametrize(
     ("name", "width"),  # where the laws run, too, which have compiled the round
     [
-        pytest.param(name, width, marks=pytest.mark.xdist_group(name))
+        pytest.param(name, width, id=f"{width}-@{name}")
         for name, width in [*((name, 1) for name in ENTRIES), ("fedavg", 2), ("scaffold", 2)]
     ],
 )

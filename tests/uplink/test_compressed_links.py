@@ -1,9 +1,6 @@
 """Links and algorithms made of compressors: memories, sketches, the way down, and what is refused."""
 
-import functools
 import math
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +10,6 @@ import pytest
 from problems import Run, assert_close, assert_identical, clipped_sgd, parameters, population, softmax_loss
 
 import fedjax_clip as fc
-from experiments.bench import comm as commbench
 from fedjax_clip import compression as c
 from fedjax_clip import uplink
 from fedjax_clip.core.types import InvalidInput
@@ -165,9 +161,9 @@ CLIP, NOISE, SGD = uplink.clip_by_global_norm(1.0), uplink.gaussian(1.0), optax.
         (lambda: uplink.chain(uplink.compress(c.sign()), uplink.compress(c.sign())), "move the compressor last"),
         (lambda: uplink.chain(uplink.count_sketch(), CLIP), "move the compressor last"),
         (lambda: uplink.chain(CLIP, uplink.compress(c.sign()), uplink.local_gaussian(1.0)), "move the compressor last"),
-        (lambda: uplink.chain(CLIP, uplink.compress(c.qsgd(4)), NOISE), "nothing between them that may make"),
+        (lambda: uplink.chain(CLIP, uplink.compress(c.qsgd(4)), NOISE), "nothing between them that may enlarge"),
         (lambda: uplink.chain(CLIP, uplink.error_feedback(c.sign()), NOISE), "put the clip inside of it"),
-        (lambda: uplink.chain(CLIP, uplink.count_sketch(), NOISE), "nothing between them that may make"),
+        (lambda: uplink.chain(CLIP, uplink.count_sketch(), NOISE), "nothing between them that may enlarge"),
         (lambda: uplink.chain(CLIP, NOISE, uplink.compress(c.qsgd(4))), "move the noise last"),
         (lambda: uplink.error_feedback(uplink.count_sketch()), "sketches belong behind it"),
         (lambda: uplink.error_feedback(CLIP, NOISE), "noise and sketches"),
@@ -176,7 +172,7 @@ CLIP, NOISE, SGD = uplink.clip_by_global_norm(1.0), uplink.gaussian(1.0), optax.
             "46 values .* lose 8.2 times .* unbiased=False",
         ),
         (lambda: fc.compressed_broadcast(fc.fedavg(softmax_loss, SGD), c.terngrad()).init(UPDATE), "lose 6.78 times"),
-        (lambda: uplink.error_feedback(), "needs what loses something"),
+        (lambda: uplink.error_feedback(), "needs a link that loses something"),
         (lambda: uplink.error_feedback(3), "must be compressors or links"),
         (lambda: uplink.memory(uplink.count_sketch()), "sketches belong behind it"),
         (lambda: uplink.memory(uplink.power_sgd(1)).init_client(UPDATE), "a link that keeps nothing"),
@@ -187,7 +183,7 @@ CLIP, NOISE, SGD = uplink.clip_by_global_norm(1.0), uplink.gaussian(1.0), optax.
             lambda: fc.fedavg(
                 softmax_loss, clipped_sgd, uplink=uplink.count_sketch(), reducer=fc.reduce.centered_mean(1.0)
             ),
-            "in a sum only: make weighted_mean",
+            "only a linear reducer adds: make weighted_mean",
         ),
         (lambda: c.top_k(0.1, c.top_k(3)), "cannot stand inside of another"),
         (lambda: c.top_k(0.1, CLIP), "must be a compressor"),
@@ -249,39 +245,3 @@ def test_pruning_follows_its_schedule():
         assert_close(jax.flatten_util.ravel_pytree(params)[0], expected, atol=1e-6)
     with pytest.raises(InvalidInput, match="end of the server's optimiser"):
         tx.update(params, state)
-
-
-def test_the_benchmark_goes_on_where_it_was_and_its_report_has_all_entries(tmp_path, capsys):
-    texts = [text for texts in commbench.FAMILIES.values() for text in texts]
-    assert len(set(texts)) == len(texts)
-    for text in texts:
-        assert isinstance(commbench.build(softmax_loss, text, 0.1), fc.extend.Algorithm), text
-    run = functools.partial(commbench.bench, ["three_numbers"], ["none", "floats"], 2, tmp_path, quick=True)
-    assert run(should_stop=lambda: True) == 0
-    assert run() == 2
-    assert run() == 0
-    report = (tmp_path / "report.md").read_text()
-    assert "| `floats(16)` |" in report
-    assert "Fewest bytes up" in report
-    assert "| 2 | 0 | 4 |" in report  # one number is always the same symbol of its own
-    assert (tmp_path / "three_numbers.png").exists()
-    with pytest.raises(InvalidInput, match="did you mean 'top_k'"):
-        commbench.bench(["three_numbers"], ["topk"], 2, tmp_path)
-
-
-def test_the_advice_quotes_the_report():
-    """```entry` accuracy in N bytes`` and the table's rows in docs/compression.md are of docs/commbench/report.md."""
-    docs = pathlib.Path(__file__).parents[2] / "docs"
-    text = " ".join((docs / "compression.md").read_text().split())
-    text = text[text.index("## Which one") : text.index("Sources stand in")]
-    found: dict[str, list[list[str]]] = {}
-    for line in (docs / "commbench" / "report.md").read_text().splitlines():
-        if line.startswith("| `"):
-            cells = [cell.strip() for cell in line.split("|")[1:-1]]
-            found.setdefault(cells[0].strip("`"), []).append([cells[1].split()[0], cells[6], cells[8]])
-    quoted = re.findall(r"`([^`]+)` (0\.\d{4})(?: in ([\d,]+) bytes)?", text)
-    rows = re.findall(r"\| `([^`]+)`[^|]* \| ([\d,]+) \| (0\.\d{4}) \|", text)
-    quoted += [(entry, accuracy, size) for entry, size, accuracy in rows]
-    assert len(quoted) > 25
-    for entry, accuracy, size in quoted:
-        assert any(accuracy == row[0] and size in ("", *row[1:]) for row in found[entry]), (entry, accuracy, size)

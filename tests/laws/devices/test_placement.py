@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, one_round, parameters
 
 import fedjax_clip as fc
@@ -15,18 +15,19 @@ from fedjax_clip.core.secret import Secret
 from fedjax_clip.training.dispatch import scatter
 from fedjax_clip.training.placement import AXIS, pmap_rounds, replicate, split
 
-FEW = ["fedavg", "fedavg, stateful link", "fedadam"]
+FEW = ["fedavg", "fedavg, stateful link", "fedadam, clipped update"]
 
 
-@pytest.mark.parametrize(("name", "devices"), [*((n, 8) for n in ENTRIES), *((n, d) for n in FEW for d in (1, 2))])
+@pytest.mark.parametrize(
+    ("name", "devices"), [*((n, 8) for n in ENTRIES), *((n, 2) for n in FEW), ("fedavg, stateful link", 1)]
+)
 def test_pmap_is_jit(name, devices):
     run = entry(name)
     step = run.pmapped(jax.local_devices()[:devices])
     assert_close(run.rounds(parameters(), COHORTS, step, devices), run.rounds(parameters(), COHORTS))
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("name", "devices"), [*((n, 8) for n in FEW), *(("fedavg, stateful link", d) for d in (1, 2))])
 def test_shard_map_is_jit(name, devices):
     run = entry(name)
     mesh = Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
@@ -40,14 +41,14 @@ def test_shard_map_is_jit(name, devices):
     step = jax.jit(
         jax.shard_map(
             one_device, mesh=mesh, in_specs=(whole, split, whole), out_specs=(whole, split, whole), check_vma=False
-        )
+        ),
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in (whole, split, whole)),  # or the second round compiles
     )
     assert_close(run.rounds(parameters(), COHORTS, step, devices), run.rounds(parameters(), COHORTS))
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedavg, stateful link"])
-def test_replicas_stay_equal_and_the_second_round_does_not_compile(name):
-    run, devices = entry(name), jax.local_devices()
+def test_replicas_stay_equal_and_the_second_round_does_not_compile():
+    run, devices = entry("fedavg, stateful link"), jax.local_devices()
     server, clients = run.start(parameters())
     server = replicate(server, devices)
     chex.clear_trace_counter()
@@ -89,7 +90,7 @@ def test_train_agrees_over_any_number_of_devices(secret):
         )
 
     one = train(1)
-    for devices, width in ((2, 1), (8, 1), (2, 2)):
+    for devices, width in ((8, 1), (2, 2)):
         assert_close(train(devices, clients_per_chunk=width).state[:2], one.state[:2], rtol=1e-4, atol=1e-5)
 
 
@@ -108,7 +109,7 @@ def test_a_start_and_what_is_not_finite_are_the_same_over_devices():
         fc.train(algorithm, data, {"w": np.float32(0)}, rounds=1, devices=jax.local_devices()[:4], non_finite="stop")
 
 
-@pytest.mark.parametrize(("name", "devices"), [("fedavg, dropout", 1), ("fedavg, dropout", 8), ("fedadam", 2)])
+@pytest.mark.parametrize(("name", "devices"), [("fedavg, dropout", 1), ("fedadam, clipped update", 8)])
 def test_many_rounds_a_dispatch_give_the_bits_of_one(name, devices):
     run = entry(name)
 
@@ -125,8 +126,9 @@ def test_many_rounds_a_dispatch_give_the_bits_of_one(name, devices):
         assert without_time[0] == without_time[1]
 
 
-def test_thousands_of_tiny_rounds_do_not_dead_lock():
+def test_hundreds_of_tiny_dispatches_do_not_dead_lock():
     run = entry("fedavg")
-    result = fc.train(run.algorithm, run.data, parameters(), rounds=3000, cohort_size=3, local_steps=1)
-    assert len(result.history) == 3000
+    options = {"rounds_per_dispatch": 4, "cohort_size": 3, "local_steps": 1}
+    result = fc.train(run.algorithm, run.data, parameters(), rounds=1000, **options)
+    assert len(result.history) == 1000
     assert np.isfinite(result.history[-1]["loss"])

@@ -1,4 +1,4 @@
-"""What is audited: how a case is made, or spoiled, and right configurations, none of which an audit may break."""
+"""Cases for the audit: how one is made, how one is spoiled, and right configurations, which must pass."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What defences are compared on, what bad clients do there, and the defences."""
+"""The problems, attacks and defences that the robustness benchmark compares."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,15 +18,15 @@ from fedjax_clip.core.types import Params, PerExampleLoss
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Clients, some of them bad, and what they learn.
+    """Clients, some of them malicious, and what they learn.
 
     Attributes:
-      name: as the report has it.
-      data: of the clients that train, all of them in every round.
+      name: in the report.
+      data: of the clients that train; all take part in every round.
       test: held-out examples.
       root: the server's own examples, for FLTrust.
       loss, start: what is minimised, and ``seed -> params``.
-      bad: numbers of the bad clients.
+      bad: indices of the malicious clients.
       pattern: of the backdoor, arguments of ``fc.attacks.backdoor``.
       client_lr, rounds, work: of the training.
       clips: bounds on the norm of a message, which the server enforces; ``inf``: none.
@@ -54,11 +54,11 @@ class Problem:
 
 
 class Attack(NamedTuple):
-    """What bad clients do to their data, to their messages, and together.
+    """What malicious clients do to their data, to their messages, and together.
 
     Attributes:
       note: what it is, in a line.
-      data: ``problem -> population``, as the bad clients have spoilt it.
+      data: ``problem -> population`` with the malicious clients' data changed.
       link: ``problem -> uplink``, the last of the chain.
       collude: ``(problem, reducer) -> reducer``.
     """

@@ -6,6 +6,7 @@ Faults of clips are planted beside noise that believes them: ``gaussian`` itself
 # ruff: noqa: D103 (a fault's name says what it is; the table has it)
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 
 import fedjax_clip as fc
-from experiments.bench.audited import (
+from experiments.auditing.cases import (
     BOUND,
     IN_TURN,
     POISSON,
@@ -388,24 +389,9 @@ def a_tree_that_forgets_a_node() -> Case:
     return of(clip(), uplink.gaussian(3.0, mechanism=right._replace(next=step)))
 
 
+# Every public function of this file, so that none is left out, by its name with spaces.
 MUTANTS: Mapping[str, Callable[[], Case]] = {
-    case.__name__.replace("_", " "): case
-    for case in (
-        *(no_clip, clip_by_layer, clip_by_value, clip_to_twice_the_bound, momentum_behind_the_clip),
-        *(error_feedback_behind_the_clip, memory_added_again, weights_by_size, mean_over_those_who_came),
-        *(half_the_denominator, a_client_counts_twice, noise_divided_twice, variance_for_standard_deviation),
-        *(a_wrapper_loses_the_noise, noise_on_one_leaf, one_key_for_all_leaves, one_number_for_a_leaf, float16_noise),
-        *(noise_without_tails, uniform_noise, noise_in_proportion_to_the_update),
-        *(noise_in_proportion_to_those_who_came, no_noise_where_nobody_came, noise_from_a_fixed_seed),
-        *(the_same_noise_in_every_round, noise_once_for_two_rounds, noise_in_proportion_to_the_first_bound),
-        *(bits_without_noise, bits_with_a_tenth_of_the_noise, the_number_of_clients_published),
-        *(who_is_dropped_published, exact_norms_published, empty_rounds_that_show, shares_of_half_the_cohort),
-        *(shares_of_every_second_client, local_noise_in_front_of_the_clip, all_clients_draw_the_same_local_noise),
-        *(no_local_noise_on_zeros, variates_without_noise, half_of_the_local_noise, records_clipped_by_batch),
-        *(records_not_clipped, record_noise_divided_twice, in_turn_accounted_as_poisson, twice_the_rate_of_poisson),
-        *(one_sample_for_all_rounds, in_turn_with_a_favourite, replacing_accounted_as_joining),
-        *(half_of_the_rounds_accounted, one_round_accounted, a_tenth_of_the_rate_accounted, delta_of_each_round),
-        *(rho_taken_for_epsilon, bands_that_overlap, correlated_noise_accounted_as_independent),
-        *(a_tree_that_forgets_a_node,),
-    )
+    name.replace("_", " "): fault
+    for name, fault in list(globals().items())
+    if inspect.isfunction(fault) and fault.__module__ == __name__ and not name.startswith("_")
 }

@@ -1,4 +1,4 @@
-"""How benchmarks tune: the same number of trials for every rule, on runs that it is not measured on."""
+"""Tuning: every rule has the same number of trials, on runs that it is not measured on."""
 
 import dataclasses
 import math
@@ -8,16 +8,16 @@ import numpy as np
 import scipy.stats
 
 Point = Mapping[str, float]
-EDGE = 0.05  # of a range's length: a knob that is nearer to an end is said to stand at it
+EDGE = 0.05  # of a range's length: a knob nearer to an end is reported as standing at it
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """From where to where a knob is searched.
+    """The range in which a knob is searched.
 
     Attributes:
       low, high: both ends.
-      log: whether equal ratios are equally far, or equal differences.
+      log: whether the search is uniform in the logarithm.
     """
 
     low: float
@@ -25,7 +25,7 @@ class Range:
     log: bool = True
 
     def at(self, unit: float) -> float:
-        """The value at a place from 0 to 1, in four digits: a report shows the very value that was run."""
+        """The value at a place from 0 to 1, in four digits, so that a report shows exactly what was run."""
         ends = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         value = ends[0] + unit * (ends[1] - ends[0])
         return float(f"{math.exp(value) if self.log else value:.4g}")

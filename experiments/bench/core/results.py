@@ -1,14 +1,14 @@
-"""What benchmarks write and find again: results that survive a kill."""
+"""Results on disk: a killed benchmark loses at most the pair that it was running."""
 
-import difflib
 import json
 import os
-import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from experiments.bench.core.problem import Track
 from experiments.config import rundir
 from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput
@@ -16,18 +16,23 @@ from fedjax_clip.core.types import InvalidInput
 Entry = dict[str, Any]
 
 
-class Named(Protocol):
-    """A track."""
-
-    @property
-    def name(self) -> str: ...
-
-
 class Results:
-    """``results.jsonl``: a line for each entry, on the disk as soon as it is there."""
+    """``results.jsonl``, a line for each entry; an entry is on disk as soon as ``add`` returns.
 
-    def __init__(self, path: pathlib.Path):
-        self.path, self.file = path, path / "results.jsonl"
+    Args:
+      workdir: the directory of the file; made where it is missing.
+
+    Attributes:
+      path, file: the directory and the file.
+      entries: what the file holds.
+
+    Raises:
+      InvalidInput: a directory that cannot be written, or a file of something else.
+    """
+
+    def __init__(self, workdir: files.PathLike):
+        self.path = path = files.expanded(workdir)
+        self.file = path / "results.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
             text = files.regular(self.file).read_text() if self.file.exists() else ""
@@ -39,7 +44,7 @@ class Results:
         except ValueError:
             raise InvalidInput(f"--workdir: {self.file} holds something else than results; choose another.") from None
 
-    def find(self, track: Named, rule: str, config: Mapping[str, Any]) -> Entry | None:
+    def find(self, track: Track, rule: str, config: Mapping[str, Any]) -> Entry | None:
         """The entry of this configuration, if it is there."""
         same = (e for e in reversed(self.entries) if (e["track"], e["rule"], e["config"]) == (track.name, rule, config))
         return next(same, None)
@@ -53,16 +58,11 @@ class Results:
             os.fsync(file.fileno())
         self.entries.append(json.loads(line))
 
-
-def check_names(flag: str, kind: str, names: Sequence[str], valid: Mapping[str, Any]) -> None:
-    """Refuses names that none has, and none at all."""
-    if not names:
-        raise InvalidInput(f"{flag}: give at least one {kind} of {', '.join(valid)}.")
-    for name in names:
-        if name not in valid:
-            close = difflib.get_close_matches(name, valid, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InvalidInput(f"{flag}: unknown {kind} {name!r}{hint} (valid: {', '.join(valid)}).")
+    def publish(self, report: str, pictures: Mapping[str, Figure]) -> None:
+        """Writes ``report.md``, and each picture under its name."""
+        for name, figure in pictures.items():
+            rundir.save_picture(self.path / f"{name}.png", figure)
+        files.write(self.path / "report.md", report)
 
 
 def numbers(values: np.ndarray) -> Any:

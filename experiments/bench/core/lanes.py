@@ -1,4 +1,4 @@
-"""The one compiled program that trains a rule on a track: a lane for each point of its knobs and each run."""
+"""The compiled program that trains a rule on a track, with a lane for each point of its knobs and each run."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedjax_clip as fc
-from experiments.bench.rules import Rule
-from experiments.bench.tracks import Measure, Run, Track
-from experiments.bench.tuning import Point
+from experiments.bench.core.problem import Measure, Run, Track
+from experiments.bench.core.rule import Rule
+from experiments.bench.core.tuning import Point
 from fedjax_clip.core.keys import seeded, threefry
 
 HUGE = 1e6  # an error this large is called divergence
@@ -26,13 +26,13 @@ TRAFFIC = "clients", "bytes_up", "bytes_up_entropy", "bytes_down", "bytes_down_e
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of a rule: arrays ``[points, runs]``, and processors' seconds for compiling and running.
+    """The results of a rule: arrays ``[points, runs]``, and the processor seconds of compiling and running.
 
     Attributes:
       measured: by the measures' names.
-      diverged: whether any update of any round was dropped, as it was not finite, or a measure ended huge.
-      traffic: what a client sent and was sent in a round, in bytes, by the names of the metrics.
-      lanes: how many were trained in those seconds.
+      diverged: whether any update was dropped because it was not finite, or a measure ended over ``HUGE``.
+      traffic: bytes that a client sent and received in a round, by the names of the metrics.
+      lanes: how many lanes were trained in those seconds.
     """
 
     measured: dict[str, np.ndarray]
@@ -48,9 +48,9 @@ class Bank:
     """S runs, planned.
 
     Attributes:
-      arrays: what goes into a run; with an axis of S where runs differ, without it where all are equal: that costs
-        once, and loops whose lengths are the same in all lanes need no masks.
-      axes: the same tree, 0 or ``None``.
+      arrays: the inputs of a run. An array has an axis of S only where runs differ: what is equal is stored once, and
+        a loop whose length is equal in all lanes needs no masks.
+      axes: the same tree, with 0 for an axis of S and ``None`` for none.
       size: S.
     """
 
@@ -64,7 +64,7 @@ class Bank:
 
 
 def plan(track: Track, runs: Sequence[Run], fresh: int = 0) -> Bank:
-    """Plans runs: starts, keys, the cohort of all clients, those of the rounds, and examples that are judged.
+    """Plans runs: their starts, keys, the cohort of all clients, the rounds' cohorts, and the examples judged.
 
     Args:
       track, runs: of the benchmark.

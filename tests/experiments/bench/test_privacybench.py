@@ -11,7 +11,7 @@ import fedjax_clip as fc
 from experiments.bench import privacy as privacybench
 from experiments.bench.mechanisms import MECHANISMS, sampled_by
 
-DOCS = pathlib.Path(__file__).parents[2] / "docs"
+DOCS = pathlib.Path(__file__).parents[3] / "docs"
 REPLAYED = ("gaussian in bins", "bands in bins")  # solved to 1e-2
 
 
@@ -66,7 +66,7 @@ def test_the_page_of_privacy_quotes_the_report():
     rows = {cells[1].strip(): cells for line in report.splitlines() if "±" in line for cells in [line.split("|")]}
     head = next(line for line in report.splitlines() if line.startswith("| mechanism | epsilon is for")).split("|")
     at = {name: head.index(f" ε = {name} ") for name in ("1", "none")}
-    quoted = [line for line in page[page.index("## What privacy costs") :].splitlines() if line.startswith("| `")]
+    quoted = [line for line in page[page.index("## The cost of privacy") :].splitlines() if line.startswith("| `")]
     names = [line.split("`")[1] for line in quoted]
     assert set(names) == set(MECHANISMS) - set(privacybench.SLOW) == set(rows)
     for name, line in zip(names, quoted, strict=True):

@@ -1,4 +1,4 @@
-"""How rules stand on a track: scores, ranks, and what can be told apart."""
+"""How rules compare on a track: scores, intervals and ranks."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from experiments.bench.rules import Rule
-from experiments.bench.tracks import Track
-from experiments.bench.tuning import best
+from experiments.bench.core.problem import Track
+from experiments.bench.core.rule import Rule
+from experiments.bench.core.tuning import best
 
 LEVEL = 0.05
 QUARTERS = 4
@@ -18,10 +18,11 @@ QUARTERS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Standing:
-    """How a rule did on a track: a line of the results, and what is read from it.
+    """A rule's results on a track.
 
     Attributes:
-      track, name, rule, entry: of the line.
+      track, name, rule: the pair.
+      entry: its line of the results.
     """
 
     track: Track
@@ -46,14 +47,14 @@ class Standing:
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """The score as it is shown decides; the cheaper rule is named first among equals."""
+        """Sorts by the score as it is shown; among equal scores the cheaper rule comes first."""
         if self.diverged:
             return (1, self.diverged, 0.0, 0.0, 0.0)
         gradients = self.rule.gradients(self.track.steps)
         return (0, 0, -self.score if self.track.accuracy else self.score, self.traffic("bytes_up"), gradients)
 
     def shown(self, cost: float) -> str:
-        """A cost as what it is of: an accuracy in four decimals, an error in four digits."""
+        """The accuracy of a cost, in four decimals, or the error, in four digits."""
         return f"{1 - cost:.4f}" if self.track.accuracy else f"{math.exp(cost):.4g}"
 
     def value(self) -> str:
@@ -78,9 +79,18 @@ class Standing:
     def against(self, first: "Standing", comparisons: int) -> tuple[float, float, float]:
         """``cost - the first's``, run by run: mean and ends of its interval, corrected for so many comparisons.
 
-        All rules meet the same cohorts, so what a run does to both is not counted.
+        All rules train on the same cohorts, so the effect of a run on both cancels.
         """
         return interval(self.costs - first.costs, LEVEL / max(1, comparisons))
+
+    def compared(self, first: "Standing", comparisons: int) -> str:
+        """The difference of accuracies, or the ratio of errors, to the first, with its corrected interval."""
+        if self is first or self.diverged:
+            return "–"
+        mean, low, high = self.against(first, comparisons)
+        if self.track.accuracy:
+            return f"{-mean:+.4f} [{-high:+.4f}, {-low:+.4f}]"
+        return "×" + "{:.3g} [{:.3g}, {:.3g}]".format(*(math.exp(min(x, 700)) for x in (mean, low, high)))
 
     def equals(self, first: "Standing", comparisons: int) -> bool:
         """Whether that interval holds zero."""
@@ -128,12 +138,13 @@ def interval(values: np.ndarray, level: float = LEVEL) -> tuple[Any, Any, Any]:
     count, centre = values.shape[-1], values.mean(axis=-1)
     if count < 2:
         return centre, centre - math.inf, centre + math.inf
+    # Not t.interval, which is NaN where all values are equal.
     half = scipy.stats.t.ppf(1 - level / 2, count - 1) * values.std(axis=-1, ddof=1) / math.sqrt(count)
     return centre, centre - half, centre + half
 
 
 def ranks(rows: Sequence[Standing]) -> list[str]:
-    """``1, 2=, 2=, 4, –``: equal scores, as they are shown, share a rank; who diverged has none."""
+    """``1, 2=, 2=, 4, –``: scores that are shown equal share a rank; a rule that diverged has none."""
     scores = [
         None if row.diverged else max(row.score, 0 if row.track.accuracy else row.track.resolution) for row in rows
     ]

@@ -1,0 +1,74 @@
+"""What ``--algorithm`` may say: the library's algorithms, with those arguments alone that no binary fills in."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import fedjax_clip as fc
+from experiments.config import outside
+from experiments.config.components import Components, Make, defaulted, read
+from fedjax_clip.core import checks
+from fedjax_clip.core.types import Algorithm
+
+FILLED = ("server_tx", "uplink", "variate_uplink", "reducer", "gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """An algorithm whose own arguments are known: ``(loss, client_tx, server_tx, uplink=...) -> Algorithm``."""
+
+    make: Make
+    own: Mapping[str, Any]
+
+    def takes(self, part: str) -> bool:
+        """Whether the algorithm has this argument."""
+        parameters = inspect.signature(self.make).parameters
+        return part in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def __call__(self, loss: Any, client_tx: Any, server_tx: Any = None, **parts: Any) -> Algorithm:
+        parts |= {"server_tx": server_tx}
+        made = self.make(loss, client_tx, **{name: x for name, x in parts.items() if self.takes(name)}, **self.own)
+        return outside.checked(made, Algorithm, self.make.__name__)
+
+
+def _maker(make: Make) -> Make:
+    """``make`` with nothing but the algorithm's own arguments, by name or in their order."""
+    rest = list(inspect.signature(make).parameters.values())[2:]  # without the loss and the clients' optimiser
+    own = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in rest if p.name not in FILLED and p.kind != p.VAR_KEYWORD]
+    signature = inspect.Signature(sorted(own, key=lambda p: p.default is not p.empty))
+
+    @functools.wraps(make)
+    def build(*args: Any, **kwargs: Any) -> Maker:
+        return Maker(make, signature.bind(*args, **kwargs).arguments)
+
+    build.__signature__ = signature  # type: ignore[attr-defined]
+    return build
+
+
+ALGORITHMS = Components(
+    Maker,
+    {
+        # Left out: what a task asks for by itself, what --downlink says, and what is made of an algorithm.
+        **read(fc, Algorithm, without=("partially_frozen", "compressed_broadcast", "partially_private")),
+        "fedbuff": defaulted(fc.fedbuff, max_staleness=10),
+        "feddyn": defaulted(fc.feddyn, alpha=0.1),
+    },
+    _maker,
+)
+
+
+def _partially_private(private: str, algorithm: Maker | None = None) -> Maker:
+    """Any algorithm, FedAvg by default, for the shared parameters; each client keeps its own private ones."""
+    inner = ALGORITHMS["fedavg"]() if algorithm is None else algorithm
+    checks.kind("algorithm", inner, Maker, "an algorithm, such as scaffold()")
+
+    @functools.wraps(inner.make)
+    def make(*args: Any, **parts: Any) -> Algorithm:
+        return fc.partially_private(inner(*args, **parts), private)
+
+    return Maker(make, {})
+
+
+ALGORITHMS["partially_private"] = _partially_private
