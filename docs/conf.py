@@ -1,7 +1,7 @@
 """The site's settings. The source folder is the repository itself, so a link works here as it does in a clone.
 
-  make docs            build/docs/index.html; the tutorials run with little work
-  make docs FULL=1     the tutorials run whole, as a reader runs them: half an hour
+make docs            build/docs/index.html; the tutorials run with little work
+make docs FULL=1     the tutorials run whole, as a reader runs them: half an hour
 """
 
 import os

@@ -46,7 +46,9 @@ def prompted(block):
         return block
     tree, lines, examples = ast.parse(block), block.splitlines(), []
     for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+        names = (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", None)]
+        )
         if any(importlib.util.find_spec(name.split(".")[0]) is None for name in filter(None, names)):
             return ""
     for node in tree.body:
@@ -124,7 +126,9 @@ def test_arguments_are_listed_as_the_style_has_them():
 
 def test_names_in_the_documentation_exist():
     """``fc.train`` in a page, a notebook or a docstring is a name of the library."""
-    texts = {path: path.read_text() for path in [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "colab").glob("*.py")]}
+    texts = {
+        path: path.read_text() for path in [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "colab").glob("*.py")]
+    }
     texts |= {path: path.read_text() for path in (ROOT / "fedjax_clip").rglob("*.py")}
     unknown = set()
     for path, text in texts.items():
@@ -149,7 +153,11 @@ def test_the_binary_runs_what_the_page_writes(binaries, tmp_path, monkeypatch):
     (tmp_path / "own/my_module.py").write_text("\n\n".join(blocks))
     monkeypatch.syspath_prepend(tmp_path / "own")
     quick = ("--import=my_module", "--task=linear_regression(num_clients=6)", "--rounds=2", "--cohort_size=3")
-    mine = ("--algorithm=my_module.fedexp()", "--client=my_module.clip_to_mean(2.0)|sgd(0.1)", "--uplink=my_module.signs()")
+    mine = (
+        "--algorithm=my_module.fedexp()",
+        "--client=my_module.clip_to_mean(2.0)|sgd(0.1)",
+        "--uplink=my_module.signs()",
+    )
     code, _, err = binaries("run", *quick, *mine, "--workdir=here")
     sys.modules.pop("my_module")
     assert code == 0, err

@@ -189,8 +189,8 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
     Example:
       >>> @remembered
       ... def compiled(function):
-      ...   return jax.jit(lambda *args: function()(*args))
-      >>> compiled(per_example_loss) is compiled(per_example_loss)
+      ...   return jax.jit(lambda *args: function(*args))
+      >>> compiled(per_example_loss).func is compiled(per_example_loss).func
       True
     """
     kept: weakref.WeakKeyDictionary[Callable[..., Any], dict] = weakref.WeakKeyDictionary()
