@@ -59,6 +59,7 @@ for name, url in {"jax": "https://docs.jax.dev/en/latest/", "optax": "https://op
     except OSError:
         print(f"{url} cannot be reached: names of {name} are not links")
 
+maximum_signature_line_length = 100
 html_theme = "sphinx_book_theme"
 html_title = "fedjax_clip"
 html_theme_options = {"home_page_in_toc": True, "show_toc_level": 2, "use_download_button": False}
