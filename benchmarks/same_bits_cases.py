@@ -304,10 +304,16 @@ BENCHES = {  # "private_gradient" and "per_example_gradient" have no flag: priva
     "privacybench": {"mechanisms": "records,scaled", "epsilons": "2,inf", "trials": 2},
     "robust": {"attacks": "ALIE,label flip", "defences": "median,centered"},
 }
+BINARIES = {
+    "clipbench": "bench.clip",
+    "commbench": "bench.comm",
+    "privacybench": "bench.privacy",
+    "robust": "bench.robust",
+}
 
 
 def _line(flags: dict[str, Any]) -> list[str]:
-    if flags["algorithm"] == "fedsgd()":  # which has no local epochs
+    if flags.get("algorithm") == "fedsgd()":  # which has no local epochs
         flags = {**flags, "local_epochs": None}
     return [f"--{name}={value}" for name, value in flags.items() if name != "devices" and value is not None]
 
@@ -357,7 +363,7 @@ CASES: dict[str, dict[str, Any]] = {
         for name, flags in SWEEPS.items()
     },
     **{
-        f"bench/{name}": {"binary": name, "devices": 1, "files": {}, "lines": [["--quick", *_line(flags)]]}
+        f"bench/{name}": {"binary": BINARIES[name], "devices": 1, "files": {}, "lines": [["--quick", *_line(flags)]]}
         for name, flags in BENCHES.items()
     },
 }
