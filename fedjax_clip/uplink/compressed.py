@@ -15,7 +15,8 @@ from fedjax_clip.compression.rotate import unpacked_signs
 from fedjax_clip.core import checks, keys, tree
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
-from fedjax_clip.uplink.base import Message, Uplink, at_server, chain, encoded, nothing, stateless
+from fedjax_clip.uplink.base import Message, Uplink, at_server, encoded, nothing, stateless
+from fedjax_clip.uplink.chains import chain
 from fedjax_clip.uplink.promises import Promises, Wire
 
 
