@@ -107,6 +107,16 @@ def weight_ratio(ratio: float | Array, floor: float = 1e-3) -> Rule:
     return Rule(lambda norms: (), apply, uses_params=True)
 
 
+def _following(init: Callable[[Norms], PyTree], one: Callable[..., tuple[Array, PyTree]]) -> Rule:
+    """A rule that follows each group's norms apart: ``one(norm, *state) -> (threshold, state)``."""
+
+    def apply(norms, state, _):
+        found = {k: one(n, *state[k]) for k, n in norms.items()}
+        return {k: f[0] for k, f in found.items()}, {k: f[1] for k, f in found.items()}
+
+    return Rule(init, apply)
+
+
 def percentile(percent: float | Array, window: int = 1000) -> Rule:
     """The percentile of the last ``window`` norms, the current one included; linear between order statistics.
 
@@ -144,11 +154,7 @@ def percentile(percent: float | Array, window: int = 1000) -> Rule:
         between = jnp.where(high > low, (place - low) * (above - below), 0)
         return jnp.where(count > 0, below + between, jnp.inf), (past, count)
 
-    def apply(norms, state, _):
-        found = {k: one(n, *state[k]) for k, n in norms.items()}
-        return {k: f[0] for k, f in found.items()}, {k: f[1] for k, f in found.items()}
-
-    return Rule(init, apply)
+    return _following(init, one)
 
 
 ABSURD = 1e6  # times the norms before: no gradient of the same training
@@ -202,8 +208,4 @@ def z_score(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> Ru
         state = (jnp.where(usable, new, old) for new, old in ((new_mean, mean), (new_var, var)))
         return threshold, (*state, count + usable.astype(jnp.int32))
 
-    def apply(norms, state, _):
-        found = {k: one(n, *state[k]) for k, n in norms.items()}
-        return {k: f[0] for k, f in found.items()}, {k: f[1] for k, f in found.items()}
-
-    return Rule(init, apply)
+    return _following(init, one)

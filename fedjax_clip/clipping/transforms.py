@@ -380,7 +380,7 @@ def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         carry = jax.tree.map(jnp.subtract, wanted, sent)
         owed, paid = tree.norm(carry), tree.norm(sent)
         payable = jnp.isfinite(owed) & ((paid == 0) | (owed <= 2.0**24 * paid))
-        return sent, (tree.where(payable, carry, optax.tree.zeros_like(carry)), inner)
+        return sent, (optax.tree.where(payable, carry, optax.tree.zeros_like(carry)), inner)
 
     made, limit = optax.GradientTransformationExtraArgs(init, update), guarantee.bound_of(tx)
     return made if limit is None else guarantee.bounded(made, limit)

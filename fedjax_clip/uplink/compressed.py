@@ -275,7 +275,7 @@ def _error(update: PyTree, message: PyTree) -> Metrics:
 def _finite(update: PyTree) -> tuple[Array, PyTree]:
     """Whether it is finite, and the update, or zeros, of which any compressor can make something."""
     finite = jnp.isfinite(tree.norm(update))
-    return finite, tree.where(finite, update, optax.tree.zeros_like(update))
+    return finite, optax.tree.where(finite, update, optax.tree.zeros_like(update))
 
 
 def _or_nan(finite: Array, message: PyTree) -> PyTree:
