@@ -2,8 +2,8 @@
 
 Five functions have a relative in optax, and differ from it:
 
-- ``norm``: ``optax.tree.norm`` squares half precision in half precision, has no gradient at zero, and its sums are not
-  vectorised on a CPU.
+- ``norm``: ``optax.tree.norm`` squares half precision in half precision, its gradient at zero is NaN, and its sums are
+  not vectorised on a CPU.
 - ``apply_updates``: optax's fails on two types where ``jax_numpy_dtype_promotion`` is strict.
 - ``add_scaled``: ``optax.tree.add_scale`` changes the leaves' types to those of the factor or the change.
 - ``total``: ``optax.tree.sum`` adds in the arrays' own types.
