@@ -1,6 +1,7 @@
 """The cases of ``same_bits.py``: short command lines that together name all that flags can name.
 
 A case keeps its key for ever; where a refactoring renames a flag or an argument, the text beside the key is edited.
+The file is long because it is a list.
 """
 
 import gzip
