@@ -307,7 +307,7 @@ BENCHES = {  # "private_gradient" and "per_example_gradient" have no flag: priva
 
 
 def _line(flags: dict[str, Any]) -> list[str]:
-    if flags["algorithm"] == "fedsgd()":  # which has no local epochs
+    if flags.get("algorithm") == "fedsgd()":  # which has no local epochs
         flags = {**flags, "local_epochs": None}
     return [f"--{name}={value}" for name, value in flags.items() if name != "devices" and value is not None]
 
