@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles import averaging as oracle
+from oracles import averaging, models, optimisers, trees
 from problems import (
     COHORTS,
     ENTRIES,
@@ -24,27 +24,27 @@ import fedjax_clip as fc
 from experiments.config import registry
 
 CLIENTS = {
-    "sgd": (lambda: optax.sgd(0.2), lambda: oracle.sgd(0.2)),
-    "clip, sgd": (lambda: clipped_sgd, lambda: [oracle.clip_by_global_norm(0.7), oracle.sgd(0.2)]),
+    "sgd": (lambda: optax.sgd(0.2), lambda: optimisers.sgd(0.2)),
+    "clip, sgd": (lambda: clipped_sgd, lambda: [optimisers.clip_by_global_norm(0.7), optimisers.sgd(0.2)]),
     "clip by value, sgd": (
         lambda: optax.chain(fc.clipping.clip_by_value(0.1), optax.sgd(0.2)),
-        lambda: [oracle.clip(0.1), oracle.sgd(0.2)],
+        lambda: [optimisers.clip(0.1), optimisers.sgd(0.2)],
     ),
-    "momentum": (lambda: optax.sgd(0.2, momentum=0.9), lambda: oracle.sgd(0.2, momentum=0.9)),
+    "momentum": (lambda: optax.sgd(0.2, momentum=0.9), lambda: optimisers.sgd(0.2, momentum=0.9)),
     "decay, sgd": (
         lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.2)),
-        lambda: [oracle.add_decayed_weights(0.1), oracle.sgd(0.2)],
+        lambda: [optimisers.add_decayed_weights(0.1), optimisers.sgd(0.2)],
     ),
-    "adam": (lambda: optax.adam(0.05), lambda: oracle.adam(0.05)),
-    "rmsprop": (lambda: optax.rmsprop(0.05), lambda: oracle.rmsprop(0.05)),
+    "adam": (lambda: optax.adam(0.05), lambda: optimisers.adam(0.05)),
+    "rmsprop": (lambda: optax.rmsprop(0.05), lambda: optimisers.rmsprop(0.05)),
 }
 
 SERVERS = {
-    "sgd": (lambda: optax.sgd(1.0), lambda: oracle.sgd(1.0)),
-    "momentum": (lambda: optax.sgd(1.0, momentum=0.9), lambda: oracle.sgd(1.0, momentum=0.9)),
-    "adam": (lambda: optax.adam(0.03), lambda: oracle.adam(0.03)),
-    "yogi": (lambda: optax.yogi(0.03), lambda: oracle.yogi(0.03)),
-    "adagrad": (lambda: optax.adagrad(0.03), lambda: oracle.adagrad(0.03)),
+    "sgd": (lambda: optax.sgd(1.0), lambda: optimisers.sgd(1.0)),
+    "momentum": (lambda: optax.sgd(1.0, momentum=0.9), lambda: optimisers.sgd(1.0, momentum=0.9)),
+    "adam": (lambda: optax.adam(0.03), lambda: optimisers.adam(0.03)),
+    "yogi": (lambda: optax.yogi(0.03), lambda: optimisers.yogi(0.03)),
+    "adagrad": (lambda: optax.adagrad(0.03), lambda: optimisers.adagrad(0.03)),
 }
 
 
@@ -67,8 +67,8 @@ def compare(algorithm, client_tx, server_tx, name="fedavg", **options):
     run = Run(algorithm, population())
     server, _, history = run.rounds(parameters(), COHORTS)
     rounds = [batches_of(run, ids, r) for r, ids in enumerate(COHORTS)]
-    params, expected = oracle.fedavg_rounds(
-        oracle.as64(parameters()), rounds, oracle.MODELS["softmax"], client_tx, server_tx(), algorithm=name, **options
+    params, expected = averaging.fedavg_rounds(
+        trees.as64(parameters()), rounds, models.MODELS["softmax"], client_tx, server_tx(), algorithm=name, **options
     )
     assert_close(server.params, params, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(history, expected, strict=True):
