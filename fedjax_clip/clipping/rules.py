@@ -24,6 +24,7 @@ class Rule(NamedTuple):
 
     Example:
       >>> # twice the threshold of another rule, which then no longer says what it is
+      >>> rule = fc.clipping.z_score()
       >>> def apply(norms, state, weights):
       ...     thresholds, state = rule.apply(norms, state, weights)
       ...     return {name: 2 * t for name, t in thresholds.items()}, state

@@ -57,7 +57,7 @@ def groups(patterns: Mapping[str, str]) -> Scope:
       InvalidInput: what is no regular expression.
 
     Example:
-      >>> groups({"head": "Dense_1", "body": "."}).label("params/Dense_1/kernel")
+      >>> fc.clipping.groups({"head": "Dense_1", "body": "."}).label("params/Dense_1/kernel")
       'head'
     """
     checks.kind(

@@ -59,7 +59,8 @@ class Context(NamedTuple):
         as zeros: ``|S| / N``, or the share of the population's weight; ``None`` where the cohort does not tell N.
 
     Example:
-      >>> noise = jax.random.normal(ctx.key, update.shape)  # in an encode: of this client, link and round
+      >>> def encode(update, state, client_state, ctx):  # a key of this client, link and round
+      ...   return update + jax.random.normal(ctx.key, update.shape), client_state, {}
     """
 
     key: Array
@@ -81,7 +82,7 @@ class Uplink(NamedTuple):
       init_client: ``params -> client_state``, what one client keeps; without leaves if nothing.
       encode: ``(update, state, client_state, ctx) -> (message, client_state, report)`` at ONE client. The message is a
         pytree, or a ``Message`` that says besides how many bytes travel. A report is a dict of sums or
-        ``metrics.Mean``s, which add up over the cohort.
+        ``metrics.Mean`` pairs, which add up over the cohort.
       decode: ``(aggregate, state, report, ctx) -> (update, state, metrics)`` at the server, once, with the
         cohort's report.
       promises: what holds of every message that leaves the link; nothing by default. Links, reducers and the accounting
@@ -172,7 +173,7 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
       InvalidInput: (when a run begins) a transform with a state that nobody keeps.
 
     Example:
-      >>> link = at_client(optax.clip(0.01))
+      >>> link = fc.uplink.at_client(optax.clip(0.01))
     """
     checks.kind("at_client's tx", tx, optax.GradientTransformation, "an optax transform, such as a clip")
     if bound is not None:

@@ -23,7 +23,7 @@ def chain(*links: Uplink) -> Uplink:
       InvalidInput: what is no link; links of which one breaks what another promises; ``uplink/orders.py`` has them all.
 
     Example:
-      >>> link = chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.compress(fc.compression.qsgd(4)))
+      >>> link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.compress(fc.compression.qsgd(4)))
     """
     for link in links:
         checks.kind(
