@@ -304,6 +304,12 @@ BENCHES = {  # "private_gradient" and "per_example_gradient" have no flag: priva
     "privacybench": {"mechanisms": "records,scaled", "epsilons": "2,inf", "trials": 2},
     "robust": {"attacks": "ALIE,label flip", "defences": "median,centered"},
 }
+BINARIES = {
+    "clipbench": "bench.clip",
+    "commbench": "bench.comm",
+    "privacybench": "bench.privacy",
+    "robust": "bench.robust",
+}
 
 
 def _line(flags: dict[str, Any]) -> list[str]:
@@ -357,7 +363,7 @@ CASES: dict[str, dict[str, Any]] = {
         for name, flags in SWEEPS.items()
     },
     **{
-        f"bench/{name}": {"binary": name, "devices": 1, "files": {}, "lines": [["--quick", *_line(flags)]]}
+        f"bench/{name}": {"binary": BINARIES[name], "devices": 1, "files": {}, "lines": [["--quick", *_line(flags)]]}
         for name, flags in BENCHES.items()
     },
 }
