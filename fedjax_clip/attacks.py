@@ -131,7 +131,7 @@ def replaced(clients: Clients, change: Callable[[PyTree, Array], PyTree]) -> Upl
     def encode(update, ctx):
         bad = jnp.any(ctx.client_id == ids)
         forged = jax.tree.map(lambda new, old: new.astype(old.dtype), change(update, ctx.key), update)
-        return tree.where(bad, forged, update), {}
+        return optax.tree.where(bad, forged, update), {}
 
     return stateless(encode, promises=Promises(population=_population(ids)))
 

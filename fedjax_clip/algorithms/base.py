@@ -29,7 +29,8 @@ from fedjax_clip.core.types import (
 from fedjax_clip.local.steps import at_round
 from fedjax_clip.local.worker import Worker
 from fedjax_clip.reduce import Reducer, together, weighted_mean
-from fedjax_clip.uplink.base import Uplink, identity, on_parts
+from fedjax_clip.uplink.base import Uplink
+from fedjax_clip.uplink.chains import identity, on_parts
 from fedjax_clip.uplink.orders import check_ends
 
 BEFORE_ROUND_1 = 2**31 - 2  # no round has this number

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip.clipping.parts import Norm, Rule, Scope, Shape, unit_axes
+from fedjax_clip.clipping.norms import Norm
+from fedjax_clip.clipping.rules import Rule
+from fedjax_clip.clipping.scopes import Scope, unit_axes
+from fedjax_clip.clipping.shapes import Shape
 from fedjax_clip.core import tree
 from fedjax_clip.core.types import Array, PyTree
 

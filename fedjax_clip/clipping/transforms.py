@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.clipping import guarantee, parts
-from fedjax_clip.clipping.parts import Norm, Norms, Rule, Scope, Shape
+from fedjax_clip.clipping import guarantee, rules, scopes, shapes
+from fedjax_clip.clipping.norms import Norm, l2
+from fedjax_clip.clipping.rules import Rule
+from fedjax_clip.clipping.scopes import Norms, Scope
+from fedjax_clip.clipping.shapes import Shape
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
@@ -64,19 +67,19 @@ def clip(
     checks.kind("norm", norm, Norm | None, "one of fc.clipping, such as fc.clipping.linf()")
     checks.kind("scope", scope, Scope | None, "one of fc.clipping, such as fc.clipping.layer()")
     checks.kind("shape", shape, Callable | None, "one of fc.clipping, such as fc.clipping.hard()")
-    norm, scope, shape = norm or parts.l2(), scope or parts.whole(), shape or parts.hard()
-    rule = rule if isinstance(rule, Rule) else parts.fixed(rule)
+    norm, scope, shape = norm or l2(), scope or scopes.whole(), shape or shapes.hard()
+    rule = rule if isinstance(rule, Rule) else rules.fixed(rule)
 
     def init(params):
-        zeros = parts.measure(scope, norm, jax.tree.map(jnp.zeros_like, params))
+        zeros = scopes.measure(scope, norm, jax.tree.map(jnp.zeros_like, params))
         none = dict.fromkeys(zeros, jnp.zeros((), jnp.float32))
         return ClipState(none, none, none, rule.init(zeros))
 
     def update(updates, state, params=None, **extra_args):
-        norms = parts.measure(scope, norm, updates)
+        norms = scopes.measure(scope, norm, updates)
         if rule.uses_params and params is None:
             raise InvalidInput("A threshold that depends on the parameters needs them: call update with params.")
-        weights = parts.measure(scope, norm, params) if rule.uses_params else None
+        weights = scopes.measure(scope, norm, params) if rule.uses_params else None
         thresholds, inner = rule.apply(norms, state.inner, weights)
         thresholds = {k: jnp.asarray(thresholds[k], n.dtype) for k, n in norms.items()}
         factors = {k: shape(n, thresholds[k]) for k, n in norms.items()}
@@ -84,7 +87,7 @@ def clip(
         fired, size, threshold = (
             {k: jnp.mean(v, dtype=jnp.float32) for k, v in of.items()} for of in (changed, norms, thresholds)
         )
-        return parts.spread(scope, factors, updates), ClipState(fired, size, threshold, inner)
+        return scopes.spread(scope, factors, updates), ClipState(fired, size, threshold, inner)
 
     made = optax.GradientTransformationExtraArgs(init, update)
     limit = guarantee.bound_by_groups(rule, norm, scope, shape)
@@ -219,7 +222,7 @@ def clip_by_value(max_value: float | Array) -> optax.GradientTransformationExtra
     """
     checks.positive("clip_by_value: max_value", max_value)
     made = watch(optax.clip(max_value), lambda updates: ~(optax.tree.norm(updates, ord=jnp.inf) <= max_value))
-    limit = guarantee.bound_by_groups(parts.fixed(max_value), parts.l2(), parts.element(), parts.hard())
+    limit = guarantee.bound_by_groups(rules.fixed(max_value), l2(), scopes.element(), shapes.hard())
     return made if limit is None else guarantee.bounded(made, limit)
 
 
@@ -241,7 +244,7 @@ def auto_clip(percent: float | Array = 10.0, window: int = 1000) -> optax.Gradie
 
     Source: Seetharaman et al. (2020), "AutoClip", section 2.
     """
-    return clip(parts.percentile(percent, window))
+    return clip(rules.percentile(percent, window))
 
 
 def z_clip(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> optax.GradientTransformationExtraArgs:
@@ -263,7 +266,7 @@ def z_clip(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> opt
 
     Source: Kumar et al. (2025), "ZClip", Algorithm 1.
     """
-    return clip(parts.z_score(z, decay, warmup))
+    return clip(rules.z_score(z, decay, warmup))
 
 
 def adaptive_gradient_clip(ratio: float | Array = 0.01, floor: float = 1e-3) -> optax.GradientTransformationExtraArgs:
@@ -285,7 +288,7 @@ def adaptive_gradient_clip(ratio: float | Array = 0.01, floor: float = 1e-3) -> 
 
     Source: Brock et al. (2021), equation 3.
     """
-    return clip(parts.weight_ratio(ratio, floor), scope=parts.unit())
+    return clip(rules.weight_ratio(ratio, floor), scope=scopes.unit())
 
 
 def smoothed_clip(threshold: float | Array, alpha: float | Array = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -303,7 +306,7 @@ def smoothed_clip(threshold: float | Array, alpha: float | Array = 1.0) -> optax
 
     Source: Zhang et al. (2020), "Why gradient clipping accelerates training"; Khirirat et al. (2025), α-NormEC.
     """
-    return clip(threshold, shape=parts.smooth(alpha))
+    return clip(threshold, shape=shapes.smooth(alpha))
 
 
 def normalised(length: float | Array = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -320,7 +323,7 @@ def normalised(length: float | Array = 1.0) -> optax.GradientTransformationExtra
 
     Source: Cutkosky and Mehta (2020), "Momentum improves normalized SGD"; with ``optax.ema`` before it, NSGD-M.
     """
-    return clip(length, shape=parts.normalise())
+    return clip(length, shape=shapes.normalise())
 
 
 def delta_clip(threshold: float | Array, delta: float | Array) -> optax.GradientTransformationExtraArgs:
@@ -338,7 +341,7 @@ def delta_clip(threshold: float | Array, delta: float | Array) -> optax.Gradient
 
     Source: Tucat et al. (2024), "δ-GClip".
     """
-    return clip(threshold, shape=parts.delta_floor(delta))
+    return clip(threshold, shape=shapes.delta_floor(delta))
 
 
 def two_sided_clip(lower: float | Array, upper: float | Array) -> optax.GradientTransformationExtraArgs:
@@ -358,7 +361,7 @@ def two_sided_clip(lower: float | Array, upper: float | Array) -> optax.Gradient
 
     Source: Lee et al. (2025), TailOPT, Bi²Clip.
     """
-    return clip(upper, scope=parts.element(), shape=parts.two_sided(lower))
+    return clip(upper, scope=scopes.element(), shape=shapes.two_sided(lower))
 
 
 def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -387,7 +390,7 @@ def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         carry = jax.tree.map(jnp.subtract, wanted, sent)
         owed, paid = tree.norm(carry), tree.norm(sent)
         payable = jnp.isfinite(owed) & ((paid == 0) | (owed <= 2.0**24 * paid))
-        return sent, (tree.where(payable, carry, optax.tree.zeros_like(carry)), inner)
+        return sent, (optax.tree.where(payable, carry, optax.tree.zeros_like(carry)), inner)
 
     made, limit = optax.GradientTransformationExtraArgs(init, update), guarantee.bound_of(tx)
     return made if limit is None else guarantee.bounded(made, limit)

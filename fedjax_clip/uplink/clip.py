@@ -10,7 +10,9 @@ import numpy as np
 
 from fedjax_clip import clipping
 from fedjax_clip.clipping.guarantee import group_sizes
-from fedjax_clip.clipping.parts import Norm, Scope, hard, l2, measure, spread, whole
+from fedjax_clip.clipping.norms import Norm, l2
+from fedjax_clip.clipping.scopes import Scope, measure, spread, whole
+from fedjax_clip.clipping.shapes import hard
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Array, InvalidInput
