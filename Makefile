@@ -6,6 +6,8 @@
 #   make test ARGS=tests/experiments/test_spec.py                      the tests, or some of them
 #   make test PYTHON=python3.12 VENV=.venv-3.12            with another Python
 #   make strict                                            every pair of parts under x64, strict types and debug_nans
+#   make docs                                              the site: build/docs/index.html, in a minute or two
+#   make docs FULL=1                                       with tutorials as long as a reader's: half an hour
 #
 # PYTHON: the interpreter; by default python3 or, where that is too old, python3.12 or python3.11.
 VENV ?= .venv
@@ -16,7 +18,7 @@ pins := pyproject.toml $(wildcard constraints/*.txt)
 install = $(python) -m pip install --quiet --disable-pip-version-check \
   -c "$$($(python) -c 'import sys; print(f"constraints/py3{min(sys.version_info[1], 12)}.txt")')"
 
-.PHONY: demo texts test strict lint format wheel clean
+.PHONY: demo texts test strict docs lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(python) -m experiments.run $(ARGS)
@@ -30,6 +32,10 @@ test: $(VENV)/.dev
 
 strict: $(VENV)/.dev
 	FEDJAX_CLIP_STRICT=all $(python) -m pytest -q -n $(WORKERS) tests/laws/test_strict.py $(ARGS)
+
+# A warning is an error: a link that leads nowhere, a docstring that does not parse, a cell that fails.
+docs: $(VENV)/.docs
+	$(python) -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs $(ARGS)
 
 lint: $(VENV)/.dev
 	$(python) -m ruff check .
@@ -45,7 +51,7 @@ wheel: $(VENV)/.dev
 	$(python) -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -68,4 +74,9 @@ $(VENV)/.demo: $(VENV)/.python $(pins)
 $(VENV)/.dev: $(VENV)/.python $(pins)
 	@echo "Installing what the tests need into $(VENV) (once)"
 	@$(install) -e '.[dev]'
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: $(VENV)/.python $(pins)
+	@echo "Installing what the site needs into $(VENV) (once)"
+	@$(install) -e '.[docs]'
 	@touch $(VENV)/.demo $@

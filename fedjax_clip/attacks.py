@@ -39,8 +39,8 @@ def label_flip(data: FederatedData, clients: Clients, num_classes: int, label: s
       InvalidInput: a client that there is not, labels that are no classes.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"y": np.array([0, 1])}, "bob": {"y": np.array([0, 2])}})
-      >>> label_flip(data, [1], num_classes=3).examples["y"].tolist()
+      >>> data = fc.FederatedData.from_clients({"ann": {"y": np.array([0, 1])}, "bob": {"y": np.array([0, 2])}})
+      >>> fc.attacks.label_flip(data, [1], num_classes=3).examples["y"].tolist()
       [0, 1, 2, 0]
 
     Source: Tolpegin et al. (2020); this map: Karimireddy, He and Jaggi (2022), section 6.
@@ -80,8 +80,8 @@ def backdoor(
       InvalidInput: a client or a feature that there is not, a fraction out of range.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"x": np.zeros((2, 3)), "y": np.array([0, 1])}})
-      >>> bad = backdoor(data, [0], features=[2], value=9.0, target=1, fraction=1.0)
+      >>> data = fc.FederatedData.from_clients({"ann": {"x": np.zeros((2, 3)), "y": np.array([0, 1])}})
+      >>> bad = fc.attacks.backdoor(data, [0], features=[2], value=9.0, target=1, fraction=1.0)
       >>> bad.examples["x"].tolist(), bad.examples["y"].tolist()
       ([[0.0, 0.0, 9.0], [0.0, 0.0, 9.0]], [1, 1])
 
@@ -107,7 +107,7 @@ def triggered(
 
     Example:
       >>> sets = {"examples": held_out, "backdoor": fc.attacks.triggered(held_out, range(3), 1.0, target=0)}
-      >>> fc.train(algorithm, data, params, rounds=100, evaluate=fc.evaluator(per_example_loss, sets))
+      >>> result = fc.train(algorithm, data, params, rounds=10, evaluate=fc.evaluator(per_example_loss, sets))
     """
     rows = np.flatnonzero(check_field(data, label) != checks.count("target", target, 0))
     owner = np.searchsorted(data.offsets, rows, side="right") - 1
@@ -131,7 +131,7 @@ def replaced(clients: Clients, change: Callable[[PyTree, Array], PyTree]) -> Upl
     def encode(update, ctx):
         bad = jnp.any(ctx.client_id == ids)
         forged = jax.tree.map(lambda new, old: new.astype(old.dtype), change(update, ctx.key), update)
-        return tree.where(bad, forged, update), {}
+        return optax.tree.where(bad, forged, update), {}
 
     return stateless(encode, promises=Promises(population=_population(ids)))
 
@@ -141,6 +141,9 @@ def sign_flip(clients: Clients) -> Uplink:
 
     Args:
       clients: numbers of the bad ones.
+
+    Example:
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.sign_flip([0, 1]))
 
     Source: Karimireddy, He and Jaggi (2022), who call it bit flipping.
     """
@@ -154,6 +157,9 @@ def scaling(clients: Clients, factor: float | Array = 10.0) -> Uplink:
       clients: numbers of the bad ones.
       factor: n / (lr m) replaces the model by that of m bad ones of n, whatever the others send.
 
+    Example:
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.scaling([0], factor=10.0))
+
     Source: Bagdasaryan et al. (2020), equation 3.
     """
     checks.number("scaling: factor", factor)
@@ -166,6 +172,9 @@ def noise(clients: Clients, std: float | Array = 1.0) -> Uplink:
     Args:
       clients: numbers of the bad ones.
       std: positive, in the units of the parameters.
+
+    Example:
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.noise([0, 1], std=10.0))
 
     Source: Blanchard et al. (2017), section 6, the Gaussian attack (with a standard deviation of 200 for gradients).
     """
@@ -186,6 +195,9 @@ def constant(clients: Clients, norm: float | Array = 1e18) -> Uplink:
     Args:
       clients: numbers of the bad ones.
       norm: of the message.
+
+    Example:
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.constant([0], norm=1e6))
     """
 
     def change(update, key):
@@ -231,6 +243,10 @@ def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> 
       z: by default the largest that hides among the honest: the normal distribution's ``(n - f - s) / (n - f)``
         quantile, ``s = floor(n / 2 + 1) - f``, for n clients in the round, f of them bad.
 
+    Example:
+      >>> reducer = fc.attacks.alie(fc.reduce.trimmed_mean(2), clients=[0, 1])
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, reducer=reducer)
+
     Source: Baruch, Baruch and Goldberg (2019), "A Little Is Enough", Algorithm 3 (its defence: a coordinate's middle).
     """
 
@@ -256,6 +272,10 @@ def ipm(reducer: Reducer, clients: Clients, epsilon: float | Array = 0.1) -> Red
       clients: numbers of the bad ones.
       epsilon: small ones hide near zero, large ones turn a mean of n around (over ``(n - f) / f``).
 
+    Example:
+      >>> reducer = fc.attacks.ipm(fc.reduce.krum(2), clients=[0, 1], epsilon=0.5)
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, reducer=reducer)
+
     Source: Xie, Koyejo and Gupta (2020), "Fall of Empires"; Karimireddy, He and Jaggi (2022) for 0.1.
     """
 
@@ -280,6 +300,10 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
 
     Raises:
       InvalidInput: a target that is no client's number, or bad itself.
+
+    Example:
+      >>> reducer = fc.attacks.mimic(fc.reduce.median(), clients=[0, 1], target=5)
+      >>> attacked = fc.fedavg(per_example_loss, client_tx, reducer=reducer)
 
     Source: Karimireddy, He and Jaggi (2022), section 4.2, with the target given (their search for one is a warm-up).
     """

@@ -172,7 +172,9 @@ def sweep(
       title: over the whole figure.
 
     Example:
-      >>> fc.plots.sweep(points, fc.sweeping.values(trials, "eval/examples/loss"), "eval/examples/loss")
+      >>> points = fc.sweeping.grid(lr=[0.1, 1.0], clip=[0.5, 1.0, 2.0])
+      >>> losses = [0.9, 0.8, 0.7, 0.6, 0.4, 0.5]
+      >>> fc.plots.sweep(points, dict(enumerate(losses)), "eval/examples/loss").savefig("sweep.png")
     """
     ticks = [np.unique(np.asarray(x)) for x in points.values()]
     cells = {tuple(float(x[p]) for x in list(points.values())[:2]) for p in values}

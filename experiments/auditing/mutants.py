@@ -275,7 +275,7 @@ def no_local_noise_on_zeros() -> Case:
 
     def encode(update, state, client_state, ctx):
         message, *rest = link.encode(update, state, client_state, ctx)
-        return tree.where(tree.norm(update) > 0, message, update), *rest
+        return optax.tree.where(tree.norm(update) > 0, message, update), *rest
 
     return by_messages(clip(), link._replace(encode=encode))
 

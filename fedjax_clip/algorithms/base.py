@@ -29,7 +29,8 @@ from fedjax_clip.core.types import (
 from fedjax_clip.local.steps import at_round
 from fedjax_clip.local.worker import Worker
 from fedjax_clip.reduce import Reducer, together, weighted_mean
-from fedjax_clip.uplink.base import Uplink, identity, on_parts
+from fedjax_clip.uplink.base import Uplink
+from fedjax_clip.uplink.chains import identity, on_parts
 from fedjax_clip.uplink.orders import check_ends
 
 BEFORE_ROUND_1 = 2**31 - 2  # no round has this number
@@ -343,7 +344,16 @@ def checked_link(uplink: Uplink | None) -> Uplink:
 
 
 def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] | None = None) -> Server:
-    """The server before round 0, with copies of the parameters (a round donates its server's buffers)."""
+    """The server before round 0, with copies of the parameters (a round donates its server's buffers).
+
+    Args:
+      params: initial parameters.
+      parts: of the algorithm.
+      own: ``params -> what the algorithm itself keeps``; nothing by default.
+
+    Example:
+      >>> server = fc.extend.init_server(params, algorithm.parts)
+    """
     params = tree.as_arrays(params)
     opt_state = optimiser.init(parts.server_tx, params)
     kept = () if own is None else own(params)
@@ -352,7 +362,21 @@ def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] | 
 
 
 def step_server(server: Server, parts: Parts, update: PyTree, uplink_state: PyTree, own: PyTree = ()) -> Server:
-    """One step of the server's optimiser along ``-update``, the pseudo-gradient (Reddi et al. 2021, Algorithm 1)."""
+    """One step of the server's optimiser along ``-update``, the pseudo-gradient.
+
+    Args:
+      server: before the round.
+      parts: of the algorithm.
+      update: what the reducer and the uplink made of the clients' updates.
+      uplink_state: the uplink's state at the server, after the round.
+      own: what the algorithm itself keeps at the server, after the round.
+
+    Example:
+      >>> update = jax.tree.map(jnp.ones_like, server.params)  # what the reducer made of the clients' messages
+      >>> server = fc.extend.step_server(server, algorithm.parts, update, server.uplink)
+      >>> float(server.params["b"][0]), int(server.round)
+      (1.0, 1)
+    """
     gradient = jax.tree.map(lambda u, x: -u.astype(tree.common_type(u, x)), update, server.params)
     updates, opt_state = optimiser.update(parts.server_tx, gradient, server.opt_state, server.params)
     return Server(tree.apply_updates(server.params, updates), opt_state, uplink_state, server.round + 1, own)

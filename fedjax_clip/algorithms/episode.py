@@ -143,7 +143,7 @@ def episode_plus(
     def round(now: Round):
         def client_fn(shared, client, key):
             x, mean = shared
-            own = tree.where(client.state.own.known, client.state.own.gradient, mean)
+            own = optax.tree.where(client.state.own.known, client.state.own.gradient, mean)
             adjust = _episodic(own, mean, threshold)
             y, _, raw, report = client.local_steps(x, key, adjust=adjust, collect=True)
             return (optax.tree.sub(y, x), optax.tree.sub(raw, own)), Stored(raw, jnp.ones((), bool)), report

@@ -32,8 +32,11 @@ class Answer(NamedTuple):
       metrics: of the exchange.
 
     Example:
-      >>> answer = exchange(client_fn, uplink, reducer, server.params, server.uplink, cohort, key)
-      >>> answer.update, answer.metrics["clients"]
+      >>> def client_fn(x, client, key):  # sends its number of steps
+      ...     return jnp.float32(client.num_steps), client.state.own, {}
+      >>> answer = fc.extend.exchange(client_fn, uplink, reducer, server.params, (), cohort, key)
+      >>> float(answer.metrics["clients"])
+      3.0
     """
 
     update: PyTree
@@ -111,7 +114,7 @@ def exchange(
         update, own, report, *private = _worked(client_fn, shared, client, jax.random.fold_in(work_key, number))
         norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
         if hidden:  # then nobody may see that it is not finite
-            update = tree.where(jnp.isfinite(norm), update, optax.tree.zeros_like(update))
+            update = optax.tree.where(jnp.isfinite(norm), update, optax.tree.zeros_like(update))
         own_key = jax.random.fold_in(own_links, number)
         ctx = Context(
             own_key, link_key, id, weight, reducer.denominator, staleness=staleness, threshold=reducer.threshold
@@ -129,13 +132,13 @@ def exchange(
         seen = {"client": report, "norms": metrics.Histogram.of(norm)}
         came = {"uplink": link_report, "clients": jnp.ones((), jnp.float32), "weight": weight}
         return (
-            tree.where(arrived, message, optax.tree.zeros_like(message)),
+            optax.tree.where(arrived, message, optax.tree.zeros_like(message)),
             jnp.where(arrived, weight, 0),
             # A link that sent zeros has done so; what the client keeps besides would hold the NaN.
-            tree.where(sound, new, state)._replace(uplink=tree.where(arrived, link, state.uplink)),
+            optax.tree.where(sound, new, state)._replace(uplink=optax.tree.where(arrived, link, state.uplink)),
             jnp.where(in_time & ~finite, number, -1),
-            tree.where(sound, seen, optax.tree.zeros_like(seen))
-            | tree.where(arrived, came, optax.tree.zeros_like(came))
+            optax.tree.where(sound, seen, optax.tree.zeros_like(seen))
+            | optax.tree.where(arrived, came, optax.tree.zeros_like(came))
             | {"asked": present.astype(jnp.float32), "dropped": (present & ~sound).astype(jnp.float32)}
             | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), (nbytes, entropy_bytes))},  # dropped or not
         )
@@ -173,7 +176,7 @@ def exchange(
     fewest = reducer.fewest if reducer.threshold is None else reducer.threshold
     too_few = report["clients"] < fewest  # the aggregate is zero, so nothing has happened
     if fewest > 1:
-        client_states = tree.where(too_few, cohort.state, client_states)
+        client_states = optax.tree.where(too_few, cohort.state, client_states)
     ctx = Context(
         *(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"], reducer.denominator),
         threshold=reducer.threshold,
@@ -223,7 +226,7 @@ def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Arra
       InvalidInput: (when traced) a cohort that was not made by ``fc.extend.plan`` and does not tell N.
 
     Example:
-      >>> c = optax.tree.add_scale(c, population_share(reducer, cohort, metrics), change)  # c stays mean_N c_i
+      >>> share = population_share(fc.reduce.uniform_mean(), cohort, {"clients": 3.0})  # 3 / data.num_clients
     """
     if cohort.num_clients is None or cohort.total_weight is None:
         raise InvalidInput(NO_POPULATION)

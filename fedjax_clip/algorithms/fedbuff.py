@@ -53,7 +53,7 @@ def fedbuff(
       >>> algorithm = fc.fedbuff(per_example_loss, optax.sgd(0.1), max_staleness=10, uplink=clip)
       >>> sampler, speeds = fc.data.sampling.uniform(10), fc.data.speeds.lognormal()
       >>> clock = fc.data.clock.buffered(sampler, speeds, buffer_size=10, concurrency=50)
-      >>> fc.train(algorithm, data, params, rounds=100, sampler=clock)
+      >>> result = fc.train(algorithm, data, params, rounds=10, sampler=clock)
 
     Source: Nguyen et al. (2022), "Federated Learning with Buffered Asynchronous Aggregation", Algorithm 1.
     """

@@ -23,7 +23,7 @@ class FedOptState(NamedTuple):
       v: pytree like the parameters, of their squares.
 
     Example:
-      >>> fedadam(0.1).init(params)[0].v  # tau^2 in each element
+      >>> fc.fedopt.fedadam(0.1).init(params)[0].v  # tau^2 in each element
     """
 
     m: PyTree

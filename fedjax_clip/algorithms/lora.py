@@ -21,6 +21,11 @@ class Lora(NamedTuple):
       merge: of these parameters, ``-> params`` of the base model's structure.
       per_example_loss: ``(these parameters, batch, key)``, the given loss at what ``merge`` makes of them.
       frozen: which of them stay as they are, for ``fc.partially_frozen``.
+
+    Example:
+      >>> tuned = fc.lora(per_example_loss, params, rank=4, pattern="w")
+      >>> sorted(tuned.init(key)), tuned.frozen
+      (['adapters', 'base'], '^base/')
     """
 
     init: Callable[[Array], PyTree]
@@ -58,9 +63,9 @@ def lora(
       InvalidInput: a rank below 1, a pattern that finds no matrix.
 
     Example:
-      >>> tuned = fc.lora(per_example_loss, base, rank=4, pattern="query|value")
+      >>> tuned = fc.lora(per_example_loss, params, rank=4, pattern="w")
       >>> algorithm = fc.partially_frozen(fc.fedavg(tuned.per_example_loss, optax.sgd(0.1)), tuned.frozen)
-      >>> result = fc.train(algorithm, data, tuned.init(jax.random.key(0)), rounds=100)
+      >>> result = fc.train(algorithm, data, tuned.init(key), rounds=10)
       >>> params = tuned.merge(result.params)
 
     Source: Hu et al. (2022), "LoRA"; federated: Zhang et al. (2024), "Towards Building the Federated GPT" (FedIT).

@@ -1,29 +1,10 @@
 """Clips: norm × scope × threshold rule × shape, as optax transforms that report their work."""
 
 from fedjax_clip.clipping.guarantee import bound_of
-from fedjax_clip.clipping.parts import (
-    Norm,
-    Rule,
-    Scope,
-    delta_floor,
-    element,
-    fixed,
-    groups,
-    hard,
-    l1,
-    l2,
-    layer,
-    linf,
-    normalise,
-    percentile,
-    scheduled,
-    smooth,
-    two_sided,
-    unit,
-    weight_ratio,
-    whole,
-    z_score,
-)
+from fedjax_clip.clipping.norms import Norm, l1, l2, linf
+from fedjax_clip.clipping.rules import Rule, fixed, percentile, scheduled, weight_ratio, z_score
+from fedjax_clip.clipping.scopes import Scope, element, groups, layer, unit, whole
+from fedjax_clip.clipping.shapes import delta_floor, hard, normalise, smooth, two_sided
 from fedjax_clip.clipping.transforms import (
     ClipState,
     adaptive_gradient_clip,

@@ -8,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip.clipping.parts import Norm, Rule, Scope, Shape, unit_axes
+from fedjax_clip.clipping.norms import Norm
+from fedjax_clip.clipping.rules import Rule
+from fedjax_clip.clipping.scopes import Scope, unit_axes
+from fedjax_clip.clipping.shapes import Shape
 from fedjax_clip.core import tree
 from fedjax_clip.core.types import Array, PyTree
 
@@ -38,7 +41,9 @@ def bound_of(tx: optax.GradientTransformation) -> Bound | None:
       tx: an optax transform.
 
     Example:
-      >>> fc.clipping.bound_of(fc.clipping.clip(0.5, scope=fc.clipping.layer()))(params)  # 0.5 sqrt(layers)
+      >>> bound = fc.clipping.bound_of(fc.clipping.clip(0.5, scope=fc.clipping.layer()))
+      >>> round(float(bound(params)), 4)  # 0.5 sqrt(2), since the model has two layers
+      0.7071
     """
     return getattr(tx, "l2_bound", None)
 

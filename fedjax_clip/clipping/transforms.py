@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.clipping import guarantee, parts
-from fedjax_clip.clipping.parts import Norm, Norms, Rule, Scope, Shape
+from fedjax_clip.clipping import guarantee, rules, scopes, shapes
+from fedjax_clip.clipping.norms import Norm, l2
+from fedjax_clip.clipping.rules import Rule
+from fedjax_clip.clipping.scopes import Norms, Scope
+from fedjax_clip.clipping.shapes import Shape
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
@@ -24,7 +27,10 @@ class ClipState(NamedTuple):
       inner: the rule's state.
 
     Example:
-      >>> [float(state.norm[""]) for state in clip_states(opt_state)]
+      >>> opt_state = client_tx.init(params)
+      >>> _, opt_state = client_tx.update({"w": 3 * jnp.ones((2, 2)), "b": jnp.zeros(1)}, opt_state)
+      >>> [float(state.norm[""]) for state in fc.clipping.clip_states(opt_state)]
+      [6.0]
     """
 
     fired: Norms
@@ -56,24 +62,24 @@ def clip(
       InvalidInput: a threshold that is not a positive number.
 
     Example:
-      >>> tx = optax.chain(clip(z_score(), scope=layer()), optax.sgd(0.1))
+      >>> tx = optax.chain(fc.clipping.clip(fc.clipping.z_score(), scope=fc.clipping.layer()), optax.sgd(0.1))
     """
     checks.kind("norm", norm, Norm | None, "one of fc.clipping, such as fc.clipping.linf()")
     checks.kind("scope", scope, Scope | None, "one of fc.clipping, such as fc.clipping.layer()")
     checks.kind("shape", shape, Callable | None, "one of fc.clipping, such as fc.clipping.hard()")
-    norm, scope, shape = norm or parts.l2(), scope or parts.whole(), shape or parts.hard()
-    rule = rule if isinstance(rule, Rule) else parts.fixed(rule)
+    norm, scope, shape = norm or l2(), scope or scopes.whole(), shape or shapes.hard()
+    rule = rule if isinstance(rule, Rule) else rules.fixed(rule)
 
     def init(params):
-        zeros = parts.measure(scope, norm, jax.tree.map(jnp.zeros_like, params))
+        zeros = scopes.measure(scope, norm, jax.tree.map(jnp.zeros_like, params))
         none = dict.fromkeys(zeros, jnp.zeros((), jnp.float32))
         return ClipState(none, none, none, rule.init(zeros))
 
     def update(updates, state, params=None, **extra_args):
-        norms = parts.measure(scope, norm, updates)
+        norms = scopes.measure(scope, norm, updates)
         if rule.uses_params and params is None:
             raise InvalidInput("A threshold that depends on the parameters needs them: call update with params.")
-        weights = parts.measure(scope, norm, params) if rule.uses_params else None
+        weights = scopes.measure(scope, norm, params) if rule.uses_params else None
         thresholds, inner = rule.apply(norms, state.inner, weights)
         thresholds = {k: jnp.asarray(thresholds[k], n.dtype) for k, n in norms.items()}
         factors = {k: shape(n, thresholds[k]) for k, n in norms.items()}
@@ -81,7 +87,7 @@ def clip(
         fired, size, threshold = (
             {k: jnp.mean(v, dtype=jnp.float32) for k, v in of.items()} for of in (changed, norms, thresholds)
         )
-        return parts.spread(scope, factors, updates), ClipState(fired, size, threshold, inner)
+        return scopes.spread(scope, factors, updates), ClipState(fired, size, threshold, inner)
 
     made = optax.GradientTransformationExtraArgs(init, update)
     limit = guarantee.bound_by_groups(rule, norm, scope, shape)
@@ -96,7 +102,7 @@ def watch(tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]) ->
       fired: from the incoming updates to a bool scalar: does ``tx`` change them?
 
     Example:
-      >>> tx = watch(optax.clip(1.0), lambda g: optax.tree.norm(g, ord=jnp.inf) > 1.0)
+      >>> tx = fc.clipping.watch(optax.clip(1.0), lambda g: optax.tree.norm(g, ord=jnp.inf) > 1.0)
     """
     checks.kind("tx", tx, optax.GradientTransformation, "an optax transform")
     tx = optax.with_extra_args_support(tx)
@@ -120,7 +126,9 @@ def clip_states(opt_state: PyTree) -> list[ClipState]:
       opt_state: of any optax chain.
 
     Example:
-      >>> [state.threshold for state in clip_states(opt_state)]
+      >>> _, opt_state = client_tx.update({"w": jnp.ones((2, 2)), "b": jnp.zeros(1)}, client_tx.init(params))
+      >>> [float(state.threshold[""]) for state in fc.clipping.clip_states(opt_state)]
+      [1.0]
     """
     states = jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, ClipState))
     return [s for s in states if isinstance(s, ClipState)]
@@ -136,7 +144,9 @@ def clip_report(opt_state: PyTree) -> Metrics:
       opt_state: of any optax chain.
 
     Example:
-      >>> metrics.finish(clip_report(opt_state))["clipped"]
+      >>> _, opt_state = client_tx.update({"w": jnp.ones((2, 2)), "b": jnp.zeros(1)}, client_tx.init(params))
+      >>> float(fc.extend.metrics.finish(fc.clipping.clip_report(opt_state))["clipped"])
+      1.0
     """
     one, states = jnp.ones((), jnp.float32), clip_states(opt_state)
     report: Metrics = {}
@@ -160,7 +170,8 @@ def bare_state(state: PyTree) -> PyTree:
       state: of any optax transform.
 
     Example:
-      >>> jax.tree.leaves(bare_state(tx.init(params)))  # [] if the clip has no memory
+      >>> jax.tree.leaves(fc.clipping.bare_state(fc.clipping.clip(1.0).init(params)))
+      []
     """
 
     def is_clip(s: PyTree) -> bool:
@@ -184,7 +195,7 @@ def clip_by_global_norm(max_norm: float | Array) -> optax.GradientTransformation
       InvalidInput: a threshold that is not a positive number.
 
     Example:
-      >>> tx = optax.chain(clip_by_global_norm(1.0), optax.sgd(0.1))
+      >>> tx = optax.chain(fc.clipping.clip_by_global_norm(1.0), optax.sgd(0.1))
 
     Source: Pascanu, Mikolov and Bengio (2013), Algorithm 1; ``optax.clip_by_global_norm``.
     """
@@ -211,7 +222,7 @@ def clip_by_value(max_value: float | Array) -> optax.GradientTransformationExtra
     """
     checks.positive("clip_by_value: max_value", max_value)
     made = watch(optax.clip(max_value), lambda updates: ~(optax.tree.norm(updates, ord=jnp.inf) <= max_value))
-    limit = guarantee.bound_by_groups(parts.fixed(max_value), parts.l2(), parts.element(), parts.hard())
+    limit = guarantee.bound_by_groups(rules.fixed(max_value), l2(), scopes.element(), shapes.hard())
     return made if limit is None else guarantee.bounded(made, limit)
 
 
@@ -228,11 +239,12 @@ def auto_clip(percent: float | Array = 10.0, window: int = 1000) -> optax.Gradie
       InvalidInput: a number out of its range.
 
     Example:
-      >>> fc.fedavg(loss, optax.chain(fc.clipping.auto_clip(10), optax.sgd(0.1)), keep_opt_state=True)
+      >>> client_tx = optax.chain(fc.clipping.auto_clip(10), optax.sgd(0.1))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, keep_opt_state=True)
 
     Source: Seetharaman et al. (2020), "AutoClip", section 2.
     """
-    return clip(parts.percentile(percent, window))
+    return clip(rules.percentile(percent, window))
 
 
 def z_clip(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> optax.GradientTransformationExtraArgs:
@@ -249,11 +261,12 @@ def z_clip(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> opt
       InvalidInput: a number out of its range.
 
     Example:
-      >>> fc.fedavg(loss, optax.chain(fc.clipping.z_clip(), optax.sgd(0.1)), keep_opt_state=True)
+      >>> client_tx = optax.chain(fc.clipping.z_clip(), optax.sgd(0.1))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, keep_opt_state=True)
 
     Source: Kumar et al. (2025), "ZClip", Algorithm 1.
     """
-    return clip(parts.z_score(z, decay, warmup))
+    return clip(rules.z_score(z, decay, warmup))
 
 
 def adaptive_gradient_clip(ratio: float | Array = 0.01, floor: float = 1e-3) -> optax.GradientTransformationExtraArgs:
@@ -275,7 +288,7 @@ def adaptive_gradient_clip(ratio: float | Array = 0.01, floor: float = 1e-3) -> 
 
     Source: Brock et al. (2021), equation 3.
     """
-    return clip(parts.weight_ratio(ratio, floor), scope=parts.unit())
+    return clip(rules.weight_ratio(ratio, floor), scope=scopes.unit())
 
 
 def smoothed_clip(threshold: float | Array, alpha: float | Array = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -293,7 +306,7 @@ def smoothed_clip(threshold: float | Array, alpha: float | Array = 1.0) -> optax
 
     Source: Zhang et al. (2020), "Why gradient clipping accelerates training"; Khirirat et al. (2025), α-NormEC.
     """
-    return clip(threshold, shape=parts.smooth(alpha))
+    return clip(threshold, shape=shapes.smooth(alpha))
 
 
 def normalised(length: float | Array = 1.0) -> optax.GradientTransformationExtraArgs:
@@ -310,7 +323,7 @@ def normalised(length: float | Array = 1.0) -> optax.GradientTransformationExtra
 
     Source: Cutkosky and Mehta (2020), "Momentum improves normalized SGD"; with ``optax.ema`` before it, NSGD-M.
     """
-    return clip(length, shape=parts.normalise())
+    return clip(length, shape=shapes.normalise())
 
 
 def delta_clip(threshold: float | Array, delta: float | Array) -> optax.GradientTransformationExtraArgs:
@@ -328,7 +341,7 @@ def delta_clip(threshold: float | Array, delta: float | Array) -> optax.Gradient
 
     Source: Tucat et al. (2024), "δ-GClip".
     """
-    return clip(threshold, shape=parts.delta_floor(delta))
+    return clip(threshold, shape=shapes.delta_floor(delta))
 
 
 def two_sided_clip(lower: float | Array, upper: float | Array) -> optax.GradientTransformationExtraArgs:
@@ -348,7 +361,7 @@ def two_sided_clip(lower: float | Array, upper: float | Array) -> optax.Gradient
 
     Source: Lee et al. (2025), TailOPT, Bi²Clip.
     """
-    return clip(upper, scope=parts.element(), shape=parts.two_sided(lower))
+    return clip(upper, scope=scopes.element(), shape=shapes.two_sided(lower))
 
 
 def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -378,7 +391,7 @@ def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         carry = jax.tree.map(jnp.subtract, wanted, sent)
         owed, paid = tree.norm(carry), tree.norm(sent)
         payable = jnp.isfinite(owed) & ((paid == 0) | (owed <= 2.0**24 * paid))
-        return sent, (tree.where(payable, carry, optax.tree.zeros_like(carry)), inner)
+        return sent, (optax.tree.where(payable, carry, optax.tree.zeros_like(carry)), inner)
 
     made, limit = optax.GradientTransformationExtraArgs(init, update), guarantee.bound_of(tx)
     return made if limit is None else guarantee.bounded(made, limit)

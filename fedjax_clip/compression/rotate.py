@@ -25,7 +25,9 @@ def hadamard(x: Array) -> Array:
       InvalidInput: another length.
 
     Example:
-      >>> hadamard(hadamard(x))  # x, up to rounding
+      >>> x = jnp.array([1.0, 2.0, 3.0, 4.0])
+      >>> fc.compression.hadamard(fc.compression.hadamard(x)).tolist()
+      [1.0, 2.0, 3.0, 4.0]
     """
     n = len(x)
     if n & (n - 1) or n == 0:
@@ -146,7 +148,7 @@ def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
       shape: of the result.
 
     Example:
-      >>> signs = random_signs(jax.random.key(0), (1000,))
+      >>> signs = fc.compression.random_signs(jax.random.key(0), (1000,))
     """
     size = math.prod(shape)
     return unpacked_signs(jax.random.bits(key, (-(-size // 32),), jnp.uint32)).ravel()[:size].reshape(shape)

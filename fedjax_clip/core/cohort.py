@@ -60,7 +60,9 @@ class Cohort:
         ``fc.partially_frozen`` and ``fc.partially_private`` set inside a round; ``None``: nothing.
 
     Example:
-      >>> cohort = jax.tree.map(lambda x: x[0], fc.extend.plan(data, ids, fc.extend.LocalWork(20), seed=0, round=0))
+      >>> ids = np.array([3, 1, 4])
+      >>> cohort = fc.extend.plan(data, ids, fc.extend.LocalWork(20), seed=0, round=0)  # a leading axis of devices
+      >>> one = jax.tree.map(lambda x: x[0], cohort)
     """
 
     ids: Array | np.ndarray
@@ -88,7 +90,13 @@ class Cohort:
         ``jax.jit``, while the cohort is NumPy arrays.
 
         Example:
-          >>> jax.grad(lambda lr: validation_loss(round_with(lr)(server, cohort.differentiable(), key)))(0.1)
+          >>> fixed = cohort.differentiable()
+          >>> def loss_after_a_round(lr):
+          ...   algorithm = fc.fedavg(per_example_loss, optax.sgd(lr))
+          ...   server, _, _ = algorithm.round(algorithm.init(params), fixed, key)
+          ...   return per_example_loss(server.params, held_out.examples, None)[0].mean()
+          >>> bool(jax.grad(loss_after_a_round)(0.1) < 0)  # a larger rate would be better
+          True
         """
         return dataclasses.replace(self, most_steps=int(np.max(self.num_steps, initial=0)))
 
@@ -145,7 +153,9 @@ class Client:
       cohort: where its batches lie.
 
     Example:
-      >>> total = client.loop(lambda i, total: total + jnp.sum(client.batch(i)[1]), 0.0)  # the sum of its weights
+      >>> def client_fn(params, client, key):  # sends the sum of its examples' weights
+      ...   total = client.loop(lambda i, total: total + jnp.sum(client.batch(i)[1]), 0.0)
+      ...   return total, client.state.own, {}
     """
 
     id: Array

@@ -65,8 +65,9 @@ def conv_general_dilated(
     Args:
       lhs: inputs ``[B, *spatial, I]``.
       rhs: kernel ``[*window, I, O]``.
-      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count, batch_group_count,
-        precision, preferred_element_type: as ``jax.lax.conv_general_dilated`` takes them.
+      window_strides, padding, lhs_dilation, rhs_dilation: as ``jax.lax.conv_general_dilated`` takes them.
+      dimension_numbers, feature_group_count, batch_group_count: as ``jax.lax.conv_general_dilated`` takes them.
+      precision, preferred_element_type: as ``jax.lax.conv_general_dilated`` takes them.
       lowering: ``"auto"``: the fast form on a CPU, XLA's convolution elsewhere; ``"canonical"`` or ``"xla"``: one of
         them on every platform, to compare.
 
@@ -77,7 +78,7 @@ def conv_general_dilated(
       InvalidInput: an unknown lowering.
 
     Example:
-      >>> layer = nn.Conv(32, (3, 3), conv_general_dilated=conv_general_dilated)  # what ``fc.models.Conv`` is
+      >>> layer = nn.Conv(32, (3, 3), conv_general_dilated=fc.models.conv_general_dilated)  # what ``fc.models.Conv`` is
     """
     if lowering not in ("auto", "canonical", "xla"):
         raise InvalidInput(f"lowering is 'auto', 'canonical' or 'xla', not {lowering!r}")
@@ -138,7 +139,7 @@ def warn_slow_convolutions(function_or_jaxpr: Any, *args: Any, platform: str | N
       Whether it warned.
 
     Example:
-      >>> warn_slow_convolutions(jax.grad(loss), params, batch)
+      >>> fc.models.warn_slow_convolutions(lambda params, x: x @ params["w"], params, np.zeros((2, 64)))  # has none
     """
     if (platform or jax.default_backend()) != "cpu":
         return False

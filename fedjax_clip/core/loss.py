@@ -119,7 +119,20 @@ def mixed_precision(per_example_loss: PerExampleLoss, dtype: Any = jnp.bfloat16)
 def batch_gradient(
     per_example_loss: PerExampleLoss, params: Params, batch: Batch, weights: Array, key: Array
 ) -> tuple[PyTree, Metrics]:
-    """The gradient of a batch's weighted mean loss, and the batch's report."""
+    """The gradient of a batch's weighted mean loss, and the batch's report.
+
+    Args:
+      per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``.
+      params: pytree of parameters.
+      batch: pytree of ``[B, ...]``.
+      weights: ``[B]`` example weights, 0 for padding.
+      key: of this batch.
+
+    Example:
+      >>> batch = {name: x[:20] for name, x in data.examples.items()}
+      >>> start = jax.tree.map(jnp.asarray, params)
+      >>> gradient, report = fc.local.batch_gradient(per_example_loss, start, batch, jnp.ones(20), key)
+    """
 
     check_parameters(params)
 

@@ -30,7 +30,7 @@ def check_names(names: Iterable[Any]) -> None:
       InvalidInput: such a name; the sentence lists those that are taken.
 
     Example:
-      >>> check_names(["accuracy", "top5"])
+      >>> fc.extend.metrics.check_names(["accuracy", "top5"])
     """
     for name in names:
         if not isinstance(name, str):
@@ -51,6 +51,9 @@ def check_own_names(names: Iterable[str], reported: Iterable[str]) -> None:
 
     Raises:
       InvalidInput: a name that is in both, unless it is the library's own.
+
+    Example:
+      >>> fc.extend.metrics.check_own_names(["extrapolation"], ["loss", "accuracy"])
     """
     for name in sorted(set(names) & set(reported) - set(_TAKEN)):
         raise InvalidInput(
@@ -73,8 +76,8 @@ def higher_is_better(metric: str) -> bool:
       metric: its name, such as ``"eval/examples/loss"``, ``"auroc_worst"``, ``"ece/Cleveland"``.
 
     Example:
-      >>> higher_is_better("eval/clients/accuracy"), higher_is_better("eval/examples/rmse_of_mean")
-      (True, False)
+      >>> [fc.extend.metrics.higher_is_better(name) for name in ("eval/clients/accuracy", "eval/examples/rmse_of_mean")]
+      [True, False]
     """
     parts = [set(re.findall("[a-z0-9]+", part.lower())) for part in metric.split("/")]
     return not any(COSTS.fullmatch(word) for part in parts[-2:] for word in part)
@@ -88,7 +91,9 @@ class Mean(NamedTuple):
       weight: sum of weights.
 
     Example:
-      >>> Mean.of(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))  # total 4, weight 2
+      >>> mean = fc.extend.metrics.Mean.of(jnp.array([1.0, 3.0]), jnp.array([1.0, 1.0]))
+      >>> float(mean.total), float(mean.weight)
+      (4.0, 2.0)
     """
 
     total: Array
@@ -112,7 +117,7 @@ class Histogram(NamedTuple):
       counts: float32 ``[512]``.
 
     Example:
-      >>> Histogram.of(norm).quantile(0.5)
+      >>> histogram = fc.extend.metrics.Histogram.of(jnp.float32(2.0))
     """
 
     counts: Array
@@ -139,7 +144,8 @@ def add(x: PyTree, y: PyTree) -> PyTree:
       x, y: reports of the same structure.
 
     Example:
-      >>> add({"steps": 1.0}, {"steps": 2.0})  # {"steps": 3.0}
+      >>> float(fc.extend.metrics.add({"steps": 1.0}, {"steps": 2.0})["steps"])
+      3.0
     """
     return jax.tree.map(jnp.add, x, y)
 
@@ -148,10 +154,11 @@ def finish(report: PyTree) -> PyTree:
     """Turns each ``Mean`` into its ratio (NaN where nothing was counted) and leaves plain sums as they are.
 
     Args:
-      report: a dict of sums and ``Mean``s.
+      report: a dict of sums and ``Mean`` pairs.
 
     Example:
-      >>> finish({"loss": Mean(jnp.float32(4), jnp.float32(2))})  # {"loss": 2.0}
+      >>> float(fc.extend.metrics.finish({"loss": fc.extend.metrics.Mean(jnp.float32(4), jnp.float32(2))})["loss"])
+      2.0
     """
 
     def ratio(x: Any) -> Any:
@@ -169,7 +176,7 @@ def without_nan(values: Metrics) -> Metrics:
       values: by name; NaN where nothing was counted.
 
     Example:
-      >>> without_nan({"loss": jnp.float32(jnp.nan)})  # the same, unless jax_debug_nans is set
+      >>> fc.extend.metrics.without_nan({"loss": jnp.float32(jnp.nan)})  # the same, unless jax_debug_nans is set
     """
     if not jax.config.jax_debug_nans:  # type: ignore[attr-defined]
         return values
@@ -187,6 +194,7 @@ def prefixed(prefix: str, metrics: Metrics) -> Metrics:
       metrics: by name.
 
     Example:
-      >>> prefixed("eval", {"loss": 0.5})  # {"eval/loss": 0.5}
+      >>> fc.extend.metrics.prefixed("eval", {"loss": 0.5})
+      {'eval/loss': 0.5}
     """
     return {f"{prefix}/{name}": value for name, value in metrics.items()}

@@ -51,7 +51,7 @@ class Secret:
 
     Example:
       >>> sampler, secret = fc.data.sampling.poisson(50), fc.privacy.Secret.fresh()
-      >>> fc.train(algorithm, data, params, rounds=100, sampler=sampler, secret=secret)
+      >>> result = fc.train(algorithm, data, params, rounds=10, sampler=sampler, secret=secret)
     """
 
     __slots__ = ("_begun", "_content", "known")

@@ -1,4 +1,16 @@
-"""The few operations on pytrees that optax.tree lacks."""
+"""The few operations on pytrees that optax.tree lacks.
+
+Five functions have a relative in optax, and differ from it:
+
+- ``norm``: ``optax.tree.norm`` squares half precision in half precision, its gradient at zero is NaN, and its sums are
+  not vectorised on a CPU.
+- ``apply_updates``: optax's fails on two types where ``jax_numpy_dtype_promotion`` is strict.
+- ``add_scaled``: ``optax.tree.add_scale`` changes the leaves' types to those of the factor or the change.
+- ``total``: ``optax.tree.sum`` adds in the arrays' own types.
+- ``size``: ``optax.tree.size`` warns of shapes without arrays, as ``jax.eval_shape`` gives them.
+
+Optax has nothing like the others.
+"""
 
 import itertools
 import re
@@ -12,11 +24,6 @@ from jax.extend.core import jaxpr_as_fun
 
 from fedjax_clip.core import checks
 from fedjax_clip.core.types import Array, InvalidInput, PyTree
-
-
-def where(condition: Array, on_true: PyTree, on_false: PyTree) -> PyTree:
-    """``jnp.where`` leaf by leaf, with one scalar condition for the whole tree."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
 
 
 def traced(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], PyTree]:

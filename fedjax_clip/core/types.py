@@ -26,7 +26,10 @@ class InvalidInput(ValueError):
     The binaries print the sentence alone and exit with code 2.
 
     Example:
-      >>> fc.clipping.clip(-1.0)  # raises InvalidInput
+      >>> fc.clipping.clip(-1.0)
+      Traceback (most recent call last):
+        ...
+      fedjax_clip.core.types.InvalidInput: clip's threshold must be positive, not -1.0.
     """
 
 
@@ -54,7 +57,9 @@ class Algorithm(NamedTuple):
       name: by which a checkpoint tells algorithms apart; by default that of the function that made ``round``.
 
     Example:
-      >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, jax.random.key(0))
+      >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, key)
+      >>> int(server.round), float(metrics["clients"])
+      (1, 3.0)
     """
 
     init: Callable[[Params], PyTree]

@@ -30,6 +30,9 @@ class World(NamedTuple):
       num_steps: ``ids[K] -> local steps [K]``, in steps of a full batch.
       seed: of speeds and dropouts; also of cohorts, unless there is a secret.
       secret: the source of cohorts in place of the seed.
+
+    Example:
+      >>> world = fc.data.clock.World(np.array([10, 30]), lambda ids: np.array([1, 3])[ids], seed=0)
     """
 
     sizes: np.ndarray
@@ -49,6 +52,10 @@ class Turn(NamedTuple):
       ids: ``[K]`` clients whose updates the server receives.
       staleness: ``[K]`` rounds since each was sent its parameters; ``None`` if no client is stale.
       metrics: the clock's columns of the round's row.
+
+    Example:
+      >>> fc.data.clock.Turn(np.array([3, 1]), None, {"simulated_seconds": 2.0}).ids.tolist()
+      [3, 1]
     """
 
     ids: np.ndarray
@@ -63,6 +70,11 @@ class Clock(NamedTuple):
       init: the state before round 0.
       turn: ``(world, state, round) -> (turn, state)``, a pure function, called round by round.
       replacement: whether a client may occur twice in a cohort (then clients cannot keep a state).
+
+    Example:
+      >>> def turn(world, state, round):  # everybody, and a round takes a second
+      ...   return fc.data.clock.Turn(np.arange(len(world.sizes)), None, {"simulated_seconds": 1.0 + round}), state
+      >>> result = fc.train(algorithm, data, params, rounds=1, sampler=fc.data.clock.Clock(None, turn))
     """
 
     init: Any
@@ -98,8 +110,8 @@ def synchronous(
 
     Example:
       >>> speeds = fc.data.speeds.measured(np.array([5.0, 1.0, 9.0, 2.0]))
-      >>> clock = synchronous(fc.data.sampling.round_robin(4), speeds, keep=2)
-      >>> Timeline(clock, World(np.ones(4), np.ones_like, seed=0))[0]
+      >>> clock = fc.data.clock.synchronous(fc.data.sampling.round_robin(4), speeds, keep=2)
+      >>> fc.data.clock.Timeline(clock, fc.data.clock.World(np.ones(4), np.ones_like, seed=0))[0]
       Turn(ids=array([1, 3]), staleness=None, metrics={'simulated_seconds': 2.0, 'late': 2.0, 'lost': 0.0})
 
     Source: Bonawitz et al. (2019), "Towards Federated Learning at Scale", section 2.2.
@@ -159,8 +171,8 @@ def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency:
 
     Example:
       >>> speeds = fc.data.speeds.measured(np.array([1.0, 3.0, 1.0]))
-      >>> clock = buffered(fc.data.sampling.round_robin(1), speeds, buffer_size=1, concurrency=2)
-      >>> timeline = Timeline(clock, World(np.ones(3), np.ones_like, seed=0))
+      >>> clock = fc.data.clock.buffered(fc.data.sampling.round_robin(1), speeds, buffer_size=1, concurrency=2)
+      >>> timeline = fc.data.clock.Timeline(clock, fc.data.clock.World(np.ones(3), np.ones_like, seed=0))
       >>> for round in range(4):
       ...     print(timeline[round].ids, timeline[round].staleness, timeline[round].metrics["simulated_seconds"])
       [0] [0] 1.0
@@ -228,6 +240,12 @@ class Timeline:
     Args:
       sampler: a ``Sampler``, or a ``Clock``.
       world: what the sampler or clock knows of the run.
+
+    Example:
+      >>> world = fc.data.clock.World(np.ones(3), np.ones_like, seed=0)
+      >>> timeline = fc.data.clock.Timeline(fc.data.sampling.round_robin(2), world)
+      >>> timeline[1].ids.tolist()
+      [2, 0]
     """
 
     def __init__(self, sampler: Sampler | Clock, world: World):

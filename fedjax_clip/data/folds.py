@@ -15,6 +15,10 @@ class Fold(NamedTuple):
     Attributes:
       train: ``[n]`` numbers of the examples to train on, client by client.
       held_out: ``[N - n]`` numbers of the others, client by client.
+
+    Example:
+      >>> (first, second) = fc.data.folds.examples(data, num_folds=2)
+      >>> train, held_out = first.split(data)
     """
 
     train: np.ndarray
@@ -38,8 +42,8 @@ def clients(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
       InvalidInput: more folds than clients, or fewer than 2.
 
     Example:
-      >>> data = FederatedData({"x": np.zeros(6)}, [0, 3, 4, 6])
-      >>> [f.held_out.tolist() for f in clients(data, 3)]
+      >>> data = fc.FederatedData({"x": np.zeros(6)}, [0, 3, 4, 6])
+      >>> [f.held_out.tolist() for f in fc.data.folds.clients(data, 3)]
       [[4, 5], [0, 1, 2], [3]]
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
@@ -64,6 +68,11 @@ def examples(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
 
     Raises:
       InvalidInput: more folds than examples, or fewer than 2.
+
+    Example:
+      >>> folds = fc.data.folds.examples(data, num_folds=4)
+      >>> sum(len(fold.held_out) for fold in folds) == data.num_examples
+      True
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
     num_folds = checks.count("num_folds, of examples,", num_folds, 2, data.num_examples)

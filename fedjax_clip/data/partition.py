@@ -45,7 +45,7 @@ def iid(examples: Examples, num_clients: int, seed: int = 0) -> FederatedData:
       InvalidInput: more clients than examples, fields of unequal length ...
 
     Example:
-      >>> iid({"x": np.arange(10)}, num_clients=3).sizes.tolist()
+      >>> fc.data.partition.iid({"x": np.arange(10)}, num_clients=3).sizes.tolist()
       [4, 3, 3]
     """
     num_examples, num_clients, rng = _check(examples, num_clients, seed)
@@ -71,7 +71,7 @@ def dirichlet(examples: Examples, num_clients: int, alpha: float, label: str = "
       InvalidInput: alpha that is not positive and finite, labels that are not integers ...
 
     Example:
-      >>> data = dirichlet({"y": np.arange(100) % 10}, num_clients=5, alpha=0.1)
+      >>> data = fc.data.partition.dirichlet({"y": np.arange(100) % 10}, num_clients=5, alpha=0.1)
       >>> data.num_clients, data.num_examples
       (5, 100)
     """
@@ -101,7 +101,7 @@ def quantity_skew(examples: Examples, num_clients: int, sigma: float = 1.0, seed
       InvalidInput: sigma that is negative or not finite ...
 
     Example:
-      >>> quantity_skew({"x": np.arange(100)}, num_clients=4, sigma=0.0).sizes.tolist()
+      >>> fc.data.partition.quantity_skew({"x": np.arange(100)}, num_clients=4, sigma=0.0).sizes.tolist()
       [25, 25, 25, 25]
     """
     num_examples, num_clients, rng = _check(examples, num_clients, seed)
@@ -134,7 +134,7 @@ def shards(
       InvalidInput: more classes per client than there are, more shards than examples ...
 
     Example:
-      >>> shards({"y": np.arange(100) % 10}, num_clients=5).sizes.tolist()
+      >>> fc.data.partition.shards({"y": np.arange(100) % 10}, num_clients=5).sizes.tolist()
       [20, 20, 20, 20, 20]
     """
     num_examples, num_clients, rng = _check(examples, num_clients, seed)
@@ -168,7 +168,7 @@ def natural(examples: Examples, by: str, keep: bool = False) -> FederatedData:
       InvalidInput: no such field, or one that cannot name clients.
 
     Example:
-      >>> data = natural({"x": np.ones(3), "who": np.array(["b", "a", "b"])}, by="who")
+      >>> data = fc.data.partition.natural({"x": np.ones(3), "who": np.array(["b", "a", "b"])}, by="who")
       >>> data.names, data.sizes.tolist()
       (['a', 'b'], [1, 2])
     """
@@ -232,7 +232,7 @@ def plot(
       InvalidInput: matplotlib is not installed, labels that are not integers ...
 
     Example:
-      >>> figure = plot(dirichlet({"y": np.arange(100) % 10}, num_clients=5, alpha=0.1))
+      >>> fc.data.partition.plot(data).savefig("partition.png")
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
     try:

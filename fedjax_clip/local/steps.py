@@ -29,7 +29,11 @@ def local_steps(
     """One optimiser step for each of the client's batches, from ``params``: what every algorithm's client does.
 
     Args:
+      per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``.
       client_tx: any optax optimiser; ``anchor=params`` is among its extra arguments.
+      params: what the client was sent.
+      client: its batches.
+      key: of this client and round; each step folds its number in.
       adjust: ``(gradient, y, step) -> direction``, between the gradient and the optimiser.
       gradient: ``batch_gradient``, or ``per_example_gradient(...)``.
       opt_state: the optimiser's state to begin with; a fresh one by default.
@@ -37,6 +41,11 @@ def local_steps(
 
     Returns:
       ``(y, opt_state, mean raw gradient or (), report)``.
+
+    Example:
+      >>> def client_fn(params, client, key):  # a client of FedAvg
+      ...   y, _, _, report = fc.extend.local_steps(per_example_loss, optax.sgd(0.1), params, client, key)
+      ...   return jax.tree.map(jnp.subtract, y, params), client.state.own, report
     """
     client_tx = optax.with_extra_args_support(client_tx)
     opt_state = optimiser.init(client_tx, params) if opt_state is None else opt_state
@@ -85,6 +94,11 @@ def full_gradient(
 
     Returns:
       ``(gradient, report)``.
+
+    Example:
+      >>> def client_fn(params, client, key):  # of distributed gradient descent
+      ...     gradient, report = fc.local.full_gradient(per_example_loss, params, client, key)
+      ...     return jax.tree.map(jnp.negative, gradient), client.state.own, report
     """
     check_parameters(params)
 
@@ -122,6 +136,11 @@ def full_step(
 
     Returns:
       ``(update, report)``.
+
+    Example:
+      >>> def client_fn(params, client, key):  # of FedSGD
+      ...     update, report = fc.local.full_step(per_example_loss, optax.sgd(0.1), params, client, key)
+      ...     return update, client.state.own, report
 
     Source: McMahan et al. (2017), section 2, FedSGD.
     """

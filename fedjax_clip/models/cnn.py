@@ -14,7 +14,7 @@ class CNN(nn.Module):
     Takes images ``[B, H, W, C]`` to ``[B, num_outputs]``; 28×28×1 images and the defaults make 1.2 million parameters.
 
     Example:
-      >>> params = CNN(62).init(jax.random.key(0), np.zeros((1, 28, 28, 1)))
+      >>> shapes = jax.eval_shape(fc.models.CNN(62).init, key, np.zeros((1, 28, 28, 1)))
 
     Source: Caldas et al. (2018), "LEAF"; Reddi et al. (2021), "Adaptive Federated Optimization" (without its dropout).
     """

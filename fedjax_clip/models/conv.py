@@ -12,7 +12,8 @@ Conv = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 Conv.__doc__ = """``flax.linen.Conv``, parameter for parameter, that stays fast in a loop on a CPU and under ``vmap``.
 
 Example:
-  >>> x = nn.relu(Conv(32, (3, 3))(x))
+  >>> layer = fc.models.Conv(32, (3, 3))
+  >>> variables = layer.init(key, np.zeros((1, 8, 8, 1)))
 """
 
 
@@ -28,7 +29,7 @@ def max_pool_2x2(x: Array) -> Array:
       ``[..., H // 2, W // 2, C]``.
 
     Example:
-      >>> max_pool_2x2(np.zeros((1, 28, 28, 3), np.float32)).shape
+      >>> fc.models.max_pool_2x2(np.zeros((1, 28, 28, 3), np.float32)).shape
       (1, 14, 14, 3)
     """
     height, width = (size // 2 * 2 for size in x.shape[-3:-1])

@@ -12,7 +12,7 @@ class Factorisation(nn.Module):
     They begin at 0: for a new user it is the items' biases that speak.
 
     Example:
-      >>> params = Factorisation(1128, 8).init(jax.random.key(0), np.zeros(1, np.int32))
+      >>> params = fc.models.Factorisation(1128, 8).init(jax.random.key(0), np.zeros(1, np.int32))
 
     Source: Koren, Bell and Volinsky (2009), "Matrix Factorization Techniques for Recommender Systems", equation 5.
     """

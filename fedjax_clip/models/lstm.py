@@ -11,7 +11,7 @@ class CharLSTM(nn.Module):
     Takes characters ``int [B, T]`` to logits ``[B, T, vocabulary]``; those at ``t`` have seen what stands up to ``t``.
 
     Example:
-      >>> params = CharLSTM(128).init(jax.random.key(0), np.zeros((1, 80), np.int32))
+      >>> shapes = jax.eval_shape(fc.models.CharLSTM(128).init, key, np.zeros((1, 80), np.int32))
 
     Source: Caldas et al. (2018), "LEAF", Shakespeare; as in Reddi et al. (2021), all positions are predicted.
     """

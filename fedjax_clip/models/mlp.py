@@ -14,7 +14,7 @@ class MLP(nn.Module):
       num_outputs: of the last layer.
 
     Example:
-      >>> params = MLP((128,), 10).init(jax.random.key(0), np.zeros((1, 8, 8, 1)))
+      >>> params = fc.models.MLP((128,), 10).init(jax.random.key(0), np.zeros((1, 8, 8, 1)))
     """
 
     hidden: Sequence[int]

@@ -16,7 +16,7 @@ class ResNet(nn.Module):
     Takes ``[B, H, W, C]`` to ``[B, num_outputs]``; 32×32×3 pictures and the defaults make 11.2 million parameters.
 
     Example:
-      >>> params = ResNet(10).init(jax.random.key(0), np.zeros((1, 32, 32, 3)))
+      >>> shapes = jax.eval_shape(fc.models.ResNet(10).init, key, np.zeros((1, 32, 32, 3)))
 
     Source: He et al. (2016); group norm of two groups as in Hsieh et al. (2020) and Reddi et al. (2021).
     """

@@ -12,7 +12,7 @@ class Transformer(nn.Module):
     tokens up to ``t``. A block's matrices are called query, key, value, out, up and down. No dropout.
 
     Example:
-      >>> params = Transformer(128).init(jax.random.key(0), np.zeros((1, 80), np.int32))
+      >>> shapes = jax.eval_shape(fc.models.Transformer(128).init, key, np.zeros((1, 80), np.int32))
 
     Source: Radford et al. (2019), "Language Models are Unsupervised Multitask Learners".
     """

@@ -11,7 +11,7 @@ class BagOfWords(nn.Module):
     Takes words ``int [B, T]``, 0 where there is none, to ``[B, num_outputs]``.
 
     Example:
-      >>> params = BagOfWords(3, 2**14).init(jax.random.key(0), np.zeros((1, 32), np.int32))
+      >>> params = fc.models.BagOfWords(3, 2**14).init(jax.random.key(0), np.zeros((1, 32), np.int32))
 
     Source: Joulin et al. (2017), "Bag of Tricks for Efficient Text Classification" (fastText), without its n-grams.
     """

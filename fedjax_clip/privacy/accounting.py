@@ -43,17 +43,17 @@ def epsilon(
 
     The mechanism of one round depends on the sampler:
 
-      ``poisson``      a Gaussian mechanism on a Poisson sample of rate cohort / clients (add or remove a client)
-      ``uniform``      a sample of fixed size without replacement (replace a client: the sum moves by 2 C, so its noise
-                       multiplier is z / 2); if all clients take part, one Gaussian mechanism (remove a client)
-      ``round_robin``  no sampling, no amplification: each client takes part in at most
-                       ``ceil(rounds cohort / clients)`` rounds (remove a client)
-      ``Separated``    as ``round_robin``, with the rounds that it allows
-      ``truncated_poisson``  a Poisson sample of which some are left out (a client's messages are there, or zero)
-      ``cyclic_poisson``  a Poisson sample of a group: a client meets one in ``groups`` rounds
-      ``balls_in_bins``, ``b_min_sep``  the whole run at once, by draws of its privacy loss from a fixed seed: with
-                       probability 1 - 1e-7 epsilon is no larger. Where too many draws would be needed (delta under
-                       about 1e-6), no more is claimed than without sampling
+    - ``poisson``: a Gaussian mechanism on a Poisson sample of rate cohort / clients (add or remove a client)
+    - ``uniform``: a sample of fixed size without replacement (replace a client: the sum moves by 2 C, so its noise
+      multiplier is z / 2); if all clients take part, one Gaussian mechanism (remove a client)
+    - ``round_robin``: no sampling, no amplification: each client takes part in at most
+      ``ceil(rounds cohort / clients)`` rounds (remove a client)
+    - ``Separated``: as ``round_robin``, with the rounds that it allows
+    - ``truncated_poisson``: a Poisson sample of which some are left out (a client's messages are there, or zero)
+    - ``cyclic_poisson``: a Poisson sample of a group: a client meets one in ``groups`` rounds
+    - ``balls_in_bins``, ``b_min_sep``: the whole run at once, by draws of its privacy loss from a fixed seed: with
+      probability 1 - 1e-7 epsilon is no larger. Where too many draws would be needed (delta under about 1e-6), no more
+      is claimed than without sampling
 
     Sampling never increases epsilon: each bound is at most that of the same rounds without sampling.
 
@@ -82,8 +82,9 @@ def epsilon(
         1), an algorithm with unknown noise.
 
     Example:
-      >>> epsilon(1.0, fc.data.sampling.poisson(50), num_clients=10_000, rounds=1000, delta=1e-5)  # doctest: +SKIP
-      0.8640
+      >>> sampler = fc.data.sampling.poisson(50)
+      >>> round(fc.privacy.epsilon(1.0, sampler, num_clients=10_000, rounds=1000, delta=1e-5), 2)
+      0.86
 
     Source: Abadi et al. (2016); Mironov, Talwar and Zhang (2019); Wang, Balle and Kasiviswanathan (2019) for
     sampling without replacement; Meiser and Mohammadi (2018), Koskela et al. (2020) for privacy loss distributions;
@@ -110,6 +111,12 @@ def epsilons(
 
     The last value is that of ``epsilon``. For many rounds, loss distributions are computed at some rounds, and the
     others take the bound of the next one.
+
+    Example:
+      >>> sampler = fc.data.sampling.round_robin(50)
+      >>> spent = fc.privacy.epsilons(1.0, sampler, num_clients=1000, rounds=40, delta=1e-5)
+      >>> bool(spent[19] < spent[20])  # in round 21 clients take part for the second time
+      True
     """
     rounds = checks.count("rounds", rounds, 0)
     return _epsilons(noise_multiplier, sampler, num_clients, rounds, delta, accountant, mechanism, params, every=True)
@@ -191,6 +198,11 @@ def noise_multiplier(
     Raises:
       InvalidInput: a target that no noise multiplier up to 10,000 reaches, or none that fits on the grid; as
         ``epsilon``.
+
+    Example:
+      >>> sampler = fc.data.sampling.round_robin(50)
+      >>> round(fc.privacy.noise_multiplier(2.0, sampler, num_clients=1000, rounds=20, delta=1e-5), 2)
+      1.99
     """
     checks.positive("target_epsilon", target_epsilon)
     num_clients, rounds = checks.count("num_clients", num_clients), checks.count("rounds", rounds, 0)
@@ -252,6 +264,11 @@ def rounds(
     """The number of rounds that ``target_epsilon`` allows, at most ``most``; 0 if it allows none.
 
     The other arguments are as for ``epsilon``.
+
+    Example:
+      >>> sampler = fc.data.sampling.round_robin(50)
+      >>> fc.privacy.rounds(2.0, 3.0, sampler, num_clients=1000, delta=1e-5)
+      40
     """
 
     def fits(count: int) -> bool:

@@ -56,8 +56,11 @@ class Audit(NamedTuple):
       attempts: number of bounds tried; the confidence holds over all of them.
 
     Example:
-      >>> found = fc.privacy.audit(build, fc.data.sampling.poisson(4), num_clients=24, delta=1e-3)
-      >>> found.broken, found.attack, found.estimator
+      >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(2.0))
+      >>> build = functools.partial(fc.fedavg, uplink=uplink, reducer=fc.reduce.fixed_mean(4))
+      >>> found = fc.privacy.audit(build, fc.data.sampling.round_robin(4), num_clients=12, delta=1e-3, replays=300)
+      >>> found.broken
+      False
     """
 
     audited: float
@@ -135,7 +138,7 @@ def audit(
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(2.0))
       >>> build = functools.partial(fc.fedavg, uplink=uplink, reducer=fc.reduce.fixed_mean(4))
-      >>> found = fc.privacy.audit(build, fc.data.sampling.round_robin(4), num_clients=12, delta=1e-3)
+      >>> found = fc.privacy.audit(build, fc.data.sampling.round_robin(4), num_clients=12, delta=1e-3, replays=300)
 
     Source: Jagielski, Ullman and Oprea (2020), "Auditing Differentially Private Machine Learning"; Nasr et al. (2021),
     "Adversary Instantiation"; Andrew et al. (2024), "One-shot Empirical Privacy Estimation for Federated Learning", for

@@ -40,6 +40,10 @@ def split(noise_multiplier: float, bits_noise: float) -> float:
     Raises:
       InvalidInput: too little noise on the bits, which then alone cost more than z allows.
 
+    Example:
+      >>> round(fc.privacy.split(1.0, bits_noise=2.5), 4)
+      1.0206
+
     Source: Andrew et al. (2021), Theorem 1.
     """
     checks.positive("noise_multiplier", noise_multiplier)

@@ -34,6 +34,7 @@ def distributed(uplink: Uplink, params: Params, reducer: Reducer, colluding: int
         as many colluding clients as the threshold.
 
     Example:
+      >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.skellam(1.0))
       >>> curve = fc.privacy.distributed(uplink, params, fc.reduce.modular_sum(50), colluding=5)
       >>> fc.privacy.epsilon(curve, fc.data.sampling.round_robin(50), num_clients=10_000, rounds=1000, delta=1e-5)
 

@@ -20,8 +20,8 @@ class Separated(NamedTuple):
       most: how often a client takes part at most; by default as often as the separation allows.
 
     Example:
-      >>> tree = fc.uplink.mechanism.tree(2000)
-      >>> fc.privacy.epsilon(7.0, Separated(rounds=300, most=6), 10**6, 2000, 1e-10, mechanism=tree)
+      >>> tree = fc.uplink.mechanism.tree(200)
+      >>> fc.privacy.epsilon(7.0, fc.privacy.Separated(rounds=30, most=6), 10**6, 200, 1e-10, mechanism=tree)
 
     Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", b-min-sep participation.
     """
@@ -67,7 +67,8 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
       InvalidInput: a sampler that may draw a client in any round; a strategy with negative entries.
 
     Example:
-      >>> sensitivities(fc.uplink.mechanism.tree(4), fc.data.sampling.round_robin(10), num_clients=40, rounds=4) ** 2
+      >>> tree, sampler = fc.uplink.mechanism.tree(4), fc.data.sampling.round_robin(10)
+      >>> fc.privacy.sensitivities(tree, sampler, num_clients=40, rounds=4) ** 2
       array([1., 2., 2., 3.])
 
     Source: Denisov et al. (2022), "Improved Differential Privacy for SGD via Optimal Private Linear Operators on

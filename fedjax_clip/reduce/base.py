@@ -18,7 +18,7 @@ class Roster(NamedTuple):
       key: PRNG key of the round's reduction, the same on all devices.
 
     Example:
-      >>> Roster(jnp.array([4, 1, -1]), jax.random.key(0))
+      >>> fc.reduce.Roster(jnp.array([4, 1, -1]), jax.random.key(0))
     """
 
     ids: Array
@@ -95,6 +95,10 @@ def fixed_mean(denominator: float | Array) -> Reducer:
 
     Raises:
       InvalidInput: n that is not positive.
+
+    Example:
+      >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.3), fc.uplink.gaussian(1.0))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, uplink=uplink, reducer=fc.reduce.fixed_mean(50))
 
     Source: McMahan et al. (2018), "Learning Differentially Private Recurrent Language Models", the estimator f~_f.
     """

@@ -77,7 +77,7 @@ def on_host(
       InvalidInput: as ``modular_sum``.
 
     Example:
-      >>> reducer = on_host(lambda messages, came: messages.sum(0), cohort_size=8)  # fixed_mean(8)
+      >>> reducer = fc.reduce.on_host(lambda messages, came: messages.sum(0), cohort_size=8)  # fixed_mean(8)
     """
     cohort_size, threshold = checks.count("cohort_size", cohort_size), checks.count("threshold", threshold)
 
@@ -169,7 +169,7 @@ def secure_threshold(cohort_size: int, threshold: int | None) -> int:
       InvalidInput: as ``modular_sum``.
 
     Example:
-      >>> secure_threshold(8, None)
+      >>> fc.reduce.secure_threshold(8, None)
       6
     """
     cohort_size = checks.count("cohort_size", cohort_size)
@@ -197,7 +197,7 @@ def majority(present: Any, threshold: int) -> Any:
       threshold: of an expected cohort.
 
     Example:
-      >>> majority(12, threshold=6)
+      >>> int(fc.reduce.majority(12, threshold=6))
       7
     """
     lib = np if isinstance(present, int) else jnp

@@ -142,8 +142,8 @@ def centered_mean(threshold: float | Array, iterations: int = 3) -> Reducer:
       InvalidInput: a threshold that is not positive, iterations that are not a whole number of at least 1.
 
     Example:
-      >>> reducer = fc.reduce.centered_mean(10.0, iterations=3)
-      >>> algorithm = fc.fedavg(loss, client_tx, uplink=fc.uplink.relative_to_last(), reducer=reducer)
+      >>> uplink, reducer = fc.uplink.relative_to_last(), fc.reduce.centered_mean(10.0, iterations=3)
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, uplink=uplink, reducer=reducer)
 
     Source: Karimireddy, He and Jaggi (2021), "Learning from History for Byzantine Robust Optimization", Algorithm 1.
     """
@@ -174,7 +174,8 @@ def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Red
       InvalidInput: a bound that is not positive.
 
     Example:
-      >>> algorithm = fc.fedavg(loss, client_tx, reducer=fc.reduce.norm_bounded(1.0, fc.reduce.trimmed_mean(2)))
+      >>> reducer = fc.reduce.norm_bounded(1.0, fc.reduce.trimmed_mean(2))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, reducer=reducer)
 
     Source: Sun et al. (2019), "Can You Really Backdoor Federated Learning?", norm thresholding.
     """
@@ -207,7 +208,8 @@ def fltrust(root: int) -> Reducer:
       InvalidInput: a root that is not a client's number; (when a run begins) a cohort of one.
 
     Example:
-      >>> algorithm = fc.fedavg(loss, client_tx, reducer=fc.reduce.fltrust(root=data.num_clients - 1))
+      >>> reducer = fc.reduce.fltrust(root=data.num_clients - 1)
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, reducer=reducer)
 
     Source: Cao et al. (2021), "FLTrust: Byzantine-robust Federated Learning via Trust Bootstrapping", Algorithm 2.
     """

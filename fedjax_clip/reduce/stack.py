@@ -95,7 +95,7 @@ def check_cohort(reducer: Reducer, cohort_size: float) -> None:
       InvalidInput: fewer than the reducer's ``fewest``.
 
     Example:
-      >>> check_cohort(fc.reduce.krum(2), 7)  # of 6 clients Krum cannot tell two bad ones
+      >>> fc.reduce.check_cohort(fc.reduce.krum(2), 7)  # of 6 clients Krum cannot tell two malicious ones
     """
     if 0 < cohort_size < reducer.fewest:
         raise InvalidInput(
@@ -116,7 +116,9 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
       InvalidInput: an argument that is not a reducer, such as a function that makes one.
 
     Example:
-      >>> halves = restacked(lambda stack: stack._replace(messages=optax.tree.scale(0.5, stack.messages)), median())
+      >>> def halve(stack):
+      ...   return stack._replace(messages=optax.tree.scale(0.5, stack.messages))
+      >>> reducer = fc.reduce.restacked(halve, fc.reduce.median())
     """
 
     checks.kind("reducer", reducer, Reducer, "an fc.reduce.Reducer, such as fc.reduce.median()")
@@ -149,7 +151,7 @@ def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
       InvalidInput: a size that is not a whole number of at least 1.
 
     Example:
-      >>> algorithm = fc.fedavg(loss, client_tx, reducer=fc.reduce.bucketing(fc.reduce.median(), 2))
+      >>> algorithm = fc.fedavg(per_example_loss, client_tx, reducer=fc.reduce.bucketing(fc.reduce.median(), 2))
 
     Source: Karimireddy, He and Jaggi (2022), "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing",
     Algorithm 1.

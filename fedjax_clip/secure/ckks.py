@@ -54,7 +54,9 @@ class Ckks:
 
     Example:
       >>> scheme = fc.secure.Ckks(2)
-      >>> scheme.decrypt(scheme.add([scheme.encrypt(x), scheme.encrypt(y)]))  # x + y
+      >>> total = scheme.add([scheme.encrypt(np.array([1.0, 2.0])), scheme.encrypt(np.array([0.5, 0.5]))])
+      >>> scheme.decrypt(total).round(3)[:2].tolist()
+      [1.5, 2.5]
 
     Source: Cheon et al. (2017), "Homomorphic Encryption for Arithmetic of Approximate Numbers"; Li and Micciancio
     (2021), "On the Security of Homomorphic Encryption on Approximate Numbers", Section 2 on exact schemes, whose

@@ -42,7 +42,11 @@ class Keys(NamedTuple):
       signature: of both, with the client's signing key in the registry.
 
     Example:
-      >>> client.advertise().masking
+      >>> from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+      >>> identity = Ed25519PrivateKey.generate()
+      >>> client = fc.secure.Client(0, 2, identity, {0: identity.public_key().public_bytes_raw()}, session=b"round 7")
+      >>> len(client.advertise().masking)
+      32
     """
 
     sealing: bytes
@@ -106,9 +110,10 @@ class Client:
       InvalidInput: (by every method) a step out of order; a refused statement of the server, by name.
 
     Example:
+      >>> from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
       >>> identity = Ed25519PrivateKey.generate()
-      >>> client = Client(0, 2, identity, {0: identity.public_key().public_bytes_raw()}, session=b"round 7")
-      >>> client.advertise()
+      >>> client = fc.secure.Client(0, 2, identity, {0: identity.public_key().public_bytes_raw()}, session=b"round 7")
+      >>> keys = client.advertise()
 
     Source: Bonawitz et al. (2017), "Practical Secure Aggregation for Privacy-Preserving Machine Learning", Figure 4
     with the steps of the malicious setting, and Theorem 6.5 for t. Bell et al. (2020), "Secure Single-Server

@@ -28,8 +28,9 @@ class Transcript:
       revealed: ``{client: {of: share}}``.
 
     Example:
-      >>> total, transcript = fc.secure.aggregate(messages, threshold=3)
-      >>> transcript.masked[0]
+      >>> total, transcript = fc.secure.aggregate(np.ones((5, 3), np.uint32), threshold=4)
+      >>> transcript.masked[0].shape  # what the server saw of client 0
+      (3,)
     """
 
     keys: dict[int, Keys] = dataclasses.field(default_factory=dict)
@@ -122,6 +123,11 @@ def unmask(seen: Transcript, threshold: int) -> np.ndarray:
 
     Raises:
       InvalidInput: too few shares of a client's secret.
+
+    Example:
+      >>> total, transcript = fc.secure.aggregate(np.ones((5, 3), np.uint32), threshold=4)
+      >>> fc.secure.unmask(transcript, threshold=4).tolist()
+      [5, 5, 5]
     """
     total = functools.reduce(np.add, seen.masked.values())
     partners: dict[int, list[int]] = {v: [] for v in seen.keys}
@@ -156,6 +162,7 @@ def pairwise_masks(cohort_size: int, threshold: int | None = None, neighbours: N
         graph.
 
     Example:
+      >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.integer_grid(16))
       >>> algorithm = fc.fedavg(per_example_loss, client_tx, uplink=uplink, reducer=fc.secure.pairwise_masks(8))
 
     Source: Bonawitz et al. (2017), Figure 4; Bell et al. (2020), Algorithm 2.

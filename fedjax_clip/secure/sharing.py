@@ -26,6 +26,11 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> list[int]:
       threshold: t, so that the polynomial has degree t - 1.
       points: distinct positive numbers at which the polynomial is evaluated.
 
+    Example:
+      >>> shares = fc.secure.split(b"a secret of exactly 32 bytes ...", threshold=2, points=[1, 2, 3])
+      >>> fc.secure.join({1: shares[0], 3: shares[2]})
+      b'a secret of exactly 32 bytes ...'
+
     Source: Shamir (1979), "How to Share a Secret".
     """
     coefficients = [int.from_bytes(secret), *(secrets.randbelow(PRIME) for _ in range(threshold - 1))]
@@ -41,6 +46,11 @@ def join(shares: Mapping[int, int]) -> bytes:
 
     Args:
       shares: ``{point: share}``.
+
+    Example:
+      >>> shares = fc.secure.split(b"a secret of exactly 32 bytes ...", threshold=2, points=[1, 2, 3])
+      >>> fc.secure.join({2: shares[1], 3: shares[2]})
+      b'a secret of exactly 32 bytes ...'
     """
     total = 0
     for x, share in shares.items():
@@ -66,6 +76,13 @@ def agree(own: X25519PrivateKey, other: bytes) -> bytes:
     Raises:
       InvalidInput: bytes that are not a public key.
 
+    Example:
+      >>> from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+      >>> ann, bob = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+      >>> secret = fc.secure.agree(ann, bob.public_key().public_bytes_raw())
+      >>> secret == fc.secure.agree(bob, ann.public_key().public_bytes_raw())
+      True
+
     Source: Langley, Hamburg and Turner (2016), RFC 7748, section 7, on keys that are to be derived from.
     """
     try:
@@ -82,6 +99,11 @@ def expand(seed: bytes, like: np.ndarray) -> np.ndarray:
     Args:
       seed: 32 bytes that have no other use.
       like: an array with the shape and type of the result, in this machine's byte order.
+
+    Example:
+      >>> mask = fc.secure.expand(bytes(32), np.zeros(4, np.uint32))
+      >>> mask.shape, mask.dtype
+      ((4,), dtype('uint32'))
     """
     stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor().update(bytes(like.nbytes))
     return np.frombuffer(stream, like.dtype.newbyteorder("=")).reshape(like.shape)

@@ -31,7 +31,7 @@ class Task:
     Example:
       >>> task = fc.tasks.digits()
       >>> algorithm = fc.fedavg(task.per_example_loss, optax.sgd(0.1))
-      >>> fc.train(algorithm, task.data, task.init(jax.random.key(0)), rounds=100)
+      >>> result = fc.train(algorithm, task.data, task.init(key), rounds=5)
     """
 
     data: FederatedData
@@ -55,7 +55,7 @@ def refuse_fitted(task: Task) -> None:
       InvalidInput: something was computed exactly from the clients' data; it says what to give instead.
 
     Example:
-      >>> refuse_fitted(fc.tasks.digits())
+      >>> fc.tasks.refuse_fitted(fc.tasks.digits())
     """
     if task.fitted:
         raise InvalidInput(
@@ -114,6 +114,9 @@ def binary_classifier(model: nn.Module) -> PerExampleLoss:
 
     Args:
       model: a Flax module from ``x [B, ...]`` to one logit, ``[B, 1]``.
+
+    Example:
+      >>> per_example_loss = fc.tasks.binary_classifier(fc.models.MLP((), 1))  # logistic regression
     """
 
     def per_example_loss(params, batch, key):
@@ -134,6 +137,9 @@ def penalised(per_example_loss: PerExampleLoss, l2: float) -> PerExampleLoss:
 
     Raises:
       InvalidInput: an l2 that is negative or no number.
+
+    Example:
+      >>> loss = fc.tasks.penalised(fc.tasks.regressor(fc.models.MLP((), 1)), l2=0.01)  # ridge regression
     """
     checks.within("l2", l2, 0, finite=True)
 

@@ -60,6 +60,7 @@ def npz(
       InvalidInput: data that cannot be read or learned from, fractions or widths out of range.
 
     Example:
+      >>> np.savez("mine.npz", x=np.zeros((4, 2)), y=np.array([0, 1, 0, 1]), hospital=np.array(["a", "a", "b", "b"]))
       >>> task = fc.tasks.npz("mine.npz", by="hospital")
     """
     data = deal(sources.npz(path, by), num_clients, 10, alpha, seed)
@@ -86,7 +87,7 @@ def tfds(
       InvalidInput: data that cannot be read or learned from, fractions or widths out of range.
 
     Example:
-      >>> task = fc.tasks.tfds("mnist", num_clients=100, alpha=0.1)
+      >>> task = fc.tasks.tfds("mnist", num_clients=100, alpha=0.1)  # doctest: +SKIP
     """
     examples = sources.tfds(name, split, data_dir, by, download=download)
     return classification(deal(examples, num_clients, 100, alpha, seed), hidden, seed=seed, classes=classes)
@@ -114,7 +115,7 @@ def classification(
       InvalidInput: data that cannot be read or learned from, fractions or widths out of range.
 
     Example:
-      >>> task = fc.tasks.classification(fc.data.partition.dirichlet(examples, 100, alpha=0.1))
+      >>> task = fc.tasks.classification(fc.data.partition.dirichlet(digits.examples, 50, alpha=0.1))
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
     fields = data.fields()

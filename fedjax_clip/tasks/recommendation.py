@@ -25,6 +25,9 @@ def insteval(
 
     Arguments as for ``ratings``; ``public`` gives it the scale, as an epsilon needs, and the lecturers count as public.
 
+    Example:
+      >>> task = fc.tasks.insteval(rank=4)
+
     Source: InstEval of the R package lme4 (Bates, Mächler, Bolker and Walker 2015).
     """
     table = tables.rdataset("lme4", "InstEval")
@@ -38,6 +41,9 @@ def movielens(
     """100,004 ratings (0.5 to 5) of 9066 films by 671 users, who are the clients: MovieLens "latest small" of 2016.
 
     Arguments as for ``ratings``; ``public`` gives it the scale, as an epsilon needs, and the films count as public.
+
+    Example:
+      >>> task = fc.tasks.movielens()
 
     Source: Harper and Konstan (2015), "The MovieLens Datasets", as in the R package dslabs.
     """
@@ -73,6 +79,10 @@ def ratings(
       bounds: the least and the greatest rating, known beforehand, as an epsilon needs; the items then count as public,
         too. The mean is their middle, biases begin at 0, and a rating's share of its item's penalty is that of its
         user's: no sums are asked for.
+
+    Example:
+      >>> user, item = np.array(["ann", "ann", "bob", "bob"]), np.array(["film 1", "film 2", "film 1", "film 3"])
+      >>> task = fc.tasks.ratings(user, item, np.array([4.0, 2.0, 5.0, 1.0]), rank=2, held_out=0.5)
     """
     check_positive(rank=rank)
     for name, value in (("l2", l2), ("l2_bias", l2_bias)):

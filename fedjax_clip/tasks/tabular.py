@@ -51,8 +51,9 @@ def csv(
         value or of more than two words ...
 
     Example:
-      >>> _ = Path("/tmp/clinic.csv").write_text("age,died\\n63,yes\\n,no\\n150,no\\n41,yes\\n")
-      >>> task = csv("/tmp/clinic.csv", "died", num_clients=2, bounds="age:0:120;died:no,yes")
+      >>> from pathlib import Path
+      >>> _ = Path("clinic.csv").write_text("age,died\\n63,yes\\n,no\\n150,no\\n41,yes\\n")
+      >>> task = fc.tasks.csv("clinic.csv", "died", num_clients=2, bounds="age:0:120;died:no,yes")
       >>> task.data.examples["x"].shape, task.fitted
       ((2, 2), '')
     """

@@ -31,6 +31,9 @@ def fashion_mnist(
       dense: width of its hidden dense layer.
       directory: see ``fc.data.sources.fashion_mnist``.
       seed: of the deal.
+
+    Example:
+      >>> task = fc.tasks.fashion_mnist(num_clients=50, alpha=0.3)  # doctest: +SKIP
     """
     train = _deal(sources.fashion_mnist("train", directory), num_clients, alpha, classes_per_client, seed)
     model = models.CNN(10, tuple(channels), dense)
@@ -49,6 +52,9 @@ def mnist(
     """10,000 digits of MNIST and a CNN; a fifth of each client's examples is held out.
 
     Arguments as for ``fashion_mnist``; ``directory`` as for ``fc.data.sources.mnist``.
+
+    Example:
+      >>> task = fc.tasks.mnist(num_clients=50)  # doctest: +SKIP
     """
     data = _deal(sources.mnist(directory), num_clients, alpha, classes_per_client, seed)
     train, examples = data.split_examples(0.2, seed)
@@ -69,6 +75,9 @@ def emnist(
     """EMNIST by class (62 classes of letters and digits) and a CNN, through TFDS, which does not name the writers.
 
     Arguments as for ``fashion_mnist``, and ``data_dir`` and ``download`` as for ``fc.data.sources.tfds``.
+
+    Example:
+      >>> task = fc.tasks.emnist(num_clients=500, download=True)  # doctest: +SKIP
     """
     splits = _tfds("emnist/byclass", data_dir, download)
     train = _deal(splits["train"], num_clients, alpha, classes_per_client, seed)
@@ -93,6 +102,9 @@ def cifar(
       num_clients, alpha, classes_per_client, seed: as for ``fashion_mnist``.
       width: channels of the network's first stage, an even number.
       data_dir, download: as for ``fc.data.sources.tfds``.
+
+    Example:
+      >>> task = fc.tasks.cifar(classes=100, download=True)  # doctest: +SKIP
     """
     if classes not in (10, 100):
         raise InvalidInput(f"CIFAR has 10 or 100 classes, not {classes}.")

@@ -227,6 +227,11 @@ def by_client(values: np.ndarray, data: FederatedData) -> dict[str, np.ndarray]:
     Args:
       values: ``[N]``, of all examples in the order in which they are stored.
       data: the population that they are from.
+
+    Example:
+      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.zeros(2)}, "bob": {"x": np.zeros(1)}})
+      >>> by_client(np.array([0.1, 0.2, 0.3]), table)["ann"].tolist()
+      [0.1, 0.2]
     """
     return dict(zip(map(data.name, range(data.num_clients)), np.split(values, data.offsets[1:-1]), strict=True))
 

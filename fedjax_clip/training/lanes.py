@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from fedjax_clip.core import keys, metrics, tree
 from fedjax_clip.core.cohort import Cohort
@@ -70,7 +71,7 @@ def program(
                 lambda begun: begun,
                 begun,
             )
-        state = tree.where(start == 0, begun, state)
+        state = optax.tree.where(start == 0, begun, state)
         state, reports = run_rounds(algorithm.round, state, stream.cohorts, population, key, count)
         report = jax.tree.map(lambda x: x[count - 1], reports)
         if stream.held_out is not None:

@@ -19,6 +19,8 @@ from fedjax_clip.core import checks, tree
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, PyTree
 
+__all__ = ["first_replica", "local", "pmap_rounds", "replicate", "run_rounds", "split"]
+
 AXIS = "devices"
 Index = Array | int
 Round = Callable[[PyTree, Cohort, Array], tuple[PyTree, PyTree, Metrics]]  # of an algorithm
@@ -167,8 +169,13 @@ def pmap_rounds(
       states are donated: do not use them again.
 
     Example:
-      >>> step = fc.extend.placement.pmap_rounds(algorithm, jax.local_devices())
-      >>> server, client_states, metrics = step(server, cohorts, jax.random.key(0), 1)
+      >>> devices = jax.local_devices()[:1]
+      >>> step = fc.extend.placement.pmap_rounds(algorithm, devices)
+      >>> server = fc.extend.placement.replicate(algorithm.init(params), devices)
+      >>> ids = [np.array([3, 1, 4])]
+      >>> cohorts = fc.extend.plan_rounds(data, ids, fc.extend.LocalWork(20), seed=0, first_round=0)
+      >>> cohorts = fc.extend.placement.split(cohorts, devices)
+      >>> server, client_states, metrics = step(server, cohorts, key, 1)
     """
     return _rounds(algorithm.round, tuple(devices))
 
@@ -178,6 +185,13 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
 
     Training the same algorithm again therefore compiles nothing, and a deleted algorithm leaves no program behind.
     ``make`` gets a callable weak reference, so that its result does not keep the function alive.
+
+    Example:
+      >>> @remembered
+      ... def compiled(function):
+      ...   return jax.jit(lambda *args: function(*args))
+      >>> compiled(per_example_loss).func is compiled(per_example_loss).func
+      True
     """
     kept: weakref.WeakKeyDictionary[Callable[..., Any], dict] = weakref.WeakKeyDictionary()
 
@@ -240,6 +254,10 @@ def pmap_alone(
       devices: D local devices.
       num_mapped, num_shared: number of arguments of each kind.
       donate: index of the argument to donate.
+
+    Example:
+      >>> devices = jax.local_devices()[:1]
+      >>> doubled = pmap_alone(lambda x, factor: factor * x, devices, 1, 1, donate=0)
     """
     return _on_each(function, tuple(devices), num_mapped, num_shared, (donate,))
 
@@ -300,7 +318,7 @@ def split(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
       devices: D local devices.
 
     Example:
-      >>> cohorts = fc.extend.placement.split(cohorts, jax.local_devices())
+      >>> on_devices = fc.extend.placement.split(cohorts, jax.local_devices()[:1])
     """
     return jax.device_put(values, _sharding(tuple(devices)))
 
@@ -318,6 +336,7 @@ def first_replica(values: PyTree) -> PyTree:
       values: arrays ``[D, ...]`` with a slice on each device.
 
     Example:
+      >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
       >>> params = fc.extend.placement.first_replica(server.params)
     """
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), values)

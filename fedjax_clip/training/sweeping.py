@@ -35,6 +35,10 @@ class Trial(NamedTuple):
       seed: its seed.
       fold: which of the folds; 0 if there are none.
       metrics: its last row, as ``fc.train`` would give it: ``round``, the algorithm's metrics, ``eval/...``.
+
+    Example:
+      >>> fc.sweeping.Trial(point=3, seed=0, fold=0, metrics={"eval/examples/loss": 0.5}).point
+      3
     """
 
     point: int
@@ -50,7 +54,7 @@ def grid(**values: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
       ``{name: [P]}``, P the product of the numbers of values.
 
     Example:
-      >>> {name: x.tolist() for name, x in grid(lr=[0.1, 1.0], clip=[1.0, 2.0]).items()}
+      >>> {name: x.tolist() for name, x in fc.sweeping.grid(lr=[0.1, 1.0], clip=[1.0, 2.0]).items()}
       {'lr': [0.1, 0.1, 1.0, 1.0], 'clip': [1.0, 2.0, 1.0, 2.0]}
     """
     columns = np.meshgrid(*(np.asarray(v, np.float64) for v in values.values()), indexing="ij")
@@ -58,7 +62,11 @@ def grid(**values: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Range(NamedTuple):
-    """A range that ``random`` draws from: uniformly between two numbers, or with a uniform logarithm."""
+    """A range that ``random`` draws from: uniformly between two numbers, or with a uniform logarithm.
+
+    Example:
+      >>> points = fc.sweeping.random(20, lr=fc.sweeping.Range(0.01, 1.0, log=True))
+    """
 
     low: float
     high: float
@@ -76,7 +84,7 @@ def random(num_points: int, seed: int = 0, **ranges: Range) -> dict[str, np.ndar
       ranges: ``Range(low, high)``, or ``Range(low, high, log=True)`` for a uniform logarithm.
 
     Example:
-      >>> points = random(20, lr=Range(0.01, 1.0, log=True), clip=Range(0.5, 2.0))
+      >>> points = fc.sweeping.random(20, lr=fc.sweeping.Range(0.01, 1.0, log=True), clip=fc.sweeping.Range(0.5, 2.0))
 
     Source: Bergstra and Bengio (2012), "Random Search for Hyper-Parameter Optimization".
     """
@@ -158,7 +166,7 @@ def sweep(
       >>> def build(hyper):
       ...   client_tx = optax.chain(fc.clipping.clip_by_global_norm(hyper["clip"]), optax.sgd(hyper["lr"]))
       ...   return fc.fedavg(per_example_loss, client_tx)
-      >>> trials = fc.sweep(build, points, data, params, per_example_loss, {"examples": held_out}, rounds=100)
+      >>> trials = fc.sweep(build, points, data, params, per_example_loss, {"examples": held_out}, rounds=5)
 
     Source of the halving: Jamieson and Talwalkar (2016), "Non-stochastic Best Arm Identification and Hyperparameter
     Optimization", Algorithm 1.
@@ -222,7 +230,7 @@ def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int],
       later.
 
     Example:
-      >>> rungs(100, 64, 2)
+      >>> fc.sweeping.rungs(100, 64, 2)
       ([13, 25, 50, 100], [64, 32, 16, 8])
     """
     rounds, num_points = checks.count("rounds", rounds), checks.count("num_points", num_points)
@@ -241,6 +249,11 @@ def values(trials: Iterable[Trial], metric: str) -> dict[int, list[float]]:
 
     Raises:
       InvalidInput: a metric that the trials do not have.
+
+    Example:
+      >>> trials = [fc.sweeping.Trial(0, seed, 0, {"round": 9.0, "loss": 0.5 + seed}) for seed in (0, 1)]
+      >>> fc.sweeping.values(trials, "loss")
+      {0: [0.5, 1.5]}
     """
     found: dict[int, list[Trial]] = {}
     for trial in trials:
@@ -257,6 +270,11 @@ def rank(trials: Sequence[Trial], metric: str) -> list[int]:
     Args:
       trials: what ``sweep`` returned.
       metric: the metric to compare by; see ``fc.extend.metrics.higher_is_better``.
+
+    Example:
+      >>> trials = [fc.sweeping.Trial(point, 0, 0, {"round": 9.0, "loss": 1.0 - point}) for point in (0, 1)]
+      >>> fc.sweeping.rank(trials, "loss")
+      [1, 0]
     """
     means = {point: float(np.mean(x)) for point, x in values(trials, metric).items()}
     last = {trial.point: trial.metrics["round"] for trial in sorted(trials, key=_order)}

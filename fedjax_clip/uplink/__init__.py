@@ -1,7 +1,8 @@
 """Links between a client and the server; ``chain`` joins them."""
 
 from fedjax_clip.uplink import mechanism
-from fedjax_clip.uplink.base import Context, Message, Uplink, at_client, chain, identity, on_parts, stateless
+from fedjax_clip.uplink.base import Context, Message, Uplink, at_client, stateless
+from fedjax_clip.uplink.chains import chain, identity, on_parts
 from fedjax_clip.uplink.clip import by_group, clip_by_global_norm, quantile_clip, zeroing
 from fedjax_clip.uplink.compressed import compress, count_sketch, error_feedback, power_sgd
 from fedjax_clip.uplink.extrapolate import fedexp

@@ -11,10 +11,8 @@ import optax
 
 from fedjax_clip.clipping import bare_state, bound_of, clip_report
 from fedjax_clip.core import checks, optimiser, tree
-from fedjax_clip.core.metrics import prefixed
 from fedjax_clip.core.types import Array, InvalidInput, Metrics, Params, PyTree
-from fedjax_clip.uplink.orders import check_chain
-from fedjax_clip.uplink.promises import Promises, beside, joined, last_bound
+from fedjax_clip.uplink.promises import Promises
 
 
 class Message(NamedTuple):
@@ -61,7 +59,8 @@ class Context(NamedTuple):
         ``|S| / N``, or the cohort's share of the population's weight. ``None`` if the cohort does not tell N.
 
     Example:
-      >>> noise = jax.random.normal(ctx.key, update.shape)  # in an encode: of this client, link and round
+      >>> def encode(update, state, client_state, ctx):  # a key of this client, link and round
+      ...   return update + jax.random.normal(ctx.key, update.shape), client_state, {}
     """
 
     key: Array
@@ -82,8 +81,8 @@ class Uplink(NamedTuple):
       init: ``params -> state``, which lives at the server and is checkpointed.
       init_client: ``params -> client_state``, what one client keeps; without leaves if it keeps nothing.
       encode: ``(update, state, client_state, ctx) -> (message, client_state, report)`` at ONE client. The message is a
-        pytree, or a ``Message`` that also says how many bytes travel. A report is a dict of sums or ``metrics.Mean``s,
-        which add up over the cohort.
+        pytree, or a ``Message`` that also says how many bytes travel. A report is a dict of sums and
+        ``metrics.Mean`` pairs, which add up over the cohort.
       decode: ``(aggregate, state, report, ctx) -> (update, state, metrics)`` at the server, once, with the
         cohort's report.
       promises: what holds of every message that leaves the link; nothing by default. Links, reducers and the accounting
@@ -124,72 +123,6 @@ class Uplink(NamedTuple):
         return self._replace(promises=dataclasses.replace(self.promises, **changes))
 
 
-def chain(*links: Uplink) -> Uplink:
-    """Links one after the other: encoded from left to right, decoded from right to left.
-
-    Each position has a PRNG key of its own. ``chain()`` sends the update as it is.
-
-    Args:
-      links: in the order in which an update passes them.
-
-    Raises:
-      InvalidInput: an argument that is not a link; a link that breaks another's promise (all cases:
-        ``uplink/orders.py``).
-
-    Example:
-      >>> link = chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.compress(fc.compression.qsgd(4)))
-    """
-    for link in links:
-        checks.kind(
-            "chain's links",
-            link,
-            Uplink,
-            "an fc.uplink.Uplink (fc.uplink.compress makes one of a compressor, at_client of an optax transform)",
-        )
-    promises = [link.promises for link in links]
-    check_chain(promises)
-    if len(links) == 1:
-        return links[0]
-    bounding = [last_bound(promises[:position]) for position in range(len(links))]
-
-    def context(position, state, ctx, like):
-        last = bounding[position]
-        bound = None if last is None else promises[last].bound
-        here = _at(ctx, position)
-        return here if bound is None else here._replace(bound=bound(state[last], like))
-
-    def init(params):
-        return tuple(link.init(params) for link in links)
-
-    def init_client(params):
-        return tuple(link.init_client(params) for link in links)
-
-    def encode(update, state, client_state, ctx):
-        states, reports = [], []
-        sent = Message(update)
-        for position, (link, s, c) in enumerate(zip(links, state, client_state, strict=True)):
-            before = sent
-            sent, c, report = encoded(link, before.value, s, c, context(position, state, ctx, before.value))
-            if before.bytes is not None:  # later links, such as noise, run at the server
-                sent = sent._replace(bytes=before.bytes, entropy_bytes=before.entropy_bytes)
-            states.append(c)
-            reports.append(report)
-        return sent.plain, tuple(states), _numbered(reports)
-
-    def decode(aggregate, state, report, ctx):
-        reports = _unnumbered(report, len(links))
-        states: list[PyTree] = []
-        metrics: list[Metrics] = []
-        for position, link in reversed([*enumerate(links)]):
-            here = context(position, state, ctx, aggregate)
-            aggregate, s, m = decoded(link, aggregate, state[position], reports[position], here)
-            states.insert(0, s)
-            metrics.insert(0, m)
-        return aggregate, tuple(states), _numbered(metrics)
-
-    return Uplink(init, init_client, encode, decode, joined(promises))
-
-
 def encoded(
     link: Uplink, update: PyTree, state: PyTree, client_state: PyTree, ctx: Context
 ) -> tuple[Message, PyTree, Metrics]:
@@ -223,15 +156,6 @@ def _form(x: Any) -> str:
     return f"{jnp.result_type(x)}{list(jnp.shape(x))}"
 
 
-def identity() -> Uplink:
-    """Sends the update as it is.
-
-    Example:
-      >>> fc.fedavg(per_example_loss, optax.sgd(0.1), uplink=fc.uplink.identity())  # the default
-    """
-    return chain()
-
-
 def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound: float | Array | None = None) -> Uplink:
     """Lifts an optax transform to the client's end of the wire; the server does nothing.
 
@@ -249,7 +173,7 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
       InvalidInput: (when a run begins) a transform with a state, without ``keep_state``.
 
     Example:
-      >>> link = at_client(optax.clip(0.01))
+      >>> link = fc.uplink.at_client(optax.clip(0.01))
     """
     checks.kind("at_client's tx", tx, optax.GradientTransformation, "an optax transform, such as a clip")
     if bound is not None:
@@ -328,90 +252,3 @@ def stateless(
         return update, state, metrics
 
     return Uplink(nothing, nothing, encode_at, at_server if decode is None else decode_at, promises)
-
-
-def on_parts(*links: Uplink) -> Uplink:
-    """Links for a message of several parts, ``(update, change, ...)``: one for each of the first parts, in order.
-
-    Parts behind the last link travel as they are. The promises hold of the parts that have a link: a bound is
-    ``sqrt(sum_k C_k^2)``, and the server's noise on two parts costs what ``fc.privacy.together`` says.
-
-    Args:
-      links: for the first part, the second, ...
-
-    Raises:
-      InvalidInput: noise, or a mechanism, on one of the parts and not on another; several parts on an integer grid;
-        (when a round is traced) parts without a link beside noise or a grid.
-
-    Example:
-      >>> link = fc.uplink.on_parts(fc.uplink.clip_by_global_norm(1.0))  # for messages (update, change)
-    """
-    for link in links:
-        checks.kind(
-            "uplink", link, Uplink, "an fc.uplink.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"
-        )
-    promises = beside([link.promises for link in links])
-    count = len(links)
-
-    def init(params):
-        return tuple(link.init(params) for link in links)
-
-    def init_client(params):
-        return tuple(link.init_client(params) for link in links)
-
-    def own(ctx, part):
-        return ctx if part == 0 else _at(ctx, -part)
-
-    def encode(message, state, client_state, ctx):
-        if (promises.noise or promises.grid) and len(message) != count:
-            raise InvalidInput(
-                f"The message has {len(message)} parts, of which {count} have a link with noise or a grid, so that the "
-                "others would travel without: give on_parts a link for each part, or one link for all of them without "
-                "on_parts."
-            )
-        sent, states = [], []
-        report: Metrics = {}
-        for part, (link, s, c) in enumerate(zip(links, state, client_state, strict=True)):
-            out, c, said = encoded(link, message[part], s, c, own(ctx, part))
-            sent.append(out)
-            states.append(c)
-            report |= said if part == 0 else prefixed(f"part{part}", said)
-        rest = message[count:]
-
-        def total(sizes):
-            if all(size is None for size in sizes):
-                return None
-            known = [tree.nbytes(x.value) if size is None else size for x, size in zip(sent, sizes, strict=True)]
-            return sum(known) + tree.nbytes(rest)
-
-        bytes, least = total([x.bytes for x in sent]), total([x.entropy_bytes for x in sent])
-        return Message((*(x.value for x in sent), *rest), bytes, least).plain, tuple(states), report
-
-    def decode(aggregate, state, report, ctx):
-        made, states = [], []
-        metrics: Metrics = {}
-        for part, (link, s) in enumerate(zip(links, state, strict=True)):
-            start = f"part{part}/"
-            mine = {k.removeprefix(start): v for k, v in report.items() if k.startswith(start)} if part else report
-            out, s, m = decoded(link, aggregate[part], s, mine, own(ctx, part))
-            made.append(out)
-            states.append(s)
-            metrics |= m if part == 0 else prefixed(f"part{part}", m)
-        return (*made, *aggregate[count:]), tuple(states), metrics
-
-    return Uplink(init, init_client, encode, decode, promises)
-
-
-def _at(ctx: Context, position: int) -> Context:
-    number = jnp.uint32(position % 2**32)
-    fold = jax.random.fold_in
-    return ctx._replace(key=fold(ctx.key, number), round_key=fold(ctx.round_key, number))
-
-
-def _numbered(metrics: list[Metrics]) -> Metrics:
-    return {k: v for i, m in enumerate(metrics) for k, v in prefixed(str(i), m).items()}
-
-
-def _unnumbered(metrics: Metrics, count: int) -> list[Metrics]:
-    starts = [f"{i}/" for i in range(count)]
-    return [{k.removeprefix(s): v for k, v in metrics.items() if k.startswith(s)} for s in starts]

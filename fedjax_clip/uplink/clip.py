@@ -10,7 +10,9 @@ import numpy as np
 
 from fedjax_clip import clipping
 from fedjax_clip.clipping.guarantee import group_sizes
-from fedjax_clip.clipping.parts import Norm, Scope, hard, l2, measure, spread, whole
+from fedjax_clip.clipping.norms import Norm, l2
+from fedjax_clip.clipping.scopes import Scope, measure, spread, whole
+from fedjax_clip.clipping.shapes import hard
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Array, InvalidInput
@@ -212,8 +214,8 @@ def by_group(link: Uplink, groups: Mapping[str, Sequence[int]]) -> Uplink:
       InvalidInput: (when a round is traced) a link that does not report whether it clipped.
 
     Example:
-      >>> small = np.flatnonzero(data.sizes < 20)
-      >>> link = by_group(clip_by_global_norm(1.0), {"small": small, "large": np.flatnonzero(data.sizes >= 20)})
+      >>> groups = {"small": np.flatnonzero(data.sizes < 20), "large": np.flatnonzero(data.sizes >= 20)}
+      >>> link = fc.uplink.by_group(fc.uplink.clip_by_global_norm(1.0), groups)
     """
     checks.kind("link", link, Uplink, "an fc.uplink.Uplink, such as fc.uplink.clip_by_global_norm(1.0)")
     checks.kind("groups", groups, Mapping, 'clients\' numbers by group, such as {"few": [0, 3]}')

@@ -15,7 +15,8 @@ from fedjax_clip.compression.rotate import unpacked_signs
 from fedjax_clip.core import checks, keys, tree
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
-from fedjax_clip.uplink.base import Message, Uplink, at_server, chain, encoded, nothing, stateless
+from fedjax_clip.uplink.base import Message, Uplink, at_server, encoded, nothing, stateless
+from fedjax_clip.uplink.chains import chain
 from fedjax_clip.uplink.promises import Promises, Wire
 
 
@@ -275,7 +276,7 @@ def _error(update: PyTree, message: PyTree) -> Metrics:
 def _finite(update: PyTree) -> tuple[Array, PyTree]:
     """Whether the update is finite, and the update itself, or zeros in its place for the compressor."""
     finite = jnp.isfinite(tree.norm(update))
-    return finite, tree.where(finite, update, optax.tree.zeros_like(update))
+    return finite, optax.tree.where(finite, update, optax.tree.zeros_like(update))
 
 
 def _or_nan(finite: Array, message: PyTree) -> PyTree:

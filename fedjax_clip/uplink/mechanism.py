@@ -54,7 +54,8 @@ def tree(rounds: int) -> Mechanism:
       InvalidInput: no whole number of at least 1.
 
     Example:
-      >>> fc.uplink.mechanism.tree(4).strategy(4)  # [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]]
+      >>> fc.uplink.mechanism.tree(4).strategy(4).astype(int).tolist()
+      [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]]
 
     Source: Kairouz et al. (2021), "Practical and Private (Deep) Learning without Sampling or Shuffling", Algorithm 1
     and appendix D, without Honaker's estimator; Fenwick (1994) for the nodes.
@@ -106,7 +107,8 @@ def toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
       InvalidInput: other coefficients; jax-privacy is missing.
 
     Example:
-      >>> fc.uplink.mechanism.toeplitz([1.0, 0.5, 0.375]).strategy(3)  # [[1, 0, 0], [0.5, 1, 0], [0.375, 0.5, 1]]
+      >>> fc.uplink.mechanism.toeplitz([1.0, 0.5, 0.375]).strategy(3).tolist()
+      [[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.375, 0.5, 1.0]]
 
     Source: Choquette-Choo et al. (2023), "(Amplified) Banded Matrix Factorization", Algorithm 9; jax-privacy.
     """
@@ -160,7 +162,8 @@ def inverse_toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
       InvalidInput: other coefficients.
 
     Example:
-      >>> fc.uplink.mechanism.inverse_toeplitz([1.0, -0.5]).strategy(3)  # [[1, 0, 0], [0.5, 1, 0], [0.25, 0.5, 1]]
+      >>> fc.uplink.mechanism.inverse_toeplitz([1.0, -0.5]).strategy(3).tolist()
+      [[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0.25, 0.5, 1.0]]
 
     Source: Kalinin, McKenna, Upadhyay and Lampert (2025), "Back to Square Roots: An Optimal Bound on the Matrix
     Factorization Error for Multi-Epoch Differentially Private SGD".
@@ -225,7 +228,8 @@ def buffered_toeplitz(decays: Sequence[float] | np.ndarray, scales: Sequence[flo
       InvalidInput: other numbers.
 
     Example:
-      >>> fc.uplink.mechanism.buffered_toeplitz([0.5], [0.4]).strategy(3)  # [[1, 0, 0], [0.4, 1, 0], [0.2, 0.4, 1]]
+      >>> fc.uplink.mechanism.buffered_toeplitz([0.5], [0.25]).strategy(3).tolist()
+      [[1.0, 0.0, 0.0], [0.25, 1.0, 0.0], [0.125, 0.25, 1.0]]
 
     Source: Dvijotham et al. (2024), "Efficient and Near-Optimal Noise Generation for Streaming Differential Privacy";
     McMahan, Xu and Zhang (2024), "A Hassle-free Algorithm for Private Learning in Practice", Algorithm 3.
@@ -272,7 +276,7 @@ def blt(rounds: int, separation: int | None = None, most: int | None = None, buf
       InvalidInput: numbers out of range, or more buffers than can be told apart; jax-privacy is missing.
 
     Example:
-      >>> fc.uplink.gaussian(1.0, mechanism=fc.uplink.mechanism.blt(rounds=100, separation=10))
+      >>> fc.uplink.gaussian(1.0, mechanism=fc.uplink.mechanism.blt(rounds=20, separation=5, buffers=1))
 
     Source: McMahan, Xu and Zhang (2024), "A Hassle-free Algorithm for Private Learning in Practice: Don't Use Tree
     Aggregation, Use BLTs", by jax-privacy.

@@ -124,6 +124,9 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
     Raises:
       InvalidInput: (when the algorithm is built) no clip in front of it.
 
+    Example:
+      >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.3), fc.uplink.local_gaussian(1.0))
+
     Source: Dwork and Roth (2014), section 12.1 (the local model) and appendix A (the Gaussian mechanism).
     """
     checks.within("local_gaussian: noise_multiplier", noise_multiplier, 0, finite=True)

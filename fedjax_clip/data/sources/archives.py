@@ -36,8 +36,8 @@ def npz(path: PathLike, by: str | None = None) -> dict[str, Any] | FederatedData
       InvalidInput: a file that is missing, damaged, empty, pickled or inconsistent.
 
     Example:
-      >>> save_npz(digits(), "/tmp/digits.npz")
-      >>> npz("/tmp/digits.npz").num_clients
+      >>> fc.data.sources.save_npz(fc.data.sources.digits(), "digits.npz")
+      >>> fc.data.sources.npz("digits.npz").num_clients
       14
     """
     path = files.expanded(path)
@@ -71,7 +71,7 @@ def save_npz(data: FederatedData, path: PathLike) -> None:
       InvalidInput: a field that .npz cannot hold, a path that cannot be written.
 
     Example:
-      >>> save_npz(data, "mine.npz")
+      >>> fc.data.sources.save_npz(data, "mine.npz")
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
     path = files.expanded(path)

