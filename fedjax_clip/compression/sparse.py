@@ -17,9 +17,8 @@ from fedjax_clip.core.types import Array, InvalidInput
 def top_k(k: float, values: Compressor | None = None, positions: str = "elias_delta") -> Compressor:
     """Sends the k values of largest magnitude and their positions. Biased, a contraction: use error feedback.
 
-    Guarantee: ``||C(x) - x||^2 <= (1 - k/d) ||x||^2``; with ``values`` of error e < 1 the factor is ``1 - (1 - e)
-      k/d``. With
-    ``values=sign()`` it is sparse ternary compression.
+    Guarantee: ``||C(x) - x||^2 <= (1 - k/d) ||x||^2``; with ``values`` of error e < 1 the factor is
+    ``1 - (1 - e) k/d``. With ``values=sign()`` it is sparse ternary compression.
 
     Args:
       k: the number of values, or below 1 their fraction: magnitude pruning to a sparsity of ``1 - k``.
@@ -58,12 +57,11 @@ def random_k(k: float, values: Compressor | None = None, unbiased: bool = True) 
     """Sends k values at random positions. The server knows the positions' seed, so only values travel.
 
     Guarantee if ``unbiased``: values are multiplied by d/k, and ``E ||C(x) - x||^2 <= (d/k - 1) ||x||^2``. Otherwise it
-      is a contraction, ``<= (1 - k/d) ||x||^2``, for error feedback.
+    is a contraction, ``<= (1 - k/d) ||x||^2``, for error feedback.
 
     Args:
       k: the number of values, or below 1 their fraction.
-      values: compressor of the values that are kept; float32 by
-        default.
+      values: compressor of the values that are kept; float32 by default.
       unbiased: whether the kept values are scaled up to represent the others.
 
     Raises:

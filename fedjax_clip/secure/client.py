@@ -152,7 +152,7 @@ class Client:
         """Round 1: sealed shares of the masking key and of the seed, for each other client.
 
         Refused: a roster without this client, with fewer than t clients, with so many that t is not a majority, with a
-          repeated key, or with a key that its owner has not signed.
+        repeated key, or with a key that its owner has not signed.
         """
         self._check_roster(roster)
         self._roster = dict(roster)
@@ -168,7 +168,7 @@ class Client:
         """Round 2: its message under its own mask and one mask for each client whose shares arrived, modulo its type.
 
         Refused: shares of fewer than t clients (including itself), shares of a client that is not in the roster, shares
-          changed on the way.
+        changed on the way.
         """
         message = np.asarray(message)
         if message.dtype.kind != "u":
