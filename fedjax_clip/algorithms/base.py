@@ -150,7 +150,7 @@ class Round:
         return answer._replace(clients=answer.clients._replace(uplink=self.cohort.state.uplink))
 
     def share(self, answer: Answer) -> Array:
-        """The factor, float32, from an answer to the mean over ALL N clients, absent ones counting as zeros: ``|S| / N``.
+        """The factor, float32, from an answer to the mean over ALL N clients, with zeros for absent ones: ``|S| / N``.
 
         It is the share of the population's weight under a weighted mean, and ``n / N`` of a fixed denominator n.
 
