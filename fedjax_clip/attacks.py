@@ -31,7 +31,7 @@ def label_flip(data: FederatedData, clients: Clients, num_classes: int, label: s
 
     Args:
       data: the population.
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
       num_classes: K.
       label: the field of classes ``0 .. K - 1``.
 
@@ -68,7 +68,7 @@ def backdoor(
 
     Args:
       data: the population.
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
       features: positions of the pattern in one flattened example, such as the pixels of a corner.
       value: the pattern's value, in the units of ``field``.
       target: the class.
@@ -119,7 +119,7 @@ def replaced(clients: Clients, change: Callable[[PyTree, Array], PyTree]) -> Upl
     """Malicious clients send ``change(message, key)``, with a key of their own for each round.
 
     Args:
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
       change: returns a message of the same structure.
 
     Example:
@@ -140,7 +140,7 @@ def sign_flip(clients: Clients) -> Uplink:
     """Malicious clients send ``-u``, as if each sign bit were flipped.
 
     Args:
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
 
     Example:
       >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.sign_flip([0, 1]))
@@ -154,7 +154,7 @@ def scaling(clients: Clients, factor: float | Array = 10.0) -> Uplink:
     """Malicious clients send ``factor u``; with a ``backdoor`` in their data this is model replacement.
 
     Args:
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
       factor: n / (lr m) replaces the model by that of the m malicious of n clients, whatever the others send.
 
     Example:
@@ -170,7 +170,7 @@ def noise(clients: Clients, std: float | Array = 1.0) -> Uplink:
     """Malicious clients send ``N(0, std^2)`` in each coordinate.
 
     Args:
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
       std: positive, in the units of the parameters.
 
     Example:
@@ -193,7 +193,7 @@ def constant(clients: Clients, norm: float | Array = 1e18) -> Uplink:
     default norm just passes.
 
     Args:
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
       norm: of the message.
 
     Example:
@@ -239,7 +239,7 @@ def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> 
 
     Args:
       reducer: the defence.
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
       z: by default the largest that hides among the honest: the normal distribution's ``(n - f - s) / (n - f)``
         quantile, ``s = floor(n / 2 + 1) - f``, for n clients in the round, f of them malicious.
 
@@ -269,7 +269,7 @@ def ipm(reducer: Reducer, clients: Clients, epsilon: float | Array = 0.1) -> Red
 
     Args:
       reducer: the defence.
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
       epsilon: a small one hides near zero; one above ``(n - f) / f`` reverses a mean of n.
 
     Example:
@@ -295,7 +295,7 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
 
     Args:
       reducer: the defence.
-      clients: numbers of the bad ones.
+      clients: numbers of the malicious clients.
       target: number of the honest client; one with unusual data does the most harm.
 
     Raises:
@@ -309,7 +309,7 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
     """
     target = checks.client_number("mimic: target", target)
     if target in _numbers(clients):
-        raise InvalidInput(f"mimic: the target {target} is one of the bad clients.")
+        raise InvalidInput(f"mimic: the target {target} is one of the malicious clients: name an honest one.")
 
     def forge(stack, honest):
         is_target = honest & (stack.ids == target)
@@ -331,7 +331,7 @@ def _share(part: Array, whole: Array) -> Array:
 def _numbers(clients: Clients) -> np.ndarray:
     numbers = np.asarray(clients)
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu") or np.any(numbers < 0):
-        raise InvalidInput(f"clients must be the numbers of the bad ones, such as [0, 3], not {clients!r}.")
+        raise InvalidInput(f"clients must be the numbers of the malicious clients, such as [0, 3], not {clients!r}.")
     return numbers.astype(np.int32)
 
 

@@ -1,1 +1,1 @@
-"""What ``experiments.audit`` tries itself on: configurations that are right, and planted faults."""
+"""Test cases of ``experiments.audit`` itself: correct configurations, and planted faults."""

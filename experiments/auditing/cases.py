@@ -1,4 +1,4 @@
-"""Cases for the audit: how one is made, how one is spoiled, and right configurations, which must pass."""
+"""Cases for the audit: how to make one, how to spoil one, and correct configurations, which must pass."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ ROUNDS = 6
 
 
 class Case(NamedTuple):
-    """What is audited.
+    """A configuration to audit.
 
     Attributes:
       build: see ``fc.privacy.audit``.
@@ -34,7 +34,7 @@ class Case(NamedTuple):
     options: Mapping[str, Any] = {}
 
     def audit(self, **options: Any) -> fc.privacy.Audit:
-        """What an audit finds."""
+        """The result of an audit."""
         chosen = {"num_clients": self.num_clients, "delta": DELTA, "rounds": ROUNDS, **self.options, **options}
         return fc.privacy.audit(self.build, self.sampler, **chosen)
 
@@ -52,7 +52,7 @@ def of(
     num_clients: int = IN_TURN_OF,
     **options: Any,
 ) -> Case:
-    """FedAvg, if nothing else is said, of these links and a mean over 4, in turn."""
+    """These links, by default with FedAvg, a mean over 4 and clients in turn."""
     reducer = fc.reduce.fixed_mean(4) if reducer is None else reducer
     build = functools.partial(make, uplink=uplink.chain(*links), reducer=reducer)
     return Case(build, sampler, num_clients, options)
@@ -96,7 +96,7 @@ BOUND = ("uplink/0/threshold",)  # of quantile_clip, which clients are told
 
 
 def trusting(z: float) -> fc.uplink.Uplink:
-    """``gaussian(z)`` that believes the bound in front of it, and shortens no message that is longer."""
+    """``gaussian(z)`` that trusts the bound before it, and does not shorten longer messages."""
 
     def encode(update, state, client_state, ctx):
         on = lattice.lattice(ctx.bound, z, ctx.denominator)
@@ -126,7 +126,7 @@ def normal(key: Any, like: Any, std: Any) -> Any:
 
 
 def promised(tx: optax.GradientTransformation, keep_state: bool = False) -> fc.uplink.Uplink:
-    """A transform of which a bound of 1 is promised that it does not keep."""
+    """A transform with a promised bound of 1 that it does not keep."""
     return uplink.at_client(tx, keep_state=keep_state, bound=1.0)
 
 
@@ -142,7 +142,7 @@ def encoding(link: fc.uplink.Uplink, encode: Callable[[Any, Any], Any]) -> fc.up
 def rounds_seen_as(
     make: Callable[..., fc.extend.Algorithm], seen: Callable[[Any], Any]
 ) -> Callable[..., fc.extend.Algorithm]:
-    """An algorithm that takes its round's number for another one, and so draws that one's noise."""
+    """An algorithm that takes its round for another one, and so draws that round's noise."""
 
     def build(*args, **kwargs):
         algorithm = make(*args, **kwargs)
@@ -157,12 +157,12 @@ def rounds_seen_as(
 
 
 def gaussian_epsilon(z: float, count: int) -> Callable[[float], float]:
-    """What so many rounds of a Gaussian mechanism cost."""
+    """Epsilon of several rounds of a Gaussian mechanism."""
     return lambda delta: fc.privacy.epsilon(z, fc.privacy.Separated(1), 1, count, delta, "pld")
 
 
 def poisson_epsilon(z: float, cohort: float = 4, rounds: int = ROUNDS) -> Callable[[float], float]:
-    """What Poisson samples of so many clients cost."""
+    """Epsilon of Poisson samples of this expected size."""
     return lambda delta: fc.privacy.epsilon(z, sampling.poisson(cohort), POISSON_OF, rounds, delta, "pld")
 
 

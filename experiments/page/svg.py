@@ -175,10 +175,10 @@ def _tick(value: float) -> str:
 
 
 def byte_unit(count: float) -> tuple[float, str]:
-    """A unit for so many bytes, and its size."""
+    """A unit for a number of bytes, and its size."""
     return next((size, unit) for size, unit in _BYTES if count >= size or size == 1)
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """A unit for so many seconds, and its size."""
+    """A unit for a number of seconds, and its size."""
     return next((size, unit) for size, unit in _SECONDS if seconds >= 2 * size or size == 1)

@@ -64,7 +64,7 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
         here = jax.random.fold_in(jax.random.fold_in(keys.threefry(key), server.round), 2**31 - 1)
         sent, code = compression.roundtrip(compressor, new, here)
         missing = optax.tree.sub(new, sent)
-        w = optax.tree.sub(x, missing)  # = last + sent, and x to the last bit where nothing is missing
+        w = optax.tree.sub(x, missing)  # = last + sent, but exactly x where the code lost nothing
         after, client_states, metrics = algorithm.round(server._replace(params=w, own=own), cohort, key)
         asked = metrics["asked"]
         rest = metrics["bytes_down"] - asked * float(tree.nbytes(x))

@@ -36,16 +36,15 @@ def episode(
     """One decision a round: if the mean gradient G is over the threshold, EVERY local step is normalised to it.
 
     Clients send a gradient G_i at x, and the server returns their mean G. Local steps go along ``d = g(y) - G_i + G``
-    if ``||G|| <= threshold``, else along ``threshold * d / ||d||``. So clients that disagree do not clip one another's
-    differences away, as they do in clipped FedAvg.
+    if ``||G|| <= threshold``, else along ``threshold * d / ||d||``. In clipped FedAvg, clients that disagree clip each
+    other's differences away; here they do not.
 
     Args:
       per_example_loss, server_tx, uplink, reducer: as ``fc.fedavg``; G takes the reducer's mean, as the update does.
       client_tx: optimiser of the corrected and clipped direction, ``optax.sgd(eta)`` in the paper.
       threshold: ``gamma / eta`` of the paper, on the norm of a gradient; positive.
-      fresh_batches: G_i is the gradient on so many of the client's first batches, and its local steps take the others
-        (a client with no more than those sends its G_i and nothing else); ``None``: on all of its batches, which its
-        local steps take too.
+      fresh_batches: number of the client's first batches for G_i; its local steps take the other batches. A client
+        without other batches sends only its G_i. ``None`` takes all batches for both.
       gradient: as ``fc.fedavg``, of G_i, too. No ``private_gradient``: a round would use a record twice.
 
     Returns:
@@ -108,9 +107,9 @@ def episode_plus(
     which ``fc.train`` and ``fc.sweep`` run; the first row counts its bytes and steps). After its local steps a client
     stores the mean of its RAW gradients of the round, and ``G <- G + sum of the changes / N``.
 
-    A client that was not asked before round 1, since it joins later or its gradient was not finite, has no G_i. G then
-    stands for it: its first round is not corrected (``d = g``), and the G_i that it stores moves G by
-    ``(G_i - G) / N``, which is right for the mean of all N.
+    A client may have no G_i, because it joins later or its first gradient was not finite. G then replaces it: its first
+    round is not corrected (``d = g``), and the G_i that it stores moves G by ``(G_i - G) / N``, which is right for the
+    mean of all N.
 
     Args:
       per_example_loss, client_tx, server_tx, threshold, uplink, gradient: as ``episode``.

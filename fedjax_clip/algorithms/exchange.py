@@ -60,9 +60,9 @@ def exchange(
     memory does not grow with the cohort. The loop ends with the last client, and each client's own loop with its
     last step: padding costs nothing. A client whose update or message has no finite norm (a NaN or an infinity
     somewhere, or beyond 1e19, which float32 cannot square) is dropped: it adds nothing, keeps its old state and is
-    counted. So is a client that would keep a NaN or an infinity from now on. Under noise or a secure sum nobody may see
-    that: such a client sends a zero update through the uplink like any other, and still counts as ``dropped``. With
-    ``cohort.non_finite == "keep"`` such clients are kept like any other. A round of fewer clients than the reducer
+    counted. A client whose new state has a NaN or an infinity is dropped, too. Under noise or a secure sum nobody may
+    see a drop: such a client sends a zero update through the uplink like any other, and still counts as ``dropped``.
+    With ``cohort.non_finite == "keep"`` such clients are kept like any other. A round of fewer clients than the reducer
     needs (``fewest``, or the ``threshold`` of a modular sum) has the update zero, leaves all clients' states as they
     were, and is counted as ``too_few``.
 
@@ -73,18 +73,18 @@ def exchange(
       shared: what the server broadcasts, usually the parameters.
       uplink_state: the uplink's state at the server.
       cohort: this device's clients.
-      key: PRNG key of the round; each client folds its own number in, so its place does not matter. A key that is
-        none of Threefry's (``rbg``) is turned into one: its numbers would change with ``cohort.width``. With a
-        ``cohort.secret`` it only says which round it is: clients' keys and links' own are ChaCha20's, of the secret and
-        of this key, and links' ``round_key`` and the reducer's roster alone are still functions of it.
+      key: PRNG key of the round; each client folds its own number in, so its place does not matter. A key of another
+        generator (``rbg``) is converted to a Threefry key, because its numbers would change with ``cohort.width``. With
+        a ``cohort.secret``, the keys of clients and links are ChaCha20 keys of the secret and of this key. Only the
+        links' ``round_key`` and the reducer's roster then depend on this key alone.
 
     Returns:
       An ``Answer``, ``(update, uplink_state, client_states [C, ...], metrics)``.
-      Among the metrics: ``asked``, the clients that were sent something, ``clients``, those whose messages counted;
-      ``bytes_down``, what all clients are sent (``shared``, not a link's state), and ``bytes_up``,
-      their messages as arrays, or the bytes of the codes that stand for them, with ``bytes_up_entropy`` beside them
-      (see ``fc.uplink.compress``); reports do not count. With ``cohort.non_finite == "stop"`` also ``dropped_ids``
-      ``int32 [8]``, up to eight of the clients whose updates were not finite, -1 behind them.
+      Among the metrics: ``asked``, the clients that received something; ``clients``, those whose messages counted;
+      ``bytes_down``, the bytes sent to all clients (``shared``, not a link's state); and ``bytes_up``, the bytes of
+      their messages as arrays or as codes, with ``bytes_up_entropy`` (see ``fc.uplink.compress``). Reports do not
+      count. With ``cohort.non_finite == "stop"`` also ``dropped_ids``, ``int32 [8]``: up to eight of the clients whose
+      updates were not finite, padded with -1.
 
     Example:
       >>> def client_fn(x, client, key):
@@ -103,7 +103,7 @@ def exchange(
     key = keys.threefry(key)
     work_key, link_key, decode_key = jax.random.split(key, 3)
     own_links = link_key
-    if cohort.secret is not None:  # noise that nobody can compute; what is shared by all stays a function of the key
+    if cohort.secret is not None:  # secret noise; randomness that all share stays on the public key
         work_key, own_links, decode_key = jax.random.split(keys.folded(keys.chacha(cohort.secret), key), 3)
 
     def one_client(id, weight, first, num_steps, state, staleness):
@@ -112,8 +112,8 @@ def exchange(
         staleness = jnp.zeros((), jnp.int32) if staleness is None else staleness
         client = Client(id, weight, first, num_steps, state, staleness, cohort)
         update, own, report, *private = _worked(client_fn, shared, client, jax.random.fold_in(work_key, number))
-        norm = tree.norm(update)  # which sees every NaN and infinity, in the one pass that the histogram needs anyway
-        if hidden:  # then nobody may see that it is not finite
+        norm = tree.norm(update)  # detects every NaN and infinity, in the pass that the histogram needs anyway
+        if hidden:  # nobody may see that the update is not finite
             update = optax.tree.where(jnp.isfinite(norm), update, optax.tree.zeros_like(update))
         own_key = jax.random.fold_in(own_links, number)
         ctx = Context(
@@ -124,7 +124,7 @@ def exchange(
         )
         in_time = present if late is None else present & ~late
         new = ClientState(own, link, *(private or [state.private]))
-        kept = clipping.bare_state(new)  # what clips keep for the metrics may be infinite
+        kept = clipping.bare_state(new)  # the metrics' part of a clip's state may be infinite
         lasting = tree.stays_finite(kept, clipping.bare_state(state))
         finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message)) & lasting
         sound = in_time if cohort.non_finite == "keep" else in_time & finite
@@ -134,7 +134,7 @@ def exchange(
         return (
             optax.tree.where(arrived, message, optax.tree.zeros_like(message)),
             jnp.where(arrived, weight, 0),
-            # A link that sent zeros has done so; what the client keeps besides would hold the NaN.
+            # The link has sent zeros by now; the client's other state would hold the NaN.
             optax.tree.where(sound, new, state)._replace(uplink=optax.tree.where(arrived, link, state.uplink)),
             jnp.where(in_time & ~finite, number, -1),
             optax.tree.where(sound, seen, optax.tree.zeros_like(seen))
@@ -156,7 +156,7 @@ def exchange(
 
     def body(index, carry):
         acc, states, bad, report = carry
-        message, weight, state, new_bad, new_report = chunk(index, states)  # read where they are written: one copy
+        message, weight, state, new_bad, new_report = chunk(index, states)  # read and written in place: one copy
         states = jax.tree.map(
             lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, x, index * cohort.width, 0), states, state
         )
@@ -174,7 +174,7 @@ def exchange(
     if cohort.axis_name is not None:
         report = jax.lax.psum(report, cohort.axis_name)
     fewest = reducer.fewest if reducer.threshold is None else reducer.threshold
-    too_few = report["clients"] < fewest  # the aggregate is zero, so nothing has happened
+    too_few = report["clients"] < fewest  # the aggregate is zero, so no state changes
     if fewest > 1:
         client_states = optax.tree.where(too_few, cohort.state, client_states)
     ctx = Context(

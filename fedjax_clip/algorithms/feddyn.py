@@ -60,7 +60,7 @@ def feddyn(
 
         answer = now.exchange(client_fn, now.server.params)
         h = tree.add_scaled(now.server.own, -alpha * now.share(answer), answer.update)
-        # Under a fixed denominator a round of nobody looks like any other, or noise could not hide it.
+        # Under a fixed denominator an empty round must look like any other, or noise could not hide it.
         came = True if now.parts.reducer.denominator is not None else answer.metrics["clients"] > 0
 
         def corrected(m, h):

@@ -1,4 +1,4 @@
-"""FedNova: clients that take more steps do not weigh more."""
+"""FedNova: clients with more local steps do not weigh more."""
 
 import jax
 import jax.numpy as jnp

@@ -11,8 +11,8 @@ from fedjax_clip.core.types import Algorithm
 def partially_frozen(algorithm: Algorithm, frozen: str) -> Algorithm:
     """Any algorithm for the parameters u of a model ``(f, u)`` whose other part f stays as it is.
 
-    It trains u on ``u -> per_example_loss((f, u))``. Clients know f beforehand: only u is sent, and no clip, link,
-    reducer or optimiser meets f. So a large model is fine-tuned by adapters (``fc.lora``), or by its head alone.
+    It trains u on ``u -> per_example_loss((f, u))``. Clients have f already: only u is sent, and no clip, link, reducer
+    or optimiser sees f. This fine-tunes a large model by adapters (``fc.lora``), or by its head alone.
     ``server.params`` is the whole model, so f is an argument of the compiled rounds and of the evaluation, not a
     constant in them; every checkpoint and every point of a sweep has a copy of it.
 

@@ -26,8 +26,8 @@ def mime(
     """Local steps with the SERVER's momentum, fixed in the round: ``(1 - beta) d + beta m``.
 
     ``d = g(y) - g(x) + G``, with g(x) on the same batch as g(y), and G the mean of clients' full gradients at x. Under
-    ``lite``, ``d = g(y)``. After the round ``m <- (1 - beta) G + beta m``, of raw gradients, whatever is clipped. G
-    takes the reducer's mean, as the update does; ``uniform_mean`` is the paper's. A clip in ``client_tx`` sees the
+    ``lite``, ``d = g(y)``. After the round ``m <- (1 - beta) G + beta m``, with raw gradients even under a clip. G
+    takes the reducer's mean, as the update does; the paper uses ``uniform_mean``. A clip in ``client_tx`` sees the
     whole direction, momentum included.
 
     Args:

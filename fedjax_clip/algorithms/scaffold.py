@@ -27,18 +27,18 @@ def scaffold(
     c_i)``. A clip at the head of ``client_tx`` sees d (SCAFFOLDClip). For unclipped SGD the mean of raw gradients is
     the paper's option II, ``c_i - c + (x - y) / (I eta)``. Once a step is clipped, that formula would be wrong.
 
-    Changes of variates take the reducer's mean, as updates do, so that c is the mean of all c_i. ``uniform_mean`` is
-    the paper's. With the default, by examples, both follow the weighted objective.
+    Changes of variates take the reducer's mean, as updates do, so c is the mean of all c_i. The paper uses
+    ``uniform_mean``. With the default, which weighs by examples, both follow the weighted objective.
 
-    DP-SCAFFOLD for records is ``gradient=fc.local.private_gradient(C, z)``: all that a client sends then comes of
-    noised gradients. For clients, the change of the variate needs a clip and noise as the update does: give
+    DP-SCAFFOLD for records is ``gradient=fc.local.private_gradient(C, z)``: all that a client sends then comes from
+    noised gradients. For user-level DP, the change of the variate needs a clip and noise like the update: give
     ``variate_uplink`` as well. Two links of noise z sqrt(2) cost what one of z costs (``fc.privacy.together``). The
-    server's c is then the mean of what was sent, and no longer of the c_i.
+    server's c is then the mean of the noised messages, and no longer of the c_i.
 
     Args:
       per_example_loss, client_tx, server_tx, reducer, gradient: as ``fc.fedavg``.
-      uplink: what the update passes.
-      variate_uplink: what the change of the variate passes; nothing by default.
+      uplink: the link of the update.
+      variate_uplink: the link of the change of the variate; none by default.
 
     Returns:
       An ``Algorithm`` whose clients keep ``c_i`` and whose server keeps ``c``; messages are twice as long. Metrics

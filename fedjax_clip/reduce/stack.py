@@ -100,7 +100,7 @@ def check_cohort(reducer: Reducer, cohort_size: float) -> None:
     if 0 < cohort_size < reducer.fewest:
         raise InvalidInput(
             f"This reducer needs at least {reducer.fewest} clients in a round, not {cohort_size:g}: ask for a "
-            "larger cohort, or let the reducer expect fewer bad clients."
+            "larger cohort, or let the reducer expect fewer malicious clients."
         )
 
 

@@ -140,7 +140,7 @@ class Banks:
         self.found: dict[int, Bank] = {}
 
     def of(self, track: Track, fresh: int) -> Bank:
-        """The track's runs, with so many fresh batches."""
+        """The track's runs, with this number of fresh batches."""
         if track is not self.track:
             self.track, self.found = track, {}
         if fresh not in self.found:

@@ -115,7 +115,7 @@ def plan(track: Track, runs: Sequence[Run], fresh: int = 0) -> Bank:
 
 
 def _among(cohort: fc.extend.Cohort, num_clients: int, weight: float) -> fc.extend.Cohort:
-    """The same cohorts, drawn from so many clients in place of the whole population."""
+    """The same cohorts, drawn from this number of clients in place of the whole population."""
     counts = np.full_like(cohort.num_clients, num_clients), np.full_like(cohort.total_weight, weight)
     return dataclasses.replace(cohort, num_clients=counts[0], total_weight=counts[1])
 
@@ -129,7 +129,7 @@ def run(
       track, rule, points: what is trained.
       bank: planned runs.
       which: numbers of the bank's runs to take; all by default.
-      lanes: room for so many lanes at least: then calls with fewer share a program.
+      lanes: the fewest lanes of the program, so that calls with fewer lanes share it.
     """
     which = range(bank.size) if which is None else which
     count = len(points) * len(which)

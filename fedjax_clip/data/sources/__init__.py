@@ -1,6 +1,6 @@
 """Real data: digits by writer, pictures, text, local .npz files, and anything that TFDS knows.
 
-Nothing heavy is imported before it is needed, and nothing is downloaded unasked.
+Large packages are imported only when they are needed, and nothing is downloaded without a request.
 """
 
 from fedjax_clip.data.sources.archives import npz, save_npz
