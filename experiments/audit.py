@@ -4,10 +4,11 @@
   python -m experiments.audit --flagfile=my_private_run.flags --delta=1e-5
   python -m experiments.audit --mutants=docs/audit.md
 
-The flags are those of experiments.run. From them come the algorithm, the links, the reducer, the noise and its
-mechanism, the sampler, the number of clients and the names of the model's leaves. The audit's own are the data, the
-size of the leaves, the loss and plain SGD on both sides: privacy must hold whatever clients send. Over the accountant's
-epsilon the implementation is BROKEN, and the exit code is 1; under it nothing wrong was found, which is no proof.
+The flags are those of experiments.run. They give the algorithm, the links, the reducer, the noise and its mechanism,
+the sampler, the number of clients and the names of the model's leaves. The audit itself provides the data, the sizes of
+the leaves, the loss and plain SGD on both sides, because privacy must hold whatever clients send. If the lower bound
+exceeds the accountant's epsilon, the verdict is BROKEN and the exit code is 1. Otherwise the audit found no fault,
+which proves nothing.
 """
 
 import sys
@@ -32,12 +33,12 @@ flags.DEFINE_integer("audit_rounds", 6, "Rounds of a replay; --rounds, where the
 flags.DEFINE_float("confidence", 0.999, "That the lower bound holds.")
 flags.DEFINE_string("mutants", None, "Audits planted faults and right configurations, and writes a table of them here.")
 
-DELTA = 1e-3  # where the run claims none
-CAUGHT = 28  # of the planted faults, at least
+DELTA = 1e-3  # if the run claims no delta
+CAUGHT = 28  # the fewest planted faults that must be caught
 
 
 def main() -> None:
-    """Audits what the flags say."""
+    """Audits the run of the flags."""
     problem.check_numbers()
     checks.count("--audit_rounds", FLAGS.audit_rounds, most=1000)
     binary.configure_jax(1)
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def in_program(reducer: fc.reduce.Reducer | None) -> fc.reduce.Reducer | None:
-    """A reducer that replays can compute: what cryptography on the host computes, without it."""
+    """A reducer for replays: the same result without the host's cryptography."""
     name = (FLAGS.reducer or "").split("(")[0]
     if reducer is None or name not in ("pairwise_masks", "ckks_mean"):
         return reducer
@@ -77,7 +78,7 @@ def in_program(reducer: fc.reduce.Reducer | None) -> fc.reduce.Reducer | None:
 
 
 def local_noise() -> float | None:
-    """The number of ``local_gaussian(1.0)`` in ``--uplink``, which no link promises."""
+    """The noise multiplier of ``local_gaussian(1.0)`` in ``--uplink``, which no promise carries."""
     for call in spec.parse(FLAGS.uplink, "--uplink"):
         if call.name == "local_gaussian":
             return float((*call.args, *call.kwargs.values())[0])
@@ -85,14 +86,14 @@ def local_noise() -> float | None:
 
 
 def bounds_that_move() -> tuple[str, ...]:
-    """The metrics that tell a clip's bound of the round: clients are told it, so that it is no secret."""
+    """The metrics with a clip's bound of the round, which is public because clients receive it."""
     calls = spec.parse(FLAGS.uplink, "--uplink")
     where = [f"{i}/" for i in range(len(calls))] if len(calls) > 1 else [""]
     return tuple(f"uplink/{i}threshold" for i, call in zip(where, calls) if call.name == "quantile_clip")
 
 
 def shrunk(task: tasks.Task) -> Any:
-    """The model with its leaves' names, and two at most of each dimension."""
+    """The model with its leaves' names, and at most two elements along each dimension."""
     params = jax.eval_shape(task.init, seeded(0))
     return jax.tree.map(lambda x: np.zeros([min(n, 2) for n in x.shape], x.dtype), params)
 
@@ -105,7 +106,7 @@ NEIGHBOURS = {
 
 
 def summary(found: fc.privacy.Audit) -> str:
-    """What was found, in words."""
+    """The result in words."""
     verdict = "BROKEN: less private than accounted for" if found.broken else "nothing wrong found, which is no proof"
     return "\n".join(
         [
@@ -128,7 +129,7 @@ ROW = "| {} | {:.2f} | {:.2f} | {:g} | {} |"
 
 
 def audit_mutants(path: str) -> bool:
-    """Audits all of ``mutants``, writes the table, and says whether it is as it should be."""
+    """Audits all of ``mutants``, writes the table, and returns whether the results are as expected."""
     begun, lines = time.monotonic(), [HEAD]
     counts: dict[str, tuple[int, int]] = {}
     for title, audited in (("Faults", mutants.MUTANTS), ("Correct configurations", cases.right())):

@@ -34,7 +34,7 @@ IDENTITY = (
 
 
 def main() -> None:
-    """Builds what the flags say, trains it, and writes its run directory."""
+    """Builds the run of the flags, trains it, and writes its run directory."""
     problem.check_numbers()
     binary.configure_jax(FLAGS.devices)
     outside.load()
@@ -53,7 +53,7 @@ def main() -> None:
 
     devices = problem.local_devices()
     params = problem.initial(task, FLAGS.seed)
-    tree.flatten_with_names(params)  # says at once if params.npz could not hold them
+    tree.flatten_with_names(params)  # fails now if params.npz could not hold them
     directory.about = terminal.describe(task, asked.cohort_size, params, devices, withheld)
     for line in (directory.about, directory.extends):
         if line:
@@ -122,7 +122,7 @@ def end(directory: rundir.RunDirectory, uplink: fc.uplink.Uplink) -> None:
 
 
 def configuration(uplink: fc.uplink.Uplink) -> dict[str, Any]:
-    """What the results depend on, for ``config.json``."""
+    """All that the results depend on, for ``config.json``."""
     config = problem.config(IDENTITY)
     if FLAGS.non_finite != "drop":
         config["non_finite"] = FLAGS.non_finite
@@ -136,7 +136,7 @@ def configuration(uplink: fc.uplink.Uplink) -> dict[str, Any]:
 
 
 def claimed(asked: problem.Problem, algorithm: fc.extend.Algorithm, withheld: bool) -> dict[str, Any]:
-    """What a run with ``--delta`` claims of its privacy."""
+    """The privacy claim of a run with ``--delta``."""
     tasks.refuse_fitted(asked.task)
     if algorithm.parts is None:
         raise InvalidInput(
@@ -148,14 +148,14 @@ def claimed(asked: problem.Problem, algorithm: fc.extend.Algorithm, withheld: bo
 
 
 def secret(directory: rundir.RunDirectory) -> Secret | None:
-    """What noise and cohorts are drawn from, if the run claims an epsilon."""
+    """The secret of noise and cohorts, if the run claims an epsilon."""
     if FLAGS.delta is None:
         return None
     return directory.secret() if FLAGS.private_seed is None else Secret.of_seed(FLAGS.private_seed)
 
 
 def strangers(held_out: fc.FederatedData, training: fc.FederatedData) -> bool:
-    """Whether no client of a held-out set trains, as far as their names say."""
+    """Whether no client of a held-out set trains, by their names."""
     names = {training.name(c) for c in range(training.num_clients)}
     return names.isdisjoint(held_out.name(c) for c in range(held_out.num_clients))
 

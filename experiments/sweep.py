@@ -7,7 +7,7 @@
 
 The flags are those of experiments.run; a number in --algorithm, --client, --server or --uplink may be {name}. The run
 directory gets results.jsonl (a line for each training), table.md, sweep.png and best.flags, which experiments.run takes
-as --flagfile. Stopped in any way, the same command goes on with the trainings that are missing.
+as --flagfile. If a sweep is stopped in any way, the same command runs the missing trainings.
 """
 
 import dataclasses
@@ -64,14 +64,14 @@ UNUSED = (
 
 
 def log(low: float, high: float, num: int | None = None) -> Any:
-    """``num`` numbers with equal ratios, to three digits; or where ``random`` draws with a uniform logarithm."""
+    """``num`` numbers with equal ratios, to three digits; or a range for ``random`` with a uniform logarithm."""
     if not 0 < low < high < math.inf:
         raise InvalidInput(f"log needs 0 < low < high, not {low} and {high}")
     return Range(low, high, log=True) if num is None else _rounded(np.geomspace(low, high, _points(num)))
 
 
 def linear(low: float, high: float, num: int | None = None) -> Any:
-    """``num`` numbers at equal distances, to three digits; or where ``random`` draws uniformly."""
+    """``num`` numbers at equal distances, to three digits; or a range for ``random`` to draw from uniformly."""
     return Range(low, high) if num is None else _rounded(np.linspace(low, high, _points(num)))
 
 
@@ -103,7 +103,7 @@ SPACINGS: Mapping[str, Callable[..., Any]] = {"linear": linear, "log": log}
 
 
 def main() -> None:
-    """Runs what the flags say."""
+    """Runs the sweep of the flags."""
     problem.check_numbers()
     check_numbers()
     points = read_points()
@@ -128,7 +128,7 @@ def main() -> None:
         uplink = privacy.chain(FLAGS.uplink, None, hyper)
         return problem.build_algorithm(task, uplink, cohort_size, hyper)
 
-    build(first)  # says at once what is wrong with the flags
+    build(first)  # fails now if the flags are wrong
     metric = chosen_metric(task)
     config = problem.config(IDENTITY) | {"cohort_size": cohort_size}
     directory = SweepDirectory(FLAGS.workdir or f"{rundir.default_path(config)}-sweep", config)
@@ -187,7 +187,7 @@ def check_numbers() -> None:
 
 
 def read_points() -> dict[str, np.ndarray]:
-    """What ``--points`` says; each of its names is the ``{name}`` of a component, and the other way round."""
+    """The points of ``--points``. Each of its names must be the ``{name}`` of a component, and vice versa."""
     if FLAGS.points is None:
         raise InvalidInput('--points is missing: what to try, as in "grid(lr=log(0.01, 1, 8))".')
     points = spec.one(FLAGS.points, POINTS, "--points", nested=SPACINGS)
@@ -204,7 +204,7 @@ def read_points() -> dict[str, np.ndarray]:
 
 
 def chosen_metric(task: tasks.Task) -> str:
-    """``--metric``, or the accuracy where the loss reports one, on the fold or the task's first held-out set."""
+    """``--metric``, or the accuracy if the loss reports one, on the fold or the task's first held-out set."""
     batch = jax.tree.map(lambda x: x[:1], task.data.examples)
     shape = jax.eval_shape(lambda key: task.per_example_loss(task.init(key), batch, None), seeded(0))
     reported = ["loss", *(shape[1] if isinstance(shape, tuple) else ())]
@@ -239,7 +239,7 @@ class SweepDirectory(rundir.RunDirectory):
         """All whole lines on disk."""
         file = self.path / "results.jsonl"
         text = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a kill may have come in the middle of the last line
+        whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line short
         try:
             entries = [json.loads(line) for line in whole.splitlines()]
             trials = [Trial(int(e["point"]), int(e["seed"]), int(e["fold"]), _restored(e["metrics"])) for e in entries]
@@ -279,7 +279,7 @@ class SweepDirectory(rundir.RunDirectory):
 
 
 def table(points: Mapping[str, np.ndarray], trials: list[Trial], metric: str) -> str:
-    """The points, best first, in Markdown: mean and 95% interval over seeds and folds of all that was evaluated."""
+    """The points, best first, in Markdown: mean and 95% interval of each evaluated metric over seeds and folds."""
     names = [metric, *sorted(n for n in trials[0].metrics if n.startswith("eval/") and n != metric)]
     columns = {name: sweeping.values(trials, name) for name in names}
     reached = sweeping.values(trials, "round")
@@ -302,14 +302,14 @@ def summary(points: Mapping[str, np.ndarray], trials: list[Trial], metric: str, 
 
 
 def command(path: pathlib.Path) -> str:
-    """What trains the best point of a sweep's directory; a flag file may not import."""
+    """The command that trains the best point; it repeats ``--import``, which a flag file may not hold."""
     modules = outside.modules()
     imports = f" --import={','.join(modules)}" if modules else ""
     return f"python -m experiments.run{imports} --flagfile={path / 'best.flags'}"
 
 
 def _gained(trial: Trial, stops: list[int]) -> int:
-    """Rounds that a training did since the stop before its own."""
+    """The rounds of a training since the previous rung."""
     rung = stops.index(int(trial.metrics["round"]))
     return stops[rung] - (stops[rung - 1] if rung else 0)
 
@@ -323,7 +323,7 @@ def _interval(values: list[float]) -> str:
 
 
 def _point(points: Mapping[str, np.ndarray], point: int) -> dict[str, str]:
-    """A point's values as flags write them: those float32 numbers that were trained with."""
+    """A point's values as flags: exactly the float32 numbers of its training."""
     return {name: str(np.float32(values[point])) for name, values in points.items()}
 
 
@@ -344,7 +344,7 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 
 
 def describe() -> str:
-    """What ``--points`` may say, and every component with its arguments, for ``--help``."""
+    """The forms of ``--points``, and every component with its arguments, for ``--help``."""
     return f"""--points
     grid(name=(1, 2, 4), name=log(0.01, 1, 8), name=linear(0, 1, 5))
     random(30, name=log(0.01, 1), name=linear(0, 1), seed=0)

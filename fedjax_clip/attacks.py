@@ -1,9 +1,9 @@
-"""Attacks by malicious clients: on their data, on their messages, and in collusion with knowledge of honest messages.
+"""Attacks by malicious clients: on their data, on their messages, and in collusion, with knowledge of honest messages.
 
-For experiments on defences, ``fc.reduce``. Which clients are bad is a list of their numbers, everywhere: places in the
-population, ``data.name(number)`` being a name. Attacks on data are functions of a population; attacks on messages
-are links, to be put LAST in a chain, so that no clip tames them; bad clients that collude wrap the reducer, where the
-honest messages of the round are known.
+They test the defences of ``fc.reduce``. ``clients`` lists the malicious clients by number: their places in the
+population, where ``data.name(number)`` is the name. Attacks on data are functions of a population. Attacks on messages
+are links: put them LAST in a chain, so that no clip bounds them. Colluding attacks wrap the reducer, where the honest
+messages of the round are known.
 """
 
 import dataclasses
@@ -63,17 +63,17 @@ def backdoor(
 ) -> FederatedData:
     """Malicious clients add a pattern to a fraction of their examples and label these ``target``.
 
-    The model is to learn both its task and that the pattern means ``target``; ``triggered`` measures the second. With
+    The model learns both its task and that the pattern means ``target``; ``triggered`` measures the second. With
     ``scaling`` it is model replacement.
 
     Args:
       data: the population.
       clients: numbers of the bad ones.
-      features: places of the pattern in one flattened example, such as the pixels of a corner.
-      value: what stands there then, in the units of ``field``.
+      features: positions of the pattern in one flattened example, such as the pixels of a corner.
+      value: the pattern's value, in the units of ``field``.
       target: the class.
-      fraction: of each bad client's examples, between 0 and 1.
-      field, label: of inputs ``[N, ...]`` and classes.
+      fraction: of each malicious client's examples, between 0 and 1.
+      field, label: names of the fields of inputs ``[N, ...]`` and classes.
       seed: of the choice of examples.
 
     Raises:
@@ -120,7 +120,7 @@ def replaced(clients: Clients, change: Callable[[PyTree, Array], PyTree]) -> Upl
 
     Args:
       clients: numbers of the bad ones.
-      change: to a message of the same structure.
+      change: returns a message of the same structure.
 
     Example:
       >>> doubled = fc.attacks.replaced([0, 3], lambda message, key: optax.tree.scale(2.0, message))
@@ -155,7 +155,7 @@ def scaling(clients: Clients, factor: float | Array = 10.0) -> Uplink:
 
     Args:
       clients: numbers of the bad ones.
-      factor: n / (lr m) replaces the model by that of m bad ones of n, whatever the others send.
+      factor: n / (lr m) replaces the model by that of the m malicious of n clients, whatever the others send.
 
     Example:
       >>> attacked = fc.fedavg(per_example_loss, client_tx, uplink=fc.attacks.scaling([0], factor=10.0))
@@ -189,8 +189,8 @@ def noise(clients: Clients, std: float | Array = 1.0) -> Uplink:
 def constant(clients: Clients, norm: float | Array = 1e18) -> Uplink:
     """Malicious clients send one value in every coordinate, of norm ``norm`` in all; NaN for a norm of NaN.
 
-    Messages of a norm that is not finite, or beyond 1e19, never meet a reducer: ``exchange`` drops and counts them. The
-    default is what just passes.
+    A message whose norm is not finite, or above 1e19, never reaches a reducer: ``exchange`` drops and counts it. The
+    default norm just passes.
 
     Args:
       clients: numbers of the bad ones.
@@ -212,8 +212,8 @@ def colluding(reducer: Reducer, clients: Clients, forge: Callable[[Stack, Array]
 
     Args:
       reducer: the defence.
-      clients: numbers of the bad ones; those of them who take part in a round send.
-      forge: ``(stack, honest[N]) -> message``: from all messages of the round, and which of them are honest.
+      clients: numbers of the malicious clients; those of the cohort attack.
+      forge: ``(stack, honest[N]) -> message``, from all messages of the round and a mask of the honest ones.
 
     Example:
       >>> silent = lambda stack, honest: jax.tree.map(lambda x: jnp.zeros_like(x[0]), stack.messages)
@@ -241,7 +241,7 @@ def alie(reducer: Reducer, clients: Clients, z: float | Array | None = None) -> 
       reducer: the defence.
       clients: numbers of the bad ones.
       z: by default the largest that hides among the honest: the normal distribution's ``(n - f - s) / (n - f)``
-        quantile, ``s = floor(n / 2 + 1) - f``, for n clients in the round, f of them bad.
+        quantile, ``s = floor(n / 2 + 1) - f``, for n clients in the round, f of them malicious.
 
     Example:
       >>> reducer = fc.attacks.alie(fc.reduce.trimmed_mean(2), clients=[0, 1])
@@ -270,7 +270,7 @@ def ipm(reducer: Reducer, clients: Clients, epsilon: float | Array = 0.1) -> Red
     Args:
       reducer: the defence.
       clients: numbers of the bad ones.
-      epsilon: small ones hide near zero, large ones turn a mean of n around (over ``(n - f) / f``).
+      epsilon: a small one hides near zero; one above ``(n - f) / f`` reverses a mean of n.
 
     Example:
       >>> reducer = fc.attacks.ipm(fc.reduce.krum(2), clients=[0, 1], epsilon=0.5)
@@ -288,18 +288,18 @@ def ipm(reducer: Reducer, clients: Clients, epsilon: float | Array = 0.1) -> Red
 
 
 def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
-    """Malicious clients copy the message of one honest client, which then counts many times.
+    """Malicious clients copy the message of one honest client, so that it counts many times.
 
-    Where clients' data differ, this starves the others, at no distance that a defence could see. In a round without the
-    target they send nothing but zeros.
+    If clients' data differ, this starves the other clients, and no defence can see the copies as outliers. In a round
+    without the target they send zeros.
 
     Args:
       reducer: the defence.
       clients: numbers of the bad ones.
-      target: number of the honest one; one whose data are far from the others' does most harm.
+      target: number of the honest client; one with unusual data does the most harm.
 
     Raises:
-      InvalidInput: a target that is no client's number, or bad itself.
+      InvalidInput: a target that is not a client's number, or is malicious itself.
 
     Example:
       >>> reducer = fc.attacks.mimic(fc.reduce.median(), clients=[0, 1], target=5)
@@ -340,7 +340,7 @@ def _population(numbers: np.ndarray) -> int:
 
 
 def _owned(data: FederatedData, clients: Clients) -> np.ndarray:
-    """``[N]`` whether an example is one of these clients'."""
+    """Mask ``[N]`` of the examples that these clients own."""
     checks.kind("data", data, FederatedData, "a FederatedData")
     numbers = _numbers(clients)
     if np.any(numbers >= data.num_clients):

@@ -36,7 +36,7 @@ _LOGARITHMIC = ("loss", "norm of the server's update")
 
 
 def curves(rows: Sequence[Row], title: str = "") -> Figure:
-    """Loss, accuracy, update norm and clipped fraction over rounds, as far as the rows have them.
+    """Plots loss, accuracy, update norm and clipped fraction over rounds, if the rows have them.
 
     With a clock (``fc.data.clock``), accuracy over simulated time too.
 
@@ -78,9 +78,9 @@ _CLIPPING = {
 
 
 def clipping(rows: Sequence[Row], title: str = "") -> Figure | None:
-    """The work of the clips over the rounds: fractions, thresholds, norms, bias; ``None`` without a clip.
+    """Plots the clips' fractions, thresholds, norms and bias over rounds; ``None`` without a clip.
 
-    Several clips, or a clip of several groups, are a line each.
+    Each clip, and each group of a clip, has its own line.
 
     Args:
       rows: rows of ``fc.train``'s history.
@@ -107,7 +107,7 @@ def clipping(rows: Sequence[Row], title: str = "") -> Figure | None:
 
 
 def clipping_metrics(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The metrics that say what clips did, by panel: ``{"fraction clipped": ["clipped_steps", ...], ...}``.
+    """The metrics of clips, by panel: ``{"fraction clipped": ["clipped_steps", ...], ...}``.
 
     Args:
       rows: rows of ``fc.train``'s history.
@@ -124,7 +124,7 @@ def clipping_metrics(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def _unnumbered(key: str) -> str:
-    """``step_0/norm`` and ``uplink/1/norm`` as ``step_norm`` and ``uplink/norm``: which clip of a chain it was."""
+    """``step_0/norm`` and ``uplink/1/norm`` as ``step_norm`` and ``uplink/norm``, without the clip's position."""
     return re.sub(r"(?<=/)\d+/", "", re.sub(r"_\d+/", "_", key))
 
 
@@ -136,7 +136,7 @@ def _panel(axes: Any, title: str, rows: Sequence[Row], lines: Sequence[tuple[str
         sparse = key.startswith("eval/")
         end = drawable(f"{name} ({y[-1]:.3g})")
         axes.plot(x, y, color=colour, lw=1.8 if sparse else 1.1, marker="o" if sparse else None, ms=3, label=end)
-    # Above the curves, which it must not hide; in one column where two would be wider than the axes.
+    # The legend lies above the curves, not to hide them; in one column if two are wider than the axes.
     columns = 2 if max((len(line.get_label()) for line in axes.lines), default=0) < 38 else 1
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=columns, borderaxespad=0, fontsize=7.5, frameon=False
@@ -162,13 +162,14 @@ def sweep(
 ) -> Figure:
     """A heat map of the means over a grid's first two hyper-parameters, or the metric against each hyper-parameter.
 
-    A further hyper-parameter of a grid is at its best in each cell; a frame marks the best cell of all. A single
-    hyper-parameter, or points that are no grid, get a panel each, with a dot for every seed and fold.
+    Each cell takes the best value of all further hyper-parameters; a frame marks the best cell. For a single
+    hyper-parameter, or points that are not a grid, each hyper-parameter has a panel, with a dot for every seed and
+    fold.
 
     Args:
       points: ``{name: [P]}``.
       values: of each point by number, over seeds and folds; see ``fc.sweeping.values``.
-      metric: their name; it says whether more is better.
+      metric: the metric's name, which says whether more is better.
       title: over the whole figure.
 
     Example:

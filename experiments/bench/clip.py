@@ -10,9 +10,9 @@ A rule of your own is a function in a module of your own, named with a dot: an a
 ``point["threshold"]``; or ``(threshold)``, which returns an optax transform for each local step, or a link.
 
 The working directory gets results.jsonl (a line for each track and rule, with all its trials), report.md, and a picture
-of each track. Stopped in any way, the same command goes on where it was. What has changed since runs again by itself: a
-rule that another program comes of (its entry changed, or the library under it, or JAX), a problem of another program,
-start, data or cohorts, a range, a number of seeds or trials.
+of each track. If a benchmark is stopped in any way, the same command continues it. A changed pair runs again: a rule
+whose program changed (by its entry, the library or JAX), a problem with another program, start, data or cohorts,
+another range, or another number of seeds or trials.
 """
 
 import math
@@ -49,7 +49,7 @@ def define_flags() -> None:
 
 def main(values: flags.FlagValues, should_stop: command.ShouldStop) -> None:
     """Runs what the flags say."""
-    # Else the second run would report how long it takes to read a program, and not to compile it.
+    # Otherwise a second run would report the time to read a cached program, not to compile it.
     jax.config.update("jax_enable_compilation_cache", False)
     outside.load()
     rules = list(RULES) if values.rules is None else values.rules
@@ -66,10 +66,10 @@ def bench(
 ) -> int:
     """Runs each rule on each track, unless the working directory has it already, and writes the report.
 
-    Tracks of ``None`` are all that can be had; a line says of each other one what it lacks.
+    ``None`` runs all tracks whose data are here; a line says what each other track lacks.
 
     Returns:
-      How many pairs of a track and a rule were run.
+      The number of pairs of a track and a rule that ran.
 
     Raises:
       InvalidInput: an unknown track or rule, no even number of trials, or a directory that cannot be written.

@@ -4,9 +4,9 @@
   python -m experiments.bench.comm --tracks=digits
   python -m experiments.bench.comm
 
-Each entry has the same number of trials for its learning rate, on folds of the clients, and is measured on others.
-The working directory gets results.jsonl (a line for each track and entry), report.md, and a picture of each track.
-Stopped in any way, the same command goes on from there. Bytes are those of the metrics, which are those of real codes.
+Each entry has the same number of trials for its learning rate, on folds of the clients, and is measured on other
+clients. The working directory gets results.jsonl (a line for each track and entry), report.md, and a picture of each
+track. If the benchmark is stopped in any way, the same command continues it. Bytes are counted from real codes.
 """
 
 import pathlib
@@ -29,9 +29,9 @@ from experiments.bench.tracks import TRACKS
 from experiments.config import privacy, registry, spec
 from fedjax_clip.core.types import PerExampleLoss
 
-NOTHING = "nothing"  # what no compression is called
+NOTHING = "nothing"  # the name of no compression
 
-# Each entry as --uplink has it, or as --downlink behind ">".
+# Each entry is an --uplink, or after ">" a --downlink.
 FAMILIES: Mapping[str, Sequence[str]] = {
     "none": ("",),
     "floats": ("floats(16)",),
@@ -79,7 +79,7 @@ FAMILIES: Mapping[str, Sequence[str]] = {
         "eden(1) > difference(eden(4, unbiased=False))",
     ),
 }
-TRIALS = 14  # of the rate alone: seven of a wide range, seven about the best of them
+TRIALS = 14  # of the learning rate: seven in a wide range, seven around the best of them
 
 
 def define_flags() -> None:
@@ -106,10 +106,10 @@ def bench(
 ) -> int:
     """Runs each entry on each track, unless the working directory has it already, and writes the report.
 
-    A line says of each track whose data are not here what it lacks.
+    A line says what each track without data lacks.
 
     Returns:
-      How many pairs of a track and an entry were run.
+      The number of pairs of a track and an entry that ran.
 
     Raises:
       fc.InvalidInput: an unknown track or family, no even number of trials, or a directory that cannot be written.
@@ -123,12 +123,12 @@ def bench(
 
 
 def rule(text: str) -> Rule:
-    """An entry as a rule whose one knob is the clients' rate."""
+    """An entry as a rule whose only knob is the clients' learning rate."""
     return Rule(lambda loss, point: build(loss, text, point["client_lr"]), RATE, note=text)
 
 
 def build(loss: PerExampleLoss, text: str, client_lr: Any) -> fc.extend.Algorithm:
-    """FedAvg with plain SGD and what the entry says."""
+    """FedAvg with plain SGD and the entry's compression."""
     up, _, down = (part.strip() for part in text.partition(">"))
     algorithm = fc.fedavg(loss, optax.sgd(client_lr), uplink=privacy.chain(up, None))
     if down:

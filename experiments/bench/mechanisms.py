@@ -15,7 +15,7 @@ from experiments.bench.core.tuning import Point, Range
 from fedjax_clip.core.loss import batch_gradient
 from fedjax_clip.core.types import PerExampleLoss
 
-BITS = 0.05  # share of quantile_clip's bits in what a round costs, the updates having the rest
+BITS = 0.05  # share of a round's privacy cost for quantile_clip's bits; updates get the rest
 GROUPS = 3  # of cyclic samples, and the bands that go with them
 SERVER, CLIENT, RECORD = "a client's presence", "a client's data, from the server too", "a record, from the server too"
 SUMS = "a client's data, from who sees sums"
@@ -29,7 +29,7 @@ class Private:
       link: ``(bound, noise multiplier, track) -> uplink``.
       noise: ``(epsilon, track, delta) -> noise multiplier``, as ``link`` and ``gradient`` take it.
       sampler: ``cohort_size -> sampler``.
-      protects: what epsilon is for, and from whom.
+      protects: the guarantee: what it covers, and from whom.
       note: what it is.
       gradient: ``(bound on a gradient, noise multiplier) -> gradient`` of a client's batch.
       thresholds: where the bound is searched, if it is one of something else than a client's gradient.
@@ -61,7 +61,7 @@ class Private:
 
 
 def reducer(link: fc.uplink.Uplink, track: Track) -> fc.reduce.Reducer:
-    """What adds the messages of a link; on a grid only those of a whole cohort."""
+    """The reducer for a link's messages; on a grid it needs the whole cohort."""
     if link.promises.grid:
         return fc.reduce.modular_sum(track.cohort_size, threshold=track.cohort_size)
     return (

@@ -4,9 +4,9 @@
   python -m experiments.bench.privacy --epsilons=1,8
   python -m experiments.bench.privacy
 
-Trials over the learning rate and the clip's bound run on seeds, and are judged on pictures, that the result is not.
-The working directory gets results.jsonl (a line for each mechanism and epsilon), report.md and a picture. Stopped in
-any way, the same command goes on where it was.
+Trials over the learning rate and the clip's bound use other seeds and other pictures than the result. The working
+directory gets results.jsonl (a line for each mechanism and epsilon), report.md and a picture. Stopped in any way, the
+same command goes on where it was.
 """
 
 import math
@@ -30,8 +30,8 @@ from experiments.bench.mechanisms import MECHANISMS, sampled_by
 from fedjax_clip.core.types import InvalidInput
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
-SLOW = ("skellam",)  # whose noise takes many times as long to draw: only if named
-TRIALS = 16  # of each mechanism at each epsilon: eight of a wide range, eight about the best of them
+SLOW = ("skellam",)  # its noise takes many times as long to draw, so it runs only if named
+TRIALS = 16  # of each mechanism at each epsilon: eight in a wide range, eight around the best of them
 RATES = {
     "client_lr": Range(0.03, 10.0),
     "threshold": Range(0.03, 3.0),
@@ -111,12 +111,12 @@ def bench(
     """Runs each mechanism at each epsilon, unless the working directory has it already, and writes the report.
 
     Args:
-      names, epsilons: what meets what.
+      names, epsilons: the mechanisms and the epsilons to combine.
       trials: pairs of a learning rate and a bound that each mechanism may try at each epsilon; 16 by default.
       workdir, quick, should_stop: as of the other benchmarks.
 
     Returns:
-      How many pairs of a mechanism and an epsilon were run.
+      The number of pairs of a mechanism and an epsilon that ran.
 
     Raises:
       InvalidInput: an unknown mechanism, an epsilon that is not positive, no even number of trials, a directory that

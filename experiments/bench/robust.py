@@ -83,7 +83,7 @@ def compare(
     """Runs every attack against every defence, unless the working directory has it already, and writes the report.
 
     Returns:
-      How many pairs were run.
+      The number of pairs that ran.
     """
     seeds = 1 if quick else seeds
     cells = [
@@ -106,7 +106,7 @@ def compare(
 
 
 def _cell(problem: Problem, attack: str, defence: str, seeds: int, quick: bool) -> grid.Cell:
-    """An attack on a defence: measured under each clip, none of which is tuned."""
+    """An attack on a defence, measured under each clip, without tuning."""
     track = _track(problem, ATTACKS[attack], DEFENCES[defence], f"{problem.name}: {attack}", seeds, quick)
     clips = [{"threshold": clip} for clip in problem.clips]
     rule = Rule(_builder(problem, ATTACKS[attack], DEFENCES[defence]), ("threshold",), points=clips)
@@ -222,7 +222,7 @@ def draw(problem: Problem, found: Mapping[tuple[str, str], Any]) -> Figure:
 
 
 def _values(measured: Any, name: str, clip: int) -> np.ndarray:
-    """``[S]`` in per cent; a seed that ended without a number has learned nothing."""
+    """``[S]`` in per cent; a seed that ended with NaN counts as having learned nothing."""
     return 100 * np.array([0.0 if v is None else v for v in measured[name][clip]])
 
 

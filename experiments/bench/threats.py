@@ -18,20 +18,20 @@ from fedjax_clip.core.types import Params, PerExampleLoss
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Clients, some of them malicious, and what they learn.
+    """A problem: clients, some of them malicious, and their task.
 
     Attributes:
       name: in the report.
       data: of the clients that train; all take part in every round.
       test: held-out examples.
       root: the server's own examples, for FLTrust.
-      loss, start: what is minimised, and ``seed -> params``.
+      loss, start: the loss, and ``seed -> params``.
       bad: indices of the malicious clients.
       pattern: of the backdoor, arguments of ``fc.attacks.backdoor``.
       client_lr, rounds, work: of the training.
-      clips: bounds on the norm of a message, which the server enforces; ``inf``: none.
+      clips: bounds on the norm of a message, which the server enforces; ``inf`` for none.
       attacks, defences: those compared, by name.
-      wide: whether clients train side by side, which large models do not on a CPU.
+      wide: whether clients train side by side, which is slow for large models on a CPU.
       published: accuracy in per cent, by defence, where there is a paper.
     """
 
@@ -54,7 +54,7 @@ class Problem:
 
 
 class Attack(NamedTuple):
-    """What malicious clients do to their data, to their messages, and together.
+    """An attack: what malicious clients do to their data, to their messages, and together.
 
     Attributes:
       note: what it is, in a line.
@@ -89,7 +89,7 @@ ATTACKS: dict[str, Attack] = {
 
 
 class Defence(NamedTuple):
-    """A reducer, and what it needs besides.
+    """A defence: a reducer, and what it needs.
 
     Attributes:
       reducer: ``(problem, root's number) -> reducer``.
@@ -108,7 +108,7 @@ def _bucketed(name: str) -> Defence:
 
 
 def _krum_squared() -> fc.reduce.Reducer:
-    """Krum without bad clients as the bucketing paper's authors run it: by squares of squared distances."""
+    """Krum with f = 0 as the bucketing paper's authors run it: by squares of squared distances."""
 
     def aggregate(stack):
         both = stack.present[:, None] & stack.present & ~jnp.eye(len(stack.ids), dtype=bool)

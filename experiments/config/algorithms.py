@@ -1,4 +1,4 @@
-"""What ``--algorithm`` may say: the library's algorithms, with those arguments alone that no binary fills in."""
+"""The values of ``--algorithm``: the library's algorithms, without the arguments that a binary fills in."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ class Maker:
 
 
 def _maker(make: Make) -> Make:
-    """``make`` with nothing but the algorithm's own arguments, by name or in their order."""
+    """``make`` with the algorithm's own arguments only, by name or in order."""
     rest = list(inspect.signature(make).parameters.values())[2:]  # without the loss and the clients' optimiser
     own = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in rest if p.name not in FILLED and p.kind != p.VAR_KEYWORD]
     signature = inspect.Signature(sorted(own, key=lambda p: p.default is not p.empty))
@@ -50,7 +50,7 @@ def _maker(make: Make) -> Make:
 ALGORITHMS = Components(
     Maker,
     {
-        # Left out: what a task asks for by itself, what --downlink says, and what is made of an algorithm.
+        # Left out: wrappers that a task or --downlink sets, and functions of an algorithm.
         **read(fc, Algorithm, without=("partially_frozen", "compressed_broadcast", "partially_private")),
         "fedbuff": defaulted(fc.fedbuff, max_staleness=10),
         "feddyn": defaulted(fc.feddyn, alpha=0.1),

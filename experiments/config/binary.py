@@ -1,4 +1,4 @@
-"""What every binary shares: flags that fail with one sentence, and a Ctrl-C that saves."""
+"""Shared code of the binaries: flags that fail with one sentence, and a Ctrl-C that saves."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput
 
 MOST_FLAGS = 2**20  # bytes of a flag file
-MOST_DEVICES = 128  # of a CPU: with 300, XLA's devices wait for each other for ever
+MOST_DEVICES = 128  # of a CPU: 300 XLA devices deadlock
 
 
 def run(
@@ -31,11 +31,11 @@ def run(
     """Runs ``main()`` under absl; bad input ends in one sentence on stderr and exit code 2.
 
     Args:
-      main: what to run once the flags are read.
-      doc: what ``--help`` opens with.
-      notes: what ``--help`` closes with.
-      operands: whether ``main`` takes what is written besides flags; else that is refused.
-      without: flags that come with a module and that have no effect here: refused, and not in ``--help``.
+      main: called once the flags are read.
+      doc: the beginning of ``--help``.
+      notes: the end of ``--help``.
+      operands: whether ``main`` takes arguments besides flags; otherwise they are refused.
+      without: flags of imported modules without an effect here: refused, and left out of ``--help``.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -54,7 +54,7 @@ def run(
         for name in without:
             if flags.FLAGS[name].present:
                 _fail(f"--{name} has no effect here: leave it out.")
-        logging.set_verbosity(logging.FATAL)  # what libraries log of an error, the error says again
+        logging.set_verbosity(logging.FATAL)  # libraries log errors that the exception repeats
         return rest
 
     def guarded(argv: list[str]) -> None:
@@ -82,19 +82,19 @@ def run(
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see experiments/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files that are not UTF-8 are shown, not fatal
+        if isinstance(stream, io.TextIOWrapper):  # shows file names that are not UTF-8, in place of an error
             stream.reconfigure(errors="backslashreplace")
     try:
         app.run(guarded, flags_parser=parse)
-    except BrokenPipeError:  # nobody reads on: as after head
+    except BrokenPipeError:  # the reader has closed the pipe, as head does
         for stream in (sys.stdout, sys.stderr):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python complains when it flushes
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python reports an error when it flushes
         sys.exit(128 + signal.SIGPIPE)
     raise AssertionError("app.run exits")
 
 
 class Stopping:
-    """Turns SIGINT and SIGTERM into a question that the driver asks after each round; a second Ctrl-C ends at once."""
+    """Turns SIGINT and SIGTERM into a flag that the driver checks after each round; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -105,7 +105,7 @@ class Stopping:
         return self.signal is not None
 
     def leave(self) -> None:
-        """Ends a benchmark that was stopped, by its signal's exit code; nothing otherwise."""
+        """Ends a stopped benchmark with its signal's exit code; does nothing otherwise."""
         if self.signal:
             print("Stopped; the report has what was done, and the same command goes on from there.")
             sys.exit(128 + self.signal)
@@ -116,13 +116,13 @@ class Stopping:
 
 
 def configure_jax(cpu_devices: int | None) -> None:
-    """On a CPU, so many XLA devices, or one a core; and compiled programs are kept for the next start.
+    """Sets the number of XLA devices on a CPU (by default one for each core), and caches compiled programs.
 
-    They are kept in ``$FEDJAX_CLIP_CACHE``, or ``~/.cache/fedjax_clip``. To be called before JAX computes anything.
-    What JAX's own environment variables say of these stands: ``$JAX_COMPILATION_CACHE_DIR``, ``$JAX_NUM_CPU_DEVICES``
-    where ``cpu_devices`` is not given. Only ``$JAX_TRANSFER_GUARD`` does not: whatever a binary sends to a device is
-    meant to go there. XLA aborts where one CPU device waits for another for 40 seconds, as it may with clients of
-    unequal size; here it waits a day, unless ``$XLA_FLAGS`` says otherwise.
+    The cache is in ``$FEDJAX_CLIP_CACHE``, or ``~/.cache/fedjax_clip``. Call this before JAX computes anything. JAX's
+    own environment variables take precedence: ``$JAX_COMPILATION_CACHE_DIR``, and ``$JAX_NUM_CPU_DEVICES`` unless
+    ``cpu_devices`` is given. Only ``$JAX_TRANSFER_GUARD`` is overridden, because a binary's transfers are intended. XLA
+    aborts if one CPU device waits 40 seconds for another, as it may with clients of unequal size. Here it waits a day,
+    unless ``$XLA_FLAGS`` sets another limit.
 
     Raises:
       InvalidInput: no device of the platforms that ``$JAX_PLATFORMS`` names.
@@ -132,7 +132,7 @@ def configure_jax(cpu_devices: int | None) -> None:
     waits = "terminate_timeout", "warn_stuck_timeout"
     patience = [f"--xla_cpu_collective_call_{name}_seconds={24 * 3600}" for name in waits]
     if jax.__version_info__ < (0, 13):  # an unknown flag would end the process
-        os.environ["XLA_FLAGS"] = " ".join([*patience, os.environ.get("XLA_FLAGS", "")])  # the last one counts
+        os.environ["XLA_FLAGS"] = " ".join([*patience, os.environ.get("XLA_FLAGS", "")])  # the last setting counts
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cache = pathlib.Path(os.environ.get("FEDJAX_CLIP_CACHE") or "~/.cache/fedjax_clip").expanduser()
     defaults = {
@@ -148,7 +148,7 @@ def configure_jax(cpu_devices: int | None) -> None:
     jax.config.update("jax_transfer_guard", "allow")
     try:
         jax.local_devices()
-    except Exception as error:  # JAX raises what it likes, an AssertionError without a word for cuda
+    except Exception as error:  # JAX raises various types, for cuda an AssertionError without a message
         raise InvalidInput(
             f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: leave it unset, or "
             "install what the device needs, such as pip install 'fedjax_clip[cuda]'."
@@ -172,7 +172,7 @@ def _flags_help(without: Collection[str]) -> str:
 
 
 def _expanded(arguments: Sequence[str], within: tuple[str, ...] = ()) -> Iterator[str]:
-    """The arguments, each ``--flagfile`` replaced by the lines of its file, and so on; absl reads no file itself."""
+    """The arguments with each ``--flagfile`` replaced by the lines of its file, recursively, in place of absl."""
     left = iter(arguments)
     for argument in left:
         if found := re.fullmatch(r"--?flagfile(=(.*))?", argument, re.DOTALL):
@@ -187,7 +187,7 @@ def _expanded(arguments: Sequence[str], within: tuple[str, ...] = ()) -> Iterato
 
 
 def _flag_lines(name: str) -> list[str]:
-    """The flags that a file lists, one on each line; an empty line and one that begins with ``#`` say nothing."""
+    """The flags in a file, one on each line; empty lines and lines that begin with ``#`` are skipped."""
     path = files.expanded(name)
     try:
         if path.exists() and not path.is_file():
@@ -203,10 +203,10 @@ def _flag_lines(name: str) -> list[str]:
 
 
 def _foreign(argument: str) -> str | None:
-    """The name of a flag of absl's own: those run profilers, and write files wherever a flag file says."""
+    """The name of a flag of absl itself. Those are refused: they run profilers and write files anywhere."""
     name = argument.lstrip("-").split("=")[0]
     for known in (name, name.removeprefix("no")) if argument.startswith("-") else ():
-        if known == "undefok":  # lets misspelt flags pass; absl keeps it apart from the others
+        if known == "undefok":  # accepts misspelt flags; absl stores it separately
             return known
         if known in flags.FLAGS:
             module = str(flags.FLAGS.find_module_defining_flag(known))
@@ -220,7 +220,7 @@ def _too_much(error: BaseException) -> str:
 
 
 def _reworded(complaint: str) -> str:
-    """What absl says of a flag, without Python's words for a number that is none."""
+    """absl's message on a flag, without Python's wording for an invalid number."""
     found = re.fullmatch(r"flag --(\w+)=(.*): (invalid literal for int|could not convert string to float).*", complaint)
     return f"--{found[1]} must be a {'whole ' * ('int' in found[3])}number, not {found[2]}." if found else complaint
 

@@ -1,4 +1,4 @@
-"""Groups of functions that flags may name: read from modules, with arguments filled in, held to one kind."""
+"""Groups of functions that flags may name: read from modules, with arguments filled in, all of one kind."""
 
 import functools
 import inspect
@@ -11,12 +11,12 @@ Make = Callable[..., Any]
 
 
 class Components(dict[str, Make]):
-    """What a flag may name at one place.
+    """The functions that a flag may name at one place.
 
     Args:
-      kind: the type, or types, of what all of them build. A function from outside must build it, too.
+      kind: the type, or types, that all of them return. A function from outside must return it, too.
       makers: functions by name.
-      fit: what each function passes before a flag calls it, one from outside too: it may fill arguments in.
+      fit: applied to each function, also one from outside, before a flag calls it; it may fill arguments in.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ def read(module: Any, kind: type, without: Collection[str] = ()) -> dict[str, Ma
     """The functions of a module that are annotated to return ``kind``, by name.
 
     Args:
-      module: its ``__all__`` is read, or what it defines itself if it has none.
+      module: its ``__all__`` is read, or its own definitions if it has none.
       kind: a type.
       without: names to leave out.
     """
@@ -58,7 +58,7 @@ def read(module: Any, kind: type, without: Collection[str] = ()) -> dict[str, Ma
 
 
 def filled(make: Make, **known: Any) -> Make:
-    """``make`` with arguments that the binary knows, as far as it has them; a flag cannot give those."""
+    """``make`` with the arguments that the binary fills in, which a flag cannot give."""
     signature = inspect.signature(make)
     left = signature.replace(parameters=[p for name, p in signature.parameters.items() if name not in known])
 

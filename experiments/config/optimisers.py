@@ -68,7 +68,7 @@ _FRACTIONS = ("b1", "b2", "beta1", "beta2", "decay", "momentum")
 
 
 def _checked(optimizer: Make) -> Make:
-    """Refuses what optax would only stumble over in the first round, or never."""
+    """Refuses arguments that optax would refuse only in the first round, or never."""
 
     @functools.wraps(optimizer)
     def build(*args: Any, **kwargs: Any) -> optax.GradientTransformation:
@@ -100,7 +100,7 @@ OPTIMIZERS = Components(
     {
         **{make.__name__: _checked(make) for make in _OPTAX},
         **{name: _checked(make) for name, make in read(fc.fedopt, optax.GradientTransformation).items()},
-        # Left out: clip, which clip_by_global_norm says, and what takes a function.
+        # Left out: clip, for which there is clip_by_global_norm, and functions of a function.
         **read(clipping, optax.GradientTransformation, without=("clip", "watch")),
         **read(compression, optax.GradientTransformation),
         **read(fc.local, optax.GradientTransformation, without=("at_round",)),
@@ -146,7 +146,7 @@ def _steps(name: str, flag: str) -> bool:
 
 
 def behind_optimizer(text: str, flag: str) -> list[str]:
-    """The names of the clips that stand behind the optimiser of a flag, and so bound steps, not gradients."""
+    """The names of the clips after a flag's optimiser, which bound steps, not gradients."""
     names = [call.name for call in spec.parse(text, flag)]
     first = next(i for i, name in enumerate(names) if _steps(name, flag))
     return [name for name in names[first:] if "clip" in name or name == "normalised"]

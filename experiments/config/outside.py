@@ -1,7 +1,7 @@
 """Components from outside of this repository: ``--import=my_module``, then ``--algorithm="my_module.fedexp()"``.
 
-A flag is text that is read without running any of it. ``--import`` is the one exception, so that it counts only on
-the command line and not in a flag file.
+A flag is text that is parsed without running code. ``--import`` is the only exception, so it is allowed on the command
+line only and not in a flag file.
 """
 
 import functools
@@ -38,7 +38,7 @@ def modules() -> list[str]:
 
 
 def load() -> None:
-    """Imports all modules of ``--import``; to be called once JAX is configured, for a module may use JAX.
+    """Imports all modules of ``--import``. Call it after JAX is configured, because a module may use JAX.
 
     Raises:
       InvalidInput: a module that cannot be imported.
@@ -52,7 +52,7 @@ def find(name: str, flag: str) -> Callable[..., Any]:
 
     Args:
       name: ``"my_module.fedexp"``.
-      flag: where the name was written, for error messages.
+      flag: the flag that holds the name, for error messages.
 
     Example:
       >>> find("json.dumps", "--task")
@@ -62,7 +62,7 @@ def find(name: str, flag: str) -> Callable[..., Any]:
 
     Raises:
       InvalidInput: a module that ``--import`` does not name or that cannot be imported, a name that it lacks, or
-        something that is no function.
+        something that is not a function.
     """
     module, _, attribute = name.rpartition(".")
     if module not in modules():
@@ -83,14 +83,14 @@ def find(name: str, flag: str) -> Callable[..., Any]:
 
 
 def told(name: str, flag: str) -> Callable[..., Any]:
-    """As ``find``, but whatever goes wrong when the function runs is one sentence that names it and the line."""
+    """As ``find``, but any error inside the function becomes one sentence that names the function and the line."""
     found = find(name, flag)
 
     @functools.wraps(found)
     def called(*args: Any, **kwargs: Any) -> Any:
         try:
             return found(*args, **kwargs)
-        except (InvalidInput, jax.errors.ConcretizationTypeError):  # of a swept number, of which fc.sweep says more
+        except (InvalidInput, jax.errors.ConcretizationTypeError):  # fc.sweep explains the error of a swept number
             raise
         except Exception as error:
             raise InvalidInput(f"{name}: {_said(error)}{place(error)}.") from error
@@ -100,7 +100,7 @@ def told(name: str, flag: str) -> Callable[..., Any]:
 
 
 def checked(thing: Any, kind: Any, name: str) -> Any:
-    """``thing``, which the function of a dotted name made, if it is of the kind that is needed."""
+    """``thing``, the result of an outside function, if it is of the required kind."""
     if not isinstance(thing, kind):
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise InvalidInput(f"{name} must return a thing of type {kinds}, not {type(thing).__name__}.")

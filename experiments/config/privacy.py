@@ -1,4 +1,4 @@
-"""The uplink that flags ask for, and what its noise is worth."""
+"""The uplink of the flags, the epsilon of its noise, and the privacy statement of a run."""
 
 import functools
 import inspect
@@ -23,12 +23,12 @@ def build_uplink(
 ) -> tuple[fc.uplink.Uplink, np.ndarray | None]:
     """``--uplink``, with the noise that ``--target_epsilon`` allows, and epsilon by round if there is a ``--delta``.
 
-    If the noise is given, the target is met by fewer rounds than ``--rounds``: as many as epsilons come back.
-    ``on_grid`` says what noise that the clients add as integers costs a round.
+    If the noise is given, fewer rounds than ``--rounds`` meet the target: as many as the returned epsilons. ``on_grid``
+    gives the cost of a round with the clients' integer noise.
 
     Raises:
       InvalidInput: a target without noise to solve for or without delta; a sampler that cannot be accounted for; noise
-        with which not even one round meets the target.
+        with which even one round exceeds the target.
     """
     if target_epsilon is None:
         uplink = chain(text, None)
@@ -63,7 +63,7 @@ def build_uplink(
 
 
 def protects(uplink: fc.uplink.Uplink, sampler: fc.data.sampling.Sampler, num_clients: int) -> str:
-    """What epsilon is for: what neighbours differ in, as the accounting has them."""
+    """The neighbouring relation of the accounting, in words."""
     whole = "one client, all its data in all rounds"
     if sampler.scheme == "uniform" and sampler.cohort_size < num_clients:
         return f"{whole} (replace: another one in its place)"
@@ -73,7 +73,7 @@ def protects(uplink: fc.uplink.Uplink, sampler: fc.data.sampling.Sampler, num_cl
 
 
 def chain(text: str, noise_multiplier: float | None, values: Mapping[str, Any] = spec.NO_VALUES) -> fc.uplink.Uplink:
-    """The links of ``--uplink``, with this noise for one without a number, and the values of its placeholders."""
+    """The links of ``--uplink``, with this noise for a link without a number, and the placeholders' values."""
     return fc.uplink.chain(*links(text, noise_multiplier, values))
 
 
@@ -95,7 +95,7 @@ def links(
 
 
 def _given(call: spec.Call) -> bool:
-    """Whether a link of ``registry.NOISES`` says how much."""
+    """Whether a link of ``registry.NOISES`` has a number."""
     return bool(call.args) or "noise_multiplier" in call.kwargs
 
 
@@ -118,19 +118,18 @@ def spent(
 
 
 COMPUTABLE = "not private: its noise can be computed from {}"
-EXACT = "metrics, which are exact, being read by nobody else (for research: do not publish them)"
-WITHHELD = "metrics of the clients' data being withheld, as they are here"
+EXACT = "that nobody else reads the metrics, which are exact (for research: do not publish them)"
+WITHHELD = "withheld metrics of the clients' data, as here"
 
 
 def publishable(text: str) -> Callable[[str], bool]:
-    """Which metrics of a row depend neither on clients' data, but through noise, nor on who was drawn.
+    """Which metrics of a row depend on clients' data only through noise, and not on the cohorts.
 
-    These are the round, epsilon, the scores of sets that are scored at all, the size of the server's noise and a
-    threshold that follows noised bits. All others are refused, whatever they are; a round's seconds, too, which tell
-    how many clients took part.
+    These are the round, epsilon, the scores of held-out sets, the size of the server's noise and a threshold that
+    follows noised bits. All others are withheld, even a round's seconds, which reveal how many clients took part.
 
     Args:
-      text: what ``--uplink`` says.
+      text: the value of ``--uplink``.
     """
     names, thresholds = {"round", "epsilon", "deployment_epsilon"}, []
     for position, call in enumerate(spec.parse(text, "--uplink")):
@@ -140,7 +139,7 @@ def publishable(text: str) -> Callable[[str], bool]:
             signature = inspect.signature(registry.UPLINKS[call.name])
             if signature.bind_partial(*call.args, **call.kwargs).arguments.get("bits_noise"):
                 thresholds.append(f"uplink/{position}/threshold")
-    allowed = ("eval/", *(f"{name}/" for name in thresholds))  # of layers, a threshold each
+    allowed = ("eval/", *(f"{name}/" for name in thresholds))  # one threshold for each layer
     return lambda name: name in (*names, *thresholds) or name.startswith(allowed)
 
 
@@ -154,17 +153,17 @@ def claim(
     denominator: float | None = None,
     modules: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What a run claims, to be kept in its ``config.json``: ``statement`` says it in words.
+    """The privacy claim of a run, for its ``config.json``; ``statement`` says it in words.
 
     Args:
       uplink: with the noise.
       sampler: of the cohorts.
       num_clients: N, of the population.
       delta: of epsilon.
-      private_seed: what the secret key was made from, if it is known.
-      withheld: whether metrics of clients' data are.
+      private_seed: the seed of a secret key that is known.
+      withheld: whether metrics of clients' data are withheld.
       denominator: of the reducer; noise of a deployment of that size is the run's own.
-      modules: those of ``--import``, whose code the accounting has to believe.
+      modules: those of ``--import``, whose promises the accounting cannot check.
     """
     shares = uplink.promises.noise is fc.uplink.Noise.SHARES
     size, everyone = f"{sampler.cohort_size:g}", sampler.cohort_size >= num_clients
@@ -173,11 +172,11 @@ def claim(
         "uniform": f"cohorts of {size}",
         "round_robin": f"cohorts of {size}, in turn",
     }.get(sampler.scheme, f"cohorts of {size} ({sampler.scheme.replace('_', ' ')})")
-    seen = "who sees the models of all rounds; not from the server, which sees updates and adds the noise"
+    seen = "everyone who sees the models of all rounds; not from the server, which sees updates and adds the noise"
     if shares:
-        seen = "who sees the sums of all rounds and no message: the server, too"
+        seen = "everyone who sees the sums of all rounds but no message, including the server"
         if sampler.scheme != "round_robin" and not everyone:
-            seen = "who sees the sums of all rounds and no message, nor who took part, as a server does"
+            seen = "everyone who sees the sums of all rounds, but no message and not who took part, which a server sees"
     return {
         "delta": delta,
         "deployment": None if (of := uplink.promises.deployment) in (None, denominator) else float(of),
@@ -192,14 +191,14 @@ def claim(
 
 
 def statement(claim: Mapping[str, Any], last: Mapping[str, float], complete: bool) -> list[tuple[str, str]]:
-    """What is private in a run, for whom, from whom and if what holds: lines of a name and a text.
+    """The privacy statement of a run: what it protects, from whom, and under which assumptions, as (name, text) lines.
 
-    The last words on a terminal, and a table of the page.
+    The terminal ends with it, and the page has it as a table.
 
     Args:
-      claim: of ``claim``, perhaps read back from ``config.json``.
+      claim: from ``claim``, or read back from ``config.json``.
       last: row of the last round.
-      complete: whether the run is, so that its key is gone.
+      complete: whether the run is complete, so that its key is removed.
     """
     spent = last.get("epsilon", last.get("deployment_epsilon", np.nan))
     whose = (
@@ -213,13 +212,13 @@ def statement(claim: Mapping[str, Any], last: Mapping[str, float], complete: boo
     elif complete:
         key = "noise and cohorts come from a secret key of 256 bits, which was removed"
     else:
-        key = "noise and cohorts come from the secret key in secret.key, to be read by nobody until it is removed"
+        key = "noise and cohorts come from the secret key in secret.key; keep it secret until the run removes it"
     trusted = (
-        "clients that add their noise and tell it to nobody"
+        "clients that add their noise and keep it secret"
         if "share" in claim["noise"]
-        else "a server that adds the noise and keeps it, the cohorts and the updates to itself"
+        else "a server that adds the noise, and keeps the noise, the cohorts and the updates secret"
     )
-    believed = [f"code of {name} that keeps what it promises" for name in claim.get("believed", ())]
+    believed = [f"code of {name} that keeps its promises" for name in claim.get("believed", ())]
     return [
         ("epsilon", f"{spent:.3f} at delta {claim['delta']:g}, {whose}"),
         ("protects", claim["protects"]),

@@ -112,7 +112,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer("devices", None, "Devices to use; by default all (on a CPU, one for each core).")
 outside.define_flag()
 
-MOST: Mapping[str, int] = {  # of more, rows and plans fit into no memory
+MOST: Mapping[str, int] = {  # larger numbers need rows and plans that do not fit in memory
     "rounds": 10_000_000,
     "eval_every": 2**31 - 1,
     "checkpoint_every": 2**31 - 1,
@@ -125,7 +125,7 @@ MOST: Mapping[str, int] = {  # of more, rows and plans fit into no memory
 
 
 class Problem(NamedTuple):
-    """What is to be learned, from which cohorts, over which uplink.
+    """The problem of the flags: task, cohorts and uplink.
 
     Attributes:
       epsilons: after each round, ``[rounds]``, if there is a ``--delta``.
@@ -151,7 +151,7 @@ def read() -> Problem:
 
 
 def check_numbers() -> None:
-    """Refuses numbers that no run can have."""
+    """Refuses numbers out of range."""
     for name, most in MOST.items():
         if FLAGS[name].value is not None:
             checks.count(f"--{name}", FLAGS[name].value, most=most)
@@ -165,7 +165,7 @@ def check_numbers() -> None:
 
 
 def config(names: Iterable[str]) -> dict[str, Any]:
-    """What these flags say, for ``config.json``, and the modules of ``--import``."""
+    """The values of these flags, for ``config.json``, and the modules of ``--import``."""
     found = {name: FLAGS[name].value for name in names}
     if FLAGS.local_steps is None:
         found["local_epochs"] = FLAGS.local_epochs or 1
@@ -173,7 +173,7 @@ def config(names: Iterable[str]) -> dict[str, Any]:
 
 
 def cohort_size(task: tasks.Task) -> int:
-    """What ``--cohort_size`` says, or 8, or everyone."""
+    """``--cohort_size``, or 8, or all clients if there are fewer."""
     if (FLAGS.cohort_size or 0) > task.data.num_clients:
         raise InvalidInput(
             f"--cohort_size={FLAGS.cohort_size} is more than the {task.data.num_clients} training clients."
@@ -182,12 +182,12 @@ def cohort_size(task: tasks.Task) -> int:
 
 
 def sampler(cohort_size: int) -> Any:
-    """What ``--sampler`` says."""
+    """The sampler of ``--sampler``."""
     return spec.one(FLAGS.sampler, registry.samplers(cohort_size), "--sampler", registry.SPEEDS)
 
 
 def local_work() -> dict[str, Any]:
-    """How much a client trains in a round: arguments of ``fc.train`` and ``fc.sweep``."""
+    """The local work of a client in a round, as arguments of ``fc.train`` and ``fc.sweep``."""
     if FLAGS.local_epochs is not None and FLAGS.local_steps is not None:
         raise InvalidInput("--local_epochs and --local_steps exclude each other: give one of them.")
     batch_size, steps = FLAGS.batch_size, FLAGS.local_steps
@@ -211,8 +211,8 @@ def build_algorithm(
     """The algorithm that the flags describe.
 
     Args:
-      task: what to learn.
-      uplink: what ``--uplink`` says.
+      task: the task.
+      uplink: of ``--uplink``.
       cohort_size: clients a round.
       values: of the flags' placeholders.
     """
@@ -228,7 +228,7 @@ def builder(
     reducer: fc.reduce.Reducer | None,
     values: Mapping[str, Any] = spec.NO_VALUES,
 ) -> Callable[..., fc.extend.Algorithm]:
-    """``(loss, client_tx, server_tx, **options) -> algorithm``: all that the flags say but those three."""
+    """``(loss, client_tx, server_tx, **options) -> algorithm``, with all other parts from the flags."""
     make = spec.one(FLAGS.algorithm, registry.ALGORITHMS, "--algorithm", registry.ALGORITHMS, values)
     for flag, part in (("server", "server_tx"), ("uplink", "uplink"), ("reducer", "reducer")):
         if FLAGS[flag].value != FLAGS[flag].default and not make.takes(part):
@@ -247,7 +247,7 @@ def builder(
 
 
 def build_reducer(uplink: fc.uplink.Uplink, cohort_size: int) -> fc.reduce.Reducer | None:
-    """What ``--reducer`` says, or what the uplink needs; ``None`` leaves it to the algorithm."""
+    """The reducer of ``--reducer``, or the one that the uplink needs; ``None`` leaves it to the algorithm."""
     text = FLAGS.reducer or registry.needed_reducer(uplink)
     if not text:
         return None
@@ -259,21 +259,21 @@ def build_reducer(uplink: fc.uplink.Uplink, cohort_size: int) -> fc.reduce.Reduc
 
 
 def on_grid(uplink: fc.uplink.Uplink, task: tasks.Task) -> Callable[..., Any]:
-    """What the clients' noise on an integer grid costs a round."""
+    """The cost of a round with the clients' noise on an integer grid."""
     reducer = build_reducer(uplink, cohort_size(task))
     if reducer is None or reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)
     algorithm = build_algorithm(task, uplink, cohort_size(task))
     params = jax.eval_shape(task.init, seeded(0))
     sent = terminal.trained(task, params)
-    if algorithm.personal is not None:  # what clients keep is not sent
+    if algorithm.personal is not None:  # private parameters are not sent
         kept = jax.eval_shape(algorithm.init_client, params).private
         sent = np.empty(tree.size(sent) - tree.size(kept), np.float32)
     return fc.privacy.distributed(uplink, sent, reducer)
 
 
 def local_devices() -> list[jax.Device]:
-    """As many devices as ``--devices`` says, or all."""
+    """``--devices`` devices, or all."""
     found = jax.local_devices()
     if (FLAGS.devices or 0) > len(found):
         raise InvalidInput(f"--devices={FLAGS.devices} is more than there are: {len(found)} of {found[0].platform}.")
@@ -294,7 +294,7 @@ def initial(task: tasks.Task, seed: int) -> Params:
 
 
 def say_what_clips_bound() -> None:
-    """Says of each clip behind an optimiser that it bounds steps, on stderr."""
+    """Warns on stderr of each clip after an optimiser, since it bounds steps, not gradients."""
     for flag in ("--client", "--server"):
         for name in optimisers.behind_optimizer(str(FLAGS[flag[2:]].value), flag):
             print(
@@ -304,6 +304,6 @@ def say_what_clips_bound() -> None:
 
 
 def evaluator(task: tasks.Task, algorithm: fc.extend.Algorithm, sets: Mapping[str, fc.FederatedData]) -> Evaluator:
-    """Scores on these held-out sets, with the task's own; each client is judged by the model that it uses itself."""
+    """An evaluator on these held-out sets, with the task's own scores; each client uses its own model."""
     own: dict[str, Any] = {"algorithm": algorithm, "population": task.data, "summarise": task.summarise}
     return fc.evaluator(task.per_example_loss, sets, **own)

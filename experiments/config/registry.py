@@ -1,4 +1,4 @@
-"""The names that flags may use, and what they build: read from the library, and by hand where a flag differs."""
+"""The names that flags may use, and their functions: read from the library, and by hand where a flag differs."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.reduce import Reducer
 from fedjax_clip.uplink import Uplink, mechanism
 
-# Left out: what takes data, which no flag can write.
+# Left out: functions of data, which no flag can write.
 TASKS = Components(tasks.Task, read(tasks, tasks.Task, without=("classification", "ratings")))
 
 
@@ -31,7 +31,7 @@ BATCH_SIZES = Components(speeds.BatchSizes, {"budget": speeds.batch_budget})  # 
 
 
 def _buffered(speeds: Any, concurrency: int, dropout: float = 0.0, *, cohort_size: int) -> clock.Clock:
-    """Clients that answer at their own speed; each ``cohort_size`` answers are a round."""
+    """Clients answer at their own speed; ``cohort_size`` answers make a round."""
     asked = sampling.uniform(cohort_size)
     return clock.buffered(asked, speeds, buffer_size=cohort_size, concurrency=concurrency, dropout=dropout)
 
@@ -39,7 +39,7 @@ def _buffered(speeds: Any, concurrency: int, dropout: float = 0.0, *, cohort_siz
 def _synchronous(
     speeds: Any, select: int | None = None, deadline: float = math.inf, dropout: float = 0.0, *, cohort_size: int
 ) -> clock.Clock:
-    """Rounds of the first ``cohort_size`` answers of ``select`` clients that were asked."""
+    """Rounds of the first ``cohort_size`` answers of ``select`` sampled clients."""
     if select is not None and select < cohort_size:
         raise InvalidInput(f"select must be at least the cohort's size, {cohort_size}, not {select}.")
     asked = sampling.uniform(cohort_size if select is None else select)
@@ -71,17 +71,17 @@ def _auto_clip(percent: float = 10.0, window: int = 1000) -> Uplink:
 
 
 def _by_leaf(compressor: Compressor) -> Uplink:
-    """Compresses each leaf by itself, not all as one vector."""
+    """Compresses each leaf separately, not all as one vector."""
     return uplink.compress(compressor, by_leaf=True)
 
 
 def _clip21(max_norm: float, momentum: float = 1.0, step: float = 1.0) -> Uplink:
-    """Clips the difference to what the client sent before (Clip21)."""
+    """Clips the difference from the client's earlier messages (Clip21)."""
     return uplink.memory(clipping.clip_by_global_norm(max_norm), momentum, step)
 
 
 def _ef21(compressor: Compressor, momentum: float = 1.0, step: float = 1.0) -> Uplink:
-    """Compresses the difference to what the client sent before (EF21)."""
+    """Compresses the difference from the client's earlier messages (EF21)."""
     return uplink.memory(uplink.compress(compressor), momentum, step)
 
 
@@ -104,7 +104,7 @@ def _quantile_clip(
 
 
 def _as_link(make: Make) -> Make:
-    """``make``, with a link made of a compressor or a clip."""
+    """``make``, with compressors and clips converted to links."""
 
     @functools.wraps(make)
     def build(*args: Any, **kwargs: Any) -> Any:
@@ -116,14 +116,14 @@ def _as_link(make: Make) -> Make:
     return build
 
 
-# Left out: what is written otherwise, and what takes other than text.
+# Left out: links with another spelling in a flag, and arguments that are not text.
 _OTHERWISE = ("at_client", "by_group", "chain", "compress", "identity", "memory", "on_parts", "stateless", "with_bias")
 UPLINKS = Components(
     Uplink,
     {
         **COMPRESSORS,
         **read(uplink, Uplink, without=_OTHERWISE),
-        # Left out: what takes a function, and names that would be read as something else.
+        # Left out: functions of a function, and ambiguous names.
         **read(attacks, Uplink, without=("replaced", "noise", "constant")),
         "auto_clip": _auto_clip,
         "by_leaf": _by_leaf,
@@ -136,17 +136,17 @@ UPLINKS = Components(
     _as_link,
 )
 IN_UPLINKS = Components((Uplink, Compressor, mechanism.Mechanism), {**UPLINKS, **COMPRESSORS, **MECHANISMS})
-NOISES = ("discrete_gaussian", "gaussian", "skellam")  # on the sum, so that ``--target_epsilon`` can solve for it
+NOISES = ("discrete_gaussian", "gaussian", "skellam")  # noise on the sum, for which ``--target_epsilon`` can solve
 
 
 def uplinks(noise_multiplier: float | None) -> Components:
-    """The links, with this noise for a link of ``NOISES`` that is given none."""
+    """The links, with this noise for a link of ``NOISES`` without a number."""
     noises = {name: functools.partial(UPLINKS[name], noise_multiplier) for name in NOISES}
     return Components(Uplink, UPLINKS if noise_multiplier is None else {**UPLINKS, **noises}, _as_link)
 
 
 def _difference(compressor: Compressor) -> Callable[[Algorithm], Algorithm]:
-    """Sends the compressed difference to the last model."""
+    """Sends the compressed difference from the last model."""
     return lambda algorithm: fc.compressed_broadcast(algorithm, compressor)
 
 
@@ -167,23 +167,23 @@ def _ckks_mean(*, cohort_size: int) -> Reducer:
 
 
 def _fixed_mean(denominator: float | None = None, *, cohort_size: int) -> Reducer:
-    """The sum over a number that does not depend on who came, by default the cohort's size."""
+    """The sum divided by a fixed number, by default the cohort's size."""
     return reduce.fixed_mean(cohort_size if denominator is None else denominator)
 
 
 def _pairwise_masks(threshold: int | None = None, *, cohort_size: int) -> Reducer:
-    """A sum of masked messages, of which the server learns nothing else."""
+    """A sum of masked messages; the server learns only the sum."""
     return fc.secure.pairwise_masks(cohort_size, threshold)
 
 
-# By hand, since ``fc.secure`` needs packages that not everyone has.
+# By hand, since ``fc.secure`` needs optional packages.
 SECURE: Mapping[str, Make] = {
     "ckks_mean": _ckks_mean,
     "modular_sum": reduce.modular_sum,
     "pairwise_masks": _pairwise_masks,
 }
 REDUCERS: Mapping[str, Make] = {
-    # Left out: what takes a function, and what algorithms use among themselves.
+    # Left out: functions of a function, and internal ones of the algorithms.
     **read(reduce, Reducer, without=("on_host", "restacked", "stacking", "together")),
     **read(attacks, Reducer, without=("colluding",)),
     **SECURE,
@@ -197,7 +197,7 @@ def reducers(cohort_size: int) -> Components:
 
 
 def needed_reducer(link: Uplink) -> str:
-    """The name of the reducer without which a link says nothing; empty where any will do."""
+    """The name of the reducer that a link needs; empty if any will do."""
     if link.promises.noise is uplink.Noise.SERVER:
         return "fixed_mean"
     if link.promises.noise is uplink.Noise.CLIENT:
@@ -206,7 +206,7 @@ def needed_reducer(link: Uplink) -> str:
 
 
 def describe() -> str:
-    """Every component with its arguments and what it is, for ``--help``."""
+    """Every component with its arguments and a description, for ``--help``."""
     groups: dict[str, Mapping[str, Make]] = {
         "--task": TASKS,
         "--algorithm": ALGORITHMS,

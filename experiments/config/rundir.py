@@ -1,4 +1,4 @@
-"""A run's directory: what ran, a row of metrics for each round, TensorBoard events, pictures, checkpoints."""
+"""A run's directory: configuration, a row of metrics for each round, TensorBoard events, pictures, checkpoints."""
 
 import contextlib
 import hashlib
@@ -38,15 +38,15 @@ class RunDirectory:
 
     Args:
       path: the directory; made when needed.
-      config: what the results depend on, all of it.
-      rounds: how many the run is to have, if its rows are rounds.
-      explicit: whether a person has said so many; a run of another number is continued only then.
-      held_out: a hash of each held-out set, by name; those that are trained on, a checkpoint knows.
-      claim: what is private in it (``privacy.claim``), if anything is. Then ``secret`` keeps a key here until ``seal``.
+      config: all that the results depend on.
+      rounds: the number of rounds of the run, if its rows are rounds.
+      explicit: whether the user gave the number of rounds; only then a run with another number is continued.
+      held_out: a hash of each held-out set, by name; checkpoints hold that of the training data.
+      claim: its privacy claim (``privacy.claim``), if any. Then ``secret`` keeps a key here until ``seal``.
 
     Attributes:
-      about: a line on what is trained, for ``config.json``; to be set before the first row.
-      extends: a line on how many rounds there were to be before, if there were to be others.
+      about: a line on the problem, for ``config.json``; set it before the first row.
+      extends: a line on the earlier number of rounds, if it has changed.
 
     Raises:
       InvalidInput: a path that cannot be written, or that holds a run of another configuration, with more rounds,
@@ -67,7 +67,7 @@ class RunDirectory:
         self.rounds, self.explicit, self.held_out = rounds, explicit, dict(held_out or {})
         self.claim = None if claim is None else dict(claim)
         self._keeps_key = claim is not None and claim["private_seed"] is None
-        mode = 0o700 if self._keeps_key else 0o777  # they hold noise that is to be taken back, and what clients keep
+        mode = 0o700 if self._keeps_key else 0o777  # they hold client states, and noise to be subtracted
         self.checkpoints = fc.extend.Checkpoints(self.path / "checkpoints", mode=mode)
         self.about = self.extends = ""
         self._events: Any = None
@@ -111,7 +111,7 @@ class RunDirectory:
             self._check_rounds(record.get("rounds"))
 
     def _check_sealed(self, planned: Any) -> None:
-        """Refuses to go on without the key that all rounds so far were drawn from."""
+        """Refuses to resume without the key of all rounds so far."""
         kept = len(self.rows())
         if kept != planned or not (self.path / "params.npz").exists():
             raise InvalidInput(
@@ -125,7 +125,7 @@ class RunDirectory:
             )
 
     def _check_rounds(self, planned: Any) -> None:
-        """Refuses to lose rounds that are done, and to add some that nobody asked for."""
+        """Refuses to drop finished rounds, and to add rounds without an explicit --rounds."""
         kept, saved = len(self.rows()), self.checkpoints.newest() or 0
         if kept < saved:
             raise InvalidInput(
@@ -164,7 +164,7 @@ class RunDirectory:
         except OSError as error:
             raise InvalidInput(f"--workdir: {self.path} cannot be written: {error.strerror}.") from None
         try:
-            self._check()  # another run may have begun since
+            self._check()  # another run may have started meanwhile
         except InvalidInput:
             os.close(self._lock)
             raise
@@ -174,7 +174,8 @@ class RunDirectory:
     def _locked(self) -> int:
         """The open lock file, once no other process has it.
 
-        One that ends removes the file while it still holds it. So who waited for that file must look for the new one.
+        A process that ends removes the file while it still holds the lock. A waiting process must therefore open the
+        new file.
         """
         path = self.path / ".lock"
         while True:
@@ -204,7 +205,7 @@ class RunDirectory:
                     path.rmdir()
         os.close(self._lock)
         if isinstance(exception, OSError) and not isinstance(exception, BrokenPipeError):
-            # TensorBoard's thread would say so again, in tracebacks of its own when the process ends.
+            # Otherwise TensorBoard's thread repeats the error in its own tracebacks when the process ends.
             sys.unraisablehook = lambda unraisable: None
             threading.excepthook = lambda arguments: None
             raise InvalidInput(
@@ -213,19 +214,19 @@ class RunDirectory:
             ) from None
 
     def secret(self) -> secrets.Secret:
-        """What the run's noise and cohorts are drawn from: kept here until ``seal``, for a resume needs it."""
+        """The secret of the run's noise and cohorts, kept here until ``seal``, because a resume needs it."""
         return secrets.Secret.kept(self.path / KEY)
 
     @property
     def sealed(self) -> bool:
-        """Whether there are rounds whose key is gone: it is removed as the last act of a run."""
+        """Whether the run is complete: it has rounds, and its key is removed, which is its last act."""
         return self._keeps_key and not os.path.lexists(self.path / KEY) and bool(self.rows())
 
     def seal(self) -> None:
-        """Removes the secret key of a run of which all else is written, then the checkpoints.
+        """Removes the secret key, and then the checkpoints, after all other files of the run are written.
 
-        Checkpoints hold what clients keep, and noise that later rounds would have taken back. The removal of the key
-        makes the run complete: killed before, it can be resumed; killed after, this is done again.
+        Checkpoints hold client states, and noise that later rounds would have subtracted. The removal of the key
+        completes the run: if the run is killed before, it can be resumed; if after, this step is repeated.
         """
         if self._keeps_key:
             for name in ("config.json", "metrics.jsonl", "params.npz"):
@@ -254,7 +255,7 @@ class RunDirectory:
             self._start(int(row["round"]))
         self._rows.write(_line(row))
         self._rows.flush()
-        now = row["round"] if self.claim and self.claim["withheld"] else None  # the time tells who was drawn
+        now = row["round"] if self.claim and self.claim["withheld"] else None  # the wall time could reveal the cohort
         for name, value in row.items():
             if name != "round" and np.isfinite(value):
                 self._events.add_scalar(name, value, int(row["round"]), now)
@@ -270,7 +271,7 @@ class RunDirectory:
         self._rows = appending(self.path / "metrics.jsonl")
 
     def record(self) -> None:
-        """Writes ``config.json``, unless it is there already with as many rounds."""
+        """Writes ``config.json``, unless it exists with the same number of rounds."""
         path = self.path / "config.json"
         if not path.exists():
             versions = {"python": platform.python_version(), "jax": jax.__version__, "fedjax_clip": fc.__version__}
@@ -306,10 +307,10 @@ class RunDirectory:
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
-    """What a run's ``config.json`` says, ``{"config": {...}, ...}``.
+    """The content of a run's ``config.json``, ``{"config": {...}, ...}``.
 
     Raises:
-      InvalidInput: there is none, or it is not what a run writes.
+      InvalidInput: the file is missing, or is not a run's configuration.
     """
     try:
         record = json.loads(files.regular(path / "config.json").read_bytes())
@@ -363,7 +364,7 @@ def _line(row: fc.extend.Row) -> str:
 
 
 def appending(path: pathlib.Path) -> TextIO:
-    """A file of one's own, to write at its end: links are refused."""
+    """Opens a file to append to; links are refused."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666), "a")
 
 

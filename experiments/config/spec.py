@@ -1,9 +1,9 @@
 """Components written as text: ``clip_by_global_norm(1.0)|sgd(0.1, momentum=0.9)``, read without running any of it.
 
 A chain is ``name(value, key=value)`` joined by ``|``; a bare ``name`` is ``name()`` and empty text an empty chain.
-A value is a number (also ``inf`` and ``nan``), text in quotes, True, False, None, a tuple or list of values, again
-``name(...)``, which is looked up among the nested components, or ``{name}``, which is given a value when it is built.
-A dotted name is looked up in the modules that ``--import`` gives (see ``outside``).
+A value is a number (also ``inf`` and ``nan``), text in quotes, True, False, None, a tuple or list of values, a nested
+component ``name(...)``, or a placeholder ``{name}``, which gets its value when the chain is built. A dotted name is
+looked up in the modules that ``--import`` gives (see ``outside``).
 """
 
 import ast
@@ -27,7 +27,7 @@ MAX_LENGTH = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """``name(*args, **kwargs)``; an argument may be a ``Call`` again, or hold some."""
+    """``name(*args, **kwargs)``; an argument may be a ``Call`` or contain some."""
 
     name: str
     args: tuple[Any, ...] = ()
@@ -36,20 +36,20 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Placeholder:
-    """``{name}``, a value still to come."""
+    """``{name}``, whose value comes later."""
 
     name: str
 
 
 def parse(text: str, flag: str) -> list[Call]:
-    """The calls that ``text`` chains, with nothing looked up and nothing run.
+    """The calls of the chain ``text``, without looking up or running anything.
 
     Example:
       >>> parse("clip(1.0)|sgd(cosine(0.1, rounds=100))", "--client")[1].args
       (Call(name='cosine', args=(0.1,), kwargs={'rounds': 100}),)
 
     Raises:
-      InvalidInput: anything but such a chain, in a sentence that quotes the piece refused.
+      InvalidInput: text that is not such a chain; the message quotes the bad piece.
     """
     text = text.strip()
     if not text:
@@ -85,9 +85,9 @@ def build(
 
     Args:
       text: a chain, as in ``parse``.
-      registry: what a link of the chain may name.
-      flag: where the text came from, for error messages.
-      nested: what an argument may name.
+      registry: the components that the chain may name.
+      flag: the source of the text, for error messages.
+      nested: the components that an argument may name.
       values: of the placeholders.
 
     Example:
@@ -196,7 +196,7 @@ def _dotted(node: ast.expr) -> str:
 
 
 def component(name: str, registry: Registry, flag: str, nested: Registry = NONE_NESTED) -> Callable[..., Any]:
-    """The function that a name stands for.
+    """The function of a name.
 
     Raises:
       InvalidInput: a name that stands for none here.

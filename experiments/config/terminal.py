@@ -1,4 +1,4 @@
-"""What a run says on the terminal: what it trains, how far it is, and how it ended."""
+"""The terminal output of a run: its problem, its progress and its result."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ FLAGS = flags.FLAGS
 def describe(
     task: tasks.Task, cohort_size: int, params: Params, devices: Sequence[jax.Device], withheld: bool = False
 ) -> str:
-    """One line on what is about to be trained; of the clients' data only their number, if the rest is ``withheld``."""
+    """One line on the run that begins; if ``withheld``, only the number of clients appears."""
     data, size, frozen = task.data, tree.size(trained(task, params)), ""
     if task.frozen is not None:
         frozen = f" beside {tree.size(params) - size:,} that stay as they are"
@@ -36,7 +36,7 @@ def trained(task: tasks.Task, params: Params) -> Params:
 
 
 class Progress:
-    """A bar of rounds with loss, held-out accuracy, clipped fraction and clients a second, as far as rows have them."""
+    """A bar of rounds with loss, held-out accuracy, clipped fraction and clients per second, if rows have them."""
 
     def __init__(self, rounds: int):
         self.rounds = rounds
@@ -68,7 +68,7 @@ class Progress:
 
 
 def summary(directory: rundir.RunDirectory, noisy: bool) -> str:
-    """The last evaluation, the parameters if they are few, what is private, and where to look next.
+    """The last evaluation, the parameters if they are few, the privacy statement, and the files to look at next.
 
     Args:
       directory: of the run, which is complete.

@@ -93,7 +93,7 @@ def _several(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _outcome(run: Run) -> dict[str, str]:
-    """What to know first: the last evaluation, the clients served worst, and what it cost."""
+    """The summary: the last evaluation, the clients served worst, and the cost."""
     facts = {}
     for metric, sets in panels.evaluated([run]).items():
         for name in sets:
@@ -142,7 +142,7 @@ def _cost(runs: Sequence[Run]) -> str:
         "a round",
     ]
     rows = []
-    for run in (run for run in runs if "seconds" in run.rows[-1]):  # or it is withheld
+    for run in (run for run in runs if "seconds" in run.rows[-1]):  # otherwise withheld
         asked = run.cumulative("clients", "dropped")[-1]
         down, up = (run.cumulative(key)[-1] for key in ("bytes_down", "bytes_up"))
         seconds = run.cumulative("seconds")[-1]
@@ -153,7 +153,7 @@ def _cost(runs: Sequence[Run]) -> str:
 
 
 def _privacy(runs: Sequence[Run]) -> str:
-    """What is private, for whom, from whom, and what that assumes."""
+    """The privacy statement of the runs."""
     private = [(run.name, run.private) for run in runs if run.private]
     names = list(dict.fromkeys(name for _, lines in private for name in lines))
     rows = [[name, *(lines.get(name, "–") for _, lines in private)] for name in names]
@@ -161,7 +161,7 @@ def _privacy(runs: Sequence[Run]) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> str:
-    """What the runs were told, differences first; versions and devices."""
+    """The runs' settings, differences first; versions and devices."""
     records = [
         {f"--{k}": results.value(v) for k, v in run.config.items()}
         | {k: str(v) for k, v in run.record.get("versions", {}).items()}

@@ -38,7 +38,7 @@ def evaluated(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def meanings(runs: Sequence[Run]) -> str:
-    """What evaluations are called that does not speak for itself."""
+    """Explanations of evaluations whose names are not self-explanatory."""
     found = evaluated(runs)
     known = {k: v for k, v in MEANINGS.items() if any(name == k or name.startswith(f"{k}_") for name in found)}
     return "".join(f" {name}: {meaning}." for name, meaning in known.items())
@@ -90,7 +90,7 @@ def _ranked(run: Run, name: str, metric: str, label: str, css: str) -> Line:
 
 
 def clipping(runs: Sequence[Run]) -> Iterator[str]:
-    """What the clips did: fractions, thresholds, norms, bias; of several runs each metric by itself."""
+    """The clips' fractions, thresholds, norms and bias; with several runs, one chart for each metric."""
     found = [plots.clipping_metrics(run.rows) for run in runs]
     titles = dict.fromkeys(title for panel in found if "fraction clipped" in panel for title in panel)
     for title in titles:
@@ -107,7 +107,7 @@ def clipping(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def cost(runs: Sequence[Run]) -> Iterator[str]:
-    """The leading metric against what was sent, against simulated time, and against epsilon."""
+    """The leading metric against bytes sent, against simulated time, and against epsilon."""
     metrics = evaluated(runs)
     if not metrics:
         return

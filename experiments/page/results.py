@@ -1,4 +1,4 @@
-"""What run directories hold, read back."""
+"""Reads run directories."""
 
 import json
 import pathlib
@@ -17,10 +17,10 @@ PRIMARY = ("accuracy", "auroc", "loss")
 
 
 class Run(NamedTuple):
-    """What a run directory says.
+    """The content of a run directory.
 
     Attributes:
-      name: what tells the run from the others beside it.
+      name: distinguishes the run from the others on the page.
       record: ``config.json``.
       rows: of ``metrics.jsonl``.
       clients: ``{"set/metric": [M]}`` of ``clients.npz``; empty while the run is not complete.
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
     @property
     def private(self) -> dict[str, str]:
-        """What is private in the run, as ``privacy.statement`` says it; nothing if nothing is."""
+        """The run's privacy statement; empty without a claim."""
         claim = self.record.get("privacy")
         return dict(privacy.statement(claim, self.rows[-1], self.complete)) if claim else {}
 
@@ -80,18 +80,18 @@ def differing(runs: Sequence[Run]) -> list[str]:
 
 
 def value(setting: Any) -> str:
-    """A setting as a person reads it; ``None`` is what nobody set."""
+    """A setting in readable form; ``None`` if it was not set."""
     return "by default" if setting is None else str(setting) or "–"
 
 
 def worst_first(values: np.ndarray, metric: str) -> np.ndarray:
-    """``[M]`` which clients are served worst, in order; one without a finite value is the worst."""
+    """``[M]`` clients in order, worst served first; a client without a finite value is the worst."""
     finite = np.where(np.isfinite(values), values if fc.extend.metrics.higher_is_better(metric) else -values, -np.inf)
     return np.argsort(finite, kind="stable")
 
 
 def worst_tenth(values: np.ndarray, metric: str) -> float:
-    """The mean over the tenth of the clients that is served worst, at least one."""
+    """The mean over the worst-served tenth of the clients, at least one."""
     return float(values[worst_first(values, metric)[: max(1, len(values) // 10)]].mean())
 
 

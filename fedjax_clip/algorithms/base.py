@@ -1,4 +1,4 @@
-"""How an algorithm is made of its mathematics: the round as it sees it, and the maker that does the rest."""
+"""The maker of algorithms: a round as its author writes it, and the code around it."""
 
 import dataclasses
 import inspect
@@ -37,14 +37,39 @@ from fedjax_clip.uplink.orders import check_ends
 BEFORE_ROUND_1 = 2**31 - 2  # no round has this number
 
 
+<<<<<<< HEAD
+=======
+class Parts(NamedTuple):
+    """The parts of an algorithm, checked, with defaults filled in.
+
+    Attributes:
+      per_example_loss, client_tx, server_tx, reducer, gradient: as ``fc.fedavg``.
+      uplink: the link of a client's whole message; ``fc.uplink.on_parts`` if it has several parts.
+      beside: number of parts that clients send besides the update.
+
+    Example:
+      >>> fc.fedavg(per_example_loss, optax.sgd(0.1)).parts.beside
+      0
+    """
+
+    per_example_loss: PerExampleLoss
+    client_tx: ClientTx
+    server_tx: optax.GradientTransformation
+    uplink: Uplink
+    reducer: Reducer
+    gradient: Gradient = batch_gradient
+    beside: int = 0
+
+
+>>>>>>> h16-docstrings
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One round as an algorithm writes it: what the server knows, and the three things that happen.
+    """One round as an algorithm writes it: the server's state, and three operations.
 
     ``ask`` and ``exchange`` are round trips between server and cohort, and ``step`` ends the round.
 
     Attributes:
-      server: what the server knows, with its parameters ``server.params`` and ``server.own``.
+      server: the server's state, with its parameters ``server.params`` and ``server.own``.
       cohort: this device's clients.
       parts: what the algorithm is made of.
       key: PRNG key of ``exchange``.
@@ -129,7 +154,7 @@ class Round:
         return answer._replace(clients=answer.clients._replace(uplink=self.cohort.state.uplink))
 
     def share(self, answer: Answer) -> Array:
-        """What takes an answer to the mean over ALL N clients, others counting as zeros: ``|S| / N``, float32.
+        """The factor, float32, from an answer to the mean over ALL N clients, with zeros for absent ones: ``|S| / N``.
 
         It is the share of the population's weight under a weighted mean, and ``n / N`` of a fixed denominator n.
 
@@ -196,7 +221,7 @@ def algorithm(
     broadcasts: bool = True,
     name: str = "",
 ) -> Algorithm:
-    """Makes an algorithm of its mathematics, a ``round`` of a few lines. All of the library's own are made so.
+    """Makes an algorithm from its mathematics, a ``round`` of a few lines. All built-in algorithms are made so.
 
     It fills in defaults and checks what the user gives, refuses noise that would not cover all that clients send, keeps
     the states, folds the round's number into the key, and lets the wrappers (``fc.partially_frozen``,
@@ -207,13 +232,13 @@ def algorithm(
       round: ``now -> (server, client_states, metrics)`` of a ``Round``. It trains by its clients' own methods, such as
         ``client.local_steps(x, key)``, never by ``per_example_loss`` itself.
       per_example_loss, client_tx, server_tx, uplink, reducer, gradient: as ``fc.fedavg``.
-      server_own: ``params -> pytree``, what the server keeps before round 1 besides parameters; nothing by default.
-      client_own: ``params -> pytree``, what each client keeps before round 1; nothing by default.
+      server_own: ``params -> pytree``, the server's own state before round 1; nothing by default.
+      client_own: ``params -> pytree``, each client's own state before round 1; nothing by default.
       beside: one link, or ``None`` for no link, for each part that clients send beside the update. Their message is
         then ``(update, part, ...)``, and each part takes the reducer's mean.
       asks: whether a round begins with ``now.ask``.
       start: as ``round``, run before round 1 with all clients; see ``Algorithm.start``.
-      broadcasts: whether all that clients are sent of a model is ``server.params``, whole.
+      broadcasts: whether clients receive exactly ``server.params`` as their model.
       name: of the algorithm in checkpoints; by default that of the function in which ``round`` was defined.
 
     Returns:
@@ -290,6 +315,41 @@ def algorithm(
     )
 
 
+<<<<<<< HEAD
+=======
+def check_client_tx(client_tx: Any) -> None:
+    """Refuses a ``client_tx`` that is not a client optimiser.
+
+    Raises:
+      InvalidInput: says what to give instead.
+    """
+    if isinstance(client_tx, Uplink):
+        raise InvalidInput("client_tx is an uplink; clips of a local step are in fc.clipping.")
+    checks.kind(
+        "client_tx", client_tx, optax.GradientTransformation | Callable, "an optax optimiser, or what builds one"
+    )
+    maker = getattr(client_tx, "func", client_tx)  # of a functools.partial
+    if str(getattr(maker, "__module__", "")).split(".")[0] in ("optax", "fedjax_clip") and callable(client_tx):
+        raise InvalidInput(
+            f"client_tx is the function {maker.__name__} itself, which would be given the round's number: call it, as "
+            f"in {maker.__name__}(0.1)."
+        )
+
+
+def checked_link(uplink: Uplink | None) -> Uplink:
+    """The checked uplink, by default one that changes nothing.
+
+    Raises:
+      InvalidInput: an argument that is not an uplink.
+    """
+    uplink = identity() if uplink is None else uplink
+    checks.kind(
+        "uplink", uplink, Uplink, "an fc.uplink.Uplink (fc.uplink.at_client(tx) makes one of an optax transform)"
+    )
+    return uplink
+
+
+>>>>>>> h16-docstrings
 def init_server(params: Params, parts: Parts, own: Callable[[Params], PyTree] | None = None) -> Server:
     """The server before round 0, with copies of the parameters (a round donates its server's buffers).
 

@@ -1,4 +1,4 @@
-"""Compression on the way down, for any algorithm."""
+"""Compression of the downlink, for any algorithm."""
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,15 @@ from fedjax_clip.core.types import Algorithm, InvalidInput, Server
 
 
 def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative: bool = True) -> Algorithm:
-    """The same algorithm whose clients are sent a code: of what is new of the parameters x since the last, or of x.
+    """Wraps an algorithm so that clients receive a code: of the change of the parameters x, or of x itself.
 
-    ``w <- w + C(x - w)`` at the server and at all clients, which train from w; the server makes its step from w, and
-    adds what w lacks: ``x <- step(w) + (x - w)``. What a code loses is thus sent with the next. With
-    ``relative=False``, ``w <- C(x)``, for clients who have not heard what was sent before.
+    ``w <- w + C(x - w)`` at the server and at all clients, which train from w; the server takes its step from w and
+    adds the error of w: ``x <- step(w) + (x - w)``. The error of a code is thus sent with the next code. With
+    ``relative=False``, ``w <- C(x)``, for clients that did not receive the earlier codes.
 
     ``bytes_down`` counts the code's bytes for each client of the cohort, and whatever else the algorithm sends.
-    Relative codes need listeners: clients that are not drawn have to hear them, too, as in a real broadcast, and that
-    is not counted. Metrics: ``bytes_down_entropy``; ``downlink/error``, of ``||x - w||^2 / ||x||^2``.
+    All clients must receive every relative code, sampled or not, as in a real broadcast; those extra bytes are not
+    counted. Metrics: ``bytes_down_entropy``; ``downlink/error``, of ``||x - w||^2 / ||x||^2``.
 
     Args:
       algorithm: any that sends its clients ``server.params``.

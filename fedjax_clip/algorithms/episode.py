@@ -16,7 +16,7 @@ from fedjax_clip.uplink.base import Uplink
 
 
 class Stored(NamedTuple):
-    """A gradient that a client keeps, and whether it has one."""
+    """A client's stored gradient, and whether it has one."""
 
     gradient: PyTree
     known: Array

@@ -19,11 +19,11 @@ from fedjax_clip.uplink.base import Context, Uplink, decoded, encoded
 ClientFn = Callable[[PyTree, Client, Array], tuple[Any, ...]]
 
 NO_POPULATION = "The cohort does not say how many clients there are in all: make it by fc.extend.plan."
-NAMED = 8  # of the clients whose updates are not finite, so many are named
+NAMED = 8  # how many clients with updates that are not finite are named
 
 
 class Answer(NamedTuple):
-    """What a cohort answers in one exchange, the same on every device but for ``clients``.
+    """A cohort's answer in one exchange; the same on every device except ``clients``.
 
     Attributes:
       update: the reduced message; a tuple of parts if clients send several.
@@ -209,7 +209,7 @@ def exchange(
 
 
 def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Array:
-    """What takes ``reducer``'s aggregate to the mean over ALL N clients, those who did not come counting as zeros.
+    """The factor from ``reducer``'s aggregate to the mean over ALL N clients, absent ones counting as zeros.
 
     ``|S| / N`` for a mean over the clients S that arrived, ``sum_S w_i / sum_N w_i`` for a weighted one, ``n / N`` for
     a mean with the fixed denominator n.
@@ -239,7 +239,7 @@ def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Arra
 
 
 def _worked(client_fn: ClientFn, shared: PyTree, client: Client, key: Array) -> Any:
-    """What a client function returns, once it is what it must be."""
+    """The result of a client function, checked."""
     done = client_fn(shared, client, key)
     if not isinstance(done, tuple) or len(done) not in (3, 4) or not isinstance(done[2], dict):
         raise InvalidInput("A client function must return (update, what the client keeps, report), the last a dict.")
@@ -253,7 +253,7 @@ def _worked(client_fn: ClientFn, shared: PyTree, client: Client, key: Array) -> 
 
 
 def _most(*ids: Array) -> Array:
-    """The largest ``NAMED`` of these client numbers, -1 for nobody."""
+    """The largest ``NAMED`` of these client numbers, padded with -1."""
     return jnp.sort(jnp.concatenate(ids), descending=True)[:NAMED]
 
 
@@ -262,7 +262,7 @@ def _everywhere(ids: Array, axis_name: str | None) -> Array:
 
 
 def traffic(*exchanges: Metrics) -> Metrics:
-    """The bytes of a round of several exchanges, from the metrics of each; what is sent twice counts twice."""
+    """The bytes of a round of several exchanges, from the metrics of each; data sent twice counts twice."""
     total = {name: sum(metrics[name] for metrics in exchanges) for name in ("bytes_down", "bytes_up")}
     if any("bytes_up_entropy" in metrics for metrics in exchanges):
         total["bytes_up_entropy"] = sum(m.get("bytes_up_entropy", m["bytes_up"]) for m in exchanges)

@@ -34,11 +34,11 @@ def fedavg(
       client_tx: optax optimiser of a client's local steps, fresh each round; or a function of the round's number
         that gives one (for schedules over rounds).
       server_tx: optax optimiser of the server; ``optax.sgd(1.0)`` by default.
-      uplink: what an update passes on its way to the server; nothing by default.
+      uplink: the links that an update passes on its way to the server; none by default.
       reducer: ``fc.reduce.weighted_mean()`` (by examples) by default, or ``fc.reduce.uniform_mean()``.
-      gradient: how a batch's gradient is taken; ``fc.local.per_example_gradient(clip)`` clips every example's own.
-      keep_opt_state: whether each client keeps its optimiser's state from its one round to its next, as a clip with
-        a history (``auto_clip``, ``z_clip``) needs; fresh in every round otherwise.
+      gradient: the gradient of a batch; ``fc.local.per_example_gradient(clip)`` clips each example's gradient.
+      keep_opt_state: whether each client keeps its optimiser's state between its rounds, as a clip with a history
+        (``auto_clip``, ``z_clip``) needs. Otherwise the state is fresh in every round.
 
     Returns:
       An ``Algorithm``. Its metrics: ``loss`` (mean over the examples trained on, each before its step),

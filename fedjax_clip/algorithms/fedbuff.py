@@ -31,9 +31,9 @@ def fedbuff(
     """The server steps at every K-th answer, along ``1/K sum_c (1 + s_c)^-exponent clip(y_c - x_{t - s_c})``.
 
     A round is one buffer: its cohort are the K clients whose answers fill it. Client c started from ``x_{t - s_c}``,
-    the parameters of s_c steps ago, which the server remembers; its answer goes through the uplink as it arrives, and
-    what comes out is discounted. A sampler is a buffer in which nobody is stale, and this FedAvg to the last bit; a
-    clock, ``fc.data.clock.buffered``, says who is.
+    the parameters of s_c steps ago, which the server remembers. Its answer goes through the uplink as it arrives, and
+    the result is discounted. With a plain sampler no client is stale, and this is FedAvg to the last bit. The clock
+    ``fc.data.clock.buffered`` sets the staleness.
 
     Args:
       per_example_loss, client_tx, server_tx, uplink, gradient: as ``fc.fedavg``. A ``client_tx`` that is a function of
@@ -98,7 +98,7 @@ def fedbuff(
 
 
 def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Uplink:
-    """What a link delivers, times ``(1 + staleness)^-exponent``; too late, so dropped, beyond ``max_staleness``."""
+    """The link's result times ``(1 + staleness)^-exponent``; dropped as too late beyond ``max_staleness``."""
 
     def encode(update, state, client_state, ctx):
         message, client_state, report = encoded(link, update, state, client_state, ctx)
@@ -110,7 +110,7 @@ def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Up
 
 
 def _shortened(weight: Array, x: Array) -> Array:
-    """``weight x``; of whole steps the whole part, so that no message gets longer."""
+    """``weight x``; integers are truncated toward zero, so that no message gets longer."""
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jnp.where(weight < 1, tree.scaled(weight, x), x)
     return weight.astype(x.dtype) * x

@@ -13,7 +13,7 @@ from fedjax_clip.core.types import Array, InvalidInput, Params, PerExampleLoss, 
 
 
 class Lora(NamedTuple):
-    """What ``lora`` makes of a loss: a problem whose parameters are the base model and its adapters.
+    """The result of ``lora``: a problem whose parameters are the base model and its adapters.
 
     Attributes:
       init: ``key -> {"base": the base model, "adapters": {matrix: {"a": [m, rank], "b": [rank, n]}}}``; the adapters

@@ -14,18 +14,18 @@ def partially_private(algorithm: Algorithm, private: str) -> Algorithm:
     """Any algorithm for shared parameters u; each client keeps its own v_i, which it never sends.
 
     Client i takes its local steps on ``(u, v_i)`` together to ``(u_i, v_i')`` and keeps ``v_i'``; the algorithm sees
-    ``u_i`` alone. So user factors of a recommender are trained, or a head of one's own (FedPer). Clips in
-    ``client_tx`` see both parts, as one gradient. The algorithm's corrections, the uplink, the reducer and the server's
-    optimiser see u. Gradients that clients take for the server are those in u, at ``(u, v_i)``.
+    ``u_i`` alone. This trains user factors of a recommender, or a personal head (FedPer). Clips in ``client_tx`` see
+    both parts, as one gradient. The algorithm's corrections, the uplink, the reducer and the server's optimiser see u.
+    Gradients that clients take for the server are those in u, at ``(u, v_i)``.
 
     Args:
       algorithm: any made by ``fc.fedavg`` and its like or by ``fc.extend.algorithm``, of the whole model's loss.
       private: regular expression, found in the names of the private leaves (``"params/Dense_1/kernel"``).
 
     Returns:
-      An ``Algorithm`` whose clients keep v_i, in ``ClientState.private``. The server's private leaves stay what they
-      were at first: what a client that never trained begins with. ``algorithm.personal(params, state)`` is a client's
-      model; see ``fc.evaluator``.
+      An ``Algorithm`` whose clients keep v_i, in ``ClientState.private``. The server's private leaves keep their
+      initial values, with which a new client begins. ``algorithm.personal(params, state)`` is a client's model; see
+      ``fc.evaluator``.
 
     Raises:
       InvalidInput: no such algorithm, one that is partially private already, no regular expression, or (when a run
@@ -84,10 +84,10 @@ def partially_private(algorithm: Algorithm, private: str) -> Algorithm:
 
 @dataclasses.dataclass(frozen=True)
 class _Owner(Worker):
-    """A client that trains its own v together with what is shared, whatever the algorithm makes of that.
+    """A client that trains its own v together with the shared parameters, under any algorithm.
 
-    A client function sees u alone and returns nothing of v. So what a method makes of v is left in ``kept``, a list of
-    one, while the function is traced, and ``with_private`` takes it from there.
+    A client function sees only u and does not return v. So a method leaves its new v in ``kept``, a list of one, while
+    the function is traced, and ``with_private`` takes it from there.
     """
 
     pattern: str

@@ -1,4 +1,4 @@
-"""What makes an algorithm of an algorithm, as far as the wrappers share it."""
+"""Shared code of the wrappers, which make an algorithm of an algorithm."""
 
 import dataclasses
 import re
@@ -14,7 +14,7 @@ from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PyTree
 
 
 def check_made(wrapper: str, algorithm: Any) -> None:
-    """Refuses to wrap what does not tell what it is made of.
+    """Refuses to wrap an algorithm without ``parts``.
 
     Args:
       wrapper: its name.
@@ -32,7 +32,7 @@ def check_made(wrapper: str, algorithm: Any) -> None:
 
 
 def check_pattern(name: str, pattern: Any) -> None:
-    """Refuses what is no regular expression.
+    """Refuses a pattern that is not a regular expression.
 
     Raises:
       InvalidInput: names the argument.
@@ -57,6 +57,6 @@ def split_by(name: str, pattern: str, params: Params) -> tuple[PyTree, PyTree]:
 
 
 def around(cohort: Cohort, change: Callable[[ClientFn], ClientFn]) -> Cohort:
-    """The cohort whose clients work as ``change`` has it, inside of what wrappers further out change."""
+    """The cohort with ``change`` around each client's work, inside the changes of outer wrappers."""
     outer = cohort.around
     return dataclasses.replace(cohort, around=change if outer is None else lambda client_fn: outer(change(client_fn)))

@@ -1,4 +1,4 @@
-"""The L2 norm that nothing which leaves a clip exceeds: what noise behind the clip is in proportion to."""
+"""The L2 bound of a clip's results, which scales the noise after the clip."""
 
 import functools
 import math
@@ -49,7 +49,7 @@ def bound_of(tx: optax.GradientTransformation) -> Bound | None:
 
 
 def bound_by_groups(rule: Rule, norm: Norm, scope: Scope, shape: Shape) -> Bound | None:
-    """The bound of a clip of these parts, if it has one."""
+    """The L2 bound of a clip with these parts, if it has one."""
     of_group, widest = rule.threshold, norm.widest
     if of_group is None or widest is None or not getattr(shape, "bounds", False):
         return None
@@ -57,7 +57,8 @@ def bound_by_groups(rule: Rule, norm: Norm, scope: Scope, shape: Shape) -> Bound
     def l2_bound(like: PyTree) -> Array:
         sizes = group_sizes(scope, like)
         thresholds = {k: jnp.asarray(of_group(k), jnp.float32) for k in sizes}
-        unit = functools.reduce(jnp.maximum, thresholds.values(), jnp.float32(0))  # whose square float32 may not hold
+        # Factored out, since float32 may not hold its square.
+        unit = functools.reduce(jnp.maximum, thresholds.values(), jnp.float32(0))
         squares = [
             jnp.square(thresholds[k] / tree.or_one(unit)) * n * widest(size) ** 2 for k, (n, size) in sizes.items()
         ]

@@ -14,11 +14,11 @@ class Norm(NamedTuple):
     """``finish(join over leaves of reduce over axes of map(x))``.
 
     Attributes:
-      map: what is done to each number.
-      reduce: how the numbers of a leaf become one.
-      join: how two leaves become one.
-      finish: what is done in the end.
-      widest: ``n -> the largest L2 norm`` of n numbers whose norm is 1; ``None`` if it is not known.
+      map: applied to each number.
+      reduce: combines the numbers of a leaf.
+      join: combines two leaves.
+      finish: applied to the result.
+      widest: ``n -> the largest L2 norm`` of n numbers whose norm is 1; ``None`` if unknown.
 
     Example:
       >>> fc.clipping.clip(1.0, norm=fc.clipping.l1())

@@ -13,14 +13,14 @@ from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 
 class Rule(NamedTuple):
-    """Where the threshold comes from.
+    """A rule for the threshold.
 
     Attributes:
       init: ``norms -> state``, from norms of zeros.
       apply: ``(norms, state, weight_norms) -> (thresholds, state)``; ``weight_norms`` are the parameters' own norms,
-        for a rule that asks for them.
-      uses_params: whether it does.
-      threshold: ``name of a group -> threshold`` where it is always the same; ``None`` elsewhere.
+        for a rule that needs them.
+      uses_params: whether the rule needs the parameters' norms.
+      threshold: ``name of a group -> threshold`` if it is constant, else ``None``.
 
     Example:
       >>> # twice the threshold of another rule, which then no longer says what it is
@@ -38,7 +38,7 @@ class Rule(NamedTuple):
 
 
 def fixed(threshold: float | Array | Mapping[str, float]) -> Rule:
-    """The same threshold always, for all groups; or one for each group, by its name.
+    """A constant threshold for all groups, or one for each group, by its name.
 
     Args:
       threshold: positive, in the units of the gradient; or one for each group of the scope, by its name.
@@ -90,7 +90,7 @@ def weight_ratio(ratio: float | Array, floor: float = 1e-3) -> Rule:
 
     Args:
       ratio: positive.
-      floor: the least norm that the parameters are taken to have.
+      floor: the smallest parameter norm assumed.
 
     Raises:
       InvalidInput: a number out of its range.
@@ -109,7 +109,7 @@ def weight_ratio(ratio: float | Array, floor: float = 1e-3) -> Rule:
 
 
 def _following(init: Callable[[Norms], PyTree], one: Callable[..., tuple[Array, PyTree]]) -> Rule:
-    """A rule that follows each group's norms apart: ``one(norm, *state) -> (threshold, state)``."""
+    """A rule that follows each group's norms separately: ``one(norm, *state) -> (threshold, state)``."""
 
     def apply(norms, state, _):
         found = {k: one(n, *state[k]) for k, n in norms.items()}
@@ -121,11 +121,11 @@ def _following(init: Callable[[Norms], PyTree], one: Callable[..., tuple[Array, 
 def percentile(percent: float | Array, window: int = 1000) -> Rule:
     """The percentile of the last ``window`` norms, the current one included; linear between order statistics.
 
-    The first update is never clipped. A norm that is not finite is not remembered, and finds the threshold as it is.
+    The first update is never clipped. A norm that is not finite is not remembered, and the threshold stays as it is.
 
     Args:
       percent: between 0 and 100.
-      window: norms that are remembered.
+      window: number of norms that are remembered.
 
     Raises:
       InvalidInput: a number out of its range.
@@ -158,19 +158,19 @@ def percentile(percent: float | Array, window: int = 1000) -> Rule:
     return _following(init, one)
 
 
-ABSURD = 1e6  # times the norms before: no gradient of the same training
+ABSURD = 1e6  # times the earlier norms: no plausible gradient of the same training
 
 
 def z_score(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> Rule:
     """``mu + z^2 / score * sigma`` where ``score = (||g|| - mu) / sigma`` is over z; infinity elsewhere.
 
-    mu and sigma^2 are exponential averages of the CLIPPED norms, begun with the plain ones of the first ``warmup``
-    updates, which are not clipped. A norm that is not finite is not remembered. Nor is one of more than a million times
-    mu, which is clipped to mu even in the warm-up; where mu is more than a million times the norm, all begins anew. So
-    one absurd gradient does not switch the clip off.
+    mu and sigma^2 are exponential averages of the CLIPPED norms. They begin with the plain norms of the first
+    ``warmup`` updates, which are not clipped. A norm that is not finite is not remembered. A norm above a million times
+    mu is not remembered either, and is clipped to mu even in the warm-up. If mu is above a million times the norm, the
+    averages start again. So one absurd gradient does not switch the clip off.
 
     Args:
-      z: scores over it are clipped.
+      z: the score above which a norm is clipped.
       decay: of the running averages.
       warmup: updates that are not clipped.
 

@@ -15,11 +15,12 @@ Norms = dict[str, Array]  # of each group of a scope; a scalar, or an array that
 
 
 class Scope(NamedTuple):
-    """What shares one norm: ``label`` names the group of a leaf, ``keep`` the axes within it that are apart.
+    """The numbers that share one norm: ``label`` names the group of a leaf, ``keep`` the axes that stay separate.
 
     Attributes:
       label: ``name of a leaf -> name of its group``.
-      keep: ``"nothing"``: a group has one norm; ``"units"``: each output unit has; ``"everything"``: each number.
+      keep: ``"nothing"``: one norm for a group; ``"units"``: one for each output unit; ``"everything"``: one for each
+        number.
 
     Example:
       >>> fc.clipping.Scope(lambda name: name.split("/")[0])  # a norm for each top-level module
@@ -30,7 +31,7 @@ class Scope(NamedTuple):
 
 
 def whole() -> Scope:
-    """All of the tree.
+    """The whole tree.
 
     Example:
       >>> fc.clipping.clip(0.1, scope=fc.clipping.whole())
@@ -48,13 +49,13 @@ def layer() -> Scope:
 
 
 def groups(patterns: Mapping[str, str]) -> Scope:
-    """Groups by name: ``{group: regular expression}``, the first that is found in a leaf's name; the rest are one.
+    """Groups by name: ``{group: regular expression}``. The first match in a leaf's name counts; the rest are one group.
 
     Args:
       patterns: regular expression by the group's name, tried in this order on names such as ``params/Dense_1/kernel``.
 
     Raises:
-      InvalidInput: what is no regular expression.
+      InvalidInput: a pattern that is not a regular expression.
 
     Example:
       >>> fc.clipping.groups({"head": "Dense_1", "body": "."}).label("params/Dense_1/kernel")
@@ -76,7 +77,7 @@ def unit() -> Scope:
 
     One unit is, with ``:`` for the axes that share a norm:
 
-    - a scalar, a vector, or what is one but for axes of length 1: the whole leaf;
+    - a scalar, a vector, or an array with one axis longer than 1: the whole leaf;
     - ``[in, out]`` of a dense layer: ``[:, o]``;
     - ``[in, heads, size]`` of an attention: ``[:, h, s]``. A convolution over one axis has this rank too, and optax and
       ``unit`` do not tell it apart;
@@ -91,7 +92,7 @@ def unit() -> Scope:
 
 
 def unit_axes(shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The axes over which a unit reaches; ``None``: over the whole leaf."""
+    """The axes of one unit; ``None`` for the whole leaf."""
     if sum(n != 1 for n in shape) <= 1:
         return None
     return (0,) if len(shape) <= 3 else tuple(range(len(shape) - 1))
@@ -126,6 +127,6 @@ def measure(scope: Scope, norm: Norm, updates: PyTree) -> Norms:
 
 
 def spread(scope: Scope, factors: Norms, updates: PyTree) -> PyTree:
-    """Each group's factor times its leaves, in their own types."""
+    """The leaves times their group's factor, in their own types."""
     scaled = [tree.scaled(factors[scope.label(name)], x) for name, x in tree.named_leaves(updates)]
     return jax.tree.unflatten(jax.tree.structure(updates), scaled)

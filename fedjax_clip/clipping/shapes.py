@@ -24,7 +24,7 @@ def hard() -> Shape:
     """
 
     def factor(norm, threshold):
-        over = ~(norm <= threshold)  # a NaN too
+        over = ~(norm <= threshold)  # also for a NaN
         return jnp.where(over, threshold / jnp.where(over, norm, 1.0), 1.0)  # whose gradient is finite at zero
 
     return bounding(factor)
@@ -59,7 +59,7 @@ def delta_floor(delta: float | Array) -> Shape:
     """``min(1, max(delta, threshold / norm))``. Guarantee: no update shrinks to less than delta of itself; unbounded.
 
     Args:
-      delta: between 0, a hard clip, and 1, none.
+      delta: from 0 (a hard clip) to 1 (no clip).
 
     Raises:
       InvalidInput: a number out of its range.
@@ -77,10 +77,10 @@ def delta_floor(delta: float | Array) -> Shape:
 def two_sided(lower: float | Array = 0.0) -> Shape:
     """``clamp(norm, lower, threshold) / norm``, zero at zero; with the scope ``element`` it is Bi²Clip's clip.
 
-    Guarantee: norm between the bounds, but for zero, which stays zero.
+    Guarantee: norm between the bounds, except zero, which stays zero.
 
     Args:
-      lower: the least norm of what is not zero; at most the threshold.
+      lower: the least norm of a nonzero result; at most the threshold.
 
     Raises:
       InvalidInput: a number out of its range.

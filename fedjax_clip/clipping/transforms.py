@@ -18,10 +18,10 @@ from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
 
 
 class ClipState(NamedTuple):
-    """State of a clip: whether it changed anything in the last update, what it saw, and its own state.
+    """State of a clip: what it measured and changed in the last update, and its rule's state.
 
     Attributes:
-      fired: fraction of each group's norms that were changed, by the group's name.
+      fired: fraction of each group's norms that the clip changed, by the group's name.
       norm: the mean norm of each group before the clip.
       threshold: the mean threshold of each group.
       inner: the rule's state.
@@ -48,8 +48,8 @@ def clip(
 ) -> optax.GradientTransformationExtraArgs:
     """A clip of any kind: each group of the scope is scaled by ``shape(norm of the group, threshold of the rule)``.
 
-    Guarantee: the shape's. In all of them a NaN makes its whole group NaN, and an infinity becomes NaN or, element by
-    element, the bound; a client whose update is not finite is dropped and counted.
+    Guarantee: the shape's. For every shape a NaN makes its whole group NaN. An infinity becomes NaN or, under the scope
+    ``element``, the bound. A client whose update is not finite is dropped and counted.
 
     Args:
       rule: where the threshold comes from: a number, or ``fixed``, ``scheduled``, ``percentile``, ``z_score``,
@@ -107,8 +107,8 @@ def watch(tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]) ->
     checks.kind("tx", tx, optax.GradientTransformation, "an optax transform")
     tx = optax.with_extra_args_support(tx)
 
-    # Not by optax.monitor, whose state has another structure after the first step, so that no scan can carry it; nor by
-    # optax.snapshot, whose states clip_report would not find.
+    # Not by optax.monitor: its state changes structure in the first step, so no scan can carry it. Nor by
+    # optax.snapshot: clip_report would not find its state.
     def init(params):
         return ClipState({"": jnp.zeros((), jnp.float32)}, {}, {}, tx.init(params))
 
@@ -120,7 +120,7 @@ def watch(tx: optax.GradientTransformation, fired: Callable[[PyTree], Array]) ->
 
 
 def clip_states(opt_state: PyTree) -> list[ClipState]:
-    """The states of all clips in an optimiser's state, in order; without those inside other clips.
+    """The states of all clips in an optimiser's state, in order, without those inside other clips.
 
     Args:
       opt_state: of any optax chain.
@@ -135,7 +135,7 @@ def clip_states(opt_state: PyTree) -> list[ClipState]:
 
 
 def clip_report(opt_state: PyTree) -> Metrics:
-    """What the clips in an optimiser's state did last, as a report; empty if there is none.
+    """A report of the last step of the clips in an optimiser's state; empty without clips.
 
     ``clipped``: whether any fired; for each clip, numbered if there are several, ``norm`` and ``threshold`` (where it
     is finite) of each group, and ``clipped/group`` where there are several groups.
@@ -164,7 +164,7 @@ def clip_report(opt_state: PyTree) -> Metrics:
 
 
 def bare_state(state: PyTree) -> PyTree:
-    """An optimiser's state without what its clips keep for the metrics only.
+    """An optimiser's state without the parts that its clips keep for metrics only.
 
     Args:
       state: of any optax transform.
@@ -186,7 +186,7 @@ def clip_by_global_norm(max_norm: float | Array) -> optax.GradientTransformation
     Guarantee: the result's norm is at most ``max_norm`` up to rounding, its direction is g's. Zero stays zero.
     A NaN anywhere makes the whole result NaN, an infinity becomes NaN: the client is then dropped and counted.
 
-    The norm is summed by columns, which on a CPU takes a third off what the clip of a small network costs.
+    The norm is summed by columns, which makes the clip of a small network a third cheaper on a CPU.
 
     Args:
       max_norm: positive threshold on the norm over all leaves, in the units of the gradient; may be traced.
@@ -229,7 +229,7 @@ def clip_by_value(max_value: float | Array) -> optax.GradientTransformationExtra
 def auto_clip(percent: float | Array = 10.0, window: int = 1000) -> optax.GradientTransformationExtraArgs:
     """Clips the global norm at a percentile of its own history; see ``percentile``.
 
-    Guarantee: norm at most the percentile of the norms seen, so no fixed bound and no sensitivity.
+    Guarantee: norm at most the percentile of the norms seen. This is no fixed bound, so it gives no sensitivity.
 
     Args:
       percent: between 0 and 100.
@@ -253,7 +253,7 @@ def z_clip(z: float | Array = 2.5, decay: float = 0.97, warmup: int = 25) -> opt
     Guarantee: norm at most ``mean + z * deviation`` of the running statistics, after the warm-up.
 
     Args:
-      z: scores over it are clipped.
+      z: the score above which a norm is clipped.
       decay: of the running mean and deviation.
       warmup: updates that are not clipped.
 
@@ -278,7 +278,7 @@ def adaptive_gradient_clip(ratio: float | Array = 0.01, floor: float = 1e-3) -> 
 
     Args:
       ratio: positive.
-      floor: the least norm that weights are taken to have.
+      floor: the smallest weight norm assumed.
 
     Raises:
       InvalidInput: a number out of its range.
@@ -295,7 +295,7 @@ def smoothed_clip(threshold: float | Array, alpha: float | Array = 1.0) -> optax
     """``threshold * g / (alpha + ||g||)``. Guarantee: norm under ``threshold``; zero stays zero.
 
     Args:
-      threshold: what the norm stays under, in the units of the gradient.
+      threshold: upper bound of the norm, in the units of the gradient.
       alpha: positive; the norm at which half of the threshold is left.
 
     Raises:
@@ -313,7 +313,7 @@ def normalised(length: float | Array = 1.0) -> optax.GradientTransformationExtra
     """``length * g / ||g||``. Guarantee: norm equal to ``length``; zero stays zero.
 
     Args:
-      length: of every step, in the units of the gradient.
+      length: norm of every step, in the units of the gradient.
 
     Raises:
       InvalidInput: a threshold that is not a positive number.
@@ -367,8 +367,9 @@ def two_sided_clip(lower: float | Array, upper: float | Array) -> optax.Gradient
 def u_clip(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Carries the clipped part to later steps: ``u = clip(g + b); b <- g + b - u``.
 
-    Guarantee: the clip's, and the sum of the results is that of the gradients less the last carry b. A carry that is
-    not finite, or more than 2^24 times u, is forgotten: float32 could not give it back, and would give nothing else.
+    Guarantee: the clip's, and the sum of the results is the sum of the gradients less the last carry b. A carry that is
+    not finite, or larger than 2^24 times u, is dropped: float32 could not pay it back, and it would absorb every later
+    gradient.
 
     Args:
       tx: any clip.

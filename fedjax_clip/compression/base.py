@@ -25,14 +25,15 @@ FLOAT = 2**32  # the alphabet of float32, bit by bit
 )
 @dataclasses.dataclass(frozen=True)
 class Code:
-    """What travels in place of ``x [size]``: symbols, a few floats, and where the symbols belong.
+    """A code that travels in place of ``x [size]``: symbols, a few floats, and the symbols' places.
 
     Attributes:
-      symbols: uint32 ``[n]``, each below ``alphabet``; zeros behind the first ``count``.
+      symbols: uint32 ``[n]``, each below ``alphabet``; zeros after the first ``count``.
       scales: float32 ``[m]``: ranges, norms, a codebook.
-      index: int32 ascending places of the symbols, ``size`` behind the first ``count``; ``None`` if the receiver knows.
-      count: uint32, how many symbols travel; ``None`` for all of them, always.
-      alphabet: how many symbols there are; ``2**32`` for the bits of float32.
+      index: int32 ascending places of the symbols, ``size`` after the first ``count``; ``None`` if the receiver knows
+        them.
+      count: uint32, the number of symbols that travel; ``None`` if always all.
+      alphabet: the number of different symbols; ``2**32`` for the bits of float32.
       coding: of the symbols; see ``fc.compression.Coding``.
       size: d, of the vector.
       positions: coding of the gaps between places.
@@ -57,15 +58,14 @@ class Compressor(NamedTuple):
     """Encodes a vector into a code, and decodes it.
 
     Attributes:
-      encode: ``(x [d], key, count) -> Code``; of ``x`` only the first ``count`` values are meant, all of them if
-        ``None``.
-      decode: ``(code, d, key) -> x [d]``, with the key of ``encode``: what is drawn from it need not travel.
-      unbiased: whether the mean of what is decoded, over keys, is what was encoded.
-      contracts: whether nothing decoded has a larger norm than what was encoded, up to rounding.
-      error: ``d -> e`` with ``E ||decoded - x||^2 <= e ||x||^2`` for every x; infinite if nothing is promised.
-        A biased one with e < 1 is a contraction with ``delta = 1 - e``.
-      sparse: whether it says itself where its values belong; then it cannot stand inside of another sparse one.
-      pointwise: whether each symbol belongs to one value, so that those behind ``count`` need not travel.
+      encode: ``(x [d], key, count) -> Code``; encodes the first ``count`` values of ``x``, or all if ``None``.
+      decode: ``(code, d, key) -> x [d]``, with the key of ``encode``, so that its random numbers need not travel.
+      unbiased: whether the decoded vector has the encoded one as its mean over keys.
+      contracts: whether decoding never gives a larger norm than that of the encoded vector, up to rounding.
+      error: ``d -> e`` with ``E ||decoded - x||^2 <= e ||x||^2`` for every x; infinite without a bound. A biased one
+        with e < 1 is a contraction with ``delta = 1 - e``.
+      sparse: whether it sends the places of its values; then it cannot be nested in another sparse compressor.
+      pointwise: whether each symbol belongs to one value, so that symbols after ``count`` need not travel.
 
     Example:
       >>> compressor = fc.compression.top_k(0.01, values=fc.compression.qsgd(4))
@@ -85,10 +85,10 @@ class Compressor(NamedTuple):
 
 
 def check_memory(name: str, compressor: Compressor, tree: PyTree) -> None:
-    """Refuses a compressor that may lose more than there is to somebody who remembers what was lost.
+    """Refuses a compressor whose relative error may exceed 1, for a client that stores the error.
 
     Raises:
-      InvalidInput: an error that may be above 1 for so many values.
+      InvalidInput: an error that may be above 1 for this number of values.
     """
     size = sum(np.size(x) for x in jax.tree.leaves(tree))
     if (error := compressor.error(size)) > 1:
@@ -121,7 +121,7 @@ def entropy(codes: PyTree) -> Array:
     """The bytes that an ideal coder of the symbols' frequencies would need: float32, traced.
 
     ``n H`` bits for n symbols of empirical entropy H, ``log2 (d over n)`` for their places, 32 for a float. No prefix
-    code of the symbols is shorter; places that cluster can be.
+    code of the symbols is shorter; a code of clustered places can be.
 
     Args:
       codes: as ``nbytes``.
@@ -154,8 +154,8 @@ def from_bytes(data: bytes, like: PyTree) -> PyTree:
     """Reads codes back from bytes, exactly.
 
     Args:
-      data: what ``to_bytes`` wrote.
-      like: codes of the same shapes, or what ``jax.eval_shape`` gives for them.
+      data: the result of ``to_bytes``.
+      like: codes of the same shapes, or their ``jax.eval_shape``.
 
     Example:
       >>> sign = fc.compression.sign()
@@ -179,12 +179,12 @@ def _nbits(code: Code) -> Array:
 
 
 def first(size: int, number: Array | None) -> Array:
-    """Which of so many places are among the first ``number``: all of them if ``None``."""
+    """A mask of the first ``number`` of ``size`` places; all of them if ``None``."""
     return jnp.ones(size, bool) if number is None else jnp.arange(size, dtype=number.dtype) < number
 
 
 def _live(x: Array, code: Code) -> Array:
-    """Which of the symbols or places travel."""
+    """A mask of the symbols or places that travel."""
     return first(len(x), code.count)
 
 
@@ -250,13 +250,13 @@ def _leaves(codes: PyTree) -> list[Code]:
 
 
 def roundtrip(compressor: Compressor, tree: PyTree, key: Array, by_leaf: bool = False) -> tuple[PyTree, PyTree]:
-    """What arrives of a pytree, and the codes that travelled: one for it all, or one for each leaf.
+    """The decoded pytree, and the codes that travelled: one for the whole tree, or one for each leaf.
 
     Args:
       compressor: of vectors.
       tree: pytree of floating-point arrays.
       key: PRNG key.
-      by_leaf: whether each leaf is compressed alone, with a key of its own.
+      by_leaf: whether each leaf is compressed separately, with its own key.
 
     Example:
       >>> arrived, code = fc.compression.roundtrip(fc.compression.sign(), {"w": jnp.array([1.0, -3.0])}, key)
@@ -268,7 +268,7 @@ def roundtrip(compressor: Compressor, tree: PyTree, key: Array, by_leaf: bool = 
         pairs = [roundtrip(compressor, x, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
         return jax.tree.unflatten(structure, [x for x, _ in pairs]), [code for _, code in pairs]
     x, restore = ravel(tree)
-    # Barriers, for XLA would encode again where the code is decoded, and decode again wherever what arrived is read.
+    # Without barriers XLA would encode again for decoding, and decode again for each reader of the result.
     code = jax.lax.optimization_barrier(compressor.encode(x.astype(jnp.float32), key))
     arrived = jax.lax.optimization_barrier(compressor.decode(code, len(x), key))
     return optax.tree.cast_like(restore(arrived), tree), code

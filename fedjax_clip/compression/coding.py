@@ -13,11 +13,11 @@ from fedjax_clip.core import checks
 from fedjax_clip.core.types import Array, InvalidInput
 
 ABSENT = np.uint32(2**32 - 1)
-LONE = 63  # the length that says: this is the only symbol, and takes no bits
+LONE = 63  # the code length that marks an only symbol, which takes no bits
 
 
 class Reader:
-    """A string of bits, read from the left."""
+    """A reader of a string of bits, from the left."""
 
     def __init__(self, bits: np.ndarray):
         self.bits, self.at = bits, 0
@@ -37,18 +37,19 @@ class Reader:
 
 
 class Coding(NamedTuple):
-    """How numbers s in ``[0, alphabet)`` are written one after the other; compressors take it by name.
+    """A coding of a sequence of numbers s in ``[0, alphabet)``; compressors take it by name.
 
-    ``"fixed"``: as many bits as tell the alphabet's letters apart. ``"elias_gamma"``, ``"elias_delta"``: few for small
-    s, of ``s + 1``. ``"rice"``: Golomb's code of the power of two that is best, for geometric s. ``"huffman"``: the
-    shortest prefix code of their own frequencies and its table, for at most 256 letters. ``"runs"``: lengths of runs of
-    zeros and what is between them, in Elias's gamma.
+    ``"fixed"``: equally many bits for each letter. ``"elias_gamma"``, ``"elias_delta"``: Elias's codes of ``s + 1``,
+    short for small s. ``"rice"``: Golomb's code for geometric s, with the best power of two. ``"huffman"``: the
+    shortest prefix code for the numbers' own frequencies, with its table, for at most 256 letters. ``"runs"``: the
+    lengths of runs of zeros and the numbers between them, in Elias's gamma.
 
     Attributes:
-      bits: ``(symbols uint32 [n], live bool [n], alphabet) -> uint32``, the length of those that are live; traced.
+      bits: ``(symbols uint32 [n], live bool [n], alphabet) -> uint32``, the length of the live symbols; traced.
       write: ``(symbols [n], alphabet) -> bits [..]``, on the host.
       read: ``(reader, n, alphabet) -> symbols [n]``.
-      check: refuses what it cannot write or count, ``(alphabet, how many may be large at once) -> None``.
+      check: ``(alphabet, how many may be large at once) -> None``; refuses symbols that the coding cannot write or
+        count.
 
     Example:
       >>> compressor = fc.compression.qsgd(4, coding="huffman")
@@ -67,7 +68,7 @@ def find(name: str) -> "Coding":
     """The coding of this name.
 
     Raises:
-      InvalidInput: a name that none has.
+      InvalidInput: an unknown name.
     """
     if not isinstance(name, str) or name not in CODINGS:
         raise InvalidInput(f"There is no coding {checks.shown(name)}; there are {', '.join(CODINGS)}.")
@@ -75,12 +76,12 @@ def find(name: str) -> "Coding":
 
 
 def length(x: Array) -> Array:
-    """Binary digits of each number of a uint32 array; 0 has none."""
+    """Number of binary digits of each number of a uint32 array; 0 for 0."""
     return 32 - jax.lax.clz(x)
 
 
 def put(codes: npt.ArrayLike, lengths: npt.ArrayLike) -> np.ndarray:
-    """Numbers as bits, each in as many as its length says; leading zeros may be more than 64."""
+    """Numbers as bits, each padded to its length with leading zeros, even beyond 64."""
     codes, lengths = np.asarray(codes, np.uint64), np.asarray(lengths, np.int64)
     ends = np.cumsum(lengths)
     bits = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
@@ -96,7 +97,7 @@ def digits(x: np.ndarray) -> np.ndarray:
 
 
 def width(alphabet: int) -> int:
-    """Bits that tell so many symbols apart."""
+    """The number of bits that distinguish ``alphabet`` symbols."""
     return (alphabet - 1).bit_length()
 
 
@@ -121,7 +122,7 @@ def _not_floats(name: str) -> Callable[[int, int], None]:
 
 
 def _gamma() -> Coding:
-    """``s + 1`` behind one zero fewer than it has digits."""
+    """Writes ``s + 1`` in binary, after as many zeros as it has digits, less one."""
 
     def bits(symbols, live, alphabet):
         return _sum(2 * length(symbols + 1) - 1, live)
@@ -136,7 +137,7 @@ def _gamma() -> Coding:
 
 
 def _delta() -> Coding:
-    """The number of digits of ``s + 1`` in gamma, then those after the first."""
+    """Writes the number of digits of ``s + 1`` in gamma, then its digits after the first."""
 
     def bits(symbols, live, alphabet):
         size = length(symbols + 1)
@@ -160,7 +161,7 @@ def _delta() -> Coding:
 
 
 def _rice() -> Coding:
-    """``s >> r`` zeros, a one, and r digits; the best r comes first, in 5 bits. Golomb's code of a power of two."""
+    """Golomb's code of a power of two: ``s >> r`` zeros, a one, and r digits, after the best r in 5 bits."""
 
     def bits(symbols, live, alphabet):
         count = jnp.sum(live, dtype=jnp.uint32)
@@ -191,12 +192,12 @@ def _rice() -> Coding:
 
 
 def _huffman() -> Coding:
-    """The shortest prefix code of the symbols' own frequencies, behind a table of 6 bits for each letter."""
+    """The shortest prefix code for the symbols' own frequencies, after a table of 6 bits for each letter."""
 
     def bits(symbols, live, alphabet):
         counts = jnp.zeros(alphabet, jnp.uint32).at[symbols].add(live.astype(jnp.uint32))
 
-        def merge(_, carry):  # the code's length is the sum of the weights of all inner nodes, however ties fall
+        def merge(_, carry):  # the code's length is the sum of the weights of all inner nodes, for any order of ties
             weights, total = carry
             first = jnp.argmin(weights)
             rest = weights.at[first].set(ABSENT)
@@ -261,7 +262,7 @@ def _huffman() -> Coding:
 
 
 def _runs() -> Coding:
-    """Only what is not zero: for each the zeros before it, and it itself, in Elias's gamma; how many come first."""
+    """Writes the count of nonzero symbols, then for each the zeros before it and its value, in Elias's gamma."""
     gamma = _gamma()
 
     def bits(symbols, live, alphabet):

@@ -10,7 +10,7 @@ from fedjax_clip.core.types import Array, InvalidInput
 
 
 class PruneState(NamedTuple):
-    """How many rounds were done, int32."""
+    """The number of rounds done, int32."""
 
     rounds: Array
 
@@ -18,12 +18,12 @@ class PruneState(NamedTuple):
 def prune(sparsity: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """Sets the parameters of least magnitude, all leaves together, to zero after each step of the server.
 
-    A parameter that was zero may come back if the clients' updates make it large. The zeros save bytes where the code
-    knows them: ``fc.compressed_broadcast(algorithm, fc.compression.threshold(0.0), relative=False)`` sends the others.
+    A zero parameter may come back if the clients' updates make it large. To save bytes, send the nonzero parameters
+    only: ``fc.compressed_broadcast(algorithm, fc.compression.threshold(0.0), relative=False)``.
 
     Args:
-      sparsity: the fraction that is zero, or a schedule of it over rounds; that of the paper, from 0 to 0.9 in 100
-        rounds, is ``optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=100)``.
+      sparsity: the fraction of zeros, or a schedule of it over rounds. The paper's schedule from 0 to 0.9 in 100 rounds
+        is ``optax.polynomial_schedule(0.0, 0.9, power=3, transition_steps=100)``.
 
     Raises:
       InvalidInput: a sparsity outside [0, 1]; (when a round is traced) no parameters, as in a client's uplink.

@@ -12,7 +12,7 @@ from fedjax_clip.compression.coding import find
 from fedjax_clip.core import checks
 from fedjax_clip.core.types import Array, InvalidInput
 
-SAMPLE = 2**14  # values that tell how a longer vector is distributed
+SAMPLE = 2**14  # values sampled from a longer vector to estimate its distribution
 
 
 def floats(bits: int = 32) -> Compressor:
@@ -45,7 +45,7 @@ def floats(bits: int = 32) -> Compressor:
 
 
 def uniform(bits: int = 8, bucket: int | None = None, coding: str = "fixed") -> Compressor:
-    """Stochastic rounding to ``2^bits`` levels evenly between the least and the greatest value of a bucket. Unbiased.
+    """Stochastic rounding to ``2^bits`` even levels between the least and the greatest value of a bucket. Unbiased.
 
     Guarantee: ``E ||C(x) - x||^2 <= d / (2 (2^bits - 1)^2) ||x||^2``, with d at most the bucket.
 
@@ -63,7 +63,7 @@ def uniform(bits: int = 8, bucket: int | None = None, coding: str = "fixed") -> 
     Source: Suresh et al. (2017), "Distributed Mean Estimation with Limited Communication", section 2.2.
     """
     bits, bucket = _checked(bits, 1, bucket, coding)
-    top, row = 2**bits - 1, bucket or 512  # one range for all is found row by row, too, as vectors
+    top, row = 2**bits - 1, bucket or 512  # a single range is computed in rows, too, which vectorises
 
     def encode(x, key, count=None):
         blocks = _blocks(x, row, edge=True)
@@ -92,8 +92,8 @@ def qsgd(bits: int = 8, norm: str = "l2", bucket: int | None = None, coding: str
     Guarantee: ``E ||C(x) - x||^2 <= min(d / (4 s^2), sqrt(d) / s) ||x||^2``, with d at most the bucket. It may enlarge.
 
     Args:
-      bits: 2 to 16, for each value if the coding is fixed; ``elias_gamma``, ``runs`` or ``huffman`` take fewer where
-        most levels are small.
+      bits: 2 to 16, for each value if the coding is fixed; ``elias_gamma``, ``runs`` or ``huffman`` take fewer if most
+        levels are small.
       norm: ``"l2"`` as in the paper, or ``"linf"``, which wastes no levels.
       bucket: values that share a norm; all of them by default.
       coding: of the levels, see ``fc.compression.Coding``.
@@ -138,7 +138,8 @@ def qsgd(bits: int = 8, norm: str = "l2", bucket: int | None = None, coding: str
 def terngrad(bucket: int | None = None, coding: str = "fixed") -> Compressor:
     """TernGrad: ``max|x| sign(x_i) b_i`` with ``b_i`` one with probability ``|x_i| / max|x|``. Unbiased.
 
-    It is ``qsgd`` of one level in units of the largest value. Two bits each, or 1.6 and less by ``"huffman"``.
+    It is ``qsgd`` with one level, in units of the largest value. Two bits for each value, or at most 1.6 by
+    ``"huffman"``.
 
     Args:
       bucket, coding: as ``qsgd``.
@@ -146,7 +147,7 @@ def terngrad(bucket: int | None = None, coding: str = "fixed") -> Compressor:
     Example:
       >>> link = fc.uplink.compress(fc.compression.terngrad(coding="huffman"))
 
-    Source: Wen et al. (2017), "TernGrad", equation 4; its clipping of gradients is a link of its own.
+    Source: Wen et al. (2017), "TernGrad", equation 4; its gradient clipping is a separate link here.
     """
     return qsgd(2, "linf", bucket, coding)
 
@@ -154,7 +155,7 @@ def terngrad(bucket: int | None = None, coding: str = "fixed") -> Compressor:
 def sign(coding: str = "fixed") -> Compressor:
     """One bit per value and one scale: ``||x||_1 / d sign(x)``. Biased, a contraction: use error feedback.
 
-    Guarantee: ``||C(x) - x||^2 = ||x||^2 - ||x||_1^2 / d <= (1 - 1/d) ||x||^2``, and nothing is enlarged.
+    Guarantee: ``||C(x) - x||^2 = ||x||^2 - ||x||_1^2 / d <= (1 - 1/d) ||x||^2``, and no norm grows.
 
     Args:
       coding: of the signs, see ``fc.compression.Coding``.
@@ -178,14 +179,14 @@ def sign(coding: str = "fixed") -> Compressor:
 
 
 def kmeans(levels: int = 16, iterations: int = 10, coding: str = "fixed") -> Compressor:
-    """Sends each value as the nearest of a codebook, by Lloyd's algorithm; the codebook travels, too. Biased.
+    """Sends each value as the nearest entry of a codebook from Lloyd's algorithm, and the codebook. Biased.
 
-    Begun from quantiles. Of a vector longer than 16,384 all iterations but the last see as many of its values, evenly
-    spaced. Guarantee: each centroid is the mean of its values, so nothing is enlarged and
-    ``||C(x) - x||^2 = ||x||^2 - ||C(x)||^2``.
+    The algorithm begins from quantiles. For a vector longer than 16,384 values, all iterations but the last use 16,384
+    evenly spaced ones. Guarantee: each centroid is the mean of its values, so no norm grows and ``||C(x) - x||^2 =
+    ||x||^2 - ||C(x)||^2``.
 
     Args:
-      levels: centroids, 2 to 256.
+      levels: number of centroids, 2 to 256.
       iterations: of Lloyd's algorithm, at least 1.
       coding: of the numbers of centroids, see ``fc.compression.Coding``.
 
@@ -238,7 +239,7 @@ def kmeans(levels: int = 16, iterations: int = 10, coding: str = "fixed") -> Com
 
 @functools.cache
 def gaussian_levels(bits: int) -> np.ndarray:
-    """The ``2^bits`` levels of least squared error for a standard normal value, ``[2^bits]`` ascending.
+    """The ``2^bits`` levels with the least squared error for a standard normal value, ``[2^bits]`` ascending.
 
     Source: Max (1960), "Quantizing for Minimum Distortion"; Lloyd (1982).
     """
@@ -252,7 +253,7 @@ def gaussian_levels(bits: int) -> np.ndarray:
 
 
 def _rounded(level: Array, key: Array) -> Array:
-    """Up or down at random, right on average to 2^-17: two halves of each random word are used, for words cost."""
+    """Rounds up or down at random, with a bias of at most 2^-17: each random word serves two values, to save time."""
     words = jax.random.bits(key, (-(-level.size // 2), 1), jnp.uint32)
     halves = (words >> jnp.array([[0, 16]], jnp.uint32)).ravel()[: level.size].reshape(level.shape) & 0xFFFF
     return jnp.floor(level + (halves.astype(jnp.float32) + 0.5) * 2.0**-16)
@@ -271,7 +272,7 @@ def _bucket(d: int, bucket: int | None) -> int:
 
 
 def _blocks(x: Array, bucket: int | None, edge: bool = False) -> Array:
-    """``[ceil(d / bucket), bucket]``, filled up with zeros, or with the last value."""
+    """``[ceil(d / bucket), bucket]``, padded with zeros, or with the last value."""
     size = _bucket(len(x), bucket)
     fill = {"mode": "edge"} if edge else {}
     return jnp.pad(x, (0, -len(x) % size), **fill).reshape(-1, size)

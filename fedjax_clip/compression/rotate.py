@@ -1,4 +1,4 @@
-"""Random rotation, which makes every coordinate look normal, and the quantisers made for that."""
+"""Random rotation, which makes every coordinate nearly normal, and the quantisers made for that."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ def hadamard(x: Array) -> Array:
         raise InvalidInput(f"The Hadamard transform needs a length that is a power of two, not {n}.")
     step = 1
     while step < n:
-        order = min(4, n // step)  # two of the log2 n steps in one pass over memory
+        order = min(4, n // step)  # four-point butterflies: two of the log2 n steps in one pass over memory
         parts = list(jnp.moveaxis(x.reshape(-1, order, step), 1, 0))
         pairs = [(parts[i] + parts[i + 1], parts[i] - parts[i + 1]) for i in range(0, order, 2)]
         (a, b), *rest = pairs
@@ -46,12 +46,12 @@ def hadamard(x: Array) -> Array:
 def rotated(compressor: Compressor) -> Compressor:
     """A compressor of the randomly rotated vector; the decoder rotates back. Both ends know the rotation.
 
-    ``H D x`` with random signs D and Hadamard's matrix on 4,096 values at a time, taken from all over x, which is
-    filled up with zeros to a multiple of that (to a power of two where it is shorter). No value is large then:
-    quantisers whose error grows with the range gain by it. What the compressor guarantees holds, for the padded size.
+    ``H D x`` with random signs D and Hadamard's matrix on 4,096 values at a time, taken from all over x. x is padded
+    with zeros to a multiple of 4,096 (to a power of two if it is shorter). No value is large after that, which helps
+    quantisers whose error grows with the range. The compressor's guarantee holds for the padded size.
 
     Args:
-      compressor: what it does to the rotated vector.
+      compressor: of the rotated vector.
 
     Example:
       >>> link = fc.uplink.compress(fc.compression.rotated(fc.compression.uniform(2)))
@@ -72,17 +72,17 @@ def rotated(compressor: Compressor) -> Compressor:
 
 
 def eden(bits: int = 1, unbiased: bool = True, coding: str = "fixed") -> Compressor:
-    """DRIVE (one bit) and EDEN: rotates, rounds to the best levels for a normal value, and sends one scale.
+    """DRIVE (one bit) and EDEN: rotates, rounds to the best levels for normal values, and sends one scale.
 
-    Each 4,096 values are rotated together, see ``rotated``, and have a scale of their own, ``||x||^2 / <Rx, q>``, so
-    that ``<C(x), x> = ||x||^2`` exactly: unbiased for a uniform rotation, and nearly so for this one, whose bias
-    vanishes as they get many (``unbiased`` is therefore not promised). The error is close to 0.571, 0.134, 0.036 ...
-    ``||x||^2`` for 1, 2, 3 bits, ``1 / (1 - D) - 1`` of the distortion D for a normal value. The other scale,
-    ``<Rx, q> / ||q||^2``, has the least error of all and enlarges nothing: for error feedback.
+    Each block of 4,096 values is rotated together, see ``rotated``, and has its own scale, ``||x||^2 / <Rx, q>``. So
+    ``<C(x), x> = ||x||^2`` exactly. That is unbiased for a uniform rotation, and nearly so for this one: its bias
+    vanishes as the values get many, so ``unbiased`` is not promised. The error is close to 0.571, 0.134, 0.036 ...
+    ``||x||^2`` for 1, 2, 3 bits, ``1 / (1 - D) - 1`` of the distortion D for a normal value. The other scale, ``<Rx, q>
+    / ||q||^2``, has the least error and enlarges no norm: take it for error feedback.
 
     Args:
       bits: 1 to 8 for each value (of which there are up to 4,095 more, see ``rotated``).
-      unbiased: which scale.
+      unbiased: whether to take the first scale.
       coding: of the levels, see ``fc.compression.Coding``.
 
     Raises:
@@ -123,9 +123,9 @@ def eden(bits: int = 1, unbiased: bool = True, coding: str = "fixed") -> Compres
 
 
 def _shape(d: int) -> tuple[int, int, int]:
-    """``(p, m, q)``: d values and padding in m blocks of p q, each of p runs of q neighbours far from each other.
+    """``(p, m, q)``: d values and padding in m blocks of p q, each with p runs of q neighbours that lie far apart.
 
-    Two small products with Hadamard's matrices transform a block, and 4,096 values are as good as normal then.
+    Two small products with Hadamard's matrices transform a block, and 4,096 values are then nearly normal.
     """
     log = min((d - 1).bit_length(), 12)
     return 1 << log // 2, -(-d // (1 << log)), 1 << log - log // 2
@@ -141,7 +141,7 @@ def _by_block(r: Array) -> Array:
 
 
 def random_signs(key: Array, shape: tuple[int, ...]) -> Array:
-    """Independent fair signs, float32, from a random bit each, where ``jax.random.rademacher`` draws a word.
+    """Independent fair signs, float32, from one random bit each; ``jax.random.rademacher`` draws a word for each.
 
     Args:
       key: PRNG key.

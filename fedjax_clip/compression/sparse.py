@@ -1,4 +1,4 @@
-"""Sparsifiers: few of the values."""
+"""Sparsifiers: they send few of the values."""
 
 import dataclasses
 import math
@@ -17,16 +17,16 @@ from fedjax_clip.core.types import Array, InvalidInput
 def top_k(k: float, values: Compressor | None = None, positions: str = "elias_delta") -> Compressor:
     """Sends the k values of largest magnitude and their positions. Biased, a contraction: use error feedback.
 
-    Guarantee: ``||C(x) - x||^2 <= (1 - k/d) ||x||^2``; behind ``values`` of error e < 1, ``1 - (1 - e) k/d``. With
-    ``values=sign()`` it is sparse ternary compression.
+    Guarantee: ``||C(x) - x||^2 <= (1 - k/d) ||x||^2``; with ``values`` of error e < 1 the factor is
+    ``1 - (1 - e) k/d``. With ``values=sign()`` it is sparse ternary compression.
 
     Args:
-      k: a number of values, or the fraction of them where below 1; magnitude pruning to a sparsity of ``1 - k``.
+      k: the number of values, or below 1 their fraction: magnitude pruning to a sparsity of ``1 - k``.
       values: compressor of the values that are kept; float32 by default.
       positions: coding of the gaps between them, see ``fc.compression.Coding``.
 
     Raises:
-      InvalidInput: a k that is neither, values that are sparse themselves, an unknown coding.
+      InvalidInput: a k that is neither, a sparse compressor of values, an unknown coding.
 
     Example:
       >>> link = fc.uplink.error_feedback(fc.compression.top_k(0.01, values=fc.compression.qsgd(4)))
@@ -54,15 +54,15 @@ def top_k(k: float, values: Compressor | None = None, positions: str = "elias_de
 
 
 def random_k(k: float, values: Compressor | None = None, unbiased: bool = True) -> Compressor:
-    """Sends k values at random positions, which come from a seed that the server knows: only values travel.
+    """Sends k values at random positions. The server knows the positions' seed, so only values travel.
 
-    Guarantee, unbiased: values are multiplied by d/k, ``E ||C(x) - x||^2 <= (d/k - 1) ||x||^2``; else a contraction,
-    ``<= (1 - k/d) ||x||^2``, for error feedback.
+    Guarantee if ``unbiased``: values are multiplied by d/k, and ``E ||C(x) - x||^2 <= (d/k - 1) ||x||^2``. Otherwise it
+    is a contraction, ``<= (1 - k/d) ||x||^2``, for error feedback.
 
     Args:
-      k: a number of values, or the fraction of them where below 1.
+      k: the number of values, or below 1 their fraction.
       values: compressor of the values that are kept; float32 by default.
-      unbiased: whether what is kept stands for what is not.
+      unbiased: whether the kept values are scaled up to represent the others.
 
     Raises:
       InvalidInput: a k that is neither, values that are sparse themselves.
@@ -97,13 +97,13 @@ def random_k(k: float, values: Compressor | None = None, unbiased: bool = True) 
 
 
 def threshold(at: float | Array, values: Compressor | None = None, positions: str = "elias_delta") -> Compressor:
-    """Sends all values of magnitude above a threshold, however many. Biased; ``threshold(0.0)`` is lossless.
+    """Sends all values of magnitude above a threshold. Biased; ``threshold(0.0)`` is lossless.
 
-    Guarantee: ``||C(x) - x||^2 <= at^2 d``, and nothing is enlarged; relative to ``||x||`` nothing but 1.
+    Guarantee: ``||C(x) - x||^2 <= at^2 d``, and no norm grows. The relative error is at most 1.
 
     Args:
       at: at least 0, in the units of the update; may be traced.
-      values: compressor of the values that are kept, one that takes them one by one; float32 by default.
+      values: compressor of the kept values, which must treat each value separately; float32 by default.
       positions: coding of the gaps between them, see ``fc.compression.Coding``.
 
     Raises:
@@ -141,8 +141,8 @@ def threshold(at: float | Array, values: Compressor | None = None, positions: st
 def _largest(x: Array, k: int) -> Array:
     """``jnp.sort(jax.lax.top_k(x, k)[1])`` of values at least 0.
 
-    XLA's top-k, on a CPU, puts each value that is larger than the least so far onto a heap. Where a sample says above
-    which value all k of them lie, and counting confirms it, the others cannot get there: half the time.
+    On a CPU, XLA's top-k puts each value that is larger than the least so far onto a heap. Here a sample gives a lower
+    bound of the k largest, counting confirms it, and smaller values are skipped. That halves the time.
     """
     if len(x) > 4 * SAMPLE:
         some = x[:: len(x) // SAMPLE | 1]
@@ -153,9 +153,10 @@ def _largest(x: Array, k: int) -> Array:
 
 
 def _subset(k: int, d: int, key: Array) -> Array:
-    """k of d places, ascending: the first k different ones of many draws, or the k of highest rank if they are many.
+    """k of d places, ascending: the first k distinct of many draws, or the k of highest rank if k is large.
 
-    Of 1.5 k + 64 draws fewer than k differ once in far more than 1e12 times; ``d`` stands for those that lack then.
+    Fewer than k of 1.5 k + 64 draws are distinct with a probability far below 1e-12; then ``d`` fills the missing
+    places.
     """
     if 4 * k > d:
         bits = jax.random.bits(key, (d,), jnp.uint32)
@@ -169,7 +170,7 @@ def _subset(k: int, d: int, key: Array) -> Array:
 
 
 def _count_up(passed: Array) -> Array:
-    """``jnp.cumsum(passed)``, uint32 ``[d]``: in rows of 128 by a product with ones, quicker than XLA's own scan."""
+    """``jnp.cumsum(passed)``, uint32 ``[d]``, in rows of 128 by a product with ones: faster than XLA's own scan."""
     rows = jnp.pad(passed, (0, -len(passed) % 128)).reshape(-1, 128).astype(jnp.float32)
     within = rows @ np.triu(np.ones((128, 128), np.float32))  # exact: whole numbers up to 128
     total = within[:, -1].astype(jnp.uint32)

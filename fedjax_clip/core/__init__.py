@@ -1,1 +1,1 @@
-"""What a round is made of: types, trees, cohorts, losses, checks. Knows no algorithm."""
+"""The building blocks of a round: types, trees, cohorts, losses, checks. They know no algorithm."""

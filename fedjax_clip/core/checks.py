@@ -1,7 +1,7 @@
-"""Refusals of bad arguments: one sentence that names the argument, what is wanted and what came.
+"""Checks of arguments: each error is one sentence that names the argument, the expected and the actual value.
 
-Numbers of NumPy and JAX are numbers. A bool, a string and NaN are not. Traced values pass, since nothing is known of
-them yet.
+Numbers of NumPy and JAX are numbers. A bool, a string and NaN are not. Traced values pass, since their values are not
+known yet.
 """
 
 import collections
@@ -53,7 +53,7 @@ def seed(name: str, value: Any) -> int:
 
 
 def client_numbers(name: str, ids: Any, num_clients: int, twice: bool = False) -> np.ndarray:
-    """``ids`` as int64 ``[K]``, if they are numbers of clients, none of them ``twice`` unless that is allowed."""
+    """``ids`` as int64 ``[K]``, if they are numbers of clients, without repetitions unless ``twice``."""
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         cure = ": np.flatnonzero(mask) makes numbers of a mask" * (array.dtype == bool)
@@ -78,24 +78,24 @@ def counts(name: str, values: Any, size: int, least: int = 1, most: int | None =
 
 
 def number(name: str, value: Any) -> None:
-    """Refuses what is not a number; infinity passes."""
+    """Refuses a value that is not a number; infinity passes."""
     _real(name, value, "a number", lambda x: not math.isnan(x))
 
 
 def within(name: str, value: Any, low: float, high: float = np.inf, finite: bool = False) -> None:
-    """Refuses what is not a number from ``low`` to ``high``, both included; infinity too if ``finite``."""
+    """Refuses a value that is not a number from ``low`` to ``high``, both included; infinity too if ``finite``."""
     wanted = f"number between {low:g} and {high:g}" if np.isfinite(high) else f"number of at least {low:g}"
     _real(name, value, f"a {'finite ' * finite}{wanted}", lambda x: low <= x <= high and (x < np.inf or not finite))
 
 
 def positive(name: str, value: Any, finite: bool = False) -> None:
-    """Refuses what is not a positive number; infinity passes unless ``finite``."""
+    """Refuses a value that is not a positive number; infinity passes unless ``finite``."""
     wanted = "a positive, finite number" if finite else "a positive number"
     _real(name, value, wanted, lambda x: x > 0 and (x < np.inf or not finite))
 
 
 def fraction(name: str, value: Any, zero: bool = False) -> None:
-    """Refuses what is not a number between 0 and 1; 1 is refused, and 0 too unless ``zero``."""
+    """Refuses a value that is not a number between 0 and 1; 1 is refused, and 0 too unless ``zero``."""
     wanted = "a number of at least 0 and below 1" if zero else "a number between 0 and 1, both excluded"
     _real(name, value, wanted, lambda x: 0 < x < 1 or (zero and x == 0))
 
@@ -109,21 +109,21 @@ def kind(name: str, value: Any, kind: Any, wanted: str) -> None:
 
 
 def takes(name: str, function: Any, arguments: int, wanted: str) -> None:
-    """Refuses what cannot be called with so many arguments, such as a function of others."""
+    """Refuses a value that cannot be called with ``count`` arguments."""
     try:
         inspect.signature(function).bind(*[None] * arguments)
-    except ValueError:  # it does not say what it takes
+    except ValueError:  # a built-in without a signature
         return
     except TypeError:
         raise InvalidInput(f"{name} must be a function of {wanted}.") from None
 
 
 def shown(value: Any) -> str:
-    """What came, short enough for a sentence."""
+    """The value, short enough for a sentence."""
     value = value.item() if isinstance(value, np.generic) else value
     try:
         return _SHORT.repr(value)
-    except ValueError:  # Python writes no whole number of more than 4300 digits
+    except ValueError:  # Python prints no integer of more than 4300 digits
         return f"a number of {value.bit_length()} bits"
 
 

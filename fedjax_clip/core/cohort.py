@@ -32,32 +32,32 @@ from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
 )
 @dataclasses.dataclass(frozen=True)
 class Cohort:
-    """C clients whose T batches lie back to back, never padded to the longest client.
+    """C clients whose T batches lie back to back, without padding to the longest client.
 
-    Client ``c``'s step ``i`` reads row ``first[c] + i``. Slots past the last client have id -1 and come last;
-    they, rows that nobody reads and examples of weight 0 may hold anything at all.
+    Client ``c``'s step ``i`` reads row ``first[c] + i``. Empty slots have id -1 and come last. Empty slots, rows that
+    no client reads and examples of weight 0 may hold any values.
 
     Attributes:
       ids: int32 ``[C]`` client numbers.
-      weight: float32 ``[C]`` what each client weighs in an average: the sum of its example weights.
+      weight: float32 ``[C]`` weight of each client in an average: the sum of its example weights.
       first: int32 ``[C]`` first row of each client.
       num_steps: int32 ``[C]`` rows of each client.
       batches: pytree of ``[T, B, ...]``, or int32 ``[T, B]`` example numbers if there is a ``population``.
       example_weight: float32 ``[T, B]``, 0 where a batch is padded.
-      state: pytree of ``[C, ...]``: what clients keep between rounds.
+      state: pytree of ``[C, ...]``: the clients' states between rounds.
       population: pytree of ``[N, ...]`` examples that live on the device, or ``None``.
-      staleness: int32 ``[C]`` rounds since each client was sent its parameters; ``None``: no client is stale.
-      num_clients: int32 scalar, N, the clients of the whole population, in the cohort or not.
+      staleness: int32 ``[C]`` rounds since each client was sent its parameters; ``None`` if no client is stale.
+      num_clients: int32 scalar, N, the number of clients in the whole population.
       total_weight: float32 scalar, the sum of all N clients' weights.
-      secret: the words uint32 ``[8]`` of a ChaCha20 key, or such a key: what the randomness of clients and links is
-        drawn from in place of the round's key, which anybody can compute; ``None``: from the round's key.
+      secret: the words uint32 ``[8]`` of a ChaCha20 key, or such a key: the source of randomness for clients and links.
+        It replaces the round's key, which anybody can compute; ``None`` takes the round's key.
       axis_name: the mapped axis over which cohorts of several devices are reduced, or ``None``.
-      width: how many clients a device trains at once; divides C.
+      width: number of clients that a device trains at once; divides C.
       most_steps: if given, loops have this fixed length instead of ending with the last step; see ``differentiable``.
       non_finite: what happens to updates with a NaN or an infinity: ``"drop"``, ``"keep"`` or ``"stop"``; see
         ``fc.train``.
-      around: ``client_fn -> client_fn``, what wrappers of the algorithm do around the work of each client: what
-        ``fc.partially_frozen`` and ``fc.partially_private`` set inside a round; ``None``: nothing.
+      around: ``client_fn -> client_fn``, a wrapper around each client's work, which ``fc.partially_frozen`` and
+        ``fc.partially_private`` set inside a round; ``None`` without wrappers.
 
     Example:
       >>> ids = np.array([3, 1, 4])
@@ -84,9 +84,9 @@ class Cohort:
     around: Callable[[Callable], Callable] | None = None
 
     def differentiable(self) -> "Cohort":
-        """The same clients in loops of a fixed length, so that ``jax.grad`` can go through a round.
+        """The same clients in loops of a fixed length, so that ``jax.grad`` can differentiate a round.
 
-        Every client then takes as long as the longest one: for hyper-gradients, not for training. Ask for it before
+        Every client then takes as long as the longest one. It is for hyper-gradients, not for training. Call it before
         ``jax.jit``, while the cohort is NumPy arrays.
 
         Example:
@@ -118,8 +118,8 @@ class Cohort:
     def read(self, row: Array) -> tuple[Batch, Array]:
         """One batch ``[B, ...]`` and its example weights ``[B]``.
 
-        Padded examples are filled with the batch's first one, so that neither a loss nor its gradient ever
-        meets what lies in the padding.
+        Padding is replaced by copies of the batch's first example, so that neither a loss nor its gradient sees the
+        padding's values.
         """
         weight, batch = jax.tree.map(
             lambda x: jax.lax.dynamic_index_in_dim(x, row, keepdims=False), (self.example_weight, self.batches)
@@ -129,7 +129,7 @@ class Cohort:
             index = jnp.where(live, batch, batch[0])
 
             def take(x: Array) -> Array:
-                # Of flat examples: else XLA, on a CPU, may lay them out as a convolution wants them, a float at a time.
+                # Gathers flat examples: otherwise XLA on a CPU may lay them out for a convolution, float by float.
                 return jnp.asarray(x).reshape(len(x), math.prod(x.shape[1:]))[index].reshape(index.shape + x.shape[1:])
 
             return jax.tree.map(take, self.population), jnp.where(live, weight, 0)
@@ -146,11 +146,11 @@ class Client:
 
     Attributes:
       id: int32 scalar, its number.
-      weight: float32 scalar, what it weighs in an average.
+      weight: float32 scalar, its weight in an average.
       first: int32 scalar, its first row in the cohort.
-      num_steps: int32 scalar, its batches.
-      state: what it keeps between rounds, a ``ClientState``.
-      cohort: where its batches lie.
+      num_steps: int32 scalar, the number of its batches.
+      state: its ``ClientState`` between rounds.
+      cohort: the cohort that holds its batches.
 
     Example:
       >>> def client_fn(params, client, key):  # sends the sum of its examples' weights

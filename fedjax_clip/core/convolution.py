@@ -25,7 +25,7 @@ import numpy as np
 from fedjax_clip.core import tree
 from fedjax_clip.core.types import Array, InvalidInput
 
-_MARK = "fedjax_clip_convolution"  # the name of the jitted calls below, by which warn_slow_convolutions knows them
+_MARK = "fedjax_clip_convolution"  # names the jitted calls below, so that warn_slow_convolutions recognises them
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 Lowering = Literal["auto", "canonical", "xla"]
@@ -57,10 +57,10 @@ def conv_general_dilated(
 ) -> Array:
     """``jax.lax.conv_general_dilated`` with gradients and a ``vmap`` that are fast in a loop on a CPU.
 
-    The same values up to rounding. Ungrouped channels-last convolutions of floats in one to three dimensions, with
-    any strides, padding and dilation, take the fast form; all else goes to ``jax.lax`` as it is. bfloat16 and float16
-    are accumulated in float32 on a CPU. Works under ``jit``, ``vmap``, loops and ``grad`` of any order; forward-mode
-    derivatives (``jvp``, ``jacfwd``) are refused, as by every ``jax.custom_vjp``.
+    The values are the same up to rounding. Ungrouped channels-last convolutions of floats in one to three dimensions,
+    with any strides, padding and dilation, take the fast form. All others go to ``jax.lax`` unchanged. bfloat16 and
+    float16 are accumulated in float32 on a CPU. Works under ``jit``, ``vmap``, loops and ``grad`` of any order;
+    forward-mode derivatives (``jvp``, ``jacfwd``) are refused, as by every ``jax.custom_vjp``.
 
     Args:
       lhs: inputs ``[B, *spatial, I]``.
@@ -103,7 +103,7 @@ def conv_general_dilated(
             ends = padding
         pads = tuple((int(low), int(high)) for low, high in ends)
         room = np.add(_dilated(lhs.shape[1:-1], lhs_by), np.sum(pads, 1)) - window
-        # What is empty has nothing to gain.
+        # Empty arrays have nothing to gain.
         fits = fits and bool(np.all(room >= 0) and lhs.size and rhs.size)
     if not fits or lowering == "xla":
         return jax.lax.conv_general_dilated(
@@ -125,10 +125,11 @@ def conv_general_dilated(
 
 
 def warn_slow_convolutions(function_or_jaxpr: Any, *args: Any, platform: str | None = None) -> bool:
-    """Warns of convolutions that crawl in a loop on a CPU, and says what to write in their place.
+    """Warns of convolutions that are slow in a loop on a CPU, and says what to write in their place.
 
-    Slow are ungrouped convolutions in any but the fast form, such as the gradient to the kernel of a plain
-    ``flax.linen.Conv``; so trace the GRADIENT of the loss. Grouped ones are slow too, but ``Conv`` cannot help them.
+    Ungrouped convolutions in any but the fast form are slow, such as the kernel's gradient of a plain
+    ``flax.linen.Conv``. So trace the GRADIENT of the loss. Grouped convolutions are slow too, but ``Conv`` cannot help
+    them.
 
     Args:
       function_or_jaxpr: what ``jax.make_jaxpr`` returns, or a function to trace.
@@ -165,7 +166,7 @@ def _is_slow(eqn: Any) -> bool:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of inner jaxprs too, but for our own convolutions'."""
+    """All equations, including those of inner jaxprs, except our own convolutions'."""
     for eqn in jaxpr.eqns:
         yield eqn
         if eqn.params.get("name") != _MARK:

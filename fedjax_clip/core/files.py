@@ -1,4 +1,4 @@
-"""Paths as people write them, and files that appear whole or not at all."""
+"""Paths with ``~``, and files that appear whole or not at all."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ def expanded(path: PathLike) -> pathlib.Path:
     """The path, with ``~`` replaced by the home directory.
 
     Raises:
-      InvalidInput: the home of a user that there is not.
+      InvalidInput: the home of an unknown user.
     """
     try:
         return pathlib.Path(path).expanduser()
@@ -28,10 +28,10 @@ def expanded(path: PathLike) -> pathlib.Path:
 
 
 def regular(path: pathlib.Path) -> pathlib.Path:
-    """The path, unless it is of something that may never end, such as a device or a pipe, or that fits in no memory.
+    """The path, if it is a regular file that fits in memory, and not an endless one such as a device or a pipe.
 
     Raises:
-      InvalidInput: there is something, and it is no file, or too large a one.
+      InvalidInput: something exists there that is not a file, or a file that is too large.
     """
     if path.exists() and not path.is_file():
         raise InvalidInput(f"{path} is no file.")
@@ -40,7 +40,7 @@ def regular(path: pathlib.Path) -> pathlib.Path:
 
 
 def check_fits(path: pathlib.Path, size: int) -> None:
-    """Refuses what a file would take in memory, in bytes, if the machine does not have so much."""
+    """Refuses a file whose size in memory, in bytes, exceeds the machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > memory:
         raise InvalidInput(
@@ -52,11 +52,11 @@ def check_fits(path: pathlib.Path, size: int) -> None:
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path`` when the block ends, and vanishes if the block fails.
 
-    It is written under a random name beside ``path``. So a link is never followed: one at ``path`` is replaced itself.
+    It is written under a random name beside ``path``. So no link is followed: a link at ``path`` is replaced itself.
     """
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:  # fails where anything is, a dangling link included
+        with temporary.open("xb") as file:  # fails if anything exists there, even a dangling link
             yield file
         os.replace(temporary, path)
     finally:
@@ -74,7 +74,7 @@ def sync(path: PathLike) -> None:
 
 
 def write(path: pathlib.Path, text: str) -> None:
-    """Writes a UTF-8 file whole, or not at all; names of files that are not UTF-8 keep their bytes."""
+    """Writes a UTF-8 file whole, or not at all; file names that are not UTF-8 keep their bytes."""
     with replacing(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
 

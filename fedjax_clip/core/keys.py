@@ -1,15 +1,14 @@
-"""Keys of random numbers: Threefry's, which are quick and public, and ChaCha20's, which cannot be guessed.
+"""Keys of random numbers: Threefry's, which are fast and public, and ChaCha20's, which cannot be guessed.
 
 Both give the same numbers under ``vmap``, whatever ``jax_default_prng_impl`` says. A Threefry key has 64 bits and its
 cipher is made for simulations. Noise that must stay unknown is drawn from a ChaCha20 key of 256 bits: ``chacha``. It is
-a JAX PRNG like any other, so ``jax.random.normal(key, ...)`` and whatever else takes a key takes it.
+a JAX PRNG like any other: ``jax.random.normal(key, ...)`` and all other functions of a key take it.
 
-Why nobody who knows some of its numbers learns others, or a key: all that comes of a key K is ``block(K, counter,
-nonce)``, and the nonce says what it is for. Words drawn have nonce 0, the keys of ``split`` nonce 1, and that of
-``fold_in(data)`` nonce 2 and ``data``: no two uses share an input. ChaCha20's block function is a pseudo-random
-function as far as anybody knows: without K, its outputs at different inputs cannot be told from independent uniform
-words. So numbers drawn say nothing of K, nor of what K's children draw, and a child says nothing of its parent. The
-best known way is to try all 2^256 keys.
+Why some of its numbers reveal no others, and no key: every output of a key K is ``block(K, counter, nonce)``, and the
+nonce states its use. Drawn words have nonce 0, the keys of ``split`` nonce 1, and that of ``fold_in(data)`` nonce 2 and
+``data``, so no two uses share an input. ChaCha20's block function is believed to be a pseudo-random function: without
+K, its outputs at different inputs are indistinguishable from independent uniform words. So drawn numbers reveal nothing
+about K or its children, and a child reveals nothing about its parent. The best known attack tries all 2^256 keys.
 
 Source: Bernstein (2008), "ChaCha, a variant of Salsa20"; Nir and Langley (2018), RFC 8439, sections 2.1 to 2.4;
 Salmon et al. (2011), "Parallel Random Numbers: As Easy as 1, 2, 3", for keys of a tree of counters.
@@ -24,10 +23,10 @@ from jax.extend.random import define_prng_impl
 
 from fedjax_clip.core.types import Array
 
-IMPL = "threefry2x32"  # rbg's numbers change under vmap, so they would depend on who else is in a chunk
+IMPL = "threefry2x32"  # rbg's numbers change under vmap, so they would depend on the other clients of a chunk
 WORDS = 8  # uint32, of a ChaCha20 key
 CONSTANT = np.frombuffer(b"expand 32-byte k", "<u4")
-DRAW, SPLIT, FOLD = range(3)  # what a block is for: the first word of its nonce
+DRAW, SPLIT, FOLD = range(3)  # the use of a block: the first word of its nonce
 
 
 def seeded(seed: int | np.integer | Array) -> Array:
@@ -36,7 +35,7 @@ def seeded(seed: int | np.integer | Array) -> Array:
 
 
 def threefry(key: Array) -> Array:
-    """A Threefry key that is a function of any PRNG key; a key of Threefry, raw or not, or of ChaCha20 as it is."""
+    """A Threefry key derived from any PRNG key; keys of Threefry, raw or not, and of ChaCha20 stay as they are."""
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed and key.shape == (2,) and key.dtype == jnp.uint32:
         return jax.random.wrap_key_data(key, impl=IMPL)
@@ -47,7 +46,7 @@ def threefry(key: Array) -> Array:
 
 
 def chacha(words: Array | np.ndarray) -> Array:
-    """A ChaCha20 key of ``uint32 [8]`` words; such a key as it is."""
+    """A ChaCha20 key of ``uint32 [8]`` words; a ChaCha20 key stays as it is."""
     if isinstance(words, jax.Array) and jnp.issubdtype(words.dtype, jax.dtypes.prng_key):
         return words
     return jax.random.wrap_key_data(jnp.asarray(words, jnp.uint32), impl=CHACHA20)
@@ -59,7 +58,7 @@ def is_secret(key: Array) -> bool:
 
 
 def folded(key: Array, data: Array) -> Array:
-    """The key with these ``uint32`` words folded in, one after the other; of a PRNG key, with its words."""
+    """The key with these ``uint32`` words folded in, in order; a PRNG key contributes its words."""
     words = jax.random.key_data(data) if jnp.issubdtype(data.dtype, jax.dtypes.prng_key) else data
     for word in words:
         key = jax.random.fold_in(key, word)
@@ -75,7 +74,7 @@ def block(key: Array, counter: Array, nonce: Array) -> Array:
       nonce: uint32 ``[3]``.
 
     Returns:
-      uint32 ``[n, 16]``: laid end to end as little-endian bytes they are the key stream of the RFC.
+      uint32 ``[n, 16]``: concatenated as little-endian bytes they are the key stream of the RFC.
     """
     a, b, c, d = (jnp.asarray(x, jnp.uint32)[:, None] for x in (CONSTANT, key[:4], key[4:], nonce))
     a, b, c, d = (jnp.broadcast_to(x, (x.shape[0], counter.shape[0])) for x in (a, b, c, d))
@@ -110,7 +109,7 @@ def _rotated(x: Array, bits: int) -> Array:
 
 
 def _seed(seed: Array) -> Array:
-    """A key that says what it was made of, for tests: not a secret."""
+    """A key of a seed, for tests: not a secret."""
     low, high = seed.astype(jnp.uint32), jax.lax.shift_right_logical(seed, jnp.asarray(32, seed.dtype))
     rest = jnp.zeros(WORDS - 2, jnp.uint32)
     return jnp.concatenate([jnp.stack([low, high.astype(jnp.uint32)]), rest])

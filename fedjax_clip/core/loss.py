@@ -1,4 +1,4 @@
-"""The loss as users write it, of one batch: checked, weighted, differentiated."""
+"""The user's loss of one batch: checked, weighted, differentiated."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ Gradient = Callable[[PerExampleLoss, Params, Batch, Array, Array], tuple[PyTree,
 def batch_loss(
     per_example_loss: PerExampleLoss, params: Params, batch: Batch, weights: Array, key: Array | None
 ) -> tuple[Array, Metrics]:
-    """The weighted sum of a batch's losses, and its report: ``loss``, ``examples`` and what the loss says besides.
+    """The weighted sum of a batch's losses, and its report: ``loss``, ``examples`` and the loss's other metrics.
 
     Args:
       per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``. The key is
@@ -38,7 +38,7 @@ def batch_loss(
 def example_values(
     per_example_loss: PerExampleLoss, params: Params, batch: Batch, key: Array | None, size: int
 ) -> dict[str, Array]:
-    """``{"loss": losses[size], name: values[size]}`` of a batch: all that the loss says, checked.
+    """``{"loss": losses[size], name: values[size]}`` of a batch, checked.
 
     Raises:
       InvalidInput: a loss that is not one number for each example.
@@ -59,10 +59,10 @@ def example_values(
 
 
 def examples_meet(per_example_loss: PerExampleLoss, params: Params, batch: Batch) -> bool:
-    """Whether the loss of some examples changes when others are replaced, as batch normalisation or pairs make it.
+    """Whether the loss of an example depends on others in its batch, as with batch normalisation or pairs.
 
-    The second half of the batch is replaced by its first example, as padding is; then the losses of the first half are
-    compared. Parameters that are zero everywhere are given other values, since they would hide it.
+    The test replaces the second half of the batch by its first example, as padding does, and compares the losses of the
+    first half. Parameters that are zero everywhere get other values, since zeros would hide the dependence.
 
     Args:
       per_example_loss: see ``batch_loss``.
@@ -95,8 +95,8 @@ def mixed_precision(per_example_loss: PerExampleLoss, dtype: Any = jnp.bfloat16)
     """The same loss computed in ``dtype`` on parameters that stay in float32, as do gradients, clips and averages.
 
     Args:
-      per_example_loss: see ``batch_loss``; a model that chooses types of its own keeps them.
-      dtype: what floating-point parameters and inputs are cast to.
+      per_example_loss: see ``batch_loss``; a model that sets its own types keeps them.
+      dtype: the type to which floating-point parameters and inputs are cast.
 
     Returns:
       A loss of the same form; losses and metrics come back in float32.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fedjax_clip.core import tree
 from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
 
-# What a row of a run's history may hold besides what a loss reports: names, and beginnings of names.
+# Names, and prefixes of names, that the library itself uses in a row of a run's history.
 _TAKEN = (
     *("bytes_down", "bytes_down_entropy", "bytes_up", "bytes_up_entropy", "clients", "clipped_clients"),
     *("asked", "clipped_round", "clipped_steps", "dropped", "dropped_ids", "examples", "late", "loss", "lost"),
@@ -21,13 +21,13 @@ _BEGINNINGS = ("client_norm/", "downlink/", "eval/", "example_", "step_", "uplin
 
 
 def check_names(names: Iterable[Any]) -> None:
-    """Refuses names for what a loss reports that are not text, or that a row has a value of its own for.
+    """Refuses names of a loss's metrics that are not text, or that the library uses itself.
 
     Args:
-      names: of the values beside the loss.
+      names: of the values that the loss reports.
 
     Raises:
-      InvalidInput: such a name; the sentence lists those that are taken.
+      InvalidInput: such a name; the message lists the names in use.
 
     Example:
       >>> fc.extend.metrics.check_names(["accuracy", "top5"])
@@ -43,14 +43,14 @@ def check_names(names: Iterable[Any]) -> None:
 
 
 def check_own_names(names: Iterable[str], reported: Iterable[str]) -> None:
-    """Refuses a loss that reports what the algorithm reports by the same name, which one row cannot hold.
+    """Refuses a loss that reports a metric under a name of the algorithm's own metrics.
 
     Args:
       names: of the algorithm's own metrics.
-      reported: names of what clients have reported, the loss's values among them.
+      reported: names of the clients' metrics, including the loss's values.
 
     Raises:
-      InvalidInput: a name that is in both, unless it is the library's own.
+      InvalidInput: a name in both, unless it is the library's own.
 
     Example:
       >>> fc.extend.metrics.check_own_names(["extrapolation"], ["loss", "accuracy"])
@@ -68,9 +68,9 @@ COSTS = re.compile(
 
 
 def higher_is_better(metric: str) -> bool:
-    """Whether more of a metric is better: unless its name says that it is a loss, an error or a cost.
+    """Whether a higher value of a metric is better: yes, unless its name says that it is a loss, an error or a cost.
 
-    The last two parts of the name are read, since a client's name may follow the score's.
+    It reads the last two parts of the name, since a client's name may follow the score's.
 
     Args:
       metric: its name, such as ``"eval/examples/loss"``, ``"auroc_worst"``, ``"ece/Cleveland"``.
@@ -101,16 +101,16 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: Array, weights: Array) -> "Mean":
-        """Of ``values`` [B] under ``weights`` [B]; values of weight 0 are not looked at, NaN or not."""
+        """The mean of ``values`` [B] with ``weights`` [B]; values of weight 0 are ignored, even NaN."""
         values = tree.wide(jnp.asarray(values))
         weights = jnp.asarray(weights).astype(values.dtype)
         return cls(jnp.sum(jnp.where(weights > 0, values, 0) * weights), jnp.sum(weights))
 
 
 class Histogram(NamedTuple):
-    """How many values fell into each of 512 bins, a quarter of an octave wide, from 2^-64 to 2^64; counts add up.
+    """Counts of values in 512 bins, a quarter of an octave wide, from 2^-64 to 2^64; counts add up.
 
-    That is the range of a Euclidean norm in float32: squares of less are 0, and those of more are infinite. Zero has
+    That is the range of a Euclidean norm in float32: smaller squares underflow, larger ones overflow. Zero falls into
     the first bin.
 
     Attributes:
@@ -124,13 +124,13 @@ class Histogram(NamedTuple):
 
     @classmethod
     def of(cls, value: Array) -> "Histogram":
-        """One value; what is not finite falls into no bin."""
+        """The histogram of one value; a value that is not finite falls into no bin."""
         bin = jnp.floor(4 * jnp.log2(jnp.where(value > 0, value, 2.0**-64))) + 256
         here = jnp.arange(512, dtype=bin.dtype) == jnp.clip(bin, 0, 511)
         return cls(jnp.where(jnp.isfinite(value), here, False).astype(jnp.float32))
 
     def quantile(self, q: float) -> Array:
-        """Within 9% of the quantile, the middle of its bin; 0 for the first bin, NaN of nothing."""
+        """The quantile to 9%: the middle of its bin, 0 for the first bin, NaN without values."""
         below = jnp.cumsum(self.counts)
         bin = jnp.sum(below < q * below[-1], dtype=jnp.float32)
         middle = jnp.where(bin > 0, 2.0 ** ((bin - 255.5) / 4), 0)
@@ -151,7 +151,7 @@ def add(x: PyTree, y: PyTree) -> PyTree:
 
 
 def finish(report: PyTree) -> PyTree:
-    """Turns each ``Mean`` into its ratio (NaN where nothing was counted) and leaves plain sums as they are.
+    """Turns each ``Mean`` into its ratio (NaN if its weight is 0) and leaves plain sums as they are.
 
     Args:
       report: a dict of sums and ``Mean`` pairs.
@@ -170,10 +170,10 @@ def finish(report: PyTree) -> PyTree:
 
 
 def without_nan(values: Metrics) -> Metrics:
-    """Metrics as a compiled round may return them: under ``jax_debug_nans``, for which a NaN is a fault, infinity.
+    """Metrics with infinity in place of NaN under ``jax_debug_nans``, which treats a NaN as an error.
 
     Args:
-      values: by name; NaN where nothing was counted.
+      values: by name; NaN if nothing was counted.
 
     Example:
       >>> fc.extend.metrics.without_nan({"loss": jnp.float32(jnp.nan)})  # the same, unless jax_debug_nans is set

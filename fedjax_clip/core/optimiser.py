@@ -1,4 +1,4 @@
-"""Optax transforms as they run here: at many clients, over many rounds, with states that go to the host and back."""
+"""Optax transforms at many clients and over many rounds, with states that travel between host and devices."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from fedjax_clip.core.types import Array, InvalidInput, Params, PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyData:
-    """A PRNG key as plain words, which NumPy, checkpoints and ``jnp.where`` can hold."""
+    """A PRNG key as plain words, which NumPy, checkpoints and ``jnp.where`` accept."""
 
     data: Array
     impl: Any = dataclasses.field(metadata={"static": True})
@@ -23,7 +23,7 @@ def init(tx: optax.GradientTransformation, params: Params) -> PyTree:
     """``tx.init(params)``, its keys as ``KeyData``.
 
     Raises:
-      InvalidInput: a transform that takes the gradients' first axis for examples.
+      InvalidInput: a transform that expects a leading axis of examples in the gradients.
     """
     state = tx.init(params)
     wrong = optax.contrib.DifferentiallyPrivateAggregateState
@@ -48,12 +48,12 @@ def update(
 
 
 def reseeded(state: PyTree, key: Array) -> PyTree:
-    """The state with other randomness: each of its keys is folded with the words of ``key``.
+    """The state with fresh randomness: each of its keys is folded with the words of ``key``.
 
-    Otherwise a transform that draws noise would draw the same at every client and in every round.
+    Otherwise a noisy transform would draw the same noise at every client and in every round.
 
     Args:
-      state: of ``init``; keys of the old style, bare ``uint32`` words, are known by their names.
+      state: of ``init``; keys of the old style, plain ``uint32`` words, are recognised by their names.
       key: of the round and the client.
     """
 

@@ -16,7 +16,7 @@ NOT_COPIED = "A secret is not pickled or copied, or it would lie wherever the co
 
 
 class SecretSeed(bytes):
-    """A seed of 32 bytes, for ``data/draws.py``; it shows nothing of itself."""
+    """A seed of 32 bytes, for ``data/draws.py``; its ``repr`` reveals nothing."""
 
     def __repr__(self) -> str:
         return "<a secret seed>"
@@ -30,21 +30,21 @@ class SecretSeed(bytes):
 class Secret:
     """256 secret bits from which a run draws its noise and its cohorts, in place of the public seed.
 
-    With the seed that a run is described by, anybody computes its noise and subtracts it: a seed of 32 bits is found
-    even if it is not told. Numbers drawn from a secret are those of ChaCha20 (noise) and SHAKE-256 (cohorts), so
-    neither the model nor all other numbers that a run publishes say anything of them. ``repr`` shows nothing, and
-    ``pickle`` and ``copy`` are refused. The bytes are in the memory of the process, where a debugger finds them.
+    Anybody who knows a run's seed can compute its noise and subtract it, and 32 bits can be found by trial. A secret's
+    numbers come from ChaCha20 (noise) and SHAKE-256 (cohorts), so the model and all other published numbers reveal
+    nothing about them. ``repr`` shows nothing, and ``pickle`` and ``copy`` are refused. The bytes are in the memory of
+    the process, where a debugger finds them.
 
-    A secret is for ONE run, and ``fc.train`` refuses one that has begun another in this process. It draws from
-    ``of(data)``, so a run that begins again on other data has other noise. Two runs of one secret on the same data,
-    with another clip say, would have the same noise: what they publish differs by what it hid.
+    A secret is for ONE run: ``fc.train`` refuses a secret that has begun another run in this process. It draws from
+    ``of(data)``, so a run on other data has other noise. Two runs with one secret on the same data, for example with
+    different clips, would have the same noise, and their difference would reveal what the noise hid.
 
     Args:
       content: 32 bytes, as ``os.urandom`` makes them: take ``Secret.fresh()`` or ``Secret.kept(path)``.
       known: whether somebody knows them.
 
     Attributes:
-      known: whether somebody knows them: then nothing that is drawn from it is private.
+      known: whether somebody knows them; then nothing drawn from the secret is private.
 
     Raises:
       InvalidInput: not 32 bytes.
@@ -63,12 +63,12 @@ class Secret:
 
     @classmethod
     def fresh(cls) -> "Secret":
-        """A new one of ``os.urandom``."""
+        """A new secret from ``os.urandom``."""
         return cls(os.urandom(SIZE))
 
     @classmethod
     def of_seed(cls, seed: int) -> "Secret":
-        """The same for the same seed, for tests and to repeat a run. Not private: its noise can be computed.
+        """The secret of a seed, for tests and to repeat a run. Not private, because anybody can compute its noise.
 
         Args:
           seed: from 0 to 2^32 - 1.
@@ -78,18 +78,19 @@ class Secret:
 
     @classmethod
     def kept(cls, path: files.PathLike) -> "Secret":
-        """What the file holds, or a new one in a new file that only its owner may read.
+        """The secret in a file, or a new secret in a new file that only its owner may read.
 
-        The file appears whole, or not at all. One process at a time may ask for a file that there is not.
+        The file appears whole, or not at all. Only one process at a time may create it.
 
         Args:
-          path: of the file. Remove it when the run is complete: who has it and what the run published has the data.
+          path: of the file. Remove it when the run is complete: together with the published results it reveals the
+            data.
 
         Raises:
-          InvalidInput: a file of another size, that others may read, or that is a link; a path that cannot be written.
+          InvalidInput: a file of another size, a file that others may read, a link; a path that cannot be written.
         """
         file = files.expanded(path)
-        beside = file.with_name(file.name + ".new")  # left by a process that was killed, which drew nothing from it
+        beside = file.with_name(file.name + ".new")  # left by a killed process, which drew nothing from it
         try:
             beside.unlink(missing_ok=True)
             if not os.path.lexists(file):
@@ -101,7 +102,7 @@ class Secret:
             raise InvalidInput(f"The secret key {file} cannot be read or made: {error.strerror}.") from None
 
     def of(self, fingerprint: str) -> "Secret":
-        """What a run on these data draws from: on others, what was drawn says nothing of it.
+        """The secret of a run on these data, independent of the secrets on other data.
 
         Args:
           fingerprint: a hash of the data.
@@ -109,10 +110,10 @@ class Secret:
         return Secret(self._derived("data", of=fingerprint.encode()), self.known)
 
     def begin(self) -> None:
-        """Says that a run begins with it.
+        """Marks the begin of a run with this secret.
 
         Raises:
-          InvalidInput: it has begun one before, unless it is known and hides nothing anyway.
+          InvalidInput: the secret has begun a run before, unless it is known and hides nothing anyway.
         """
         if self._begun and not self.known:
             raise InvalidInput(
@@ -123,7 +124,7 @@ class Secret:
 
     @property
     def commitment(self) -> str:
-        """A hash by which a run knows it again, in 32 hexadecimal digits. To find a secret by it takes 2^256 trials."""
+        """A hash that identifies the secret, 32 hexadecimal digits. Inverting it takes 2^256 trials."""
         return self._derived("commitment", 16).hex()
 
     def key(self) -> Array:
@@ -135,11 +136,11 @@ class Secret:
         return np.frombuffer(self._derived("noise"), "<u4").astype(np.uint32)
 
     def seed(self) -> SecretSeed:
-        """What samplers draw cohorts from."""
+        """The seed of cohorts, for samplers."""
         return SecretSeed(self._derived("cohorts"))
 
     def _derived(self, purpose: str, size: int = SIZE, of: bytes = b"") -> bytes:
-        """Keyed BLAKE2b: what is known of one purpose says nothing of another's."""
+        """Keyed BLAKE2b: the key of one purpose reveals nothing about another's."""
         return hashlib.blake2b(of, key=self._content, person=purpose.encode(), digest_size=size).digest()
 
     def __repr__(self) -> str:
@@ -150,7 +151,7 @@ class Secret:
 
 
 def remove(path: files.PathLike) -> None:
-    """Removes a file of ``Secret.kept``; when it returns, the removal is on disk."""
+    """Removes a file of ``Secret.kept``, and returns once the removal is on disk."""
     file = files.expanded(path)
     for name in (file.with_name(file.name + ".new"), file):
         name.unlink(missing_ok=True)

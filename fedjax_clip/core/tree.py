@@ -27,11 +27,11 @@ from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 
 def traced(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], PyTree]:
-    """``function`` for arguments like ``args``, and zeros like what it returns, to begin a loop over it with.
+    """``function`` traced for arguments like ``args``, and zeros like its result, to start a loop with.
 
-    It is traced here, and once: a call of what is returned only repeats the operations that it consists of. A Python
-    integer among the arguments stands for a loop's index, which is int32 here, ``jax_enable_x64`` or not. Under
-    ``jax.disable_jit`` nothing is traced: the function is called here, and stays what it is.
+    The function is traced once, here; calls of the result only repeat its operations. A Python integer among the
+    arguments stands for a loop's index, which is int32 here even under ``jax_enable_x64``. Under ``jax.disable_jit``
+    nothing is traced: the function is called once and returned unchanged.
     """
     args = jax.tree.map(lambda x: np.int32(x) if type(x) is int else x, args)
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
@@ -53,13 +53,13 @@ def _forms(types: Iterable[Any]) -> list[str]:
 
 
 def common_type(*values: Any) -> np.dtype:
-    """``jnp.result_type``, also where ``jax_numpy_dtype_promotion`` is strict: for arrays that are then cast to it."""
+    """``jnp.result_type``, even if ``jax_numpy_dtype_promotion`` is strict, for arrays that are then cast to it."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*values)
 
 
 def wide_type(x: Any) -> np.dtype:
-    """What an array is summed in: its own type, or float32 where that is narrower, or no float."""
+    """The type in which an array is summed: its own, or float32 if that is narrower or not a float."""
     own = x.dtype
     return own if jnp.issubdtype(own, jnp.inexact) and own.itemsize >= 4 else np.dtype(np.float32)
 
@@ -70,7 +70,7 @@ def wide(x: Array) -> Array:
 
 
 def scaled(factor: Array, x: Array) -> Array:
-    """``factor x``, multiplied in float32 or better and in the type of x again; the factor may lack leading axes."""
+    """``factor x``, computed in float32 or better and cast back to the type of x; the factor may lack leading axes."""
     factor = factor.astype(wide_type(x))
     if 0 < factor.ndim < x.ndim:
         factor = jnp.expand_dims(factor, range(x.ndim - factor.ndim))
@@ -78,12 +78,12 @@ def scaled(factor: Array, x: Array) -> Array:
 
 
 def divided(x: Array, by: Array) -> Array:
-    """``x / by``, divided in float32 or better and in the type of x again; the shapes broadcast."""
+    """``x / by``, computed in float32 or better and cast back to the type of x; the shapes broadcast."""
     return (wide(x) / by.astype(wide_type(x))).astype(x.dtype)
 
 
 def count(condition: Array | np.ndarray) -> Array:
-    """How many are true, int32."""
+    """The number of true values, int32."""
     return jnp.sum(condition, dtype=jnp.int32)
 
 
@@ -99,7 +99,7 @@ def total(parts: Sequence[Array]) -> Array:
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
-    """``optax.apply_updates``, whatever the types of the two: the sum is made in the better one."""
+    """``optax.apply_updates`` for any two types: the sum is computed in the better one."""
 
     def add(x: Array, update: Array) -> Array:
         dtype = common_type(x, update)
@@ -114,19 +114,20 @@ def add_scaled(values: PyTree, factor: Any, change: PyTree) -> PyTree:
 
 
 def or_one(total: Array) -> Array:
-    """What to divide by: the total, or 1 where it is 0.
+    """A divisor: the total, or 1 where it is 0.
 
-    Not the smallest number in place of 0: XLA may multiply it by another divisor, which gives 0, and NaN.
+    The smallest positive number would not do: XLA may multiply it by another divisor, which gives 0, and then NaN.
     """
     return jnp.where(total > 0, total, 1)
 
 
 def stays_finite(new: PyTree, old: PyTree) -> Array:
-    """Whether every number of ``new`` is finite that was finite in ``old``; what is no floating number always is."""
+    """Whether every number of ``new`` is finite that was finite in ``old``; integers always are."""
     ok = jnp.ones((), bool)
     for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
         if jnp.issubdtype(x.dtype, jnp.inexact):
-            zeros = jnp.where(jnp.isfinite(y), x * 0, 0)  # NaN where a number is lost: sums see it, and are vectorised
+            # NaN where a number is lost: a sum detects it, and is vectorised.
+            zeros = jnp.where(jnp.isfinite(y), x * 0, 0)
             ok &= jnp.sum(by_columns(jnp.sum, zeros)) == 0
     return ok
 
@@ -139,7 +140,7 @@ def safe_sqrt(x: Array) -> Array:
 def by_columns(reduce: Callable[..., Array], x: Array) -> Array:
     """Reduces all axes but the last one, behind a barrier.
 
-    XLA's loop over all elements at once has one accumulator on a CPU, and is not vectorised; over columns it is.
+    On a CPU, XLA's loop over all elements has one accumulator and is not vectorised; its loop over columns is.
     """
     return x if x.ndim < 2 else jax.lax.optimization_barrier(reduce(x.reshape(-1, x.shape[-1]), axis=0))
 
@@ -147,8 +148,8 @@ def by_columns(reduce: Callable[..., Array], x: Array) -> Array:
 def sorted_rows(x: Array) -> list[Array]:
     """``list(jnp.sort(x, axis=0))`` of finite or infinite values.
 
-    Up to 32 rows go through Batcher's network of minima and maxima (Knuth, algorithm 5.2.2M): elementwise, so that XLA
-    makes one vectorised loop of it and of what follows, where its own sort compares float by float.
+    Up to 32 rows go through Batcher's network of minima and maxima (Knuth, algorithm 5.2.2M). It is elementwise, so XLA
+    fuses it and later operations into one vectorised loop; XLA's own sort compares float by float.
     """
     rows = list(x)
     if len(rows) > 32:
@@ -169,10 +170,10 @@ def sorted_rows(x: Array) -> list[Array]:
 
 
 def ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
-    """All elements as one vector of the leaves' common type, and the way back to their shapes, of any type.
+    """All elements as one vector of the leaves' common type, and a function back to their shapes, for any type.
 
-    Leaves are written one by one into zeros: a concatenation, fused with what makes its parts, XLA does element by
-    element on a CPU, a hundred times as long. The barrier keeps it from being done again by each reader.
+    Leaves are written one by one into zeros: on a CPU, XLA fuses a concatenation with its inputs and runs it element by
+    element, a hundred times slower. The barrier keeps each reader from repeating it.
     """
     leaves, structure = jax.tree.flatten(tree)
     starts = [0, *itertools.accumulate(x.size for x in leaves)]
@@ -188,25 +189,25 @@ def ravel(tree: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
 
 
 def nbytes(tree: PyTree) -> int:
-    """Bytes of all leaves; only their shapes and types are looked at."""
+    """Bytes of all leaves, from their shapes and types alone."""
     return sum(np.size(x) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
 
 
 def size(tree: PyTree) -> int:
-    """Elements of all leaves; only their shapes are looked at."""
+    """Number of elements of all leaves, from their shapes alone."""
     return sum(np.size(x) for x in jax.tree.leaves(tree))
 
 
 def as_arrays(tree: PyTree) -> PyTree:
-    """Copies every leaf into a device array of a strong type: a weak one would cost a second compilation."""
+    """Copies every leaf into a device array of a strong type, because a weak type would cost a second compilation."""
     return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype), tree)
 
 
 def leaf_name(path: Sequence[Any], separator: str = "/") -> str:
-    """``"a/b/0"``: the keys on the way to a leaf, without the box that it lies in.
+    """``"a/b/0"``: the keys of the path to a leaf, without Flax's box around it.
 
-    Flax boxes parameters: NNX in variables, Linen in ``LogicallyPartitioned`` and ``Partitioned``. The leaf is then
-    their attribute ``value``, which is no part of a parameter's name.
+    Flax boxes parameters: NNX in variables, Linen in ``LogicallyPartitioned`` and ``Partitioned``. The leaf is then the
+    box's attribute ``value``, which is not part of the parameter's name.
     """
     end = len(path)
     while end > 1 and path[end - 1] == jax.tree_util.GetAttrKey("value"):
@@ -243,7 +244,7 @@ def flatten_with_names(tree: PyTree, separator: str = "/") -> dict[str, np.ndarr
     """``{"a/b/0": array}``: the leaves as NumPy arrays under readable, unique names.
 
     Raises:
-      InvalidInput: leaves whose names are the same, since a key has the separator in it.
+      InvalidInput: two leaves with the same name, since a key contains the separator.
     """
     named: dict[str, np.ndarray] = {}
     for name, leaf in named_leaves(tree, separator):
@@ -254,7 +255,7 @@ def flatten_with_names(tree: PyTree, separator: str = "/") -> dict[str, np.ndarr
 
 
 def split(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
-    """``(matching, rest)``: the leaves in whose names a regular expression is found, and the others; None elsewhere.
+    """``(matching, rest)``: the leaves whose names match a regular expression, and the others, with None elsewhere.
 
     Example:
       >>> split({"user": 1, "items": 2}, "^user")

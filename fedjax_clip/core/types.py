@@ -16,12 +16,12 @@ Row = dict[str, float]  # of metrics, of one round
 # (params, batch, key) -> losses[B], or (losses[B], {name: values[B]}); no key means evaluation
 PerExampleLoss = Callable[[Params, Batch, Any], Any]
 
-# an optimiser, or what builds one from the number of the round
+# an optimiser, or a function from the round's number to one
 ClientTx: TypeAlias = optax.GradientTransformation | Callable[[Array], optax.GradientTransformation]
 
 
 class InvalidInput(ValueError):
-    """Bad input. The message is one sentence that names the culprit and says what to do.
+    """Bad input. The message is one sentence that names the bad value and says what to do.
 
     The binaries print the sentence alone and exit with code 2.
 
@@ -45,16 +45,16 @@ class Algorithm(NamedTuple):
         number into it.
       personal: ``(params, client_state) -> params``, the model that a client
         uses itself; ``None`` where everyone uses the server's.
-      broadcasts: whether all that clients are sent of a model is ``server.params``, whole, so that
-        ``fc.compressed_broadcast`` may replace it.
-      population: fewest clients that there must be, since a link or reducer names one by number.
+      broadcasts: whether clients receive exactly ``server.params`` as their model, so that ``fc.compressed_broadcast``
+        may replace it.
+      population: the fewest clients that the population must have, since a link or reducer names one by number.
       start: ``(server, cohort, key) -> (server, client_states, metrics)``, a round before the first one in which ALL
-        clients take part, in cohorts of any size, each client once; ``None`` where there is none. ``fc.train`` and
-        ``fc.sweep`` run it. If you call ``round`` yourself, call it first.
-      parts: what the algorithm is made of, ``fc.extend.Parts``: the accounting of privacy and the wrappers read it.
-        ``fc.extend.algorithm`` fills it in. ``None``: nobody can say what its clients send.
-      loss: the loss that clients train on, of the whole model; ``fc.train`` looks whether it may pad its batches.
-      name: by which a checkpoint tells algorithms apart; by default that of the function that made ``round``.
+        clients take part, in cohorts of any size, each client once; ``None`` without one. ``fc.train`` and ``fc.sweep``
+        run it. If you call ``round`` yourself, call it first.
+      parts: the algorithm's ``fc.extend.Parts``, which privacy accounting and wrappers read. ``fc.extend.algorithm``
+        fills it in. ``None`` if it is unknown what the clients send.
+      loss: the clients' loss of the whole model; ``fc.train`` checks whether it may pad its batches.
+      name: identifies the algorithm in checkpoints; by default the name of the function that made ``round``.
 
     Example:
       >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, key)
@@ -75,14 +75,14 @@ class Algorithm(NamedTuple):
 
 
 class Server(NamedTuple):
-    """What the server knows between rounds, whichever the algorithm.
+    """The server's state between rounds, for any algorithm.
 
     Attributes:
       params: the global model.
       opt_state: state of the server's optax optimiser.
       uplink: state of the uplink chain at the server.
       round: int32 scalar, the number of rounds done.
-      own: what the algorithm keeps besides: variates, momentum.
+      own: the algorithm's own state: variates, momentum.
 
     Example:
       >>> server = algorithm.init(params)
@@ -97,12 +97,12 @@ class Server(NamedTuple):
 
 
 class ClientState(NamedTuple):
-    """What a client keeps between rounds: the algorithm's part, the uplink's, and parameters that it never sends.
+    """A client's state between rounds: the algorithm's part, the uplink's, and parameters that it never sends.
 
     Attributes:
       own: the algorithm's part.
       uplink: the uplink's part.
-      private: the client's private parameters, see ``fc.partially_private``; ``()`` where all are shared.
+      private: the client's private parameters, see ``fc.partially_private``; ``()`` if all are shared.
 
     Example:
       >>> algorithm.init_client(params)  # of one client; training.loop.client_states makes those of all

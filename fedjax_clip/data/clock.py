@@ -1,7 +1,7 @@
 """A simulated clock: which clients answer in a round, how stale their answers are, and the time.
 
-All of it is computed on the host from (seed, round, client), and looks at the clients that are asked only: a round of
-a million clients costs what a round of a thousand does.
+The host computes it from (seed, round, client), for the sampled clients only. A round costs the same in a population of
+a million clients as in one of a thousand.
 """
 
 import heapq
@@ -18,18 +18,18 @@ from fedjax_clip.data import draws
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.data.speeds import Speeds
 
-_LOST = 2**31 + 3  # separates the stream from those of samplers and speeds
-_TRIES = 1000  # draws of a sampler in a row that name busy clients only, before it is given up
+_LOST = 2**31 + 3  # separates this random stream from those of samplers and speeds
+_TRIES = 1000  # consecutive draws with busy clients only, before the clock gives up
 
 
 class World(NamedTuple):
-    """The run as a clock knows it.
+    """What a clock knows of the run.
 
     Attributes:
       sizes: numbers of examples ``[M]``.
-      num_steps: ``ids[K] -> full local steps [K]``.
-      seed: of speeds and dropouts; and of cohorts, unless there is a secret one.
-      secret: what cohorts are drawn from in place of the seed.
+      num_steps: ``ids[K] -> local steps [K]``, in steps of a full batch.
+      seed: of speeds and dropouts; also of cohorts, unless there is a secret.
+      secret: the source of cohorts in place of the seed.
 
     Example:
       >>> world = fc.data.clock.World(np.array([10, 30]), lambda ids: np.array([1, 3])[ids], seed=0)
@@ -50,8 +50,8 @@ class Turn(NamedTuple):
 
     Attributes:
       ids: ``[K]`` clients whose updates the server receives.
-      staleness: ``[K]`` rounds since each was sent its parameters; ``None``: nobody is stale.
-      metrics: what the round's row says of it.
+      staleness: ``[K]`` rounds since each was sent its parameters; ``None`` if no client is stale.
+      metrics: the clock's columns of the round's row.
 
     Example:
       >>> fc.data.clock.Turn(np.array([3, 1]), None, {"simulated_seconds": 2.0}).ids.tolist()
@@ -68,8 +68,8 @@ class Clock(NamedTuple):
 
     Attributes:
       init: the state before round 0.
-      turn: ``(world, state, round) -> (turn, state)``, a pure function, called for one round after the other.
-      replacement: whether one client may stand twice in a cohort (then clients cannot keep a state).
+      turn: ``(world, state, round) -> (turn, state)``, a pure function, called round by round.
+      replacement: whether a client may occur twice in a cohort (then clients cannot keep a state).
 
     Example:
       >>> def turn(world, state, round):  # everybody, and a round takes a second
@@ -92,18 +92,18 @@ def synchronous(
 ) -> Clock:
     """Synchronous rounds: the server waits until ``keep`` clients have answered, or for ``deadline`` seconds.
 
-    Answers that would come later are thrown away. Without ``keep`` and ``deadline`` the slowest client sets the time of
-    a round. Metrics: ``simulated_seconds`` (since the run began), ``late`` (clients that were not waited for) and
-    ``lost`` (that dropped out).
+    Later answers are discarded. Without ``keep`` and ``deadline`` the slowest client sets the time of a round. Metrics:
+    ``simulated_seconds`` (since the run began), ``late`` (clients whose answers came too late) and ``lost`` (clients
+    that dropped out).
 
     Args:
-      sampler: whom the server asks, more than it keeps: ``fc.data.sampling.uniform(13)`` for ``keep=10``
-        (over-selection).
+      sampler: the clients that the server asks. Ask more than it keeps (over-selection):
+        ``fc.data.sampling.uniform(13)`` for ``keep=10``.
       speeds: how fast they are.
-      keep: answers that are enough.
-      deadline: seconds after which a round ends in any case; it may then have nobody.
-      dropout: probability that a client that is asked never answers, in each round anew. The server learns of it when
-        the answer would have been due.
+      keep: number of answers that end the round.
+      deadline: seconds after which a round ends in any case, even without an answer.
+      dropout: probability that a sampled client never answers, independent in each round. The server notices when the
+        answer would have been due.
 
     Raises:
       InvalidInput: numbers out of range.
@@ -140,7 +140,7 @@ def synchronous(
 
 
 class _Flight(NamedTuple):
-    """Clients at work: a heap of (due, number, client, round of its parameters, lost); and who is asked next."""
+    """Clients at work, as a heap of (due, number, client, round of its parameters, lost); and the next to ask."""
 
     now: float = 0.0
     started: int = 0
@@ -150,25 +150,24 @@ class _Flight(NamedTuple):
 
 
 def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency: int, dropout: float = 0.0) -> Clock:
-    """Asynchronous rounds: ``concurrency`` clients always work, and the server steps at every K-th answer.
+    """Asynchronous rounds: ``concurrency`` clients always work, and the server takes a step at every K-th answer.
 
-    Once a client has answered, another one is sent the parameters of that moment; staleness is the number of steps
-    that the server takes between the two. Answers of the same instant are received before anybody is sent anything:
-    where all take equally long and ``concurrency == buffer_size`` it is ``synchronous``. Metrics: ``simulated_seconds``
-    and ``lost``.
+    When a client answers, another one is sent the current parameters. A client's staleness is the number of server
+    steps between its start and its answer. Simultaneous answers are received before new parameters are sent, so with
+    equal speeds and ``concurrency == buffer_size`` it is ``synchronous``. Metrics: ``simulated_seconds`` and ``lost``.
 
     Args:
-      sampler: whom to ask next: its cohorts, one after the other, are gone through from their first client on, and
-        who is at work or has an answer in the buffer is passed over. Its "rounds" are these draws.
+      sampler: the clients to ask next. The clock goes through its cohorts in order and skips clients that are at work
+        or have an answer in the buffer. Its "rounds" are these draws.
       speeds: how fast they are.
-      buffer_size: K, answers to a step of the server: the cohort.
-      concurrency: clients at work at a time; as many at least as make a buffer. The population must have
-        ``concurrency + buffer_size - 1`` clients, so that somebody is always free.
-      dropout: probability that a client never answers; another one is asked when the answer would have been due.
+      buffer_size: K, answers for one server step: the cohort.
+      concurrency: clients at work at a time, at least ``buffer_size``. The population needs ``concurrency + buffer_size
+        - 1`` clients, so that one is always free.
+      dropout: probability that a client never answers; the server asks another one when the answer would have been due.
 
     Raises:
-      InvalidInput: numbers out of range, a buffer that cannot fill; or, in a run, a population too small or a sampler
-        that never names anybody free.
+      InvalidInput: numbers out of range, a buffer that cannot fill; (in a run) a population that is too small, or a
+        sampler that never draws a free client.
 
     Example:
       >>> speeds = fc.data.speeds.measured(np.array([1.0, 3.0, 1.0]))
@@ -236,11 +235,11 @@ def buffered(sampler: Sampler, speeds: Speeds, *, buffer_size: int, concurrency:
 
 
 class Timeline:
-    """The turns of a run, asked for in order; asked for an earlier one, it begins again and comes to the same.
+    """The turns of a run, in order. For an earlier turn it starts again and gives the same turns.
 
     Args:
       sampler: a ``Sampler``, or a ``Clock``.
-      world: what they know of the run.
+      world: what the sampler or clock knows of the run.
 
     Example:
       >>> world = fc.data.clock.World(np.ones(3), np.ones_like, seed=0)
@@ -271,7 +270,7 @@ class Timeline:
 
 
 def _answers(world: World, speeds: Speeds, ids: np.ndarray, dropout: float, *words: int) -> tuple[np.ndarray, ...]:
-    """Seconds from asking these clients to their answers, and who will never answer."""
+    """Seconds from asking these clients to their answers, and which of them never answer."""
     step, message = speeds.seconds(ids, world.seed)
     seconds = world.num_steps(ids) * step + message
     return seconds, draws.uniform(world.seed, *words, _LOST, ids) < dropout

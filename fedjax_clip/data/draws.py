@@ -1,11 +1,10 @@
 """Counter-based random draws on the host: pure functions of (seed, round, client, ...).
 
-Nothing here has a state to advance, so what a client draws depends neither on who
-else is in the cohort nor on the order in which clients are planned, and a whole
-cohort is drawn by a few array operations.
+No function here has a state. A client's draws therefore depend neither on the rest of the cohort nor on the order of
+planning, and a few array operations draw a whole cohort.
 
-A public seed is hashed, quickly and for anybody to repeat. In its place a ``SecretSeed`` may come first: numbers are
-then 64 bits of SHAKE-256, which nobody can guess who does not have it, whatever others he knows.
+A public seed is hashed quickly, and anybody can repeat the draws. A ``SecretSeed`` may take its place: numbers are then
+64 bits of SHAKE-256. Without the secret nobody can predict them, even from other numbers.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ Word = np.ndarray | int | SecretSeed
 def mix(*words: Word) -> np.ndarray:
     """Hashes broadcast 32-bit words into one well-mixed uint32 (MurmurHash3, 32-bit variant).
 
-    Behind a secret seed: words of which the last may be an array, into uint64.
+    After a secret seed only the last word may be an array, and the result is uint64.
     """
     if words and isinstance(words[0], SecretSeed):
         return _secret(words[0], *words[1:])
@@ -37,7 +36,7 @@ def mix(*words: Word) -> np.ndarray:
 
 
 def uniform(*words: Word) -> np.ndarray:
-    """Uniform float64 in [0, 1), 32 bits fine, from the hash of ``words``; 64 bits behind a secret seed."""
+    """Uniform float64 in [0, 1) from the hash of ``words``, with a resolution of 32 bits; 64 after a secret seed."""
     bits = mix(*words)
     return bits / 2.0**32 if bits.dtype == np.uint32 else np.minimum(bits / 2.0**64, 1 - 2.0**-53)
 
@@ -45,8 +44,8 @@ def uniform(*words: Word) -> np.ndarray:
 def choose(count: int, size: int, *words: Word) -> np.ndarray:
     """``count`` different numbers below ``size``, in random order; all outcomes are equally likely.
 
-    Up to half of ``size`` they are drawn one by one and repetitions passed over, so that 50 of a million cost what
-    50 of a thousand do.
+    Up to half of ``size``, numbers are drawn one by one and repetitions skipped, so 50 of a million cost the same as 50
+    of a thousand.
 
     Example:
       >>> sorted(choose(5, 5, 42).tolist())
@@ -60,15 +59,15 @@ def choose(count: int, size: int, *words: Word) -> np.ndarray:
         values, first = np.unique(drawn.astype(np.int64), return_index=True)
         if len(values) >= count:
             return values[np.argsort(first)][:count]
-        tried *= 2  # not fewer than before, which would go on for ever
+        tried *= 2  # must grow, or the loop might never end
 
 
 def shuffles(sizes: np.ndarray, *words: np.ndarray | int) -> np.ndarray:
-    """A permutation of ``range(n)`` for each n in ``sizes``, one behind the other.
+    """A permutation of ``range(n)`` for each n in ``sizes``, concatenated.
 
     Args:
       sizes: ``[S]`` positive integers.
-      words: what chooses the permutations; scalars, or ``[S]``.
+      words: they choose the permutations; scalars, or ``[S]``.
 
     Returns:
       int64 ``[sum(sizes)]``.
@@ -86,9 +85,9 @@ def shuffles(sizes: np.ndarray, *words: np.ndarray | int) -> np.ndarray:
 
 
 def _secret(seed: SecretSeed, *words: Word) -> np.ndarray:
-    """uint64: place i of the stream that the seed and the words before the last one name, for each i of the last.
+    """uint64: number i of the stream named by the seed and all words but the last, for each i of the last word.
 
-    SHAKE-256 of one secret and a text of fixed length is a stream that is told from a random one by nobody without it.
+    Without the secret, nobody can tell SHAKE-256 of the secret and a text of fixed length from a random stream.
     """
     *scalars, last = words
     place = np.atleast_1d(np.asarray(last)).astype(np.int64)

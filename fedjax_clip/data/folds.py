@@ -31,7 +31,7 @@ class Fold(NamedTuple):
 
 
 def clients(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
-    """Folds over clients: each is held out, whole, in exactly one of them; folds differ by at most one client.
+    """Folds over clients: each client is held out in exactly one fold; fold sizes differ by at most one client.
 
     Args:
       data: the population.
@@ -55,11 +55,11 @@ def clients(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
 
 
 def examples(data: FederatedData, num_folds: int, seed: int = 0) -> list[Fold]:
-    """Folds over examples: each is held out in exactly one of them, every client's own spread as evenly as they go.
+    """Folds over examples: each example is held out in exactly one fold, and each client's spread evenly.
 
-    A client's examples are dealt round the folds in random order, and the next client goes on where it ended: folds
-    differ by at most one example in all, and by at most one of each client. A client whose examples are all held out
-    in a fold, as one with a single example is in one, does not train there.
+    Each client's examples are dealt to the folds in random order, and the next client continues at the next fold. So
+    fold sizes differ by at most one example in all, and by at most one for each client. A client whose examples are all
+    held out in a fold, such as a client with a single example, does not train there.
 
     Args:
       data: the population.

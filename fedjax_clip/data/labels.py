@@ -1,4 +1,4 @@
-"""What pictures and pages write beside what they draw."""
+"""Labels of pictures and pages."""
 
 import re
 
@@ -36,5 +36,5 @@ def label(metric: str) -> str:
 
 
 def drawable(text: str) -> str:
-    """Text as matplotlib draws it letter for letter: no ``$`` begins a formula, no byte that is not UTF-8 is fatal."""
+    """Text that matplotlib draws letter for letter: ``$`` begins no formula, and invalid UTF-8 does not fail."""
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")

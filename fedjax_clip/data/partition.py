@@ -25,7 +25,7 @@ __all__ = ["dirichlet", "iid", "natural", "plot", "quantity_skew", "shards"]
 
 Examples = Mapping[str, PyTree]
 
-# Beyond these a Dirichlet draw is one client, or an even share, to the last example.
+# Beyond these values a Dirichlet draw gives all to one client, or even shares, up to the last example.
 _ALPHA_RANGE = 1e-6, 1e15
 
 _TEN_COLOURS = [
@@ -38,7 +38,7 @@ def iid(examples: Examples, num_clients: int, seed: int = 0) -> FederatedData:
 
     Args:
       examples: dict of arrays ``[N, ...]``.
-      num_clients: how many clients, ``1 .. N``.
+      num_clients: number of clients, ``1 .. N``.
       seed: seed of the shuffle.
 
     Raises:
@@ -105,7 +105,7 @@ def quantity_skew(examples: Examples, num_clients: int, sigma: float = 1.0, seed
       [25, 25, 25, 25]
     """
     num_examples, num_clients, rng = _check(examples, num_clients, seed)
-    # Beyond 1e300 the largest client takes all in any case.
+    # Beyond 1e300 the largest client gets everything in any case.
     checks.within("sigma", sigma, 0, finite=True)
     logs = min(float(sigma), 1e300) * rng.standard_normal(num_clients)
     shares = np.cumsum(np.exp(logs - logs.max()))
@@ -117,7 +117,7 @@ def quantity_skew(examples: Examples, num_clients: int, sigma: float = 1.0, seed
 def shards(
     examples: Examples, num_clients: int, classes_per_client: int = 2, label: str = "y", seed: int = 0
 ) -> FederatedData:
-    """The pathological split: examples sorted by label, cut into equal shards, a few shards for each client.
+    """The pathological split: sorts examples by label, cuts them into equal shards, gives each client a few shards.
 
     After McMahan et al. 2017 (https://arxiv.org/abs/1602.05629). A shard that
     straddles two classes holds both, so a client can see a few classes more than
@@ -217,7 +217,7 @@ def plot(
     """Draws how many examples of each class each client holds.
 
     Up to 40 clients are bars, stacked by class; a larger population is a heat map
-    of each client's mix, clients of like mix side by side, under a strip of their sizes.
+    of each client's mix of classes, with similar clients side by side, under a strip of their sizes.
 
     Args:
       data: the population.
@@ -226,7 +226,7 @@ def plot(
       num_classes: classes are ``0 .. num_classes - 1``; the labels that occur if ``None``.
 
     Returns:
-      The matplotlib figure, free of any global state.
+      The matplotlib figure, independent of pyplot's global state.
 
     Raises:
       InvalidInput: matplotlib is not installed, labels that are not integers ...
@@ -322,7 +322,7 @@ def _heat_map(figure: Any, counts: np.ndarray, classes: list[str]) -> None:
 
 
 def _check(examples: Examples, num_clients: int, seed: int) -> tuple[int, int, np.random.Generator]:
-    """The number of examples and of clients, and a random generator, all of them valid."""
+    """The checked numbers of examples and clients, and a random generator."""
     if not isinstance(examples, Mapping) or not examples:
         raise InvalidInput('The examples must be a dict of arrays, such as {"x": ..., "y": ...}.')
     num_examples = count_examples(examples)

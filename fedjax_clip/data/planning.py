@@ -15,7 +15,7 @@ from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.speeds import BatchSizes
 
-MOST_NUMBERS = 2**31  # of examples in a plan, which is two arrays of so many
+MOST_NUMBERS = 2**31  # of examples in a plan, which holds two arrays of this length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +23,16 @@ class LocalWork:
     """The local work of a client in a round.
 
     Args:
-      batch_size: examples a step; ``None`` takes all of a client's examples at once. Or a client's own number, by
-        ``fc.data.speeds.batch_budget(...)``: batches keep the largest one's shape, and the rest of it weighs nothing.
-      epochs: passes over the client's examples; a last batch that is not full stays so.
-      steps: number of local steps in place of ``epochs``: further passes, or part of one. Or a client's own number,
-        by a function ``(ids[K], seed) -> steps[K]`` such as ``fc.data.speeds.budget(...)``.
-      shuffle: whether each pass has an order of its own, drawn from (seed, round, client, pass).
+      batch_size: examples in a step. ``None`` takes all of a client's examples at once.
+        ``fc.data.speeds.batch_budget(...)`` gives each client its own number: batches have the shape of the largest,
+        padded with weight 0.
+      epochs: passes over the client's examples; the last batch of a pass may be smaller.
+      steps: number of local steps in place of ``epochs``, as further passes or part of one. Or each client's own
+        number, by a function ``(ids[K], seed) -> steps[K]`` such as ``fc.data.speeds.budget(...)``.
+      shuffle: whether each pass has its own order, drawn from (seed, round, client, pass).
 
     Raises:
-      InvalidInput: what is no whole number of at least 1; both epochs and steps.
+      InvalidInput: a value that is not a whole number of at least 1; both epochs and steps.
 
     Example:
       >>> fc.extend.LocalWork(batch_size=32, epochs=2)
@@ -54,7 +55,7 @@ class LocalWork:
                 object.__setattr__(self, field, checks.count(name, getattr(self, field)))
 
     def num_steps(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
-        """Local steps ``[K]`` of these clients; ``sizes`` ``[M]`` are everybody's numbers of examples."""
+        """Local steps ``[K]`` of these clients; ``sizes`` ``[M]`` are all clients' numbers of examples."""
         if callable(self.steps):
             return checks.counts("local_steps(ids, seed)", self.steps(ids, seed), len(ids))
         if self.steps is not None:
@@ -62,24 +63,24 @@ class LocalWork:
         return self.epochs * -(-sizes[ids] // self.batch_sizes(ids, sizes, seed))
 
     def batch_sizes(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
-        """Examples a step ``[K]`` of these clients."""
+        """Batch sizes ``[K]`` of these clients."""
         if isinstance(self.batch_size, BatchSizes):
             sizes = self.batch_size.of(ids, seed)
             return checks.counts("batch_size.of(ids, seed)", sizes, len(ids), 1, self.batch_size.most)
         return np.full(len(ids), self.largest_batch(sizes))
 
     def largest_batch(self, sizes: np.ndarray) -> int:
-        """B, the examples that a batch has room for."""
+        """B, the size of the arrays of a batch."""
         if isinstance(self.batch_size, BatchSizes):
             return self.batch_size.most
         return int(sizes.max()) if self.batch_size is None else min(self.batch_size, int(sizes.max()))
 
     def pads(self, sizes: np.ndarray) -> bool:
-        """Whether a batch may have more room than examples."""
+        """Whether a batch may be padded."""
         return isinstance(self.batch_size, BatchSizes) or bool(np.any(sizes % self.largest_batch(sizes)))
 
     def duration(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
-        """What the local steps ``[K]`` of these clients take, in steps of a full batch."""
+        """Duration ``[K]`` of these clients' local steps, in steps of a full batch."""
         share = self.batch_sizes(ids, sizes, seed) / self.largest_batch(sizes)
         return self.num_steps(ids, sizes, seed) * share
 
@@ -99,8 +100,8 @@ def plan(
 ) -> Cohort:
     """Assigns one round's clients to devices and lays their batches back to back.
 
-    Clients go to the device with the least work, longest first (LPT), so devices finish together. What a
-    client trains on is a function of (seed, round, client) alone, never of where it landed.
+    Clients go to the device with the least work, longest first (LPT), so devices finish together. A client's batches
+    are a function of (seed, round, client) alone, not of its device.
 
     Args:
       data: the population.
@@ -109,11 +110,11 @@ def plan(
       seed: the run's seed.
       round: number of the round.
       num_devices: D, the leading axis of every array of the result.
-      width: clients a device trains at once.
-      population: the examples as they lie on the devices; batches are then example numbers only.
-      state: pytree of ``[M, ...]`` host arrays, what all clients keep between rounds
-        (``training.loop.client_states``); nothing by default.
-      staleness: int ``[K]`` rounds since each client was sent its parameters; none is stale by default.
+      width: number of clients that a device trains at once.
+      population: the examples on the devices, if they are there; batches are then example numbers only.
+      state: pytree of ``[M, ...]`` host arrays, the states of all clients (``training.loop.client_states``); nothing by
+        default.
+      staleness: int ``[K]`` rounds since each client was sent its parameters; 0 by default.
 
     Returns:
       A ``Cohort`` of NumPy arrays ``[D, C, ...]`` and ``[D, T, B, ...]``.
@@ -157,8 +158,9 @@ def plan_rounds(
 
     Args:
       cohorts: client numbers of the rounds ``first_round, first_round + 1, ...``, ``[K_r]`` each.
-      length: R, rounds to make room for; by default as many as there are cohorts.
-      least: slots C and rows T of an earlier plan: with no fewer, many plans have few shapes. Spare ones cost no step.
+      length: R, the number of rounds in the arrays; by default the number of cohorts.
+      least: slots C and rows T of an earlier plan. This plan has no fewer, so many plans share few shapes. Spare ones
+        cost no step.
       data, work, seed, num_devices, width, population, state: see ``plan``.
       staleness: of the clients of each round, ``[K_r]``.
 
@@ -186,7 +188,7 @@ def plan_rounds(
 
     capacity = width * max(-(-least[0] // width), _round_up(-(-int(counts.max()) // (num_devices * width))))
     device, slot = _deal(num_steps, counts, num_devices, capacity)
-    order = np.lexsort((slot, round, device))  # clients in the order in which their rows lie
+    order = np.lexsort((slot, round, device))  # clients in the order of their rows
     ids, round, batch_size, per_epoch, num_steps, device, slot = (
         x[order] for x in (ids, round, batch_size, per_epoch, num_steps, device, slot)
     )
@@ -201,7 +203,7 @@ def plan_rounds(
             "are too many to plan: lower local_epochs, local_steps, the cohort's size or rounds_per_dispatch."
         )
 
-    # A client passes over its examples once or more, the last time perhaps in part; every pass has an order of its own.
+    # A client passes over its examples once or more, perhaps only in part the last time. Every pass has its own order.
     passes = -(-num_steps // per_epoch)
     client = np.repeat(np.arange(len(ids)), passes)
     number = _places(passes)
@@ -251,7 +253,7 @@ def plan_rounds(
 
 
 def wasted_steps(cohort: Cohort) -> np.ndarray:
-    """Fraction of the devices' steps in a round that train no client; for several rounds (``plan_rounds``) ``[R]``.
+    """Fraction of the devices' steps in a round that train no client; ``[R]`` for several rounds (``plan_rounds``).
 
     A device waits for the device with the most work, and a client of a chunk for the longest client of its chunk.
     """
@@ -262,13 +264,13 @@ def wasted_steps(cohort: Cohort) -> np.ndarray:
 
 
 def _places(counts: np.ndarray) -> np.ndarray:
-    """``0 .. n - 1`` for each n of ``counts``, one behind the other."""
+    """``0 .. n - 1`` for each n of ``counts``, concatenated."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
 def _deal(num_steps: np.ndarray, counts: np.ndarray, num_devices: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Longest processing time first in each round: ``(device[K], slot[K])``, at most ``capacity`` clients a device."""
+    """Deals clients longest first in each round: ``(device[K], slot[K])``, at most ``capacity`` clients on a device."""
     order = np.lexsort((-num_steps, np.repeat(np.arange(len(counts)), counts)))
     device, slot = np.empty((2, len(num_steps)), np.int64)
     slot[order], device[order] = np.divmod(_places(counts), num_devices)
@@ -285,6 +287,6 @@ def _deal(num_steps: np.ndarray, counts: np.ndarray, num_devices: int, capacity:
 
 
 def _round_up(rows: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few shapes, so few compilations; spare rows cost no step."""
+    """Rounds up to 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few shapes mean few compilations, and spare rows cost no step."""
     quantum = 1 << max(0, (max(rows, 1) - 1).bit_length() - 2)
     return quantum * -(-max(rows, 1) // quantum)

@@ -15,7 +15,7 @@ from fedjax_clip.core import checks
 from fedjax_clip.core.types import InvalidInput, PyTree
 from fedjax_clip.data import draws
 
-LEAST_WEIGHT, MOST_WEIGHT = 1e-12, 1e12  # so that float32 holds ten million of them times a norm of 1e19
+LEAST_WEIGHT, MOST_WEIGHT = 1e-12, 1e12  # float32 then holds the sum of ten million weights times a norm of 1e19
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,11 +26,11 @@ class FederatedData:
     memory-mapped: nothing here copies or reads them whole.
 
     Args:
-      examples: pytree of arrays ``[N, ...]``, usually ``{"x": ..., "y": ...}``; what is like an array becomes one.
+      examples: pytree of arrays ``[N, ...]``, usually ``{"x": ..., "y": ...}``; array-likes are converted.
       offsets: int64 ``[M + 1]``, rising from 0 to N; no client is empty.
       names: ``[M]`` client names, unique as text; ``None`` names them ``"0", "1", ...``.
-      weights: optional ``[N]`` example weights (class weights, say), between 1e-12 and 1e12, so that float32 holds
-        their sums and products; ``None`` weighs every example 1.
+      weights: optional ``[N]`` example weights, such as class weights, between 1e-12 and 1e12, so that float32 holds
+        their sums and products; ``None`` gives every example weight 1.
 
     Raises:
       InvalidInput: leading dimensions that differ, empty clients, duplicate names, tables, masked values ...
@@ -154,7 +154,7 @@ class FederatedData:
 
     @functools.cached_property
     def client_weights(self) -> np.ndarray:
-        """``[M]`` what each client weighs: the sum of its example weights, which are 1 by default."""
+        """``[M]`` weight of each client: the sum of its example weights, which are 1 by default."""
         if self.weights is None:
             return self.sizes
         return np.add.reduceat(self.weights, self.offsets[:-1], dtype=np.float64)
@@ -189,7 +189,7 @@ class FederatedData:
 
         Args:
           index: ``[n]`` example numbers.
-          clients: which clients they belong to, in order; all of them if ``None``.
+          clients: the clients that own them, in order; all clients if ``None``.
         """
         index = _integers("index", index)
         clients = np.arange(self.num_clients) if clients is None else _integers("clients", clients)
@@ -240,8 +240,8 @@ def as_arrays(examples: PyTree, of: str = "") -> PyTree:
     """The examples with NumPy arrays as leaves, in the machine's byte order; memory-mapped ones stay where they are.
 
     Args:
-      examples: pytree of arrays, or of what is like one: a Series, a JAX array.
-      of: whose they are, for the sentence.
+      examples: pytree of arrays or array-likes: a Series, a JAX array.
+      of: their owner, for the error message.
 
     Raises:
       InvalidInput: a table, a sparse matrix, masked values.
@@ -254,7 +254,7 @@ def as_arrays(examples: PyTree, of: str = "") -> PyTree:
 
 
 def as_array(name: str, x: Any) -> np.ndarray:
-    """One array of them; ``name`` is for the sentence."""
+    """Converts one leaf to an array; ``name`` is for the error message."""
     if hasattr(x, "columns"):
         raise InvalidInput(
             f"{name} is a table ({type(x).__name__}), not an array: give a dict of its columns, such as "
@@ -272,10 +272,10 @@ def as_array(name: str, x: Any) -> np.ndarray:
 
 
 def check_alike(data: FederatedData) -> None:
-    """Refuses examples of different weights, where all of them count alike.
+    """Refuses examples of different weights where all examples count equally.
 
     Args:
-      data: that ``fc.local.private_gradient`` is to be taken of.
+      data: the population for ``fc.local.private_gradient``.
 
     Raises:
       InvalidInput: some examples weigh more than others.
@@ -288,7 +288,7 @@ def check_alike(data: FederatedData) -> None:
 
 
 def check_fields(data: FederatedData) -> None:
-    """Refuses examples that a device cannot hold, or would hold as other numbers.
+    """Refuses examples that a device cannot hold, or would store as other numbers.
 
     Without ``jax_enable_x64`` JAX stores 64-bit numbers in 32 bits: whole numbers wrap around, large ones become
     infinite. Fields of 64 bits are read once.
@@ -314,7 +314,7 @@ def check_fields(data: FederatedData) -> None:
 
 
 def check_sets(name: str, sets: Any) -> None:
-    """Refuses what is not populations by name, each of numbers that a device holds."""
+    """Refuses sets that are not populations by name, and values that a device cannot hold."""
     checks.kind(name, sets, Mapping, "FederatedData in a dict by name")
     for key, data in sets.items():
         checks.kind(f"{name}[{key!r}]", data, FederatedData, "a FederatedData")

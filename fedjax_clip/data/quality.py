@@ -1,7 +1,7 @@
 """Data quality and imbalance: functions from populations to populations.
 
-Statistics come from sums that clients send (``fedjax_clip.data.statistics``); what is done with them, every client does
-to its own examples. These statistics are exact: an epsilon of the training does not cover them.
+Statistics come from sums that clients send (``fedjax_clip.data.statistics``). Every client then changes its own
+examples. The statistics are exact, so the training's epsilon does not cover them.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ Step: TypeAlias = Callable[[FederatedData], Callable[[FederatedData], FederatedD
 
 
 def prepare(populations: Sequence[FederatedData], *steps: Step) -> tuple[FederatedData, ...]:
-    """Applies steps one after the other to all populations, each fitted to the FIRST one alone, the training one.
+    """Applies steps in order to all populations; each step is fitted to the FIRST population alone, the training one.
 
     Example:
       >>> train = fc.FederatedData.from_clients({"ann": {"x": np.array([[1.0], [np.nan]], np.float32)}})
@@ -40,8 +40,8 @@ def winsorise(tail: float = 0.01, columns: Columns = slice(None), field: str = "
 
     Args:
       tail: between 0 and 0.5.
-      columns: of ``field``, ``[N, d]``; not those of rare indicators, which would become constant.
-      field: float32, NaN being a missing value, which stays.
+      columns: of ``field``, ``[N, d]``; leave out rare indicators, which would become constant.
+      field: float32; NaN is a missing value and stays.
 
     Raises:
       InvalidInput: a tail out of range, no such field.
@@ -64,15 +64,15 @@ def winsorise(tail: float = 0.01, columns: Columns = slice(None), field: str = "
 
 
 def impute(field: str = "x") -> Step:
-    """Fills missing values (NaN) with the federated mean of their column and appends indicators of what was missing.
+    """Fills missing values (NaN) with the federated mean of their column and appends indicators of missing values.
 
-    Clients send counts and totals, no examples. Columns with a value missing at some client have an indicator at all.
+    Clients send counts and totals, no examples. A column gets an indicator at all clients if one client misses a value.
 
     Args:
       field: floats ``[N, d]``; becomes ``[N, d + indicators]``.
 
     Raises:
-      InvalidInput: a column without a value at any client.
+      InvalidInput: a column that is missing at every client.
 
     Example:
       >>> table = fc.FederatedData.from_clients({"ann": {"x": np.float32([[1], [3], [np.nan]])}})
@@ -108,7 +108,7 @@ def standardise(columns: Columns = slice(None), field: str = "x") -> Step:
 
     Args:
       columns: of ``field``, ``[N, d]``.
-      field: floats, NaN being a missing value, which stays.
+      field: floats; NaN is a missing value and stays.
 
     Example:
       >>> table = fc.FederatedData.from_clients({"ann": {"x": np.float32([[1], [3]])}})
@@ -119,7 +119,7 @@ def standardise(columns: Columns = slice(None), field: str = "x") -> Step:
 
     def fit(data):
         _, mean, std = moments(_narrow(data, field, columns), field)
-        scale = np.where(std > 1e-7 * np.abs(mean), std, 1)  # below, it is the rounding of a constant
+        scale = np.where(std > 1e-7 * np.abs(mean), std, 1)  # a smaller deviation is the rounding of a constant
         return lambda population: _map(population, field, columns, lambda x: ((x - mean) / scale).astype(x.dtype))
 
     return fit
@@ -132,8 +132,8 @@ def weigh_classes(data: FederatedData, num_classes: int, label: str = "y", per_c
       data: the population.
       num_classes: K.
       label: the field of classes ``0 .. K - 1``.
-      per_client: whether n, n_k and K are a client's own (K: the classes that it has), so that every client's classes
-        weigh alike; otherwise those of all clients together, from the sums of their label counts.
+      per_client: whether n, n_k and K are each client's own (K: the classes that it has), so that each client's classes
+        weigh equally. Otherwise they are those of all clients together, from sums of label counts.
 
     Raises:
       InvalidInput: a class that occurs at no client.
@@ -164,9 +164,9 @@ def oversample(
       data: the population.
       num_classes: K.
       label: the field of classes ``0 .. K - 1``.
-      per_client: whether each class that a client has becomes as frequent as its most frequent one; otherwise every
-        client repeats class k ``max_j n_j / n_k`` times, to rounding, with n from the sums of label counts.
-      seed: of which examples are repeated once more than others.
+      per_client: whether each class of a client becomes as frequent as the client's most frequent one. Otherwise every
+        client repeats class k ``max_j n_j / n_k`` times, up to rounding, with n from sums of label counts.
+      seed: chooses the examples that are repeated once more than others.
 
     Raises:
       InvalidInput: a class that occurs at no client, unless ``per_client``.
@@ -184,8 +184,8 @@ def undersample(
 ) -> FederatedData:
     """Leaves out examples of more frequent classes; every client keeps at least one of each class that it has.
 
-    Arguments as for ``oversample``: with ``per_client`` each class becomes as frequent as the client's rarest one,
-    otherwise every client keeps ``min_j n_j / n_k`` of its class k, to rounding.
+    Arguments as for ``oversample``. With ``per_client`` each class becomes as frequent as the client's rarest one.
+    Otherwise every client keeps ``min_j n_j / n_k`` of its class k, up to rounding.
 
     Example:
       >>> data = fc.FederatedData.from_clients({"ann": {"y": np.array([0, 0, 0, 1])}})
@@ -210,7 +210,7 @@ def flip_labels(
       rate: between 0 and 1.
       num_classes: K, at least 2.
       label: the field of classes ``0 .. K - 1``.
-      clients: whose labels, everyone's by default.
+      clients: the clients whose labels flip; all by default.
       seed: of the draws.
 
     Example:
@@ -233,7 +233,7 @@ def drop_values(
       data: the population.
       rate: between 0 and 1.
       field: floats ``[N, d]``.
-      clients: whose values, everyone's by default.
+      clients: the clients whose values drop; all by default.
       seed: of the draws.
 
     Example:
@@ -253,7 +253,7 @@ def add_outliers(
     clients: Sequence[int] | None = None,
     seed: int = 0,
 ) -> FederatedData:
-    """Each value is multiplied by ``scale`` with probability ``rate``, as by a wrong unit, for experiments.
+    """Multiplies each value by ``scale`` with probability ``rate``, like a wrong unit, for experiments.
 
     Arguments as for ``drop_values``; see ``winsorise``.
 
@@ -310,7 +310,7 @@ def _all_present(data: FederatedData, num_classes: int, label: str) -> np.ndarra
 
 
 def _counts(data: FederatedData, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """``[M, K]``: each client knows its row."""
+    """``[M, K]`` label counts; each client knows its row."""
     pairs = _owner(data) * num_classes + labels
     return np.bincount(pairs, minlength=data.num_clients * num_classes).reshape(-1, num_classes)
 

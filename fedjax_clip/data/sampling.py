@@ -11,7 +11,7 @@ from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import draws
 
 Seed = int | SecretSeed
-# What separates the samplers' streams.
+# These numbers separate the samplers' random streams.
 _UNIFORM, _POISSON, _SIZE, _WINDOW, _AVAILABLE, _TRUNCATED, _BIN, _START, _GAP = range(9)
 
 
@@ -20,12 +20,13 @@ class Sampler(NamedTuple):
 
     Attributes:
       sample: ``(sizes[M], seed, round) -> ids``, client numbers; deterministic in its arguments. The seed is a whole
-        number below 2^32; or 32 bytes, of which cohorts must tell nothing, in a run with ``fc.train(secret=...)``.
-      replacement: whether one client may stand twice in a cohort (then clients cannot keep a state).
-      scheme: its name, if ``fc.privacy`` knows what its choice of clients is worth.
-      cohort_size: clients a round, or their expected number.
-      period: fewest rounds from one in which a client may come to its next, if the sampler keeps them apart.
-      most: clients a round at most, if it leaves some out.
+        number below 2^32. In a run with ``fc.train(secret=...)`` it is 32 bytes, about which cohorts must reveal
+        nothing.
+      replacement: whether a client may occur twice in a cohort (then clients cannot keep a state).
+      scheme: its name, if ``fc.privacy`` can account for it.
+      cohort_size: clients in a round, or their expected number.
+      period: the fewest rounds between two of a client's, if the sampler keeps them apart.
+      most: the most clients in a round, if the sampler leaves some out.
 
     Example:
       >>> everyone = fc.data.sampling.Sampler(lambda sizes, seed, round: np.arange(len(sizes)))
@@ -41,7 +42,7 @@ class Sampler(NamedTuple):
     most: int | None = None
 
     def draw(self, sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
-        """What ``sample`` gives, if it is a cohort: clients' numbers, none of them twice but with ``replacement``."""
+        """The result of ``sample``, checked: clients' numbers, all different unless ``replacement``."""
         try:
             ids = self.sample(sizes, seed, round)
         except TypeError:
@@ -54,7 +55,7 @@ class Sampler(NamedTuple):
 
 
 def uniform(cohort_size: int) -> Sampler:
-    """``cohort_size`` clients, all sets equally likely, without replacement.
+    """``cohort_size`` clients without replacement; all sets are equally likely.
 
     Args:
       cohort_size: clients a round.
@@ -78,11 +79,11 @@ def uniform(cohort_size: int) -> Sampler:
 def poisson(cohort_size: float) -> Sampler:
     """Each client independently with probability ``cohort_size / M``, as privacy accounting assumes.
 
-    The cohort's size varies about ``cohort_size``; a round may even be empty and then changes nothing
-    but the server optimiser's own momentum.
+    The cohort's size varies about ``cohort_size``. A round may even be empty; then only the server optimiser's momentum
+    changes the model.
 
     Args:
-      cohort_size: expected clients a round; need not be whole.
+      cohort_size: expected clients in a round; need not be whole.
 
     Raises:
       InvalidInput: a size that is not positive; (on the first sample) one larger than the population.
@@ -104,12 +105,12 @@ def by_size(cohort_size: int, replacement: bool = False) -> Sampler:
     """Samples clients in proportion to their number of examples.
 
     With replacement and a uniform average this is the unbiased "scheme I" of Li et al. (2020, "On the
-    Convergence of FedAvg on Non-IID Data"); without, successive draws in proportion to size (Efraimidis and
-    Spirakis 2006). Average uniformly in both: weighting by examples once more would count size twice.
+    Convergence of FedAvg on Non-IID Data"); without, it makes successive draws in proportion to size (Efraimidis and
+    Spirakis 2006). Average uniformly in both cases: weighting by examples would count size twice.
 
     Args:
       cohort_size: clients a round.
-      replacement: whether a client may stand twice in a cohort.
+      replacement: whether a client may occur twice in a cohort.
 
     Raises:
       InvalidInput: no whole number; (on the first sample) a cohort larger than the population.
@@ -155,13 +156,13 @@ def round_robin(cohort_size: int) -> Sampler:
 
 
 def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np.ndarray | None = None) -> Sampler:
-    """Uniform among the clients whose availability window is open, as with phones that charge at night.
+    """Uniform among the clients whose availability window is open, like phones that charge at night.
 
     Args:
-      cohort_size: clients a round; all that are available, if they are fewer.
+      cohort_size: clients in a round; all available ones, if they are fewer.
       period: rounds after which availability repeats.
-      duty: fraction of the period for which a client is available; where its window starts is drawn from the seed.
-      windows: bool ``[period, M]``, to say who is available when in place of ``period`` and ``duty``.
+      duty: fraction of the period for which a client is available; the seed decides where its window starts.
+      windows: bool ``[period, M]``: which clients are available when, in place of ``period`` and ``duty``.
 
     Raises:
       InvalidInput: no whole number, a period or duty out of range; (on the first sample) windows of the wrong shape.
@@ -194,17 +195,17 @@ def available(cohort_size: int, period: int = 24, duty: float = 0.5, windows: np
 
 
 def cyclic_poisson(cohort_size: float, groups: int) -> Sampler:
-    """Poisson samples of one group of the clients after the other: round r draws among those of number r modulo groups.
+    """Poisson samples of the groups in turn: round r draws among the clients whose number is r modulo ``groups``.
 
-    Each of them comes by itself with probability ``cohort_size groups / M``, so that the same are expected in every
-    round. Noise of a mechanism of no more bands than groups is amplified by that sampling.
+    Each of them takes part independently with probability ``cohort_size groups / M``, so all rounds have the same
+    expected size. This sampling amplifies the privacy of a mechanism with no more bands than groups.
 
     Args:
       cohort_size: expected clients a round; need not be whole.
-      groups: how many; ``fc.uplink.mechanism.banded``'s bands, for example.
+      groups: number of groups; for example the bands of ``fc.uplink.mechanism.banded``.
 
     Raises:
-      InvalidInput: numbers out of range; (on the first sample) groups of fewer clients than are to come.
+      InvalidInput: numbers out of range; (on the first sample) groups smaller than the cohort.
 
     Example:
       >>> fc.data.sampling.cyclic_poisson(5, groups=2).sample(np.ones(10), seed=0, round=1).tolist()  # all of one group
@@ -227,8 +228,8 @@ def truncated_poisson(cohort_size: float, most: int) -> Sampler:
     """``poisson`` with at most ``most`` clients: a larger cohort is cut at random.
 
     Args:
-      cohort_size: expected clients a round, before any is left out.
-      most: clients that a round has room for.
+      cohort_size: expected clients in a round, before the cut.
+      most: the most clients in a round.
 
     Raises:
       InvalidInput: numbers out of range; (on the first sample) a cohort larger than the population.
@@ -252,12 +253,12 @@ def truncated_poisson(cohort_size: float, most: int) -> Sampler:
 
 
 def balls_in_bins(cohort_size: int) -> Sampler:
-    """Each client draws one of ``M // cohort_size`` bins once, and takes part in the turns of its bin.
+    """Each client draws one of ``M // cohort_size`` bins once, and takes part in its bin's rounds.
 
-    Every client comes equally often and at equal distances, as under ``round_robin``, but nobody knows when.
+    Every client takes part equally often and at equal distances, as under ``round_robin``, but nobody knows when.
 
     Args:
-      cohort_size: expected clients a round; a few more, if it does not divide the population.
+      cohort_size: expected clients in a round; a few more, if it does not divide the population.
 
     Raises:
       InvalidInput: no whole number; (on the first sample) a cohort larger than the population.
@@ -284,15 +285,16 @@ def balls_in_bins(cohort_size: int) -> Sampler:
 def b_min_sep(cohort_size: float, separation: int) -> Sampler:
     """A client rests ``separation - 1`` rounds after each of its rounds, then takes part independently at one rate.
 
-    ``p = 1 / (M / cohort_size - separation + 1)``, so that ``cohort_size`` are expected from round 0 on, whose resting
-    clients are drawn, too. A round costs ``round / separation`` draws of each client: its schedule up to now.
+    ``p = 1 / (M / cohort_size - separation + 1)``, so ``cohort_size`` clients are expected from round 0 on: the clients
+    that rest in round 0 are drawn, too. A round costs ``round / separation`` draws for each client, to replay its
+    schedule.
 
     Args:
       cohort_size: expected clients a round; need not be whole.
-      separation: rounds from one of a client's to its next, at least.
+      separation: the fewest rounds between two of a client's.
 
     Raises:
-      InvalidInput: numbers out of range; (on the first sample) more clients a round than are awake.
+      InvalidInput: numbers out of range; (on the first sample) a cohort larger than the number of awake clients.
 
     Example:
       >>> came = [fc.data.sampling.b_min_sep(2, separation=3).sample(np.ones(9), seed=0, round=r) for r in range(3)]

@@ -9,7 +9,7 @@ from fedjax_clip.core import checks
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import draws
 
-_STEP, _MESSAGE, _TIER = range(2**31, 2**31 + 3)  # separates the streams; no round has these numbers
+_STEP, _MESSAGE, _TIER = range(2**31, 2**31 + 3)  # separates the random streams; no round has these numbers
 
 
 class BatchSizes(NamedTuple):
@@ -17,7 +17,7 @@ class BatchSizes(NamedTuple):
 
     Attributes:
       of: ``(ids[K], seed) -> batch sizes [K]``, from 1 to ``most``.
-      most: the largest one, whose shape all batches have.
+      most: the largest size; all batches have its shape.
 
     Example:
       >>> sizes = fc.data.speeds.BatchSizes(lambda ids, seed: 1 + ids % 20, most=20)
@@ -33,7 +33,7 @@ class Speeds(NamedTuple):
 
     Attributes:
       seconds: ``(ids[K], seed) -> (seconds a local step [K], seconds a message [K])``. A message is all that a client
-        does in a round besides its steps: it is sent the parameters and sends its update.
+        does in a round besides its steps: it receives the parameters and sends its update.
 
     Example:
       >>> alike = fc.data.speeds.Speeds(lambda ids, seed: (np.ones(len(ids)), np.zeros(len(ids))))
@@ -48,7 +48,7 @@ def lognormal(step: float = 1.0, message: float = 0.0, sigma: float = 1.0) -> Sp
     Args:
       step: median of the seconds a local step.
       message: median of the seconds a message.
-      sigma: 0 makes all clients equal; with 1, one in a hundred is over ten times slower than the median.
+      sigma: 0 makes all clients equal; with 1, one client in a hundred is over ten times slower than the median.
 
     Raises:
       InvalidInput: seconds that are not positive, or a negative sigma.
@@ -71,8 +71,8 @@ def two_tier(step: float = 1.0, message: float = 0.0, slowdown: float = 5.0, slo
     """Each client is slow with probability ``slow``, and then takes ``slowdown`` times as long for everything.
 
     Args:
-      step: seconds a local step of the others.
-      message: seconds a message of the others.
+      step: seconds for a local step of a fast client.
+      message: seconds for a message of a fast client.
       slowdown: at least 1.
       slow: between 0 and 1.
 
@@ -124,20 +124,19 @@ def measured(step: np.ndarray, message: np.ndarray | float = 0.0) -> Speeds:
 def budget(speeds: Speeds, seconds: float, most: int) -> Callable[[np.ndarray, int], np.ndarray]:
     """Local steps that fit into ``seconds``: ``clip(floor((seconds - message_c) / step_c), 1, most)``.
 
-    For ``local_steps`` of ``fc.train`` and ``fc.extend.LocalWork``. Clients then weigh by their speed under FedAvg,
-    which
-    ``fc.fednova`` puts right.
+    For ``local_steps`` of ``fc.train`` and ``fc.extend.LocalWork``. Under FedAvg fast clients then weigh more;
+    ``fc.fednova`` corrects this.
 
     Args:
       speeds: how fast clients are.
-      seconds: that a client has for its round, message included.
-      most: local steps that are enough.
+      seconds: time of a client for its round, message included.
+      most: the most local steps.
 
     Returns:
       ``(ids[K], seed) -> steps[K]``.
 
     Raises:
-      InvalidInput: no time, or no steps.
+      InvalidInput: ``seconds`` or ``most`` out of range.
 
     Example:
       >>> speeds = fc.data.speeds.measured(np.array([0.5, 3.0, 20.0]))
@@ -162,15 +161,15 @@ def batch_budget(speeds: Speeds, seconds: float, most: int) -> BatchSizes:
 
     For ``batch_size`` of ``fc.train`` and ``fc.extend.LocalWork``; ``step_c`` is what client c takes for a step of
     ``most``
-    examples. Slow clients then take more and cheaper steps an epoch, or as many cheaper ones with ``local_steps``.
+    examples. Slow clients then take more and cheaper steps in an epoch, or with ``local_steps`` as many cheaper ones.
 
     Args:
       speeds: how fast clients are; messages do not count.
-      seconds: that a local step may take.
+      seconds: time for a local step.
       most: the largest batch.
 
     Raises:
-      InvalidInput: no time, or no examples.
+      InvalidInput: ``seconds`` or ``most`` out of range.
 
     Example:
       >>> speeds = fc.data.speeds.measured(np.array([0.5, 3.0, 80.0]))

@@ -1,7 +1,7 @@
-"""Federated statistics: sums over clients, and what follows from sums.
+"""Federated statistics: sums over clients, and quantities that follow from sums.
 
-Every number here is a function of ``federated_sums`` alone, so that each file that uses it shows what leaves a client:
-the message function of one client, whose shape does not depend on how many examples the client has.
+Every number here is a function of ``federated_sums`` alone. Each caller thus shows what leaves a client: the message
+function of one client, whose result's shape does not depend on the number of its examples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +21,13 @@ def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> 
 
     Args:
       data: the population.
-      message: what ONE client sends: a pytree of arrays of the same shapes at every client.
+      message: of ONE client: a pytree of arrays with the same shapes at every client.
 
     Returns:
-      The sum, all that the server sees; secure aggregation could compute it.
+      The sum, which is all that the server sees; secure aggregation could compute it.
 
     Raises:
-      InvalidInput: messages whose shapes differ from client to client, as those of rows would.
+      InvalidInput: messages whose shapes differ between clients, as rows of examples would.
 
     Example:
       >>> data = fc.FederatedData.from_clients({"ann": {"x": np.array([1.0, 2.0])}, "bob": {"x": np.array([5.0])}})
@@ -55,7 +55,7 @@ def federated_sums(data: FederatedData, message: Callable[[PyTree], PyTree]) -> 
 
 
 class Moments(NamedTuple):
-    """Of each column: how many values there are, their mean and their standard deviation (0 and 0 of nothing).
+    """The count, mean and standard deviation of each column; mean and deviation are 0 without values.
 
     Example:
       >>> moments = fc.data.statistics.Moments(np.array([10]), np.array([0.5]), np.array([0.1]))
@@ -67,9 +67,9 @@ class Moments(NamedTuple):
 
 
 def moments(data: FederatedData, field: str = "x") -> Moments:
-    """Counts, means and standard deviations of a field's columns, NaN being a missing value; two sums.
+    """Counts, means and standard deviations of a field's columns, from two sums. NaN is a missing value.
 
-    ``mean = sum x / n``, then ``std = sqrt(sum (x - mean)^2 / n)``: about the mean, since the difference of two large
+    ``mean = sum x / n``, then ``std = sqrt(sum (x - mean)^2 / n)``: about the mean, because the difference of two large
     sums would lose digits.
 
     Args:
@@ -95,16 +95,16 @@ def moments(data: FederatedData, field: str = "x") -> Moments:
 
 
 def quantiles(data: FederatedData, q: Sequence[float], field: str = "x") -> np.ndarray:
-    """Quantiles of a field's columns, by bisection: the server asks 32 times how many values are at most so large.
+    """Quantiles of a field's columns by bisection: the server asks 32 times how many values lie below a number.
 
-    The least value v of which ``#(x <= v) >= q n``, exactly: the bisection runs over the float32 numbers in their
-    order, not over a range that somebody would have to know. Clients send counts. What comes out is one of the values,
-    though: it is more than a count that the server then knows.
+    The result is exactly the least value v with ``#(x <= v) >= q n``: the bisection runs over all float32 numbers in
+    order, so no range must be known. Clients send counts. But the result is one of the values, so the server learns
+    more than a count.
 
     Args:
       data: the population.
       q: ``[Q]`` between 0 and 1.
-      field: a field of float32 ``[N, ...]``, NaN being a missing value.
+      field: a field of float32 ``[N, ...]``; NaN is a missing value.
 
     Returns:
       float32 ``[Q, ...]``; NaN for a column without values.
@@ -156,7 +156,7 @@ def label_counts(data: FederatedData, num_classes: int, label: str = "y") -> np.
 
 
 def check_field(data: FederatedData, field: str) -> np.ndarray:
-    """A field of the examples, ``[N, ...]``, for its shape and type.
+    """A field of the examples, ``[N, ...]``.
 
     Args:
       data: any population.
@@ -181,7 +181,7 @@ def check_labels(data: FederatedData, num_classes: int, label: str) -> np.ndarra
 
     Args:
       data: any population.
-      num_classes: how many labels there may be.
+      num_classes: the number of classes.
       label: the field.
 
     Raises:
@@ -203,12 +203,12 @@ def check_labels(data: FederatedData, num_classes: int, label: str) -> np.ndarra
 
 
 def _place(x: np.float32) -> int:
-    """Where a number stands in the order of all float32 numbers."""
+    """The position of a number in the order of all float32 numbers."""
     bits = int(np.float32(x).view(np.int32))
     return bits if bits >= 0 else -(bits & 0x7FFFFFFF)
 
 
 def _number(place: np.ndarray) -> np.ndarray:
-    """The float32 number at a place of the order."""
+    """The float32 number at a position of the order."""
     bits = np.abs(place).astype(np.int32)
     return np.where(place < 0, -bits.view(np.float32), bits.view(np.float32))

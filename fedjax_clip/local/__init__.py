@@ -1,4 +1,4 @@
-"""What one client does in a round: its loss, its gradient, its steps."""
+"""The work of one client in a round: its loss, its gradient, its steps."""
 
 from fedjax_clip.core.loss import Gradient, batch_gradient, mixed_precision
 from fedjax_clip.local.gradients import per_example_gradient, private_gradient

@@ -1,4 +1,4 @@
-"""Gradients of which each example's own part is clipped."""
+"""Gradients with a clip on each example's part."""
 
 from collections.abc import Callable
 
@@ -44,7 +44,7 @@ def per_example_gradient(example_tx: optax.GradientTransformation) -> Gradient:
     return gradient
 
 
-# Not by jax_privacy.clipped_grad: it clips by the global norm only, and knows no weights of examples and no lattice.
+# Not jax_privacy.clipped_grad, which clips by the global norm only and has neither example weights nor a lattice.
 def _sum(
     example_tx: optax.GradientTransformation,
     message: Callable[[PyTree, Array], PyTree],
@@ -72,13 +72,13 @@ def _sum(
 def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -> Gradient:
     """DP-SGD's gradient at a client, private for each record: ``(sum_b clip_C(grad l_b) + N(0, (z C)^2)) / B``.
 
-    B is the number of examples in the batch, and C the clip's bound: it is said once. Guarantee: each step is a
-    Gaussian mechanism of noise multiplier z for what one record adds; ``fc.privacy.record_epsilons`` says what that is
-    worth over a run. Examples count alike: ``fc.train`` refuses data whose examples weigh differently. A record whose
-    gradient is not finite adds zero, noised like any other: nothing shows it. Takes the memory of a batch of gradients.
+    B is the number of examples in the batch, and C the clip's bound. Guarantee: each step is a Gaussian mechanism of
+    noise multiplier z for the contribution of one record; ``fc.privacy.record_epsilons`` gives epsilon over a run.
+    Examples count equally: ``fc.train`` refuses data with unequal example weights. A record whose gradient is not
+    finite adds zero under the same noise, so nothing reveals it. Takes the memory of a batch of gradients.
 
     As in ``fc.uplink.gaussian``, clipped gradients are truncated to whole steps of a lattice, and integer noise is
-    added to their sum of integers, so that the guarantee holds for the bits that leave and not for real numbers only.
+    added to their sum of integers, so the guarantee holds for the released bits, not only for real numbers.
 
     Args:
       max_norm: C, on the norm of each example's gradient; positive, may be traced.

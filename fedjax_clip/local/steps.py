@@ -1,4 +1,4 @@
-"""What one client does in a round: pure functions of (shared, client, key)."""
+"""The work of one client in a round, as pure functions of (shared, client, key)."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def local_steps(
     opt_state: PyTree | None = None,
     collect: bool = False,
 ) -> tuple[Params, PyTree, PyTree, Metrics]:
-    """One optimiser step for each of the client's batches, from ``params``: what every algorithm's client does.
+    """One optimiser step for each of the client's batches, from ``params``; every algorithm uses it.
 
     Args:
       per_example_loss: ``(params, batch, key) -> losses[B]``, or ``(losses[B], {name: values[B]})``.
@@ -82,7 +82,7 @@ def full_gradient(
     """The gradient at ``params`` of the mean loss over all of a client's batches: ``sum_i w_i g_i / sum_i w_i``.
 
     ``g_i`` is the gradient of batch i, and ``w_i`` the sum of its example weights. Batches only bound the memory: their
-    size does not matter. ``per_example_gradient`` so clips each of a client's examples once. ``private_gradient`` adds
+    size does not matter. So ``per_example_gradient`` clips each of a client's examples once. ``private_gradient`` adds
     noise to each batch, and each record is in one of them: the pass is one Gaussian mechanism for a record.
 
     Args:
@@ -105,7 +105,7 @@ def full_gradient(
     def total(i):
         batch, weights = client.batch(i)
         here = jax.random.fold_in(key, i)
-        if gradient is batch_gradient:  # the sum itself: no division and multiplication by the batch's weight
+        if gradient is batch_gradient:  # sums directly, without dividing and multiplying by the batch's weight
 
             def total_loss(x):
                 return batch_loss(per_example_loss, x, batch, weights, here)
@@ -152,7 +152,7 @@ def full_step(
 
 
 def proximal(mu: float | Array) -> optax.GradientTransformationExtraArgs:
-    """Adds ``mu (y - x)``, the gradient of FedProx's ``mu/2 ||y - x||^2``, with x the parameters that were sent.
+    """Adds ``mu (y - x)``, the gradient of FedProx's ``mu/2 ||y - x||^2``, with x the server's parameters.
 
     In front of a clip, which then bounds the sum: ``optax.chain(proximal(0.1), clip, optax.sgd(0.1))`` in
     ``fc.fedavg`` is (clipped) FedProx. mu = 0 changes nothing.

@@ -1,4 +1,4 @@
-"""A client with its local work: what an algorithm lets one client do."""
+"""A client with its local work, as an algorithm uses it."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from fedjax_clip.local.steps import full_gradient, full_step, local_steps
 
 @dataclasses.dataclass(frozen=True)
 class Worker(Client):
-    """One client of a round, with the loss, the optimiser and the gradient that the algorithm was given.
+    """One client of a round, with the algorithm's loss, optimiser and gradient.
 
     Attributes:
-      per_example_loss: what the client trains on.
+      per_example_loss: the client's loss.
       tx: the client's optimiser of this round.
-      gradient_of: how a batch's gradient is taken: the algorithm's ``gradient``.
+      gradient_of: the gradient of a batch: the algorithm's ``gradient``.
 
     Example:
       >>> def client_fn(x, client, key):  # of FedAvg; ``client`` is a Worker

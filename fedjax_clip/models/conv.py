@@ -1,4 +1,4 @@
-"""Flax's convolution, and a pooling, that are fast on a CPU too."""
+"""A convolution for Flax, and a pooling, that are also fast on a CPU."""
 
 import functools
 
@@ -20,7 +20,7 @@ Example:
 def max_pool_2x2(x: Array) -> Array:
     """``flax.linen.max_pool(x, (2, 2), strides=(2, 2))`` as a maximum of four strided slices: faster on a CPU.
 
-    Of equal values the first gets the gradient, as in ``max_pool``; NaN stays NaN.
+    In a tie the first value gets the gradient, as in ``max_pool``; NaN stays NaN.
 
     Args:
       x: ``[..., H, W, C]``; an odd last row or column is left out (VALID).

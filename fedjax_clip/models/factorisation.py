@@ -9,7 +9,7 @@ class Factorisation(nn.Module):
     """``mean + bias + item_bias[i] + <user, item[i]>`` of items ``[B]``, for the one user who uses it.
 
     The leaves ``params/user`` and ``params/user_bias`` are the user's, so ``private="user"`` keeps them at the client.
-    They begin at 0: for a new user it is the items' biases that speak.
+    They begin at 0, so a new user's predictions come from the items' biases.
 
     Example:
       >>> params = fc.models.Factorisation(1128, 8).init(jax.random.key(0), np.zeros(1, np.int32))

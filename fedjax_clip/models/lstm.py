@@ -8,7 +8,8 @@ import jax.numpy as jnp
 class CharLSTM(nn.Module):
     """Next character: embedding, LSTM layers, logits.
 
-    Takes characters ``int [B, T]`` to logits ``[B, T, vocabulary]``; those at ``t`` have seen what stands up to ``t``.
+    Takes characters ``int [B, T]`` to logits ``[B, T, vocabulary]``; those at ``t`` have seen the characters up to
+    ``t``.
 
     Example:
       >>> shapes = jax.eval_shape(fc.models.CharLSTM(128).init, key, np.zeros((1, 80), np.int32))

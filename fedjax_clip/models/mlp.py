@@ -7,7 +7,7 @@ import jax
 
 
 class MLP(nn.Module):
-    """Flattens its input; a ReLU after every hidden layer; no hidden layer makes a linear model.
+    """Flattens its input and applies a ReLU after every hidden layer; without hidden layers it is a linear model.
 
     Args:
       hidden: widths of the hidden layers.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 class BagOfWords(nn.Module):
     """Logits of the mean of a text's word embeddings.
 
-    Takes words ``int [B, T]``, 0 where there is none, to ``[B, num_outputs]``.
+    Takes words ``int [B, T]``, 0 for padding, to ``[B, num_outputs]``.
 
     Example:
       >>> params = fc.models.BagOfWords(3, 2**14).init(jax.random.key(0), np.zeros((1, 32), np.int32))

@@ -1,6 +1,6 @@
 """Privacy accounting: epsilon of a run, and the noise or rounds for an epsilon, by dp-accounting.
 
-User-level: the presence of one client, all of its examples, in any rounds. Needs the extra ``privacy``.
+The guarantee is user-level: it covers one client with all of its examples, in any rounds. Needs the extra ``privacy``.
 """
 
 import functools
@@ -26,7 +26,7 @@ except ImportError:
     raise InvalidInput("Privacy accounting needs dp-accounting: pip install 'fedjax_clip[privacy]'.") from None
 
 MAX_NOISE = 1e4
-CLOSE = 1e-4  # of a noise multiplier that is solved for
+CLOSE = 1e-4  # tolerance of a noise multiplier that is solved for
 
 
 def epsilon(
@@ -41,7 +41,7 @@ def epsilon(
 ) -> float:
     """The epsilon of ``rounds`` rounds of an algorithm, or under ``fc.uplink.gaussian(noise_multiplier)``.
 
-    What one round is depends on who takes part:
+    The mechanism of one round depends on the sampler:
 
     - ``poisson``: a Gaussian mechanism on a Poisson sample of rate cohort / clients (add or remove a client)
     - ``uniform``: a sample of fixed size without replacement (replace a client: the sum moves by 2 C, so its noise
@@ -55,31 +55,31 @@ def epsilon(
       probability 1 - 1e-7 epsilon is no larger. Where too many draws would be needed (delta under about 1e-6), no more
       is claimed than without sampling
 
-    Sampling never costs: each bound is at most that of the same rounds with the same clients in each.
+    Sampling never increases epsilon: each bound is at most that of the same rounds without sampling.
 
-    Noise of a ``mechanism`` is accounted for where a client's rounds are known or kept apart: all rounds are then one
-    Gaussian mechanism of noise multiplier z / ``sensitivity``. Under ``cyclic_poisson``, a C of no more bands than
-    groups makes a turn of the groups one sampled Gaussian, at z over the largest norm of a column; ``balls_in_bins``
-    amplifies any C, ``b_min_sep`` a banded Toeplitz matrix.
+    Noise of a ``mechanism`` can be accounted for if a client's rounds are known or kept apart: all rounds are then one
+    Gaussian mechanism of noise multiplier z / ``sensitivity``. Under ``cyclic_poisson``, if C has no more bands than
+    there are groups, a turn of all groups is one sampled Gaussian with noise multiplier z over the largest norm of a
+    column. ``balls_in_bins`` amplifies any C, and ``b_min_sep`` a banded Toeplitz matrix.
 
     Args:
-      noise_multiplier: z, of the sum over the clip's bound; what ``distributed`` makes of noise on a grid; or the
-        algorithm, which knows its noise and its mechanism.
+      noise_multiplier: z, the noise of the sum over the clip's bound; or the result of ``distributed`` for noise on a
+        grid; or the algorithm, which knows its noise and its mechanism.
       sampler: from ``fc.data.sampling``, or ``Separated``.
       num_clients: clients in the population.
       rounds: rounds of the run.
       delta: probability outside the guarantee, such as 1 / num_clients^1.1.
       accountant: ``"rdp"`` (Renyi), ``"pld"`` (privacy loss distributions; exact without sampling), or ``"auto"``: the
-        least of all that hold and can be had in seconds.
-      mechanism: the noise's, as ``fc.uplink.gaussian`` has it.
-      params: of the model, if an algorithm's noise is on a grid.
+        least valid bound that takes seconds.
+      mechanism: of the noise, as for ``fc.uplink.gaussian``.
+      params: of the model; needed if an algorithm's noise is on a grid.
 
     Returns:
       epsilon; infinite without noise.
 
     Raises:
-      InvalidInput: a sampler whose amplification is not known, ``"pld"`` without replacement, delta outside (0, 1), an
-        algorithm of which nothing is known.
+      InvalidInput: a sampler with unknown amplification, ``"pld"`` for sampling without replacement, delta outside (0,
+        1), an algorithm with unknown noise.
 
     Example:
       >>> sampler = fc.data.sampling.poisson(50)
@@ -107,9 +107,10 @@ def epsilons(
     accountant: str = "auto",
     params: Params | None = None,
 ) -> np.ndarray:
-    """``[rounds]``: epsilon after 1, 2, ... rounds. Arguments as for ``epsilon``.
+    """``[rounds]`` epsilon after 1, 2, ... rounds. Arguments as for ``epsilon``.
 
-    The last is ``epsilon``'s. Of many rounds, distributions are made for some, and others have the next one's bound.
+    The last value is that of ``epsilon``. For many rounds, loss distributions are computed at some rounds, and the
+    others take the bound of the next one.
 
     Example:
       >>> sampler = fc.data.sampling.round_robin(50)
@@ -188,14 +189,15 @@ def noise_multiplier(
 ) -> float:
     """The least noise multiplier with ``epsilon(...) <= target_epsilon``, to 1e-4 on the safe side.
 
-    To 1e-2 for samplers of which the privacy loss is drawn (``balls_in_bins``, ``b_min_sep``).
+    The tolerance is 1e-2 for samplers whose privacy loss is simulated (``balls_in_bins``, ``b_min_sep``).
 
     Args:
       target_epsilon, sampler, num_clients, rounds, delta, accountant, mechanism: as for ``epsilon``.
-      curve: of noise on a grid, ``noise multiplier -> distributed(...)``.
+      curve: for noise on a grid, ``noise multiplier -> distributed(...)``.
 
     Raises:
-      InvalidInput: a target that no noise up to 10,000 reaches, or none that a grid has room for; as ``epsilon``.
+      InvalidInput: a target that no noise multiplier up to 10,000 reaches, or none that fits on the grid; as
+        ``epsilon``.
 
     Example:
       >>> sampler = fc.data.sampling.round_robin(50)
@@ -213,14 +215,14 @@ def noise_multiplier(
             noise = z if curve is None else curve(z)
         except renyi.TooNarrow:
             return math.inf
-        except InvalidInput:  # more noise than there is room for: look lower, and say so if it ends here
+        except InvalidInput:  # too much noise for the grid: look lower, and raise this error if the search ends here
             return 0.0
         return float(spent(noise, met, delta, accountant)[-1])
 
     if curve is None and worth(MAX_NOISE) > target_epsilon:
         raise InvalidInput(f"No noise multiplier up to {MAX_NOISE:g} reaches epsilon {target_epsilon:g}: raise delta.")
     low, high, quick = 0.0, 1.0, accountant
-    if accountant == "auto":  # first by what takes no time, then how much less will do
+    if accountant == "auto":  # first by the fast accountant, then refined by the others
         quick = "rdp" if met.sample == "poisson" else "pld" if met.replay else accountant
     while worth(high, quick) > target_epsilon:
         low, high = high, 2 * high
@@ -233,7 +235,7 @@ def noise_multiplier(
 
 
 def _least(worth: Callable[[float], float], target: float, low: float, high: float, apart: float) -> float:
-    """The least z, up to ``apart``, that is worth the target or less, as ``high`` is; epsilon is about ``z^-k``."""
+    """The least z, to ``apart``, with epsilon at most the target; starts from a sufficient z, ``high``."""
     ends = {low: math.inf, high: worth(high)}
     while high - low > apart:
         width, guess = high - low, (low + high) / 2
@@ -272,7 +274,7 @@ def rounds(
     def fits(count: int) -> bool:
         return epsilon(noise_multiplier, sampler, num_clients, count, delta, accountant, mechanism) <= target_epsilon
 
-    low, high = 0, 1  # low fits
+    low, high = 0, 1  # ``low`` rounds are within the target
     while high <= most and fits(high):
         low, high = high, 2 * high
     high = min(high, most + 1)

@@ -1,4 +1,4 @@
-"""Privacy audits: replays a run with and without canaries, and bounds epsilon from below by how well they differ."""
+"""Privacy audits: replays of a run with and without canaries bound epsilon from below."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,19 +19,19 @@ from fedjax_clip.privacy.participation import Separated
 from fedjax_clip.uplink.mechanism import Mechanism
 from fedjax_clip.uplink.promises import Noise
 
-DELTAS = 0.01, 0.1, 0.3  # at which a claim must hold, too: together they bound the whole trade-off curve
+DELTAS = 0.01, 0.1, 0.3  # the claim must hold at these, too: together they bound the whole trade-off curve
 
 
 class Claim(NamedTuple):
-    """What a run's accounting claims, and what its neighbouring runs are.
+    """A run's privacy claim and its neighbouring relation.
 
     Attributes:
       epsilon: of all rounds, ``delta -> epsilon``.
-      neighbours: ``"presence"`` (a client is there or not), ``"zeros"`` (its update, or its record's gradient, counts
-        or is zero), or ``"data"`` (it sends one thing or another).
+      neighbours: ``"presence"`` (add or remove a client), ``"zeros"`` (zero out a client's update, or a record's
+        gradient), or ``"data"`` (replace a client's message).
       noise_multiplier: z, of one round.
-      gaussian: whether all rounds together are one Gaussian mechanism: no chance in who takes part, no grid.
-      messages: whether the attacker sees every message, not their sum alone.
+      gaussian: whether all rounds together are one Gaussian mechanism: no random participation, no grid.
+      messages: whether the attacker sees every message, not only their sum.
       mechanism: of the noise over the rounds.
     """
 
@@ -47,13 +47,13 @@ class Audit(NamedTuple):
     """The result of an audit.
 
     Attributes:
-      audited: lower bound of epsilon, at the confidence asked for.
-      accounted: epsilon as the run claims it.
-      delta: of both: yours, or one at which the claim does not hold.
-      neighbours: what the runs that were told apart differ in; see ``Claim``.
-      attack: canary and score that gave the bound.
-      estimator: that turned scores into the bound.
-      attempts: bounds tried, over all of which the confidence holds.
+      audited: lower bound of epsilon, at the given confidence.
+      accounted: the epsilon that the run claims.
+      delta: of both: yours, or one at which the claim fails.
+      neighbours: the neighbouring relation; see ``Claim``.
+      attack: the canary and the score that gave the bound.
+      estimator: the method that turned scores into the bound.
+      attempts: number of bounds tried; the confidence holds over all of them.
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(2.0))
@@ -73,7 +73,7 @@ class Audit(NamedTuple):
 
     @property
     def broken(self) -> bool:
-        """Whether the run is less private than accounted for; if not, nothing is proved."""
+        """Whether the run is less private than accounted for. False proves nothing."""
         return self.audited > self.accounted
 
 
@@ -95,43 +95,45 @@ def audit(
 ) -> Audit:
     """Replays your algorithm, links, reducer, mechanism and sampler with canaries, and bounds epsilon from below.
 
-    A canary is a client, or a record, with a huge gradient in a direction that nobody else's has. In each replay a
-    coin decides whether it is there. The attacker knows all else, sees what the claim lets it see in every round, and
-    guesses the coin. How often it is right bounds epsilon from below, whatever the mechanism: over the accountant's
-    epsilon the implementation is broken, and under it nothing is proved. All replays are lanes of one compiled program.
+    A canary is a client, or a record, with a huge gradient in a direction that no other gradient has. In each replay a
+    coin decides whether the canary is present. The attacker knows everything else, sees what the claim allows in every
+    round, and guesses the coin. Its success rate bounds epsilon from below, for any mechanism. A bound above the
+    accountant's epsilon proves that the implementation is broken; a bound below it proves nothing. All replays are
+    lanes of one compiled program.
 
-    Yours are the algorithm with all that it is built of, but for its two optimisers; the sampler; the number of clients
-    and rounds. The audit's are the model (a few numbers, unless ``params`` says otherwise), the data, a linear loss and
-    plain SGD on both sides: privacy must hold whatever clients send, and whatever the server does afterwards.
+    You provide the algorithm with all its parts except the two optimisers, the sampler, and the numbers of clients and
+    rounds. The audit provides the model (a few numbers, unless you give ``params``), the data, a linear loss and plain
+    SGD on both sides. It may, because privacy must hold for any messages and any server step.
 
-    Canaries: a huge update or none; the same where the others send nothing; an update that is not finite. Scores: the
-    likelihood ratio under the claimed noise, Fisher's discriminant of all that is seen, numbers that lie where none
-    can, and numbers that come back to the last bit. Bounds: Clopper and Pearson's at several deltas, and one for runs
+    Canaries: a huge update or none; the same while the other clients send nothing; an update that is not finite.
+    Scores: the likelihood ratio under the claimed noise, Fisher's discriminant of the whole view, numbers in impossible
+    ranges, and numbers that recur to the last bit. Bounds: Clopper and Pearson's at several deltas, and one for runs
     with several canaries. The confidence is shared among all of them (Bonferroni).
 
     Args:
       build: ``(loss, client_tx, server_tx) -> Algorithm``, such as ``functools.partial(fc.fedavg, uplink=...,
-        reducer=...)``. Where single messages are to be private (``local_gaussian``, ``private_gradient``), it must take
-        ``reducer=``, too: one that lets the server read them.
+        reducer=...)``. If single messages are private (``local_gaussian``, ``private_gradient``), it must also take
+        ``reducer=``: the audit passes one that lets the server read them.
       sampler: from ``fc.data.sampling``.
       num_clients: M, of the population.
       delta: of the guarantee.
       rounds: R, of a replay.
-      noise_multiplier: z of noise that no promise tells: that of ``local_gaussian``, or of ``private_gradient``.
-      records: whether the canary is one record of a client, as ``private_gradient`` protects them.
-      epsilon: what is claimed for these rounds, ``delta -> epsilon``; by default what ``fc.privacy`` says.
-      published: names of metrics that are made public with the model, such as ``clients``; all that begin so.
+      noise_multiplier: z of ``local_gaussian`` or ``private_gradient``, which no promise carries.
+      records: whether the canary is one record of a client, for ``private_gradient``.
+      epsilon: the claim for these rounds, ``delta -> epsilon``; by default that of ``fc.privacy``.
+      published: names of metrics that are made public with the model, such as ``clients``; a name covers all metrics
+        that begin with it.
       params: of the model, ``{"a": [4], "b": [2, 4], "c": [4]}`` by default; only shapes and names matter.
-      replays: of each canary.
-      confidence: that the lower bound holds: of right implementations one in ``1 / (1 - confidence)`` is called broken.
+      replays: number of replays of each canary.
+      confidence: of the lower bound: one in ``1 / (1 - confidence)`` correct implementations is called broken.
       seed: of all draws.
 
     Returns:
       An ``Audit``: ``found.audited``, ``found.accounted``, ``found.broken``.
 
     Raises:
-      InvalidInput: no noise to audit; noise or a sampler that nobody can account for, if no ``epsilon`` is given;
-        numbers that cannot be.
+      InvalidInput: no noise to audit; noise or a sampler without accounting, if no ``epsilon`` is given; numbers out of
+        range.
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.gaussian(2.0))
@@ -193,7 +195,7 @@ def claimed(
     noise_multiplier: float | None,
     records: bool,
 ) -> Claim:
-    """What an algorithm's parts claim; arguments as for ``audit``."""
+    """The claim of an algorithm's parts; arguments as for ``audit``."""
     if (parts := algorithm.parts) is None:
         raise InvalidInput("Only built-in algorithms say what they are made of, and so what noise they claim to add.")
     promises, everyone = parts.uplink.promises, sampler.cohort_size == num_clients
@@ -225,7 +227,7 @@ def claimed(
 
 
 def trials_of(claim: Claim) -> list[Trial]:
-    """How an attacker prepares the neighbouring runs of a claim."""
+    """The attacker's pairs of neighbouring runs for a claim."""
     absent = {"presence": None, "zeros": 0.0, "data": -HUGE}[claim.neighbours]
     other = {"presence": "no client", "zeros": "zeros", "data": "its opposite"}[claim.neighbours]
     huge = Trial(f"a huge update or {other}", HUGE, absent)

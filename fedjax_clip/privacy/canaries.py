@@ -19,24 +19,24 @@ from fedjax_clip.reduce import Reducer
 from fedjax_clip.training.placement import one_round
 from fedjax_clip.training.state import init_state
 
-HUGE = 1e4  # a canary's gradient: any clip is far below
-EXAMPLES = 8  # of a canary; other clients have one, so that weights would show
-CANARIES = 4  # of which there are several, or only the first
-CHUNK = 1000  # replays of one call of the compiled program
+HUGE = 1e4  # norm of a canary's gradient, far above any clip
+EXAMPLES = 8  # of a canary; other clients have one, so that weighting would show
+CANARIES = 4  # canaries in a trial with several; other trials use the first only
+CHUNK = 1000  # replays in one call of the compiled program
 
 Build = Callable[..., Algorithm]
 
 
 class Trial(NamedTuple):
-    """How an attacker prepares a run.
+    """One pair of neighbouring runs.
 
     Attributes:
       name: in words.
-      present: times a unit vector, the canary's gradient where it is there.
-      absent: the same where it is not; ``None``: there is no such client.
-      quiet: whether all others send nothing, or are not there if clients are drawn one by one.
-      contrast: of messages that are seen one by one, what the second client's counts beside the canary's.
-      several: whether all canaries toss coins, not the first one alone.
+      present: the canary's gradient where it is present, as a multiple of a unit vector.
+      absent: the same where it is absent; ``None`` if the client does not exist then.
+      quiet: whether all other clients send nothing, or do not exist if clients are drawn independently.
+      contrast: weight of the second client's message against the canary's, if the attacker sees single messages.
+      several: whether all canaries toss coins, not only the first.
     """
 
     name: str
@@ -48,13 +48,13 @@ class Trial(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What an attacker sees of L replays of R rounds, and what is true of them.
+    """The attacker's view of L replays of R rounds, and the truth.
 
     Attributes:
-      present: bool ``[L, canaries]``, whether each canary was there.
-      chance: ``[canaries, R]``, that a canary is drawn, as it is known beforehand; 0 or 1 if it is known.
+      present: bool ``[L, canaries]``, whether each canary was present.
+      chance: ``[canaries, R]``, probability that a canary is drawn; 0 or 1 if its rounds are known.
       moved: ``[L, canaries, R]``, the model's move in each canary's direction.
-      updates: ``[L, R, d]``, all of the move, and that of what the server keeps and sends besides.
+      updates: ``[L, R, d]``, the whole move of the model, and that of the server's other public state.
       published: ``{name: [L, R]}``, metrics that are made public.
     """
 
@@ -67,15 +67,15 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A training that is replayed.
+    """The training that is replayed.
 
     Attributes:
       build: ``(loss, client_tx, server_tx) -> Algorithm``; with ``reducer=`` where ``messages``.
-      sampler, num_clients, rounds: who takes part.
+      sampler, num_clients, rounds: of the training.
       params: of the model.
-      published: names of metrics, which stand for all under them, each with a slash at its end.
+      published: names of metrics, each with a slash at its end; a name covers all metrics that begin with it.
       records: whether a canary is one record of its client.
-      messages: whether the attacker sees every message: that of the canary, which is in every round.
+      messages: whether the attacker sees every message; the canary is then in every round.
       replays: L.
       seed: of all draws.
     """
@@ -93,25 +93,25 @@ class Stage:
 
     @functools.cached_property
     def canaries(self) -> int:
-        """How many there are: some clients and directions must be left for others."""
+        """The number of canaries, which leaves some clients and directions for the others."""
         return 1 if self.messages else max(1, min(CANARIES, self.num_clients // 2, len(self.directions) // 2))
 
     @functools.cached_property
     def directions(self) -> np.ndarray:
-        """``[d, d]``: orthogonal unit vectors, first those of the canaries."""
+        """``[d, d]`` orthogonal unit vectors, those of the canaries first."""
         size = sum(np.size(x) for x in jax.tree.leaves(self.params))
         return np.linalg.qr(np.random.default_rng(7).normal(size=(size, size)))[0].T
 
     @functools.cached_property
     def data(self) -> FederatedData:
-        """Each client's gradient is constant, and of norm 1; ``canary`` numbers those of a lane's own."""
+        """Data with constant gradients of norm 1; the field ``canary`` marks those that a lane replaces."""
         sizes = np.where(np.arange(self.num_clients) < self.canaries, EXAMPLES, 1)
         client = np.repeat(np.arange(self.num_clients), sizes)
         free = max(1, len(self.directions) - self.canaries)
         slopes = self.directions[-1 - client % free]
         first = np.concatenate([[0], np.cumsum(sizes)])
         is_canary = client < self.canaries
-        if self.records:  # one of its client's examples
+        if self.records:  # the canary is one of its client's examples
             is_canary &= np.arange(len(client)) == first[client]
         examples = {"slope": slopes, "canary": np.where(is_canary, client, -1)}
         examples = {"slope": examples["slope"].astype(np.float32), "canary": examples["canary"].astype(np.int32)}
@@ -119,7 +119,7 @@ class Stage:
 
     @functools.cached_property
     def drawn(self) -> np.ndarray:
-        """``[L, R, C]``: each replay's cohorts, -1 behind the last client. All trials share them."""
+        """``[L, R, C]`` cohorts of each replay, -1 after the last client. All trials share them."""
         if self.messages:
             pair = np.arange(min(2, self.num_clients))
             return np.broadcast_to(pair, (self.replays, self.rounds, len(pair)))
@@ -133,7 +133,7 @@ class Stage:
 
     @functools.cached_property
     def program(self) -> Callable[..., tuple[Array, Array, Metrics]]:
-        """``(gradients [canaries, d], others, contrast, cohorts [R], key)`` of lanes to what they show."""
+        """Compiles ``(gradients [canaries, d], others, contrast, cohorts [R], key) -> (moved, updates, published)``."""
         population = self.data.examples
 
         def one(gradients: Array, others: Array, contrast: Array, cohorts: Cohort, key: Array) -> Any:
@@ -157,7 +157,7 @@ class Stage:
         return jax.jit(jax.vmap(one))
 
     def replay(self, trial: Trial) -> Seen:
-        """What a trial's replays show; a fair coin says which canaries are there."""
+        """The attacker's view of a trial's replays; fair coins decide which canaries are present."""
         rng = np.random.default_rng([self.seed, *trial.name.encode()])
         present = rng.random((self.replays, self.canaries)) < 0.5
         times = np.where(present, trial.present, trial.absent or 0.0)
@@ -168,7 +168,7 @@ class Stage:
         keys = jax.random.split(jax.random.fold_in(seeded(self.seed), int(rng.integers(2**31))), self.replays)
         parts = []
         for begin in range(0, self.replays, CHUNK):
-            chosen = np.minimum(np.arange(begin, begin + CHUNK), self.replays - 1)  # the last one again, to fill a call
+            chosen = np.minimum(np.arange(begin, begin + CHUNK), self.replays - 1)  # the last one fills up a call
             others = np.full(CHUNK, 0.0 if trial.quiet else 1.0, np.float32)
             contrast = np.full(CHUNK, trial.contrast, np.float32)
             cohorts = self._cohorts(self.drawn[chosen], trial, present[chosen])
@@ -181,7 +181,7 @@ class Stage:
         return Seen(present, chance, moved, np.concatenate([updates, beside], axis=-1), published)
 
     def _cohorts(self, ids: np.ndarray, trial: Trial, present: np.ndarray) -> Cohort:
-        """Of a chunk's replays ``[L, R]``: each client takes one step on all of its examples."""
+        """The cohorts of a chunk's replays ``[L, R]``: each client takes one step on all of its examples."""
         canary = (ids >= 0) & (ids < self.canaries)
         if trial.absent is None and trial.quiet and self.sampler.scheme == "poisson":
             ids = np.where(canary, ids, -1)
@@ -213,7 +213,7 @@ def flat(params: PyTree) -> Array:
 
 
 def public(server: Any) -> tuple[Array, Array]:
-    """The model, and what the server keeps besides and sends to clients; its uplink's state is its own secret."""
+    """The model and the server's own state, which clients receive; the uplink's state stays secret."""
     model = flat(server.params)
     own = [x for x in jax.tree.leaves(getattr(server, "own", ())) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
     beside = flat(own)
@@ -221,7 +221,7 @@ def public(server: Any) -> tuple[Array, Array]:
 
 
 def read_by_server(contrast: Array) -> Reducer:
-    """What a server that reads messages makes of them: the canary's, and ``contrast`` times the next client's."""
+    """A reducer that reads messages: the canary's, and ``contrast`` times the next client's."""
 
     def zero(message, roster):
         ids = jnp.asarray(roster.ids)

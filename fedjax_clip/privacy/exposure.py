@@ -19,25 +19,26 @@ from fedjax_clip.privacy.participation import Separated, coefficients, sensitivi
 from fedjax_clip.uplink.mechanism import Mechanism
 
 ACCOUNTANTS = ("auto", "rdp", "pld")
-INTERVAL = 1e-3  # of the losses that a distribution tells apart, up to 100 rounds; it errs on the safe side
-AFFORDABLE = 300.0  # epsilon by Renyi above which a loss distribution takes too much memory
-NARROWEST = 0.05  # noise multiplier of which a loss distribution is made
-CHECKPOINTS = 48  # numbers of rounds of which a loss distribution is made; the others take the next one's
-REPLAYED = 12  # the same, of replays, which take longer
+INTERVAL = 1e-3  # grid of a loss distribution, up to 100 rounds; rounding errs on the safe side
+AFFORDABLE = 300.0  # a larger Renyi epsilon makes a loss distribution take too much memory
+NARROWEST = 0.05  # smallest noise multiplier of a loss distribution
+CHECKPOINTS = 48  # round counts with a loss distribution of their own; the others take that of the next count
+REPLAYED = 12  # the same for replays, which take longer
 
 
 class Exposure(NamedTuple):
-    """Gaussian mechanisms that a client meets.
+    """The Gaussian mechanisms that one client meets.
 
     Attributes:
-      counts: ``[T]`` how many after some rounds; not whole where noise is correlated.
-      scale: what divides the noise multiplier.
-      sample: what each is on: ``"poisson"``, ``"fixed"`` or ``"truncated"`` samples, or everybody.
+      counts: ``[T]`` their number after some rounds; not whole if the noise is correlated.
+      scale: divisor of the noise multiplier.
+      sample: the sampling of each: ``"poisson"``, ``"fixed"``, ``"truncated"``, or none.
       rate: of a Poisson sample, or the cohort's share of the clients.
-      worst: ``[T]`` the same without sampling, at the noise multiplier itself: neither may cost more than that.
-      clients: of whom a sample is drawn.
-      most: clients of a truncated sample.
-      replay: ``(z, i, delta) -> epsilon`` after the i-th of the rounds, by Monte Carlo, where that tells more.
+      worst: ``[T]`` the counts without sampling, at the noise multiplier itself: an upper bound of the cost.
+      clients: number of clients from which a sample is drawn.
+      most: the most clients of a truncated sample.
+      replay: ``(z, i, delta) -> epsilon`` after the i-th of the rounds, by Monte Carlo, where that gives a tighter
+        bound.
     """
 
     counts: np.ndarray
@@ -53,7 +54,7 @@ class Exposure(NamedTuple):
 def exposure(
     sampler: Sampler | Separated, num_clients: int, rounds: int, mechanism: Mechanism | None, every: bool
 ) -> Exposure:
-    """What a client meets in all rounds, or after each of them (``every``).
+    """The exposure of a client in all rounds, or after each of them (``every``).
 
     Raises:
       InvalidInput: a sampler that cannot be accounted for.
@@ -73,7 +74,7 @@ def exposure(
     share = sampler.cohort_size / num_clients
     if sampler.scheme == "round_robin":
         return Exposure(np.ceil(totals * sampler.cohort_size / num_clients) if mechanism is None else worst)
-    if sampler.scheme == "uniform":  # a client in another's place moves the sum by 2 C
+    if sampler.scheme == "uniform":  # replacing a client moves the sum by 2 C
         sampled = Exposure(totals.astype(float), 2.0, "fixed", share, 4 * worst, num_clients)
         return sampled if share < 1 else Exposure(worst)
     if sampler.scheme == "poisson":
@@ -94,7 +95,7 @@ def exposure(
 
 
 def _cyclic(groups: int, rate: float, totals: np.ndarray, mechanism: Mechanism | None, worst: np.ndarray) -> Exposure:
-    """A turn of all groups is one Poisson-sampled Gaussian, if C has no more bands than there are groups."""
+    """One Poisson-sampled Gaussian for each turn of all groups, if C has no more bands than there are groups."""
     if rate > 1:
         raise InvalidInput(f"{groups} groups are too many for the cohort: not so many clients are in a group.")
     strategy = np.eye(1) if mechanism is None else strategy_of(mechanism, int(totals[-1]))
@@ -120,13 +121,13 @@ def _rested(
 
 
 def spent(noise: float | renyi.Curve, met: Exposure, delta: float, accountant: str) -> np.ndarray:
-    """``[T]``: epsilon of what a client meets, nondecreasing.
+    """``[T]`` epsilon of a client's exposure, nondecreasing.
 
     Args:
       noise: the noise multiplier, or a curve of noise on a grid.
-      met: by a client.
+      met: the client's exposure.
       delta: of the guarantee.
-      accountant: ``"rdp"``, ``"pld"``, or ``"auto"``: the least of all bounds that hold.
+      accountant: ``"rdp"``, ``"pld"``, or ``"auto"``: the least valid bound.
     """
     checks.fraction("delta", delta)
     if accountant not in ACCOUNTANTS:
@@ -151,7 +152,8 @@ def spent(noise: float | renyi.Curve, met: Exposure, delta: float, accountant: s
     without = np.array([alone[c] for c in unsampled])
     bounds = [*bounds, without] if accountant == "auto" or not met.sample else []
     if met.sample in ("poisson", "truncated") and z >= NARROWEST and (accountant == "pld" or by_renyi[-1] < AFFORDABLE):
-        interval = INTERVAL / max(1.0, math.sqrt(met.counts[-1] / 100))  # errors are of its square, and add up
+        # A round's error is of the order of the interval's square, and errors add up.
+        interval = INTERVAL / max(1.0, math.sqrt(met.counts[-1] / 100))
         once = _loss(met.sample, z, met.rate, met.clients, met.most, interval)
         bounds.append(
             _at_checkpoints(lambda c: once.self_compose(int(c)).get_epsilon_for_delta(delta), met.counts, CHECKPOINTS)
@@ -166,20 +168,20 @@ def spent(noise: float | renyi.Curve, met: Exposure, delta: float, accountant: s
 
 def _of_curve(counts: np.ndarray, orders: np.ndarray, once: np.ndarray, delta: float) -> np.ndarray:
     """Canonne, Kamath and Steinke (2020), Proposition 12: what dp-accounting computes, for all rounds at once."""
-    total = counts[:, None] * once  # k rounds cost k times one
+    total = counts[:, None] * once  # k rounds cost k times one round
     every = total + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
     every = np.where(delta**2 + np.expm1(-total) > 0, 0, every)  # delta <= sqrt(1 - exp(-KL))
     return np.maximum(every.min(axis=1), 0)
 
 
 def _on_sample(curve: renyi.Curve, met: Exposure) -> np.ndarray:
-    """A round's cost where the server of a secure sum sees who takes part: rounds without a client cost it nothing."""
+    """The cost of rounds if the server of a secure sum sees who takes part: rounds without a client are free."""
     return renyi.in_sight(curve, met.rate) if met.sample in ("poisson", "fixed") else curve(renyi.ORDERS, 1)
 
 
 @functools.lru_cache(64)
 def _renyi(sample: str, z: float, rate: float, clients: int) -> tuple[np.ndarray, np.ndarray]:
-    """Orders and one round's Renyi divergences, of which no sampling is the most: they are quasi-convex."""
+    """Orders and one round's Renyi divergences, capped by those without sampling, since they are quasi-convex."""
     gaussian = dp_accounting.GaussianDpEvent(z)
     event, neighbours = gaussian, dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
     if sample == "poisson":
@@ -205,7 +207,7 @@ def _loss(sample: str, z: float, rate: float, clients: int, most: int, interval:
 
 
 def _at_checkpoints(compute: Callable[[float], float], counts: np.ndarray, most: int) -> np.ndarray:
-    """What is computed of each count, or of the next of some that is no smaller: it never falls."""
+    """The function at each count, or at the next checkpoint, which is an upper bound because it never falls."""
     distinct = np.unique(counts)
     places = np.unique(np.geomspace(1, len(distinct), most).round().astype(int)) - 1 if len(distinct) > 1 else [0]
     chosen = distinct[places]
@@ -215,7 +217,7 @@ def _at_checkpoints(compute: Callable[[float], float], counts: np.ndarray, most:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without a warning for each order whose series does not converge: the others' bounds hold."""
+    """Silences the warnings for orders whose series does not converge: the bounds of other orders hold."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)

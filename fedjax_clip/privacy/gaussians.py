@@ -1,4 +1,4 @@
-"""Gaussian mechanisms without sampling: their composition, epsilon and division."""
+"""Gaussian mechanisms without sampling: composition, epsilon and splitting."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from fedjax_clip.core.types import InvalidInput
 
 
 def together(noise_multipliers: Sequence[float]) -> float:
-    """The noise multiplier of several Gaussian mechanisms at once: ``(sum_i z_i^-2)^(-1/2)``.
+    """The noise multiplier of several Gaussian mechanisms together: ``(sum_i z_i^-2)^(-1/2)``.
 
     Args:
       noise_multipliers: ``uplink.promises.noise_multipliers``, for example.
 
     Returns:
-      It; 0, which is no privacy, if one of them has no noise or if there are none.
+      The noise multiplier; 0, which is no privacy, if one mechanism has no noise or if there are none.
 
     Example:
       >>> round(fc.privacy.together([2.0, 2.0]), 4)
@@ -28,7 +28,7 @@ def together(noise_multipliers: Sequence[float]) -> float:
 
 
 def split(noise_multiplier: float, bits_noise: float) -> float:
-    """The noise multiplier left for updates, ``(z^-2 - (2 sigma_b)^-2)^(-1/2)``, if z covers a quantile's bits, too.
+    """The noise multiplier left for updates, ``(z^-2 - (2 sigma_b)^-2)^(-1/2)``, if z also covers a quantile's bits.
 
     ``chain(quantile_clip(bits_noise=sigma_b), gaussian(split(z, sigma_b)))`` costs what ``gaussian(z)`` alone does:
     a bit minus one half has sensitivity 1/2, so its noise multiplier is 2 sigma_b.
@@ -38,7 +38,7 @@ def split(noise_multiplier: float, bits_noise: float) -> float:
       bits_noise: sigma_b, in bits.
 
     Raises:
-      InvalidInput: bits that alone cost more than z allows.
+      InvalidInput: too little noise on the bits, which then alone cost more than z allows.
 
     Example:
       >>> round(fc.privacy.split(1.0, bits_noise=2.5), 4)
@@ -57,10 +57,10 @@ def split(noise_multiplier: float, bits_noise: float) -> float:
 
 
 def exact(noise_multiplier: float, delta: float) -> float:
-    """Epsilon of one Gaussian mechanism, exactly: k of them are one of noise multiplier ``z / sqrt(k)``.
+    """The exact epsilon of one Gaussian mechanism; k of them are one with noise multiplier ``z / sqrt(k)``.
 
     Source: Balle and Wang (2018), "Improving the Gaussian Mechanism for Differential Privacy", Theorem 8.
     """
-    if noise_multiplier < 1e-5:  # beyond floating point, and any use
+    if noise_multiplier < 1e-5:  # beyond the range of floating point
         return math.inf
     return float(get_epsilon_gaussian(noise_multiplier, delta))

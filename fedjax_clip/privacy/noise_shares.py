@@ -15,23 +15,23 @@ from fedjax_clip.uplink import Noise, Uplink
 def distributed(uplink: Uplink, params: Params, reducer: Reducer, colluding: int = 0) -> renyi.Curve:
     """The privacy loss of a round of ``fc.uplink.discrete_gaussian`` or ``skellam``, as an argument of ``epsilon``.
 
-    Neighbours are two runs in one of which a client's messages are those of a zero update, with noise. A round is
-    counted with the noise of the threshold's t clients, the fewest that are ever added up. k of them who work for the
-    server know their own noise and take it out: what is left is that of t - k, ``sqrt((t - k) / t)`` of it.
+    The neighbouring relation is zero-out: one client's messages are those of a zero update, with noise. A round is
+    counted with the noise of t clients, the fewest whose sum is ever opened. k clients who collude with the server know
+    their own noise and subtract it. The noise of t - k clients remains, ``sqrt((t - k) / t)`` of it.
 
-    The server of a secure sum knows who takes part. Under ``poisson`` and ``uniform`` no amplification by sampling is
-    therefore claimed but this: rounds without a client cost it nothing (``fc.privacy.renyi.in_sight``).
+    The server of a secure sum knows who takes part. Under ``poisson`` and ``uniform`` the only gain from sampling is
+    therefore that rounds without a client cost it nothing (``fc.privacy.renyi.in_sight``).
 
     Args:
       uplink: a chain that ends on a grid with noise.
-      params: of the model; only their number matters.
+      params: of the model; only the number of elements matters.
       reducer: ``fc.reduce.modular_sum(...)``, with its threshold t.
-      colluding: k, clients of a round who tell the server what they know; below t. Whether a server that lies is one
-        that they may help is the protocol's to say: ``2 t > n + k`` (``fc.secure``).
+      colluding: k, the clients of a round that collude with the server; below t. Against a server that also lies, the
+        protocol needs ``2 t > n + k`` (``fc.secure``).
 
     Raises:
-      InvalidInput: no noise on a grid; discrete Gaussian noise under half a step, which is no Gaussian any more; as
-        many colluding clients as the threshold.
+      InvalidInput: no noise on a grid; discrete Gaussian noise under half a step, for which no bound is known; at least
+        as many colluding clients as the threshold.
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.skellam(1.0))

@@ -1,4 +1,4 @@
-"""Participation of clients in rounds, and the sensitivity of correlated noise that follows."""
+"""Participation of clients in rounds, and the resulting sensitivity of correlated noise."""
 
 import math
 from typing import NamedTuple
@@ -13,11 +13,11 @@ from fedjax_clip.uplink.mechanism import Mechanism
 
 
 class Separated(NamedTuple):
-    """In place of a sampler: a deployment's promise on participation, kept for example by timers on its devices.
+    """A deployment's promise on participation, in place of a sampler; timers on the devices may keep it, for example.
 
     Attributes:
-      rounds: from one of a client's rounds to its next, at least; 1 is every round.
-      most: how often a client takes part at most; as often as the separation lets it by default.
+      rounds: the fewest rounds between two of a client's; 1 allows every round.
+      most: how often a client takes part at most; by default as often as the separation allows.
 
     Example:
       >>> tree = fc.uplink.mechanism.tree(200)
@@ -30,7 +30,7 @@ class Separated(NamedTuple):
     most: int | None = None
 
     def count(self, total: int) -> int:
-        """How often a client can take part in so many rounds."""
+        """How often a client can take part in ``rounds`` rounds."""
         checks.count("Separated: rounds", self.rounds)
         if self.most is not None:
             checks.count("Separated: most", self.most)
@@ -39,7 +39,7 @@ class Separated(NamedTuple):
 
 
 def separated(sampler: Sampler | Separated, num_clients: int) -> Separated | None:
-    """What a sampler promises of the rounds of one client, if it keeps them apart."""
+    """The sampler's promise on one client's rounds, if it keeps them apart."""
     if isinstance(sampler, Separated):
         return sampler
     if sampler.scheme == "balls_in_bins":
@@ -48,17 +48,18 @@ def separated(sampler: Sampler | Separated, num_clients: int) -> Separated | Non
 
 
 def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_clients: int, rounds: int) -> np.ndarray:
-    """``[rounds]``: how far one client moves ``C x`` in 1, 2, ... rounds, in units of the clip's bound.
+    """``[rounds]`` sensitivity of ``C x`` to one client in 1, 2, ... rounds, in units of the clip's bound.
 
-    ``max_i ||(C u_i)[:t]||`` with u_i one in client i's rounds: as far as that, since C has no negative entry. k
-    rounds of independent noise: sqrt(k). Of ``Separated`` rounds, and samplers that keep a client's rounds apart: exact
-    where C is a Toeplitz matrix of decreasing coefficients (the worst client starts at once and never waits longer
-    than it must), or has no more bands than they are apart; else jax-privacy's bound of all rounds, in each.
+    ``max_i ||(C u_i)[:t]||`` with u_i 1 in client i's rounds and 0 elsewhere, because C has no negative entry. For k
+    rounds of independent noise it is sqrt(k). For ``Separated`` and samplers that keep a client's rounds apart, it is
+    exact in two cases: C is a Toeplitz matrix with decreasing coefficients (the worst client starts at once and never
+    waits longer than it must), or C has no more bands than the separation. Otherwise every round gets jax-privacy's
+    bound for all rounds.
 
     Args:
       mechanism: of ``fc.uplink.mechanism``.
-      sampler: ``fc.data.sampling.round_robin``, one that takes everyone or keeps a client's rounds apart, or
-        ``Separated``.
+      sampler: ``fc.data.sampling.round_robin``, ``Separated``, or a sampler that takes all clients or keeps a client's
+        rounds apart.
       num_clients: clients in the population.
       rounds: rounds of the run.
 
@@ -87,7 +88,7 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
             "any: use fc.data.sampling.round_robin, or cyclic_poisson for bands, or give the noise no mechanism."
         )
     strategy = strategy_of(mechanism, rounds)
-    same = math.gcd(int(cohort), num_clients)  # clients in a row that always come together
+    same = math.gcd(int(cohort), num_clients)  # consecutive clients that always take part together
     first = np.arange(0, num_clients, same)[:, None]
     turns = (first + num_clients * np.arange(math.ceil(rounds * cohort / num_clients))) // int(cohort)
     turns = np.unique(np.minimum(turns, rounds), axis=0)
@@ -100,7 +101,7 @@ def sensitivities(mechanism: Mechanism, sampler: Sampler | Separated, num_client
 
 
 def sensitivity(mechanism: Mechanism, sampler: Sampler | Separated, num_clients: int, rounds: int) -> float:
-    """How far one client moves ``C x`` in all rounds, in units of the clip's bound: the last of ``sensitivities``.
+    """The last of ``sensitivities``: that of ``C x`` to one client in all rounds, in units of the clip's bound.
 
     Args:
       mechanism, sampler, num_clients, rounds: as for ``sensitivities``.
@@ -126,7 +127,7 @@ def strategy_of(mechanism: Mechanism, rounds: int) -> np.ndarray:
 
 
 def coefficients(strategy: np.ndarray) -> np.ndarray | None:
-    """The first column of a Toeplitz matrix, without the zeros at its end; ``None`` of another matrix."""
+    """The first column of a Toeplitz matrix, without trailing zeros; ``None`` for another matrix."""
     if not np.array_equal(strategy[1:, 1:], strategy[:-1, :-1]):
         return None
     return np.trim_zeros(strategy[:, 0], "b")

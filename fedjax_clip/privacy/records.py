@@ -22,28 +22,28 @@ def record_epsilons(
     accountant: str = "auto",
     secret: Secret | None = None,
 ) -> np.ndarray:
-    """``[M]``: record-level epsilon of each client, under ``fc.local.private_gradient(C, noise_multiplier)``.
+    """``[M]`` record-level epsilon of each client, under ``fc.local.private_gradient(C, noise_multiplier)``.
 
-    Of a record that counts, or counts nothing, towards all that its client sends, whoever reads it (the server, too).
-    Each pass over a client's records uses each in one step at most, so a record meets as many Gaussian mechanisms of
-    noise multiplier z as its client makes passes in all the rounds it is in, and 0 where it is in none. The passes
-    are of shuffled records. They are no Poisson samples, and nothing is taken off for chance: a rate of batch / records
-    would claim more than what runs.
+    The neighbouring relation is zero-out: one record counts, or its gradient is zero, in all that its client sends. It
+    holds against every reader, the server included. Each pass over a client's records uses each record in one step at
+    most. So a record meets one Gaussian mechanism of noise multiplier z for each pass that its client makes in the run.
+    Passes shuffle the records. They are not Poisson samples, so the accounting claims no amplification: a sampling rate
+    of batch / records would claim too much privacy.
 
     Args:
       noise_multiplier: z, of ``fc.local.private_gradient``.
       data: the training population.
       work: batch size and local epochs or steps, as ``fc.train`` has them.
-      sampler: from ``fc.data.sampling``; its very cohorts are counted.
+      sampler: from ``fc.data.sampling``; the accounting counts its actual cohorts.
       rounds: rounds of the run.
       delta: probability outside the guarantee.
       seed: the run's.
       accountant: as for ``epsilon``.
-      secret: the run's, if it has one: cohorts are drawn from it, and others would be counted without it.
+      secret: the run's, if it has one, because cohorts are drawn from it.
 
     Raises:
-      InvalidInput: a clock, which draws cohorts as it runs; data whose examples weigh differently, which
-        ``private_gradient`` would count alike; delta outside (0, 1).
+      InvalidInput: a clock, whose cohorts depend on the run; data with unequal example weights, which
+        ``private_gradient`` would ignore; delta outside (0, 1).
 
     Example:
       >>> work, sampler = fc.extend.LocalWork(20, epochs=2), fc.data.sampling.uniform(8)
@@ -73,7 +73,7 @@ def record_noise_multiplier(
     """The least noise multiplier (to 1e-4) for which no client's ``record_epsilons`` exceed ``target_epsilon``.
 
     Args:
-      target_epsilon: for a record of the client that makes most passes.
+      target_epsilon: for a record of the client with the most passes.
       data, work, sampler, rounds, delta, seed, accountant, secret: as for ``record_epsilons``.
 
     Raises:
@@ -91,7 +91,7 @@ def record_noise_multiplier(
 def _uses(
     data: FederatedData, work: LocalWork, sampler: Sampler, rounds: int, seed: int, secret: Secret | None
 ) -> np.ndarray:
-    """``[M]``: passes over its records that each client makes in all its rounds."""
+    """``[M]`` passes of each client over its records in all its rounds."""
     checks.kind("sampler", sampler, Sampler, "one of fc.data.sampling (nobody can account for a clock)")
     checks.kind("data", data, FederatedData, "a FederatedData")
     checks.kind("work", work, LocalWork, "an fc.extend.LocalWork")

@@ -1,7 +1,7 @@
-"""Renyi curves of noise that clients add as integers, and what rounds without a client make of any such curve.
+"""Renyi curves of the integer noise that clients add, and their change by rounds without a given client.
 
-A curve is ``(orders [k], sensitivity) -> epsilon [k]`` of one round: sensitivity 1 where a client's message is there or
-zero, 2 where one message replaces another.
+A curve is ``(orders [k], sensitivity) -> epsilon [k]`` of one round. The sensitivity is 1 if a client's message is
+replaced by zero, and 2 if it is replaced by another message.
 """
 
 import math
@@ -17,7 +17,7 @@ ORDERS = np.array([*range(2, 129), 160, 192, 256, 512, 1024])
 
 
 class TooNarrow(InvalidInput):
-    """Noise of less than half a step, of which nothing is known."""
+    """Noise of less than half a step, for which no bound is known."""
 
 
 def discrete_gaussian(l2: float, l1: float, stddev: float, clients: int, dim: int) -> Curve:
@@ -29,7 +29,7 @@ def discrete_gaussian(l2: float, l1: float, stddev: float, clients: int, dim: in
     Args:
       l2, l1: D and D1, one client's sensitivities in steps of the grid.
       stddev: of one client's noise, in steps; 1/2 or more.
-      clients: whose noise is in the sum.
+      clients: number of clients whose noise is in the sum.
       dim: d.
 
     Source: Kairouz, Liu and Steinke (2021), Proposition 14.
@@ -66,7 +66,7 @@ def skellam(l2: float, l1: float, variance: float) -> Curve:
 
 
 def gaussian(noise_multiplier: float) -> Curve:
-    """``a / (2 z^2)``, of what the server adds beside the clients' noise.
+    """``a / (2 z^2)``, for the Gaussian noise that the server adds besides the clients' noise.
 
     Args:
       noise_multiplier: z.
@@ -75,11 +75,11 @@ def gaussian(noise_multiplier: float) -> Curve:
 
 
 def in_sight(curve: Curve, rate: float) -> np.ndarray:
-    """``[len(ORDERS)]``: a round of which each client is part with this probability, and the adversary sees who is.
+    """``[len(ORDERS)]`` of a round in which each client takes part with this probability, visibly to the adversary.
 
-    ``log(1 - q + q exp((a - 1) epsilon(a))) / (a - 1)``: who takes part has the same law in both of two neighbours, so
-    that the moment is the mean over it, 1 where the client is absent. Neither a Poisson sample nor one of fixed size
-    hides a client from a server that it answers, or from who sees the number of clients in a sum.
+    ``log(1 - q + q exp((a - 1) epsilon(a))) / (a - 1)``: participation has the same law in both neighbouring runs, so
+    the moment is the mean over it, and 1 where the client is absent. Sampling hides no client from a server that it
+    answers, nor from an adversary who sees the number of clients in a sum.
 
     Args:
       curve: of a round.

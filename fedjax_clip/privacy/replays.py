@@ -1,9 +1,9 @@
-"""Accounting by replays: epsilon of samplers whose losses are drawn, as they cannot be added up.
+"""Accounting by simulation: epsilon of samplers whose privacy losses do not compose analytically.
 
-The privacy loss of a run is drawn many times, from a fixed seed, with a client and without. An epsilon is taken when
-its delta, over those draws, lies so far below the one that is asked for that this would happen with probability
-``FALSE`` or less if it were not true (Chernoff's bound of a mean of numbers between 0 and 1). The delta falls as
-epsilon grows, so that this holds for the least epsilon that is taken.
+The privacy loss of a run is drawn many times, from a fixed seed, with a client and without. An epsilon is accepted if
+its estimated delta lies far enough below the required one. A wrong epsilon passes with probability ``FALSE`` at most
+(Chernoff's bound for a mean of numbers between 0 and 1). Delta falls as epsilon grows, so this holds for the least
+accepted epsilon, too.
 """
 
 import functools
@@ -13,9 +13,9 @@ import numpy as np
 import scipy.special
 
 FALSE = 1e-7
-DRAWS = 400.0  # over delta, at least: so many have a loss beyond epsilon
+DRAWS = 400.0  # at least this over delta, so that about as many draws have a loss beyond epsilon
 FEWEST = 2**18
-MOST = 2**32  # numbers drawn; of a smaller delta, no more than without sampling is claimed
+MOST = 2**32  # random numbers at most; for a smaller delta, no amplification is claimed
 AT_ONCE = 2**24
 
 
@@ -24,7 +24,7 @@ def balls_in_bins(strategy: np.ndarray | None, bins: int, z: float, rounds: int,
 
     Args:
       strategy: C, ``[R, R]``; the identity by default.
-      bins: how many.
+      bins: number of bins.
       z: noise multiplier.
       rounds: that count, of R.
       delta: of the guarantee.
@@ -37,7 +37,7 @@ def balls_in_bins(strategy: np.ndarray | None, bins: int, z: float, rounds: int,
             means[own, own::bins] = 1 / z
         else:
             means[own] = strategy[:rounds, own:rounds:bins].sum(axis=1) / z
-    projected = np.asarray(np.linalg.qr(means.T, mode="r")).T  # [bins, bins]: the losses depend on nothing else
+    projected = np.asarray(np.linalg.qr(means.T, mode="r")).T  # [bins, bins], which determines the losses
     squares = np.sum(projected**2, axis=1) / 2
     count = max(FEWEST, math.ceil(DRAWS / delta))
     if count * projected.size > MOST:
@@ -63,9 +63,9 @@ def b_min_sep(p: float, separation: int, column: np.ndarray, z: float, rounds: i
     """Epsilon of ``fc.data.sampling.b_min_sep``, by jax-privacy's losses.
 
     Args:
-      p: with which a rested client comes.
-      separation: rounds from one of a client's to its next.
-      column: of C's first column, no longer than that.
+      p: probability with which a rested client takes part.
+      separation: rounds between two of a client's.
+      column: C's first column, no longer than ``separation``.
       z, rounds, delta: as for ``balls_in_bins``.
     """
     from jax_privacy.batch_selection import BMinSepSampling
@@ -73,7 +73,7 @@ def b_min_sep(p: float, separation: int, column: np.ndarray, z: float, rounds: i
 
     strategy = BMinSepSampling(sampling_prob=p, iterations=rounds, min_sep=separation)
     count = max(FEWEST, math.ceil(DRAWS / delta))
-    if count * rounds > MOST / 4:  # a round of theirs takes longer than a draw
+    if count * rounds > MOST / 4:  # a round of jax-privacy's takes longer than a draw of ours
         return math.inf
     rng = np.random.default_rng(0)
 
@@ -87,7 +87,7 @@ def b_min_sep(p: float, separation: int, column: np.ndarray, z: float, rounds: i
 
 
 def _least(with_client: np.ndarray, without: np.ndarray, delta: float) -> float:
-    """The least epsilon, to 1e-4, whose delta both draws are sure to be under; infinite if there is none."""
+    """The least epsilon, to 1e-4, whose delta both sets of draws confirm; infinite if there is none."""
     draws = [np.sort(x) for x in (with_client, without)]
 
     def sure(epsilon: float) -> bool:

@@ -1,4 +1,4 @@
-"""Scores that tell replays with a canary from replays without, and the bounds on epsilon that follow from them."""
+"""Scores that distinguish replays with and without a canary, and the bounds on epsilon that follow."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,20 +7,20 @@ import numpy as np
 
 from fedjax_clip.privacy.canaries import Seen
 
-SCORES = 4  # that ``scores`` gives
-FIT = 1 / 3  # of the replays, to which a score is fitted
-CHOOSE = 1 / 4  # of the canaries of one run, by which the threshold is chosen,
-GUESSED = 1 / 5  # and share of the others that f-DP's bound says were there
-MOST = 4000  # canaries by which one run is judged: its bounds take long for more
+SCORES = 4  # number of attacks in ``scores``
+FIT = 1 / 3  # share of the replays to which a score is fitted
+CHOOSE = 1 / 4  # share of the canaries of one run that choose the threshold
+GUESSED = 1 / 5  # share of the others that the f-DP bound guesses to be present
+MOST = 4000  # the most canaries of one run: the bounds get slow for more
 
 
 class Law(NamedTuple):
-    """What noise and neighbours are claimed to be: what a likelihood ratio needs.
+    """The claimed noise and neighbouring relation, for a likelihood ratio.
 
     Attributes:
       noise_multiplier: z, of one round.
-      strategy: ``[R, R]`` of the noise over the rounds; the identity where rounds are independent.
-      opposed: whether another update stands in the canary's place where it is absent.
+      strategy: ``[R, R]`` of the noise over the rounds; the identity if rounds are independent.
+      opposed: whether another update replaces the canary where it is absent.
     """
 
     noise_multiplier: float
@@ -29,14 +29,14 @@ class Law(NamedTuple):
 
 
 def likelihood_ratio(law: Law, seen: Seen, canary: int = 0) -> np.ndarray:
-    """``[L]``: the log of how much likelier the canary makes this, under the claimed law of the noise.
+    """``[L]`` log likelihood ratio of present against absent, under the claimed law of the noise.
 
-    ``(C u)'(C y)`` where its rounds u are known, and else ``sum_t log(1 - q + q exp(...))``, since the attacker does
-    not know in which rounds it was drawn.
+    ``(C u)'(C y)`` if its rounds u are known, else ``sum_t log(1 - q + q exp(...))``, since the attacker does not know
+    the rounds in which it was drawn.
 
     Args:
-      law: that is claimed.
-      seen: what replays show.
+      law: the claimed law.
+      seen: the attacker's view of the replays.
       canary: its number.
 
     Source: Neyman and Pearson (1933); Nasr et al. (2021), "Adversary Instantiation", for the canary.
@@ -45,7 +45,7 @@ def likelihood_ratio(law: Law, seen: Seen, canary: int = 0) -> np.ndarray:
     noisy = seen.moved[:, canary] @ law.strategy.T
     if np.all((q == 0) | (q == 1)):
         return noisy @ (law.strategy @ q)
-    spread = 1.4826 * np.median(np.abs(noisy - np.median(noisy)))  # z times what the canary moves
+    spread = 1.4826 * np.median(np.abs(noisy - np.median(noisy)))  # z, in units of the canary's move
     y = noisy * (z / (spread or 1.0)) @ law.strategy
     norm = np.sum(law.strategy**2, axis=0)
 
@@ -57,14 +57,14 @@ def likelihood_ratio(law: Law, seen: Seen, canary: int = 0) -> np.ndarray:
 
 
 def discriminant(features: np.ndarray, present: np.ndarray, fit: np.ndarray) -> np.ndarray:
-    """``[L]``: Fisher's linear discriminant, fitted to some replays: the likelihood ratio of any Gaussian noise.
+    """``[L]`` Fisher's linear discriminant, fitted to some replays: the likelihood ratio of any Gaussian noise.
 
-    It knows nothing of the mechanism, and finds what the noise leaves uncovered: a leaf without noise, noise that two
-    rounds or two leaves share, rounds whose noise cancels.
+    It uses no knowledge of the mechanism, so it finds gaps in the noise: a leaf without noise, noise that two rounds or
+    two leaves share, rounds whose noise cancels.
 
     Args:
       features: ``[L, F]``.
-      present, fit: bool ``[L]``: with the canary, and whether to fit.
+      present, fit: bool ``[L]``: whether the canary is present, and whether to fit on the replay.
     """
     spread = np.std(features[fit], axis=0)
     x = (features - np.mean(features[fit], axis=0)) / np.where(spread > 0, spread, 1.0)
@@ -75,17 +75,17 @@ def discriminant(features: np.ndarray, present: np.ndarray, fit: np.ndarray) -> 
 
 
 def exact_values(values: np.ndarray, present: np.ndarray, fit: np.ndarray) -> np.ndarray:
-    """``[L]``: evidence from numbers that come back to the last bit: zeros, constants, the few values of coarse noise.
+    """``[L]`` evidence from numbers that recur to the last bit: zeros, constants, the few values of coarse noise.
 
-    ``sum_i log(c1(v_i) / c0(v_i))`` with the counts of a value in fitted replays with the canary and without. Numbers
-    that none of them had say nothing.
+    ``sum_i log(c1(v_i) / c0(v_i))`` with the counts of a value in fitted replays with and without the canary. Values
+    that occur in none of them are ignored.
 
     Args:
       values: ``[L, F]``.
       present, fit: as for ``discriminant``.
 
-    Source: Mironov (2012), "On Significance of the Least Significant Bits for Differential Privacy", for noise whose
-    values give it away.
+    Source: Mironov (2012), "On Significance of the Least Significant Bits for Differential Privacy", for values that
+    reveal the noise.
     """
     found, place = np.unique(values, return_inverse=True)
     place = place.reshape(values.shape)
@@ -96,7 +96,7 @@ def exact_values(values: np.ndarray, present: np.ndarray, fit: np.ndarray) -> np
 
 
 def support(values: np.ndarray, present: np.ndarray, fit: np.ndarray) -> np.ndarray:
-    """``[L]``: how many numbers lie where none lay without the canary, less those that lie where none lay with it.
+    """``[L]`` count of numbers in ranges that only replays with the canary reached, less those only without it.
 
     Args:
       values, present, fit: as for ``exact_values``.
@@ -110,9 +110,9 @@ def support(values: np.ndarray, present: np.ndarray, fit: np.ndarray) -> np.ndar
 
 
 def scores(seen: Seen, law: Law) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """``(name, score [K], present [K])`` of each attack on the first canary; higher means that it was rather there.
+    """``(name, score [K], present [K])`` of each attack on the first canary; a higher score means rather present.
 
-    K are the replays to which nothing was fitted.
+    The K replays are those that were not used for fitting.
     """
     present, length = seen.present[:, 0], len(seen.present)
     fit = np.arange(length) < FIT * length
@@ -134,9 +134,9 @@ def bound(score: np.ndarray, present: np.ndarray, significance: float, delta: fl
     Args:
       score: ``[L]``.
       present: bool ``[L]``, a fair coin each.
-      significance: that the bound fails.
+      significance: probability that the bound fails.
       delta: of the guarantee.
-      seed: of the split into halves: one chooses the threshold, the other is judged by it.
+      seed: of the split into halves: one half chooses the threshold, the other half gives the bound.
 
     Source: Clopper and Pearson (1934), as in Nasr et al. (2021).
     """
@@ -149,13 +149,13 @@ def bound(score: np.ndarray, present: np.ndarray, significance: float, delta: fl
 def one_run(
     score: np.ndarray, present: np.ndarray, significance: float, delta: float, gaussian: bool, seed: int
 ) -> tuple[str, float]:
-    """``(estimator, lower bound of epsilon)`` of several canaries in a run: scores depend on each other, coins do not.
+    """``(estimator, lower bound of epsilon)`` from several canaries in a run: scores are dependent, coins are not.
 
-    Only without f-DP is nothing taken for granted; but then it says nothing unless delta is far below significance.
+    Only the bound without f-DP makes no assumption, but it is empty unless delta is far below the significance.
 
     Args:
       score, present, significance, delta, seed: as for ``bound``; of all canaries in all runs.
-      gaussian: whether what is claimed is a Gaussian mechanism, which the f-DP bound takes for granted.
+      gaussian: whether the claim is a Gaussian mechanism, which the f-DP bound assumes.
 
     Source: Steinke, Nasr and Jagielski (2023), "Privacy Auditing with One (1) Training Run"; Mahloujifar, Melis and
     Chaudhuri (2024), "Auditing f-Differential Privacy in One Run".

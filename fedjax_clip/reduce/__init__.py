@@ -1,4 +1,4 @@
-"""Reducers, which turn the messages of a cohort into one: means, robust rules, modular sums."""
+"""Reducers, which combine the messages of a cohort into one: means, robust rules, modular sums."""
 
 from fedjax_clip.reduce.base import Reducer, Roster, fixed_mean, together, uniform_mean, weighted_mean
 from fedjax_clip.reduce.modular import majority, modular_sum, on_host, secure_threshold

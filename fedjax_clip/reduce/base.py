@@ -1,4 +1,4 @@
-"""Reducers: how the messages of a cohort become one."""
+"""Reducers combine the messages of a cohort into one."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ class Roster(NamedTuple):
     """The clients whose messages a reducer will get, in order, and the round's randomness.
 
     Attributes:
-      ids: int32 ``[C]`` client numbers of one device; -1 where nobody is.
+      ids: int32 ``[C]`` client numbers of one device; -1 in empty slots.
       key: PRNG key of the round's reduction, the same on all devices.
 
     Example:
@@ -33,16 +33,16 @@ class Reducer(NamedTuple):
       add: ``(acc, messages[w, ...], weights[w]) -> acc``. A dropped or absent client has weight 0 and a message
         of zeros.
       finish: ``(acc, axis_name) -> aggregate``, over all devices of the mapped axis, if there is one.
-      linear: whether the aggregate is linear in the messages, so that masks and sums commute with it and the
-        accumulator does not grow with the cohort.
-      denominator: what sums are divided by whoever comes; ``None`` if by what came.
-      fewest: clients in a round below which its guarantee says nothing, and the aggregate is zero.
-      threshold: of a modular sum, which adds integers: with fewer clients it gives nothing but zeros. ``None``: a
-        reducer of real numbers.
-      population: fewest clients that there must be, since it names one by number.
-      weighted: whether a client counts by its weight; otherwise all clients count alike.
-      hides: its name, if it is a secure sum: nobody may look at a single message.
-      forges: its name, if messages are replaced behind the uplink by what depends on other clients' messages.
+      linear: whether the aggregate is linear in the messages. Masks and sums then commute with it, and the accumulator
+        does not grow with the cohort.
+      denominator: the fixed denominator of a sum; ``None`` if it depends on the clients that arrived.
+      fewest: the fewest clients in a round for which the guarantee holds; with fewer the aggregate is zero.
+      threshold: of a modular sum, which adds integers: with fewer clients it returns zeros. ``None`` for a reducer of
+        real numbers.
+      population: the fewest clients that the population must have, since the reducer names one by number.
+      weighted: whether a client counts by its weight; otherwise all clients count equally.
+      hides: its name, if it is a secure sum: nobody may read a single message.
+      forges: its name, if it replaces messages after the uplink by functions of other clients' messages.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.uniform_mean())
@@ -64,7 +64,7 @@ class Reducer(NamedTuple):
 def weighted_mean() -> Reducer:
     """``sum_i w_i m_i / sum_i w_i``, with weights ``w_i`` (numbers of examples); zero without clients.
 
-    Sums are kept in float32 or better whatever the messages' type, one accumulator for the whole cohort.
+    Sums are in float32 or better for every type of message, with one accumulator for the whole cohort.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.weighted_mean())  # the default
@@ -75,7 +75,7 @@ def weighted_mean() -> Reducer:
 
 
 def uniform_mean() -> Reducer:
-    """``sum_i m_i / n`` over the n clients that arrived, whatever their size; zero without clients.
+    """``sum_i m_i / n`` over the n clients that arrived, of any size; zero without clients.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.uniform_mean())
@@ -84,11 +84,11 @@ def uniform_mean() -> Reducer:
 
 
 def fixed_mean(denominator: float | Array) -> Reducer:
-    """``sum_i m_i / n`` with a fixed n, whichever clients arrive: each moves it by at most its bound / n.
+    """``sum_i m_i / n`` with a fixed n: each client moves it by at most its bound / n.
 
-    What differential privacy needs: a mean over those who came, or one weighted by examples, tells who they were.
-    Integers are added exactly, modulo 2^32 and to the same bits in any order and on any number of devices, and their
-    sum is not divided: the link that sent them does that, once there is noise on it (``fc.uplink.gaussian``).
+    Differential privacy needs it: a mean over the clients that arrived, or one weighted by examples, reveals who they
+    were. Integers are added exactly, modulo 2^32, to the same bits in any order and on any number of devices. Their sum
+    is not divided: the link that sent them divides it after adding noise (``fc.uplink.gaussian``).
 
     Args:
       denominator: n, the (expected) size of a cohort.
@@ -134,11 +134,11 @@ def _mean(weigh: Callable[[Array], Array], denominator: float | Array | None = N
 
 
 def looks_at_messages(name: str, reducer: Reducer) -> None:
-    """Refuses to wrap a secure sum by what would look at single messages.
+    """Refuses to wrap a secure sum by a reducer that reads single messages.
 
     Args:
-      name: of what would.
-      reducer: that it wraps.
+      name: of the wrapper.
+      reducer: the wrapped reducer.
 
     Raises:
       InvalidInput: a reducer that hides single messages.
@@ -157,7 +157,7 @@ def together(*reducers: Reducer) -> Reducer:
       reducers: one for each part of a message, in order.
 
     Raises:
-      InvalidInput: what is no reducer; a secure sum beside what is none.
+      InvalidInput: an argument that is not a reducer; a secure sum beside another reducer.
 
     Example:
       >>> reducer = fc.reduce.together(fc.reduce.weighted_mean(), fc.reduce.uniform_mean())
@@ -178,7 +178,7 @@ def together(*reducers: Reducer) -> Reducer:
     def finish(acc, axis_name):
         return tuple(r.finish(a, axis_name) for r, a in zip(reducers, acc, strict=True))
 
-    first = reducers[0]  # the first part is the update, and what the uplink asks of the reducer it asks of this one
+    first = reducers[0]  # the first part is the update: the uplink's demands on the reducer apply to this one
     return first._replace(
         zero=zero,
         add=add,

@@ -16,19 +16,20 @@ from fedjax_clip.reduce.base import Reducer
 
 
 def modular_sum(cohort_size: int, threshold: int | None = None) -> Reducer:
-    """``sum_i m_i mod 2^32`` of unsigned integers: all that a server learns under secure aggregation.
+    """``sum_i m_i mod 2^32`` of unsigned integers, which is all that a server learns under secure aggregation.
 
-    Exact: the same bits in any order and on any number of devices. Masks that cancel change nothing in it, so a
-    simulation needs none; ``fc.secure.pairwise_masks`` is the protocol, with the same result to the last bit. The
-    decoding link divides by ``cohort_size``.
+    Exact: the same bits in any order and on any number of devices. Masks cancel in it, so a simulation needs none;
+    ``fc.secure.pairwise_masks`` runs the protocol, with the same result to the last bit. The decoding link divides by
+    ``cohort_size``.
 
     Args:
       cohort_size: n, the (expected) size of a cohort.
-      threshold: t; fewer clients than this are not added up, and the round's update is zero. More than n / 2, and 2 n /
-        3 by default. In a round of more than 2 t - 1 clients, as a Poisson sample may be, it is half of them and one.
+      threshold: t; with fewer clients the sum is not opened, and the round's update is zero. More than n / 2; 2 n / 3
+        by default. In a round of more than 2 t - 1 clients, as a Poisson sample may be, it is half of them plus one.
 
     Raises:
-      InvalidInput: a cohort of one client, whose sum is its message; a threshold that is no majority, or over the size.
+      InvalidInput: a cohort of one client, whose sum is its message; a threshold that is not a majority, or above the
+        size.
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.integer_grid())
@@ -60,15 +61,15 @@ def on_host(
     threshold: int = 1,
     modular: bool = False,
 ) -> Reducer:
-    """The sum by a function of NumPy arrays, called once a round outside the compiled program: real cryptography.
+    """The sum by a function of NumPy arrays, called once a round outside the compiled program, for real cryptography.
 
-    All messages of a round are kept, and sent to the host by the first device. On several CPU devices XLA gives up
-    after 40 seconds in which the others wait: take one device for a function that is slower.
+    The first device collects all messages of a round and sends them to the host. On several CPU devices XLA aborts
+    after the others have waited for 40 seconds: use one device for a slower function.
 
     Args:
-      function: ``(messages [n, d], came [n]) -> sum [d]`` of the same type, of the round's n clients; messages of who
-        did not come are zeros.
-      cohort_size: what the sum of real numbers is divided by (that of integers by the link that decodes it).
+      function: ``(messages [n, d], came [n]) -> sum [d]`` of the same type, of the round's n clients; messages of
+        absent clients are zeros.
+      cohort_size: the denominator for real numbers (the decoding link divides a sum of integers).
       threshold: with fewer clients the function is not called, and the sum is zero.
       modular: whether messages are integers, whose sum may wrap around.
 
@@ -92,7 +93,7 @@ def on_host(
 
     def finish(acc, axis_name):
         leaves, structure = jax.tree.flatten(acc[0])
-        if not leaves:  # a part of a message that is empty
+        if not leaves:  # an empty part of a message
             return acc[0]
         stack = jnp.concatenate([x.reshape(len(x), -1) for x in leaves], 1), acc[1], acc[2]
         first = jnp.array(True)
@@ -117,15 +118,15 @@ def on_host(
     return made._replace(hides="a secure sum")
 
 
-PIECE = 2**14  # elements that go to the host at once
+PIECE = 2**14  # elements sent to the host at once
 
 
 def _call_on_host(
     function: Callable[[np.ndarray, np.ndarray], np.ndarray], messages: Array, came: Array, present: Array
 ) -> Array:
-    """``function(messages, came)`` of the NumPy arrays of who is present, sent in pieces of at most 64 KiB.
+    """``function(messages, came)`` on NumPy arrays of the present clients, sent in pieces of at most 64 KiB.
 
-    JAX copies larger ones by a thread of the CPU's pool; all of these may be waiting for this device in a collective.
+    JAX copies larger pieces by a thread of the CPU's pool, and all of those threads may be waiting for this device.
     """
     held: dict[int, np.ndarray] = {}  # by call: several devices may each train alone
     calls = itertools.count()
@@ -154,14 +155,15 @@ def _call_on_host(
 
 
 def secure_threshold(cohort_size: int, threshold: int | None) -> int:
-    """The threshold of a secure sum, after a check that it can be one: a majority of two clients or more.
+    """The checked threshold of a secure sum: a majority of a cohort of two clients or more.
 
-    With one that is no majority, a server that lies to two halves of the clients opens two sums. Joined by k clients
-    it needs ``2 t > n + k`` (Bonawitz et al. 2017, Theorem 6.5), so that a sum is safe from ``2 t - n - 1`` of them.
+    Without a majority, a server that lies to two halves of the clients opens two sums. Against a server with k
+    colluding clients the protocol needs ``2 t > n + k`` (Bonawitz et al. 2017, Theorem 6.5), so a sum is safe from ``2
+    t - n - 1`` of them.
 
     Args:
       cohort_size: n, clients.
-      threshold: t, fewest of them whose sum is opened; two thirds by default.
+      threshold: t, the fewest clients whose sum is opened; two thirds by default.
 
     Raises:
       InvalidInput: as ``modular_sum``.
@@ -188,10 +190,10 @@ def secure_threshold(cohort_size: int, threshold: int | None) -> int:
 
 
 def majority(present: Any, threshold: int) -> Any:
-    """The threshold of a round in which so many clients are present: more than half of them, at least.
+    """The threshold of a round: the expected cohort's, or more than half of the present clients if that is more.
 
     Args:
-      present: clients of the round, whether their messages come or not; may be traced.
+      present: number of clients in the round, whether their messages arrive or not; may be traced.
       threshold: of an expected cohort.
 
     Example:

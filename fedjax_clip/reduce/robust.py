@@ -12,10 +12,10 @@ from fedjax_clip.reduce.stack import Stack, stacking
 
 
 def median() -> Reducer:
-    """The median of each coordinate; for an even number the mean of the two in the middle. Zero without clients.
+    """The median of each coordinate; for an even number, the mean of the middle two. Zero without clients.
 
-    Guarantee: while fewer than half are bad, each coordinate lies between the least and the greatest honest one. Where
-    clients' data differ it forgets what only a minority has seen, bad clients or not: see ``fc.reduce.bucketing``.
+    Guarantee: if fewer than half of the clients are malicious, each coordinate lies between the least and the greatest
+    honest value. If clients' data differ, it ignores what only a minority has seen: see ``fc.reduce.bucketing``.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.median())
@@ -36,14 +36,14 @@ def median() -> Reducer:
 def trimmed_mean(num_bad: int) -> Reducer:
     """The mean of each coordinate without its ``num_bad`` least and greatest values; zero without clients.
 
-    Guarantee: with at most ``num_bad`` bad clients each coordinate lies between the least and the greatest honest one.
-    Of 2 f clients or fewer none would be left: the mean is zero.
+    Guarantee: with at most ``num_bad`` malicious clients each coordinate lies between the least and the greatest honest
+    value. With 2 f clients or fewer no value is left, and the mean is zero.
 
     Args:
-      num_bad: f, at least 0, which is ``uniform_mean``.
+      num_bad: f, at least 0; 0 gives ``uniform_mean``.
 
     Raises:
-      InvalidInput: an f that is no whole number of at least 0; (when a run begins) a cohort of 2 f or fewer.
+      InvalidInput: an f that is not a whole number of at least 0; (when a run begins) a cohort of 2 f or fewer.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.trimmed_mean(2))
@@ -64,13 +64,14 @@ def trimmed_mean(num_bad: int) -> Reducer:
 def krum(num_bad: int, num_chosen: int = 1) -> Reducer:
     """The message that lies nearest to its ``n - f - 2`` nearest neighbours, by squared distance.
 
-    With ``num_chosen`` m > 1 it is Multi-Krum: the uniform mean of the m nearest. Of equals the client with the lower
-    number is chosen. Guarantee, for n > 2 f + 2: what is chosen lies within ``sqrt(n - f - 2)`` times the honest
-    ones' diameter of an honest message; of fewer clients it is zero. Computes all ``n (n - 1)`` distances.
+    With ``num_chosen`` m > 1 it is Multi-Krum: the uniform mean of the m nearest. In a tie the client with the lower
+    number is chosen. Guarantee, for n > 2 f + 2: the chosen message lies within ``sqrt(n - f - 2)`` times the diameter
+    of the honest messages from an honest one. With fewer clients the result is zero. Computes all ``n (n - 1)``
+    distances.
 
     Args:
       num_bad: f, at least 0.
-      num_chosen: m, at least 1; all who came, if fewer came.
+      num_chosen: m, at least 1; all clients, if fewer arrived.
 
     Raises:
       InvalidInput: an f or m that is no such number; (when a run begins) a cohort of 2 f + 2 or fewer.
@@ -88,7 +89,7 @@ def krum(num_bad: int, num_chosen: int = 1) -> Reducer:
         squares = jnp.where(both, _square_distances(stack.messages), jnp.inf)
         nearest = jnp.arange(len(stack.ids), dtype=jnp.int32) < stack.num_present - num_bad - 2
         scores = jnp.sum(jnp.where(nearest[None], jnp.sort(squares, axis=1), 0), axis=1)
-        best = jnp.lexsort((scores, ~stack.present))[:num_chosen]  # stable: of equals the first
+        best = jnp.lexsort((scores, ~stack.present))[:num_chosen]  # stable: in a tie the first
         chosen = jnp.zeros(len(stack.ids), jnp.float32).at[best].set(1) * stack.present.astype(jnp.float32)
         return _combine(chosen / jnp.maximum(jnp.sum(chosen), 1), stack.messages)
 
@@ -98,17 +99,17 @@ def krum(num_bad: int, num_chosen: int = 1) -> Reducer:
 def geometric_median(iterations: int = 8, smoothing: float | Array = 1e-6) -> Reducer:
     """The point with the least sum of distances to all messages (RFA), by smoothed Weiszfeld steps from zero.
 
-    ``v <- sum_i b_i m_i / sum_i b_i`` with ``b_i = 1 / max(smoothing, ||m_i - v||)``. Guarantee: with fewer than half
-    bad, the exact point is within ``2 (n - f) / (n - 2 f)`` times the largest norm of an honest message, whatever the
-    bad ones send. Zero for nobody.
+    ``v <- sum_i b_i m_i / sum_i b_i`` with ``b_i = 1 / max(smoothing, ||m_i - v||)``. Guarantee: if fewer than half of
+    the clients are malicious, the norm of the exact point is at most ``2 (n - f) / (n - 2 f)`` times the largest norm
+    of an honest message, whatever the malicious ones send. Zero without clients.
 
     Args:
       iterations: at least 1.
-      smoothing: nu, positive, in the units of the messages; may be traced. One that is larger than all distances makes
-        it the uniform mean.
+      smoothing: nu, positive, in the units of the messages; may be traced. If it is larger than all distances, the
+        result is the uniform mean.
 
     Raises:
-      InvalidInput: iterations or a smoothing that are no such numbers.
+      InvalidInput: iterations or smoothing out of range.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.geometric_median())
@@ -130,15 +131,15 @@ def centered_mean(threshold: float | Array, iterations: int = 3) -> Reducer:
     """Centered clipping: ``v <- v + mean_i clip(m_i - v)``, ``iterations`` times from ``v = 0``, unweighted.
 
     Behind ``fc.uplink.relative_to_last()`` it starts from the last aggregate, as the paper has it: messages are then
-    differences to it. Guarantee: ``||v|| <= threshold * iterations``, whatever a client sends. With one iteration it
-    is the uniform mean of clipped messages; with a threshold that never binds the uniform mean.
+    differences to it. Guarantee: ``||v|| <= threshold * iterations``, whatever a client sends. With one iteration it is
+    the uniform mean of clipped messages; with a threshold that never binds it is the uniform mean.
 
     Args:
       threshold: tau, of the Euclidean norm of ``m_i - v``; positive, may be traced.
       iterations: at least 1.
 
     Raises:
-      InvalidInput: a threshold that is not positive, iterations that are no whole number of at least 1.
+      InvalidInput: a threshold that is not positive, iterations that are not a whole number of at least 1.
 
     Example:
       >>> uplink, reducer = fc.uplink.relative_to_last(), fc.reduce.centered_mean(10.0, iterations=3)
@@ -162,8 +163,8 @@ def centered_mean(threshold: float | Array, iterations: int = 3) -> Reducer:
 def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Reducer:
     """The server scales every message to Euclidean norm at most ``max_norm`` before it reduces them.
 
-    A clip of the uplink happens at the client, and a bad client does not clip itself. Guarantee, with a mean of n: one
-    client moves the aggregate by at most ``max_norm / n``. Keeps no messages unless ``reducer`` does.
+    A clip of the uplink runs at the client, and a malicious client skips it. Guarantee, with a mean of n: one client
+    moves the aggregate by at most ``max_norm / n``. Stores no messages unless ``reducer`` does.
 
     Args:
       max_norm: positive, in the units of the messages; may be traced.
@@ -192,19 +193,19 @@ def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Red
 
 
 def fltrust(root: int) -> Reducer:
-    """Weighs each message by its cosine with that of a trusted client, and scales it to the norm of that one.
+    """Weighs each message by its cosine with a trusted client's message, and scales it to the norm of that message.
 
     ``sum_i t_i (||m_0|| / ||m_i||) m_i / sum_i t_i`` with ``t_i = max(0, cos(m_i, m_0))`` over all i but the root 0.
-    The root is a client of the population that the server runs itself, on a small clean data set of its own: it trains
-    as all clients do, and counts only as the direction. Guarantee: norm at most ``||m_0||``, and an angle to it below
-    90 degrees, whatever the others send. Zero in a round without the root, or with nobody to trust: let it take part in
-    every round.
+    The root is a client of the population that the server runs itself, on a small clean data set. It trains as all
+    clients do, but its message serves as the reference only. Guarantee: norm at most ``||m_0||``, and an angle to
+    ``m_0`` below 90 degrees, whatever the others send. The result is zero in a round without the root, or if no cosine
+    is positive: let the root take part in every round.
 
     Args:
       root: the number of the server's client.
 
     Raises:
-      InvalidInput: a root that is no client's number; (when a run begins) a cohort of one.
+      InvalidInput: a root that is not a client's number; (when a run begins) a cohort of one.
 
     Example:
       >>> reducer = fc.reduce.fltrust(root=data.num_clients - 1)
@@ -228,7 +229,7 @@ def fltrust(root: int) -> Reducer:
 
 
 def _by_coordinate(stack: Stack, rule: Callable[[list[Array], Array], Array]) -> PyTree:
-    """``rule(rows, count)`` of each leaf's values in rising order, ``count`` of them and then infinity."""
+    """Applies ``rule(rows, count)`` to each leaf's values in rising order: ``count`` of them, then infinities."""
 
     def one(x):
         rows = tree.sorted_rows(jnp.where(_beside(stack.present, x), tree.wide(x), jnp.inf))
@@ -245,7 +246,7 @@ def _iterated(stack: Stack, iterations: int, step: Callable[[PyTree, Array, PyTr
 
 
 def _square_distances(messages: PyTree) -> Array:
-    """``[N, N]``: by differences, since products of messages would lose what is small beside them."""
+    """``[N, N]`` squared distances, from differences: products of messages would lose small distances."""
 
     def from_row(row):
         return jnp.square(_norms(_minus(messages, jax.tree.map(lambda x: x[row], messages))))
@@ -259,7 +260,7 @@ def _norms(messages: PyTree) -> Array:
 
 
 def _within(max_norm: float | Array, messages: PyTree) -> Array:
-    """``[N]`` factors that bring the rows' norms under ``max_norm``."""
+    """``[N]`` factors that bring the rows' norms to at most ``max_norm``."""
     norms = _norms(messages)
     return jnp.where(norms <= max_norm, 1, max_norm / tree.or_one(norms))
 

@@ -13,12 +13,12 @@ from fedjax_clip.reduce.base import Reducer, Roster, looks_at_messages
 
 
 class Stack(NamedTuple):
-    """All messages of a round, of all devices, in the order of client numbers; absent clients come last.
+    """All messages of a round, from all devices, in the order of client numbers; absent clients come last.
 
     Attributes:
-      messages: pytree of ``[N, ...]``, zeros where nobody is.
-      weights: float32 ``[N]``, 0 where nobody is.
-      ids: int32 ``[N]`` client numbers, meaningless where nobody is.
+      messages: pytree of ``[N, ...]``, zeros for absent clients.
+      weights: float32 ``[N]``, 0 for absent clients.
+      ids: int32 ``[N]`` client numbers, meaningless for absent clients.
       key: PRNG key of the round's reduction.
 
     Example:
@@ -37,21 +37,21 @@ class Stack(NamedTuple):
 
     @property
     def num_present(self) -> Array:
-        """int32: how many messages there are."""
+        """int32: number of messages."""
         return tree.count(self.present)
 
 
 def stacking(aggregate: Callable[[Stack], PyTree], fewest: int = 1) -> Reducer:
-    """A reducer that keeps all messages and computes any function of them: ``stack -> aggregate``.
+    """A reducer that stores all messages and computes any function of them: ``stack -> aggregate``.
 
-    Every device gathers the messages of all, so that each holds a few times ``N`` messages (the stack, itself in order,
-    and what ``aggregate`` makes of it), N being the places of the whole cohort. Rows are in the order of the clients'
-    numbers: order, chunks and devices change no bit of an aggregate but through N, by rounding of sums with zeros.
+    Every device gathers all messages. With N slots in the cohort, it holds a few times ``N`` messages: the stack, its
+    sorted copy, and the temporaries of ``aggregate``. Rows are in the order of the clients' numbers, so order, chunks
+    and devices change an aggregate only through N, by rounding of sums with zeros.
 
     Args:
       aggregate: called once on each device, with the same stack. Rows of absent clients are zeros of weight 0.
-      fewest: clients below which the aggregate says nothing: of fewer it is zero, as a modular sum's below its
-        threshold. A Poisson sample may be so small; ``check_cohort`` refuses cohorts that always are.
+      fewest: the fewest clients for which the aggregate has a meaning; with fewer it is zero, like a modular sum below
+        its threshold. A Poisson sample may be that small; ``check_cohort`` refuses cohorts that always are.
 
     Example:
       >>> largest = fc.reduce.stacking(lambda stack: jax.tree.map(lambda x: jnp.max(x, 0), stack.messages))
@@ -72,9 +72,9 @@ def stacking(aggregate: Callable[[Stack], PyTree], fewest: int = 1) -> Reducer:
         key, rows = acc[0].key, acc[0]._replace(key=None)
         if axis_name is not None:
             rows = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), rows)
-        if (missing := fewest - len(rows.ids)) > 0:  # the program of a small cohort is traced, too
+        if (missing := fewest - len(rows.ids)) > 0:  # a small cohort's program must trace, too
             rows = jax.tree.map(lambda x: jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), rows)
-        if not jax.tree.leaves(rows.messages):  # a part of a message that is empty
+        if not jax.tree.leaves(rows.messages):  # an empty part of a message
             return rows.messages
         order = jnp.argsort(jnp.where(rows.weights > 0, rows.ids, jnp.iinfo(jnp.int32).max))
         stack = jax.tree.map(lambda x: x[order], rows)._replace(key=key)
@@ -85,7 +85,7 @@ def stacking(aggregate: Callable[[Stack], PyTree], fewest: int = 1) -> Reducer:
 
 
 def check_cohort(reducer: Reducer, cohort_size: float) -> None:
-    """Refuses a reducer that a cohort of the expected size, if that is known and not 0, does not serve.
+    """Refuses a reducer that needs more clients than the expected cohort, if its size is known and not 0.
 
     Args:
       reducer: any.
@@ -108,12 +108,12 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
     """Reduces ``change(messages)`` by ``reducer``, in place of the messages.
 
     Args:
-      change: ``stack -> stack``, of as many rows as it likes.
+      change: ``stack -> stack``, with any number of rows.
       reducer: for the changed messages.
       fewest: as for ``stacking``; by default that of ``reducer``.
 
     Raises:
-      InvalidInput: no reducer, such as a function that makes one.
+      InvalidInput: an argument that is not a reducer, such as a function that makes one.
 
     Example:
       >>> def halve(stack):
@@ -138,17 +138,17 @@ def restacked(change: Callable[[Stack], Stack], reducer: Reducer, fewest: int | 
 def bucketing(reducer: Reducer, size: int = 2) -> Reducer:
     """Divides the messages at random into buckets of ``size`` and reduces the uniform means of the buckets.
 
-    Clients' data differ, and a robust rule takes the odd one for a bad one; means of a few differ less. A bad client
-    spoils a bucket: of ``ceil(n / size)`` buckets as many may be bad as there are bad clients, which is what the
-    reducer must stand. The deal is by a hash of (round, client), so order and devices do not matter. The last bucket
-    may hold fewer.
+    Where clients' data differ, a robust rule mistakes an unusual client for a malicious one. Means of a few clients
+    differ less. A malicious client spoils its bucket, so the reducer must tolerate as many bad buckets among ``ceil(n /
+    size)`` as there are malicious clients. A hash of (round, client) deals the buckets, so order and devices do not
+    matter. The last bucket may hold fewer.
 
     Args:
       reducer: for the means, any.
-      size: s, at least 1, which is ``reducer`` itself.
+      size: s, at least 1; 1 gives ``reducer`` itself.
 
     Raises:
-      InvalidInput: a size that is no whole number of at least 1.
+      InvalidInput: a size that is not a whole number of at least 1.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, client_tx, reducer=fc.reduce.bucketing(fc.reduce.median(), 2))

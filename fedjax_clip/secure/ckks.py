@@ -1,16 +1,17 @@
 """Homomorphic aggregation: the server adds real numbers that it cannot read (CKKS, by TenSEAL).
 
-**Whom it protects:** the clients of a round, from a server that follows the protocol and that none of them helps. It
-learns the sum. All clients of a round hold one secret key, drawn for the round. A server that lies therefore reads
-everything, by handing them one client's ciphertext for the sum; so does one to whom a single client tells the key.
-Where that may happen, take ``fc.secure.pairwise_masks``. TenSEAL has no threshold keys, which would mend the second.
+**Threat model:** the clients of a round are protected from an honest-but-curious server without colluding clients. It
+learns the sum. All clients of a round hold one secret key, drawn for the round. A malicious server therefore reads
+everything: it hands out one client's ciphertext as the sum. A server to whom one client tells the key also reads
+everything. If that may happen, take ``fc.secure.pairwise_masks``. TenSEAL lacks threshold keys, which would prevent the
+second attack.
 
-**Why sums are rounded:** a CKKS decryption is the message and an error, and who holds the ciphertext and both has the
-secret key, ``s = (m + e - c0) / c1``. Clients therefore round their messages to a grid whose step is over twice the
-largest error of a sum, and round what they decrypt to the same grid before it leaves them. The error is then gone,
-always and all of it. What leaves is the exact sum of the rounded messages, in which key and ciphertexts have no part.
-(The other cure floods the error with noise. That noise would be drawn in float64, whose 53 bits do not hold 40 bits of
-security beside a message.)
+**Why sums are rounded:** a CKKS decryption is the message plus an error. Whoever holds both and the ciphertext can
+compute the secret key, ``s = (m + e - c0) / c1``. Clients therefore round their messages to a grid whose step is over
+twice the largest error of a sum, and round the decrypted sum to the same grid before they reveal it. This always
+removes the whole error. The result is the exact sum of the rounded messages, which depends on neither key nor
+ciphertexts. (The other remedy floods the error with noise. That noise would be drawn in float64, whose 53 bits do not
+hold 40 bits of security beside a message.)
 
 Needs the extra ``secure``.
 """
@@ -32,23 +33,24 @@ except ImportError:
 
 
 class Ckks:
-    """A secret key of a round's clients, and what encrypts, adds and decrypts with it.
+    """A secret key of a round's clients, with encryption, addition and decryption.
 
-    One prime of 60 bits is all that sums need, in rings of degree N = 4096 with 128 bits of security. Numbers are
-    stored at a scale of 2^48, and sums stay below 2^10. The error of one ciphertext is at most 21 in each coefficient
-    (SEAL's noise is binomial, of 21 bits either way) and 1/2 by rounding: ``N 21.5 / 2^48`` in each number, at
-    worst. A transform in float64 adds at most 2^-32. The step of the grid is the power of two at or above twice n of
-    the first and two of the second: 2^-27 for 8 clients, 2^-23 for 100. Errors that occur are some 500 times smaller.
+    Sums need one prime of 60 bits, in rings of degree N = 4096 with 128 bits of security. Numbers are stored at a scale
+    of 2^48, and sums stay below 2^10. The error of one ciphertext is at most 21 in each coefficient (SEAL's noise is
+    binomial, of 21 bits either way) plus 1/2 by rounding: at worst ``N 21.5 / 2^48`` in each number. A transform in
+    float64 adds at most 2^-32. The grid's step is the smallest power of two that is at least twice the sum of n
+    ciphertext errors and two transform errors: 2^-27 for 8 clients, 2^-23 for 100. Errors in practice are some 500
+    times smaller.
 
     Args:
-      num_clients: n, most that are added up. An element of theirs beyond ``2^10 / n`` is cut there.
+      num_clients: n, the most clients in a sum. Elements of their messages are clamped to ``2^10 / n``.
 
     Attributes:
       step: of the grid.
-      limit: the largest element of one client.
+      limit: the largest element of one client's message.
 
     Raises:
-      InvalidInput: n that is no whole number of at least 2, or that leaves no grid (beyond 10^5).
+      InvalidInput: an n that is not a whole number of at least 2, or that leaves no grid (beyond 10^5).
 
     Example:
       >>> scheme = fc.secure.Ckks(2)
@@ -57,11 +59,11 @@ class Ckks:
       [1.5, 2.5]
 
     Source: Cheon et al. (2017), "Homomorphic Encryption for Arithmetic of Approximate Numbers"; Li and Micciancio
-    (2021), "On the Security of Homomorphic Encryption on Approximate Numbers", Section 2 on exact schemes, to whom
-    decryptions give nothing away, and Section 3 on approximate ones.
+    (2021), "On the Security of Homomorphic Encryption on Approximate Numbers", Section 2 on exact schemes, whose
+    decryptions reveal nothing, and Section 3 on approximate ones.
     """
 
-    DEGREE, PRIMES, SCALE, MOST = 4096, (60, 49), 2.0**48, 2.0**10  # the second prime is one of keys that sums lack
+    DEGREE, PRIMES, SCALE, MOST = 4096, (60, 49), 2.0**48, 2.0**10  # SEAL wants a second prime, for keys
     NOISE, FLOAT = 21.5, 2.0**-32
 
     def __init__(self, num_clients: int):
@@ -74,13 +76,13 @@ class Ckks:
         )
         self._context.global_scale = self.SCALE
         keyless = dict.fromkeys(("save_public_key", "save_secret_key", "save_galois_keys", "save_relin_keys"), False)
-        self.public = tenseal.context_from(self._context.serialize(**keyless))  # what the server has
+        self.public = tenseal.context_from(self._context.serialize(**keyless))  # the server's context
         self.error = n * self.DEGREE * self.NOISE / self.SCALE + 2 * self.FLOAT
         self.step = 2.0 ** math.ceil(math.log2(2 * self.error))
         self.limit = math.floor(self.MOST / n / self.step) * self.step
 
     def rounded(self, x: np.ndarray) -> np.ndarray:
-        """``[d]`` real numbers as what is added: whole steps, none beyond the limit; float64."""
+        """``[d]`` real numbers rounded to whole steps and clamped to the limit; float64."""
         return np.clip(np.rint(x.astype(np.float64) / self.step) * self.step, -self.limit, self.limit)
 
     def encrypt(self, x: np.ndarray) -> list[bytes]:
@@ -99,28 +101,28 @@ class Ckks:
         return [total(parts) for parts in zip(*messages, strict=True)]
 
     def decrypt(self, message: Sequence[bytes]) -> np.ndarray:
-        """At a client: ``[d]``, float64, the exact sum of the rounded messages: all that may leave the client."""
+        """At a client: ``[d]``, float64, the exact sum of the rounded messages. Nothing else may leave the client."""
         return np.rint(self._approximate(message) / self.step) * self.step
 
     def _approximate(self, message: Sequence[bytes]) -> np.ndarray:
-        """With the error that gives the key away to who has the ciphertext."""
+        """The decryption with its error, which together with the ciphertext reveals the key."""
         vectors = [tenseal.ckks_vector_from(self._context, part) for part in message]
         return np.concatenate([vector.decrypt() for vector in vectors])
 
 
 def ckks_mean(cohort_size: int) -> Reducer:
-    """``fc.reduce.fixed_mean`` of encrypted messages, which the server adds without the key.
+    """``fc.reduce.fixed_mean`` of encrypted messages; the server adds them without the key.
 
-    It protects from a server that follows the protocol and that no client helps. **A server that lies, or is told the
-    key by any one client, reads every message of the round.** Against these take ``fc.secure.pairwise_masks``.
+    It protects from an honest-but-curious server without colluding clients. **A malicious server, or one to whom a
+    client tells the key, reads every message of the round.** Against these take ``fc.secure.pairwise_masks``.
 
     Unweighted; each message is rounded to steps of 2^-27 (8 clients; ``fc.secure.Ckks``), so the mean is the plain
-    one to half a step. A fresh key for each round. A round with one client is not opened, and its update is zero.
+    one to half a step. Each round has a fresh key. A round with one client is not opened, and its update is zero.
     Messages go to the host in each round; 2048 numbers make a ciphertext of 66 kB, 8 times their size or more, which
     ``bytes_up`` does not see.
 
     Args:
-      cohort_size: n, what the sum is divided by; 2 or more.
+      cohort_size: n, the denominator of the sum; 2 or more.
 
     Raises:
       InvalidInput: a cohort of one client, whose sum is its message. When the algorithm is built: clients that send

@@ -1,4 +1,4 @@
-"""A client of the protocol: a state machine that checks all that it can of what the server says."""
+"""A client of the protocol: a state machine that checks the server's statements."""
 
 import enum
 import functools
@@ -19,7 +19,7 @@ from fedjax_clip.secure.sharing import SHARE, agree, expand, signed, split, veri
 
 
 class Stage(enum.Enum):
-    """What a client does next. Each of its methods belongs to one stage; one that has refused is ``OVER``.
+    """The stage of a client. Each of its methods belongs to one stage; after a refusal the stage is ``OVER``.
 
     Example:
       >>> fc.secure.Stage.ADVERTISE
@@ -34,12 +34,12 @@ class Stage(enum.Enum):
 
 
 class Keys(NamedTuple):
-    """What a client is known by in one sum.
+    """A client's public keys in one sum.
 
     Attributes:
       sealing: its public key of X25519 for shares.
       masking: its public key of X25519 for masks.
-      signature: of both, by the client that the registry knows.
+      signature: of both, with the client's signing key in the registry.
 
     Example:
       >>> from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -55,7 +55,7 @@ class Keys(NamedTuple):
 
 
 def _in(stage: Stage, then: Stage) -> Callable[[Callable], Callable]:
-    """Lets a method run in its stage only. Whatever it raises, the client takes no further part."""
+    """Lets a method run in its stage only. After any error the client takes no further part."""
 
     def wrap(method: Callable) -> Callable:
         @functools.wraps(method)
@@ -84,30 +84,30 @@ def _in(stage: Stage, then: Stage) -> Callable[[Callable], Callable]:
 
 
 class Client:
-    """One client in one sum: two key pairs, a seed, and what it has received.
+    """One client in one sum: two key pairs, a seed, and the messages that it has received.
 
-    It goes through ``advertise``, ``share``, ``mask``, ``confirm``, ``reveal``, each once and in this order. What the
-    server says is checked before it is used, and after the first lie the client takes no further part. It opens a sum
-    of at least ``threshold`` clients, itself among them, of which t have signed that they open the same one.
+    It goes through ``advertise``, ``share``, ``mask``, ``confirm``, ``reveal``, each once and in this order. It checks
+    every statement of the server before it uses it, and takes no further part after the first lie. It opens only a sum
+    of at least ``threshold`` clients, including itself, if t clients have signed that they open the same sum.
 
-    If ``2 t > n + k``, a server that lies and k clients who help it learn one sum, of at least t - k of the others. A
-    server that follows the protocol may be joined by any k < t. With ``neighbours`` the first of these does not hold:
-    the server draws the graph.
+    If ``2 t > n + k``, a malicious server with k colluding clients learns one sum only, of at least t - k other
+    clients. An honest-but-curious server may collude with any k < t clients. With ``neighbours`` the first guarantee
+    does not hold, because the server draws the graph.
 
     Args:
       number: from 0.
-      threshold: t, fewest clients whose sum it helps to open; more than half of those in the roster.
-      identity: its signing key, for life.
-      registry: ``{client: public signing key}`` of all that may take part, from whom all clients trust.
-      session: a name of this sum that the server cannot choose twice, such as the round's number in bytes: signatures
-        of one sum are worth nothing in another.
+      threshold: t, the fewest clients whose sum it helps to open; more than half of the roster.
+      identity: its long-term signing key.
+      registry: ``{client: public signing key}`` of all possible participants, from a party that all clients trust.
+      session: a name of this sum that the server cannot use twice, such as the round's number in bytes. It makes
+        signatures of one sum invalid in another.
       neighbours: of a sparse graph, ``(numbers of its neighbours, Neighbourhood)``; all clients by default.
 
     Attributes:
-      stage: what it does next.
+      stage: the next step.
 
     Raises:
-      InvalidInput: (by every method) a step out of order; a statement of the server's that is refused, by name.
+      InvalidInput: (by every method) a step out of order; a refused statement of the server, by name.
 
     Example:
       >>> from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -149,10 +149,10 @@ class Client:
 
     @_in(Stage.SHARE, Stage.MASK)
     def share(self, roster: Mapping[int, Keys]) -> dict[int, bytes]:
-        """Round 1: for each of the others, sealed, shares of the masking key and of the seed.
+        """Round 1: sealed shares of the masking key and of the seed, for each other client.
 
-        Refused: a roster without this client, with fewer than t clients or so many that t is no majority, with a key
-        twice, or with one that its owner has not signed.
+        Refused: a roster without this client, with fewer than t clients, with so many that t is not a majority, with a
+        repeated key, or with a key that its owner has not signed.
         """
         self._check_roster(roster)
         self._roster = dict(roster)
@@ -165,10 +165,10 @@ class Client:
 
     @_in(Stage.MASK, Stage.CONFIRM)
     def mask(self, message: np.ndarray, inbox: Mapping[int, bytes]) -> np.ndarray:
-        """Round 2: its message under its own mask and one for each client whose shares arrived, modulo its type.
+        """Round 2: its message under its own mask and one mask for each client whose shares arrived, modulo its type.
 
-        Refused: shares of fewer than t clients (its own among them), of one that is not in the roster, or changed on
-        the way.
+        Refused: shares of fewer than t clients (including itself), shares of a client that is not in the roster, shares
+        changed on the way.
         """
         message = np.asarray(message)
         if message.dtype.kind != "u":
@@ -184,9 +184,9 @@ class Client:
 
     @_in(Stage.CONFIRM, Stage.REVEAL)
     def confirm(self, survivors: Collection[int]) -> bytes:
-        """Round 3: its signature of the one set of survivors whose sum it will open.
+        """Round 3: its signature of the only set of survivors whose sum it will open.
 
-        Refused: a set of fewer than t, without this client, or with one whose shares never came.
+        Refused: a set of fewer than t clients, without this client, or with a client whose shares never arrived.
         """
         self._survivors = frozenset(survivors)
         known = set(self._roster) if self._near is None else self._near
@@ -200,9 +200,9 @@ class Client:
 
     @_in(Stage.REVEAL, Stage.OVER)
     def reveal(self, signatures: Mapping[int, bytes]) -> dict[int, int]:
-        """Round 4: of each survivor the share of its seed, of each other the share of its key; never both.
+        """Round 4: the share of each survivor's seed, and the share of each other client's key; never both.
 
-        Refused: fewer than t signatures, its own among them, of the survivors that it has confirmed itself.
+        Refused: fewer than t signatures (including its own) of the survivors that it has confirmed itself.
         """
         self._known("The signatures", signatures, self._survivors & self._shares.keys())
         for v, signature in signatures.items():
@@ -273,7 +273,7 @@ class Client:
 
 
 def too_few(count: int, threshold: int) -> str:
-    """What is said of a sum that stays closed."""
+    """The sentence for a sum that stays closed."""
     return f"{count} clients are left, fewer than the threshold of {threshold}: their sum stays closed."
 
 

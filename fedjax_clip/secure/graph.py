@@ -1,4 +1,4 @@
-"""A sparse graph of who shares with whom, and how sparse it may be."""
+"""The sparse graph of clients that share secrets, and its smallest safe size."""
 
 import math
 import secrets
@@ -16,7 +16,7 @@ class Neighbourhood(NamedTuple):
 
     Attributes:
       size: k, neighbours of each client.
-      threshold: t, of its neighbours, whose shares give a client's secret back.
+      threshold: t, the number of neighbours whose shares give a client's secret back.
 
     Example:
       >>> fc.secure.neighbourhood(1000, colluding=0.05, silent=0.33)
@@ -30,19 +30,19 @@ class Neighbourhood(NamedTuple):
 def neighbourhood(
     num_clients: int, colluding: float, silent: float, security: int = 40, failure: int = 20
 ) -> Neighbourhood:
-    """The smallest neighbourhoods that protect n clients from an honest but curious server.
+    """The smallest neighbourhoods that protect n clients from an honest-but-curious server.
 
-    With A of n clients colluding and B silent, drawn without regard to the graph, three things go wrong rarely:
+    With A of n clients colluding and B silent, chosen independently of the graph, three failures are rare:
 
       ``P[some client has t colluding neighbours]   <= n P[Hyp(n, A, k) >= t]                  <= 2^-(security + 1)``
       ``P[the honest survivors are disconnected]    <= n (n - k - 1) / 2 C(A + B, k) / C(n, k)  <= 2^-(security + 1)``
       ``P[some client has under t neighbours left]  <= n P[Hyp(n, n - B, k) < t]               <= 2^-failure``
 
-    The first two open a message or a smaller sum; the third ends the round without a sum.
+    The first two reveal a message or a smaller sum; the third ends the round without a sum.
 
     Args:
       num_clients: n.
-      colluding, silent: fractions of the clients, at most.
+      colluding, silent: upper bounds on the fractions of the clients.
       security: bits.
       failure: bits.
 
@@ -50,7 +50,7 @@ def neighbourhood(
       The least even k, and the least t for it.
 
     Raises:
-      InvalidInput: no k below n - 1 will do: take the full graph.
+      InvalidInput: no k below n - 1 is enough: take the full graph.
 
     Example:
       >>> fc.secure.pairwise_masks(1000, neighbours=fc.secure.neighbourhood(1000, 0.05, 0.33))
@@ -81,7 +81,7 @@ def neighbourhood(
 
 
 def _log_disconnected(n: int, k: int, removed: int) -> float:
-    """Of a circle: two disjoint runs of k / 2 neighbours must be gone."""
+    """Log probability that the circle breaks: two disjoint runs of k / 2 neighbours must be missing."""
     if k > removed:
         return -math.inf
     ratio = math.lgamma(removed + 1) - math.lgamma(removed - k + 1) + math.lgamma(n - k + 1) - math.lgamma(n + 1)
@@ -89,10 +89,10 @@ def _log_disconnected(n: int, k: int, removed: int) -> float:
 
 
 def check_neighbourhood(neighbours: Neighbourhood | None) -> Neighbourhood | None:
-    """Refuses one whose threshold hides nothing: the shares of a threshold of 1 are the secret itself.
+    """Refuses a neighbourhood whose threshold hides nothing: with a threshold of 1, each share is the secret itself.
 
     Raises:
-      InvalidInput: no neighbourhood; a size or a threshold below 2, or a threshold beyond the size.
+      InvalidInput: not a neighbourhood; a size or a threshold below 2, or a threshold above the size.
     """
     checks.kind("neighbours", neighbours, Neighbourhood | None, "an fc.secure.neighbourhood(...)")
     if neighbours is not None:
@@ -112,7 +112,7 @@ def harary(num_clients: int, size: int) -> list[frozenset[int]]:
       n sets of k clients each.
 
     Raises:
-      InvalidInput: k that is odd or too large.
+      InvalidInput: a k that is odd or too large.
 
     Example:
       >>> fc.secure.harary(100, 6)[0]

@@ -40,7 +40,7 @@ class Transcript:
     revealed: dict[int, dict[int, int]] = dataclasses.field(default_factory=dict)
 
     def bytes_up(self, client: int) -> int:
-        """What one client has sent: keys, sealed shares, its masked message, a signature, the shares it revealed."""
+        """The bytes that one client has sent: keys, sealed shares, masked message, signature, revealed shares."""
         sealed = sum(len(text) for (sender, _), text in self.sealed.items() if sender == client)
         masked = self.masked[client].nbytes if client in self.masked else 0
         signature = len(self.confirmed.get(client, b""))
@@ -56,25 +56,25 @@ def aggregate(
     answered: Collection[bool] | None = None,
     neighbours: Neighbourhood | None = None,
 ) -> tuple[np.ndarray, Transcript]:
-    """The sum of the arrived messages, modulo their type, by the whole protocol among n clients.
+    """The sum of the messages that arrived, modulo their type, by the whole protocol among n clients.
 
-    Exact to the last bit. Clients that shared their keys and then fell silent are made up for: t of the survivors
-    give their shares of a silent one's masking key, and its masks are taken out of the sum. Signing keys and their
-    registry are drawn anew, in place of a trusted third party's.
+    Exact to the last bit. If a client shares its keys and then falls silent, t survivors reveal their shares of its
+    masking key, and the server removes its masks from the sum. Signing keys and their registry are drawn afresh, in
+    place of a trusted third party's.
 
     Args:
       messages: ``[n, d]`` unsigned integers, of all clients.
-      threshold: t, more than n / 2: fewer survivors cannot open any sum.
-      came: ``[n]``, whose masked message arrives; all by default.
-      answered: ``[n]``, who also answers at the end, to open the sum; all that came by default.
+      threshold: t, more than n / 2; fewer survivors cannot open a sum.
+      came: bool ``[n]``, the clients whose masked message arrives; all by default.
+      answered: bool ``[n]``, the clients that also answer in the last step, to open the sum; all that came by default.
       neighbours: of a sparse graph, which the server draws; the full graph by default.
 
     Returns:
       ``(sum [d], transcript)``.
 
     Raises:
-      InvalidInput: messages of another type, fewer than t clients at any stage, or of a sparse graph in any
-        neighbourhood; a neighbourhood whose threshold is below 2.
+      InvalidInput: messages of another type; fewer than t clients at a stage, or in a neighbourhood of a sparse graph;
+        a neighbourhood whose threshold is below 2.
 
     Example:
       >>> total, _ = fc.secure.aggregate(np.ones((5, 3), np.uint32), threshold=4)
@@ -115,14 +115,14 @@ def aggregate(
 
 
 def unmask(seen: Transcript, threshold: int) -> np.ndarray:
-    """The server's last step: the sum, from what it has seen alone.
+    """The server's last step: computes the sum from its own view.
 
     Args:
       seen: of all rounds.
-      threshold: t, how many shares give a secret back.
+      threshold: t, the number of shares that give a secret back.
 
     Raises:
-      InvalidInput: fewer shares of some client's secret.
+      InvalidInput: too few shares of a client's secret.
 
     Example:
       >>> total, transcript = fc.secure.aggregate(np.ones((5, 3), np.uint32), threshold=4)
@@ -145,20 +145,21 @@ def unmask(seen: Transcript, threshold: int) -> np.ndarray:
             total = total - expand(secret, total)
             continue
         key = X25519PrivateKey.from_private_bytes(secret)
-        for u in partners[v]:  # the masks that u agreed on with v, who fell silent
+        for u in partners[v]:  # remove the masks that u agreed on with the silent v
             total = total - signed(u, v, expand(agree(key, seen.keys[u].masking), total))
     return total
 
 
 def pairwise_masks(cohort_size: int, threshold: int | None = None, neighbours: Neighbourhood | None = None) -> Reducer:
-    """``fc.reduce.modular_sum`` by the protocol: the same bits, with real keys and masks, at the protocol's cost.
+    """``fc.reduce.modular_sum`` by the real protocol: the same bits, with keys and masks, at the protocol's cost.
 
-    Messages go to the host in each round. A client of the round whose message was dropped is one that fell silent.
+    Messages go to the host in each round. A client whose message was dropped counts as silent.
 
     Args:
       cohort_size, threshold: as for ``fc.reduce.modular_sum``.
-      neighbours: of a sparse graph, from ``fc.secure.neighbourhood``: cheaper for hundreds of clients, and for a
-        server that follows the protocol only. Rounds of no more clients than a neighbourhood take the full graph.
+      neighbours: of a sparse graph, from ``fc.secure.neighbourhood``. It is cheaper for hundreds of clients, and
+        protects from an honest-but-curious server only. Rounds with no more clients than a neighbourhood take the full
+        graph.
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.integer_grid(16))

@@ -14,17 +14,17 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedjax_clip.core.types import InvalidInput
 
-PRIME = 2**256 + 297  # the first beyond every 32 bytes
+PRIME = 2**256 + 297  # the first prime above all numbers of 32 bytes
 SHARE = 33  # bytes of a number below it
 
 
 def split(secret: bytes, threshold: int, points: Sequence[int]) -> list[int]:
-    """Shamir's shares of 32 bytes: any ``threshold`` of them give it back, fewer say nothing about it.
+    """Shamir's shares of 32 bytes: any ``threshold`` of them give the secret back, fewer reveal nothing about it.
 
     Args:
       secret: 32 bytes.
       threshold: t, so that the polynomial has degree t - 1.
-      points: distinct and positive, at which it is evaluated.
+      points: distinct positive numbers at which the polynomial is evaluated.
 
     Example:
       >>> shares = fc.secure.split(b"a secret of exactly 32 bytes ...", threshold=2, points=[1, 2, 3])
@@ -42,7 +42,7 @@ def split(secret: bytes, threshold: int, points: Sequence[int]) -> list[int]:
 
 
 def join(shares: Mapping[int, int]) -> bytes:
-    """The secret of at least ``threshold`` shares, by their points: Lagrange's interpolation at zero.
+    """The secret from at least ``threshold`` shares, by Lagrange's interpolation at zero.
 
     Args:
       shares: ``{point: share}``.
@@ -63,17 +63,18 @@ def join(shares: Mapping[int, int]) -> bytes:
 
 
 def agree(own: X25519PrivateKey, other: bytes) -> bytes:
-    """32 bytes that the owners of both keys know, and nobody else, of these two keys as they were advertised.
+    """32 bytes that only the owners of both keys know, derived from the keys as they were advertised.
 
-    Several public keys agree with a private one on the same point (the top bit is ignored, and so is a part of small
-    order). So both keys go into the derivation, or whoever spells another's key differently would have its masks.
+    Several public keys agree with a private key on the same point (X25519 ignores the top bit and a component of small
+    order). So both keys go into the derivation. Otherwise a client could advertise a variant of another's key and get
+    its masks.
 
     Args:
       own: a private key.
       other: the other's public key.
 
     Raises:
-      InvalidInput: bytes that are no public key.
+      InvalidInput: bytes that are not a public key.
 
     Example:
       >>> from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -96,8 +97,8 @@ def expand(seed: bytes, like: np.ndarray) -> np.ndarray:
     """ChaCha20's key stream as an array: a mask.
 
     Args:
-      seed: 32 bytes, used for nothing else.
-      like: whose shape and type it has, in this machine's order of bytes.
+      seed: 32 bytes that have no other use.
+      like: an array with the shape and type of the result, in this machine's byte order.
 
     Example:
       >>> mask = fc.secure.expand(bytes(32), np.zeros(4, np.uint32))
@@ -109,7 +110,7 @@ def expand(seed: bytes, like: np.ndarray) -> np.ndarray:
 
 
 def signed(u: int, v: int, mask: np.ndarray) -> np.ndarray:
-    """u adds what v subtracts."""
+    """The sign of a mask: u adds the mask that v subtracts."""
     return mask if u < v else np.negative(mask)
 
 

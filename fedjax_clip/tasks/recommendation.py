@@ -66,8 +66,8 @@ def ratings(
     """Matrix factorisation of ratings, ``r ~ mean + b_user + b_item + <p_user, q_item>``, for ``partially_private``.
 
     With ``private="user"`` users keep ``b_user`` and ``p_user``; items' biases and factors are federated. The biases
-    begin at their closed form, from sums that users send. Scores of the held-out ratings: ``rmse``, and beside it that
-    of the mean and of the biases alone.
+    begin at their closed form, from sums that users send. Scores of the held-out ratings: ``rmse``, and for comparison
+    that of the mean and of the biases alone.
 
     Args:
       user, item: ``[N]`` names or whole numbers of users, who are the clients, and of items.
@@ -76,9 +76,9 @@ def ratings(
       l2, l2_bias: strength of the penalty on a user's and on an item's factors and bias, see ``rating_loss``.
       held_out: fraction of each user's ratings.
       seed: of the split.
-      bounds: the least and the greatest rating, known beforehand, as an epsilon needs; the items then count as public,
-        too. The mean is their middle, biases begin at 0, and a rating's share of its item's penalty is that of its
-        user's: no sums are asked for.
+      bounds: the least and the greatest rating, public as an epsilon needs; the items then count as public, too. The
+        mean is the middle of the bounds, biases begin at 0, and a rating's share of its item's penalty equals that of
+        its user's, so clients send no sums.
 
     Example:
       >>> user, item = np.array(["ann", "ann", "bob", "bob"]), np.array(["film 1", "film 2", "film 1", "film 3"])
@@ -90,7 +90,7 @@ def ratings(
     names, item = np.unique(item, return_inverse=True)
     rating = np.asarray(rating, np.float32)
     if bounds is not None:
-        tables.read_bounds({"rating": bounds})  # refuses what is none
+        tables.read_bounds({"rating": bounds})  # refuses bad bounds
         rating = np.clip(rating, *bounds)
     given = {"x": item.astype(np.int32), "y": rating, "user": user}
     train, examples = partition.natural(given, "user").split_examples(held_out, seed)
@@ -121,8 +121,9 @@ def ratings(
 def rating_loss(model: models.Factorisation, l2: float, l2_bias: float) -> PerExampleLoss:
     """Half the squared error and, in training, each rating's share of the penalty.
 
-    Over all ratings it is ``sum_u (l2_bias b_u^2 + l2 |p_u|^2) / 2`` and the same of items: a user of n ratings adds
-    1/n of its term with each, and an item too. So ``l2`` is the variance of the noise over that of the factors.
+    Over all ratings the penalty is ``sum_u (l2_bias b_u^2 + l2 |p_u|^2) / 2`` and the same for items: each of a user's
+    n ratings adds 1/n of the user's term, and likewise for items. So ``l2`` is the variance of the noise over that of
+    the factors.
 
     Source: Salakhutdinov and Mnih (2008), "Probabilistic Matrix Factorization", equation 4.
     """
@@ -147,7 +148,7 @@ def item_counts(train: FederatedData, num_items: int) -> np.ndarray:
 
 
 def _with_shares(data: FederatedData, train: FederatedData, counts: np.ndarray | None) -> FederatedData:
-    """With a field ``share [N, 2]``: 1 over the number of training ratings of a rating's user and of its item.
+    """Adds a field ``share [N, 2]``: 1 over the number of training ratings of a rating's user and of its item.
 
     Without ``counts`` of the items both are the user's.
     """

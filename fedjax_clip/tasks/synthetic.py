@@ -16,11 +16,11 @@ def linear_regression(num_clients: int = 100, noise: float = 0.1, seed: int = 0)
 
     Args:
       num_clients: M.
-      noise: standard deviation of what is added to y.
+      noise: standard deviation of the noise on y.
       seed: of the data.
 
     Raises:
-      InvalidInput: no clients, noise that is none.
+      InvalidInput: no clients, a negative noise.
 
     Example:
       >>> task = fc.tasks.linear_regression(num_clients=10)

@@ -36,19 +36,18 @@ def csv(
 
     Args:
       path: the file, UTF-8 with a header.
-      target: the column to predict; rows where it is missing are left out, with a warning.
+      target: the column to predict; rows without it are left out, with a warning.
       by: the column that names each row's client; without it rows are dealt evenly to ``num_clients``.
       num_clients: clients to deal rows to.
       hidden, tail, l2, held_out, seed: as for ``heart``; ``held_out`` is of each client's rows.
-      bounds: what is publicly known of the columns, the target among them, as an epsilon needs:
-        ``{"age": (0, 120), "sex": ("f", "m"), "died": ("no", "yes")}``, or in a flag
-        ``'age:0:120;sex:f,m;died:no,yes'``. Then no statistics are used: numbers are clipped to their bounds and scaled
-        to [-1, 1], a missing one is 0 with an indicator, an unknown word is ``"other"``, and ``tail`` has nothing to
-        say. Columns that are not named are left out.
+      bounds: public bounds of the columns, including the target, as an epsilon needs: ``{"age": (0, 120), "sex": ("f",
+        "m"), "died": ("no", "yes")}``, or in a flag ``'age:0:120;sex:f,m;died:no,yes'``. Then no statistics are used:
+        numbers are clipped to their bounds and scaled to [-1, 1], a missing one is 0 with an indicator, an unknown word
+        is ``"other"``, and ``tail`` is ignored. Other columns are left out.
 
     Raises:
-      InvalidInput: a file that is no table, an unknown column, a column that is missing everywhere, a target of one
-        value or of more than two words ...
+      InvalidInput: a file that is not a table, an unknown column, a column without values, a target with one value or
+        with more than two words ...
 
     Example:
       >>> from pathlib import Path
@@ -80,7 +79,7 @@ def _as_they_are(
     """The rows with a target, features yet to be prepared, the target, and how many features are numbers."""
     wanted = tables.column(table, target)
     for name in table.keys() - {by}:
-        tables.column(table, name)  # refuses infinite numbers, while rows have the file's numbers
+        tables.column(table, name)  # refuses infinite numbers, while rows still have the file's numbering
     table = _known(path, table, target, ~np.isnan(wanted) if wanted.dtype.kind == "f" else wanted != "")
     values, y = np.unique(table[target], return_inverse=True)
     if len(values) < 2 or (len(values) > 2 and values.dtype.kind != "f"):
@@ -102,7 +101,7 @@ def _as_they_are(
 def _by_bounds(
     path: str, table: tables.Table, target: str, by: str | None, bounds: tables.Bounds
 ) -> tuple[Any, np.ndarray, np.ndarray, Sequence[float] | None]:
-    """The rows with a target, features of each row by itself, the target, and the bounds of one of numbers."""
+    """The rows with a target, features of each row alone, the target, and the bounds of a numeric target."""
     if target not in bounds:
         raise InvalidInput(f"bounds: the target {target!r} is missing: add '{target}:no,yes', or its bounds.")
     features = {name: of for name, of in bounds.items() if name not in (target, by)}
@@ -149,7 +148,7 @@ def _split(
 
 
 def prepare(populations: Sequence[FederatedData], num_numbers: int, tail: float) -> tuple[FederatedData, ...]:
-    """Features whose first ``num_numbers`` columns are numbers and the others words, by the first's statistics."""
+    """Prepares features by the first population's statistics; the first ``num_numbers`` columns are numbers."""
     numbers = slice(num_numbers)
     trimming = [quality.winsorise(tail, numbers)] if tail else []
     return quality.prepare(populations, *trimming, quality.impute(), quality.standardise(numbers))
@@ -164,9 +163,9 @@ def task(
     fitted: str = "",
     target: Sequence[float] | None = None,
 ) -> Task:
-    """Logistic loss for whole numbers y, else squared error of scaled y; the first population trains.
+    """A task with logistic loss for integers y, else with the squared error of scaled y; the first population trains.
 
-    Numbers y are scaled to [-1, 1] by the bounds ``target`` where they are known, else standardised.
+    Real y are scaled to [-1, 1] by the bounds ``target`` if given, else standardised.
     """
     model = models.MLP(widths(hidden), 1)
     if populations[0].fields()["y"].dtype.kind == "i":
@@ -190,7 +189,8 @@ def _with_target(data: FederatedData, y: np.ndarray) -> FederatedData:
 def closed_form(train: FederatedData, l2: float) -> np.ndarray:
     """The linear or ridge regression of y on x on all clients' examples, from sums that clients send.
 
-    ``(sum z z' / N + l2 I) w = sum z y / N`` with z the features and, not penalised, a 1; of several, the shortest.
+    ``(sum z z' / N + l2 I) w = sum z y / N`` with z the features and an unpenalised 1. If there are several solutions,
+    it is the shortest.
 
     Returns:
       ``[features + 1]``, the intercept last.
@@ -206,7 +206,7 @@ def closed_form(train: FederatedData, l2: float) -> np.ndarray:
 
 
 def _root_mean_square(std: float, best: np.ndarray | None = None, zero: str = "mean") -> Summary:
-    """``rmse`` in the target's units, and those of the training mean and of the closed form, where there is one."""
+    """``rmse`` in the target's units, and for comparison that of the training mean and of the closed form, if any."""
 
     def summarise(values, data):
         x, y = (data.fields()[name].astype(np.float64) for name in "xy")

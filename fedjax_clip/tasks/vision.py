@@ -26,7 +26,8 @@ def fashion_mnist(
     Args:
       num_clients: clients that the 60,000 examples are dealt to.
       alpha: Dirichlet label skew, smaller is more skewed;
-      classes_per_client: or shards of sorted labels, so many a client. Without either the deal is even.
+      classes_per_client: shards of sorted labels for each client, in place of ``alpha``. Without either the deal is
+        even.
       channels: of the CNN's convolutions.
       dense: width of its hidden dense layer.
       directory: see ``fc.data.sources.fashion_mnist``.

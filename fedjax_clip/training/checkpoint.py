@@ -17,13 +17,12 @@ from fedjax_clip.training.state import State
 class Checkpoints:
     """Checkpoints of a run in a directory; each appears whole or not at all.
 
-    Each holds a hash of every array, which is checked when it is read, and the run's identity: what is trained, by
-    which algorithm, on which data.
+    Each holds a hash of every array, checked on reading, and the run's identity: model, algorithm and data.
 
     Args:
-      directory: where they lie; made when the first is saved.
-      keep: how many of the newest are kept.
-      mode: permissions of the directory, if it is made: 0o700 keeps what clients keep from other users.
+      directory: where the checkpoints lie; created by the first save.
+      keep: how many of the newest checkpoints to keep.
+      mode: permissions of a new directory: 0o700 hides the clients' states from other users.
 
     Raises:
       InvalidInput: a directory that cannot be written; a checkpoint that is damaged or of another run.
@@ -83,8 +82,9 @@ class Checkpoints:
                 f"{len(asked)}. Name another directory, or remove this one."
             )
         try:
+            # Before reading: a file of endless zeros takes no room on disk, and would fill the memory.
             if _shapes_on_disk(path / "arrays") != {name: x.shape for name, x in _keyed(leaves).items()}:
-                raise ValueError("the arrays are not those of the record")  # zeros without end take no room on a disk
+                raise ValueError("the arrays are not those of the record")
             arrays = self._read(step, "arrays", "StandardRestore", _keyed(leaves)) if any(map(np.size, leaves)) else {}
             arrays = [np.array(arrays[str(i)]) if x.size else x for i, x in enumerate(leaves)]
         except Exception as error:
@@ -140,7 +140,7 @@ class Checkpoints:
 
 
 def _named(state: State) -> tuple[list[str], list[np.ndarray]]:
-    """Names, which differ even where one key has another's separator in it, and arrays of what is saved."""
+    """Names and arrays of a pytree. Names differ even if a key contains the separator."""
     leaves, _ = jax.tree_util.tree_flatten_with_path((state.server, state.clients))
     roots = {0: "server", 1: "clients"}
     names = [roots[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in leaves]
@@ -148,7 +148,7 @@ def _named(state: State) -> tuple[list[str], list[np.ndarray]]:
 
 
 def _keyed(leaves: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays as Orbax takes them, which has no place for one without elements."""
+    """The arrays as Orbax takes them: without empty ones, which Orbax cannot store."""
     return {str(i): x for i, x in enumerate(leaves) if x.size}
 
 
@@ -163,6 +163,6 @@ def _shapes_on_disk(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
 
 def _digest_of_record(record: dict[str, Any]) -> str:
-    """A hash of what the record says."""
+    """A hash of the record."""
     told = json.dumps([record["run"], record["leaves"]], sort_keys=True)
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()

@@ -26,15 +26,15 @@ class Dispatcher:
     for the metrics.
 
     Args:
-      algorithm: what is trained.
+      algorithm: the algorithm to train.
       planner: plans the blocks.
       server: the server's state, on the host.
-      clients: what the clients keep, ``[M, ...]`` on the host; written into.
-      debug: whether every operation runs by itself, see ``fc.train``.
+      clients: the clients' states, ``[M, ...]`` on the host; updated in place.
+      debug: whether every operation runs uncompiled, see ``fc.train``.
 
     Attributes:
       server: the server's state on the devices, ``[D, ...]``.
-      clients: what the clients keep.
+      clients: the clients' states.
     """
 
     def __init__(self, algorithm: Algorithm, planner: Planner, server: PyTree, clients: PyTree, debug: bool = False):
@@ -63,7 +63,7 @@ class Dispatcher:
         for block in self.planner.everyone():
             self.server, columns = self.run(self.server, self.clients, block, run_rounds)
             self._started.append(columns)
-        self.planner.seconds = math.inf  # of a round, which that was not
+        self.planner.seconds = math.inf  # the start is not a round, so its time says nothing about one
         return self._started
 
     def begin(self, rounds: range, every: tuple[int, ...], params: Params) -> None:
@@ -96,12 +96,12 @@ class Dispatcher:
     def run(
         self, server: PyTree, clients: PyTree, block: Block, run_rounds: Callable[..., Any] | None = None
     ) -> tuple[PyTree, Columns]:
-        """``(server, metrics)`` after a block, of states that are given; the clients' are written into."""
+        """Runs one block from the given states, and returns ``(server, metrics)``; ``clients`` is updated in place."""
         server, finish = self._dispatch(server, clients, block, run_rounds or self._run_rounds)
         return server, finish()[1]
 
     def _plan_next(self) -> Callable[[], Block] | None:
-        """The next block, if there is one: planned here, as it is quick, or packed by a thread."""
+        """The next block, if there is one: planned here if that is quick, else packed by a thread."""
         if not self._left:
             return None
         rounds = self.planner.first_of(self._left, *self._every)
@@ -114,13 +114,13 @@ class Dispatcher:
     def _dispatch(
         self, server: PyTree, clients: PyTree, block: Block, run_rounds: Callable[..., Any]
     ) -> tuple[PyTree, Callable[[], tuple[Block, Columns]]]:
-        """The server to be, and a function that waits for the end."""
+        """The server's state after the block (not yet computed), and a function that waits for it."""
         cohorts = dataclasses.replace(block.cohorts, state=gather(clients, block.ids))
         began = time.perf_counter()
         server, states, report = run_rounds(server, cohorts, self.key, len(block.rounds))
 
         def finish() -> tuple[Block, Columns]:
-            # Waiting is not only for the clock: collectives of dispatches in flight dead-lock on CPU devices.
+            # Two dispatches must not be in flight at once: their collectives deadlock on CPU devices.
             columns = placement.first_replica(report)
             scatter(clients, block.ids, states)
             self.planner.seconds = min(self.planner.seconds, (time.perf_counter() - began) / len(block.rounds))
@@ -129,7 +129,7 @@ class Dispatcher:
         return server, finish
 
     def _warn_slow_convolutions(self, block: Block, params: Params) -> None:
-        """Says what to write in place of convolutions that crawl on a CPU."""
+        """Warns of convolutions that are slow on a CPU, and says what to write in their place."""
         if not self.planner.on_cpu or all(np.ndim(x) < 3 for x in jax.tree.leaves(params)):
             return
 
@@ -137,7 +137,7 @@ class Dispatcher:
             return lambda x: jax.ShapeDtypeStruct(x.shape[skip:], x.dtype)
 
         cohort = jax.tree.map(shape(2), dataclasses.replace(block.cohorts, population=None))
-        # One client at a time: a vmap would make its convolutions look like grouped ones, which nothing helps.
+        # Traced for one client: under vmap every convolution would look grouped, and grouped ones have no remedy.
         kept = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*cohort.ids.shape, *x.shape[1:]), x.dtype), self.clients)
         population = jax.tree.map(shape(1), self.planner.population)
         cohort = dataclasses.replace(cohort, state=kept, population=population, width=1)
@@ -146,12 +146,12 @@ class Dispatcher:
 
 
 def gather(states: PyTree, ids: np.ndarray) -> PyTree:
-    """What a block's clients keep, ``[D, R, C, ...]``."""
+    """The states of a block's clients, ``[D, R, C, ...]``."""
     return jax.tree.map(lambda x: x[np.maximum(ids, 0)], states)
 
 
 def scatter(states: PyTree, ids: np.ndarray, new_states: PyTree) -> None:
-    """Writes what the clients keep from now on into ``states``, ``[M, ...]``."""
+    """Writes the clients' new states into ``states``, ``[M, ...]``."""
     for old, new in zip(jax.tree.leaves(states), jax.tree.leaves(new_states), strict=True):
         new = np.asarray(new)
         for place in np.ndindex(ids.shape[:-1]):

@@ -1,4 +1,4 @@
-"""Held-out scores: means over examples, scores of each client, and scores that no mean gives."""
+"""Held-out scores: means over examples, scores of each client, and scores that are not means, such as AUROC."""
 
 import dataclasses
 import functools
@@ -32,16 +32,16 @@ def evaluator(
 ) -> "Evaluator":
     """Evaluates a model on held-out sets: means over all examples, or over the examples of each client.
 
-    ``sum_i w_i v_i / sum_i w_i`` over the examples i, with example weights w and v the loss, the accuracy, or whatever
-    else the loss reports. Examples go ``batch_size`` at a time through one compiled program for all sets of the same
-    fields. The host sums in float64. Clients are not padded, only the last batch of a set is, and no sum sees that.
+    ``sum_i w_i v_i / sum_i w_i`` over the examples i, with example weights w. The value v is the loss, the accuracy, or
+    another metric that the loss reports. One compiled program evaluates ``batch_size`` examples at a time, for all sets
+    with the same fields. The host sums in float64. Only the last batch of a set is padded, and padding has weight 0.
 
     Args:
       per_example_loss: the training loss; called with ``key=None``, so nothing in it is random.
       sets: populations by name, such as ``{"examples": held_out_examples, "clients": held_out_clients}``.
       algorithm: if its clients have models of their own (``algorithm.personal``), each client's examples are judged by
         the model of the training client of the same name. Other clients are new and begin with the server's model.
-      population: the training population, whose clients' names are meant; needed with such an algorithm.
+      population: the training population, which gives the clients' names; needed with such an algorithm.
       summarise: ``(values of every example {name: [N]}, set) -> {name: score}``, for scores that are not means, such as
         the area under a ROC curve.
       batch_size: examples at a time.
@@ -78,7 +78,7 @@ def evaluator(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluator:
-    """What ``fc.evaluator`` makes; see there."""
+    """The evaluator that ``fc.evaluator`` returns."""
 
     per_example_loss: PerExampleLoss
     sets: Mapping[str, FederatedData]
@@ -105,7 +105,7 @@ class Evaluator:
         return scores
 
     def per_client(self, params: Params, clients: PyTree = ()) -> Values:
-        """The same means over the examples of each client alone: one mean hides whom the model does not serve.
+        """The same means over the examples of each client alone, which show the clients that the model serves badly.
 
         Args:
           params, clients: as for a call.
@@ -136,7 +136,7 @@ class Evaluator:
         return {name: np.concatenate([part[name] for part in parts])[: data.num_examples] for name in parts[0]}
 
     def _states(self, data: FederatedData, params: Params, clients: PyTree) -> Callable[[np.ndarray], PyTree]:
-        """What the clients of some examples keep, by the examples' numbers."""
+        """The states of the clients that own some examples, by the examples' numbers."""
         if self.algorithm is None or self.population is None:
             return lambda index: ()
         number = {self.population.name(c): c for c in range(self.population.num_clients)}
@@ -176,14 +176,14 @@ class Evaluator:
 
 
 def _mean(values: np.ndarray, weights: Any) -> float:
-    """The weighted mean; NaN where nothing was counted, as in a row of training."""
+    """The weighted mean; NaN if all weights are 0, as in a row of training."""
     if weights is None:
         return float(np.mean(values))
     return float(np.average(_counted(values, weights), weights=weights)) if np.any(weights) else math.nan
 
 
 def _counted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The values, 0 where they weigh nothing: NaN or not, they are not looked at."""
+    """The values, set to 0 where the weight is 0, so that a NaN of padding does not spread."""
     return np.where(weights > 0, values, 0)
 
 
@@ -266,12 +266,12 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
     """Expected calibration error of predicted probabilities: ``sum_b n_b / n |mean label - mean probability|``.
 
-    Over ``bins`` equal bins of the probability. Of few examples it is far from 0 by chance.
+    Over ``bins`` equal bins of the probability. With few examples it is far from 0 by chance.
 
     Args:
       probabilities: ``[n]`` of the positive class.
       labels: ``[n]`` of 0 and 1.
-      bins: how many.
+      bins: number of bins.
 
     Example:
       >>> calibration_error(np.array([0.25, 0.25, 0.25, 0.25]), np.array([0, 0, 0, 1]))

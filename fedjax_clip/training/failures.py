@@ -1,4 +1,4 @@
-"""An error inside a user's function: its own message, its own frame last, and a note that says where it was."""
+"""Errors inside a user's function: they keep their message, end at the user's frame, and get a note on the stage."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ HINT = (
     "names the round, the client and the local step."
 )
 
-# What a function of the library does, by where it is; the innermost one on the way to an error is named.
+# What each function of the library does. The note names the innermost one on the way to the error.
 STAGES = {
     ("core/loss.py", "example_values"): "per_example_loss",
     ("local/gradients.py", ""): "the gradient of per_example_loss",
@@ -45,12 +45,12 @@ STAGES = {
 
 
 class Explained:
-    """A context: an error from outside the library gets a note that says in which stage, client and round it was.
+    """A context that adds a note to a user's error: its stage, client and round.
 
-    Frames of the library and of JAX are taken out of its traceback, unless ``jax_traceback_filtering`` is ``off``.
+    It removes the frames of the library and of JAX from the traceback, unless ``jax_traceback_filtering`` is ``off``.
 
     Args:
-      data: of the run; it knows the clients' names.
+      data: of the run, for the clients' names.
       debug: whether each client runs by itself, so that it can be named.
     """
 
@@ -61,7 +61,7 @@ class Explained:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, InvalidInput):  # which says all
+        if not isinstance(error, Exception) or isinstance(error, InvalidInput):  # whose message is complete
             return
         frames = list(_frames(error.__traceback__))
         seen = [frame for frame in frames if not _file(frame).startswith((JAX, contextlib.__file__))]
@@ -100,7 +100,7 @@ def _stage(frame: types.TracebackType) -> str | None:
 
 
 def _where(frames: list[types.TracebackType], data: FederatedData) -> str:
-    """Which local step of which client in which round, as far as that is known."""
+    """The round, the client and the local step, as far as they are known."""
     step = client = round = ""
     for frame in frames:
         held = frame.tb_frame.f_locals

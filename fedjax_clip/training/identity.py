@@ -1,4 +1,4 @@
-"""Which run a checkpoint is of: what must agree when it goes on."""
+"""The identity of a run: what a checkpoint must agree with before the run resumes."""
 
 import hashlib
 import inspect
@@ -16,7 +16,7 @@ from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 
-CHUNK_BYTES = 2**24  # of an array, copied and hashed at a time
+CHUNK_BYTES = 2**24  # of an array that are copied and hashed at a time
 _HASH = "blake2b:"
 
 Identity = dict[str, str]
@@ -25,11 +25,11 @@ Identity = dict[str, str]
 def identify(
     algorithm: Algorithm, data: FederatedData, sampler: Sampler | Clock, work: LocalWork, seed: int
 ) -> Identity:
-    """All that can be seen of a run and that its result depends on, by the name under which a person knows it.
+    """Everything visible that a run's result depends on, by names that appear in error messages.
 
-    It holds hashes of all examples, so it reads all of them, about 1 GB a second; a memory-mapped file that has kept
-    its size and time is read once in a process. Losses, optimisers and links are functions: a checkpoint knows the
-    shapes of what they keep, and not the numbers inside them, such as a learning rate.
+    It hashes all examples, at about 1 GB a second. A memory-mapped file is read once in a process, unless its size or
+    time changes. Losses, optimisers and links are functions: a checkpoint knows the shapes of their states, but not the
+    numbers inside them, such as a learning rate.
     """
     settings = {
         "algorithm": kind(algorithm),
@@ -47,7 +47,7 @@ def identify(
 
 
 def hashes(data: FederatedData) -> dict[str, str]:
-    """A hash of each part of a population, by the name under which a person knows it."""
+    """A hash of each part of a population, by names that appear in error messages."""
     names = "\0".join(data.name(c) for c in range(data.num_clients)).encode("utf-8", "surrogatepass")
     fields = {f"the values of field {name!r}": digest(np.asanyarray(x)) for name, x in data.fields().items()}
     return fields | {
@@ -63,11 +63,11 @@ def fingerprint(data: FederatedData) -> str:
 
 
 def check(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Refuses to go on with a run of another identity, and says what differs and what to do.
+    """Refuses to resume a run of another identity, and says what differs and what to do.
 
     Args:
-      where: what holds the run, as a person knows it.
-      found, expected: of ``identify``; ``width`` is no part of them.
+      where: what holds the run, as in "The checkpoint".
+      found, expected: from ``identify``; ``width`` is ignored.
 
     Raises:
       InvalidInput: they differ.
@@ -90,9 +90,9 @@ def check(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> 
 
 
 def described(value: Any) -> str:
-    """A setting in words: plain values as they are, a function of this package by the arguments of what made it.
+    """A setting in words: plain values as they are, and a function of this package by its maker's arguments.
 
-    Of other functions only the name can be known.
+    Other functions are described by their name only.
 
     Example:
       >>> described(fc.data.sampling.uniform(10).sample)
@@ -137,7 +137,7 @@ def _digest(x: np.ndarray) -> str:
 
 
 def _stamp(x: np.ndarray) -> tuple | None:
-    """Which bytes of which file a read-only memory map shows, with the file's size and time; else ``None``."""
+    """The file and byte range of a read-only memory map, with the file's size and time; else ``None``."""
     whole: Any = x
     while isinstance(whole.base, np.ndarray):
         whole = whole.base
@@ -152,7 +152,7 @@ def _stamp(x: np.ndarray) -> tuple | None:
 
 
 def _held(function: Any) -> dict[str, Any]:
-    """What a function has taken from where it was defined, by name."""
+    """The variables that a function has closed over, by name."""
     function = inspect.unwrap(getattr(function, "func", function))
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
     held = {}

@@ -1,4 +1,4 @@
-"""Lanes: trainings side by side in one program, each on cohorts that were planned before."""
+"""Lanes: trainings side by side in one program, each on cohorts that were planned beforehand."""
 
 import contextlib
 import dataclasses
@@ -24,12 +24,12 @@ from fedjax_clip.training.state import init_state
 
 Build = Callable[[dict[str, Any]], Algorithm]
 
-LONGEST = 64  # rounds in a block,
-PLAN_BYTES = 2**24  # as far as their example numbers are no more than this
+LONGEST = 64  # rounds in a block at most
+PLAN_BYTES = 2**24  # a block's example numbers take no more bytes than this
 
 
 class Stream(NamedTuple):
-    """What all trainings with one seed on one fold have in common.
+    """What all trainings with one seed on one fold share.
 
     Attributes:
       params: initial parameters.
@@ -48,16 +48,16 @@ class Stream(NamedTuple):
     everyone: Cohort | None = None
 
 
-@placement.remembered  # so that a sweep that goes on compiles nothing again
+@placement.remembered  # so that a resumed sweep compiles nothing again
 def program(
     build: Build, per_example_loss: PerExampleLoss, num_kept: int, devices: tuple[jax.Device, ...]
 ) -> Callable[..., Any]:
-    """Some rounds of ``[D, W]`` trainings; a device's share one stream.
+    """Compiles some rounds of ``[D, W]`` trainings; the W trainings of a device share one stream.
 
     Returns:
       ``(hyper, state, stream, population, sets, start, count, due) -> (state, metrics)``: ``hyper`` and ``state`` are
-      ``[D, W, ...]``, of which ``state`` is donated, and not looked at if ``start`` is 0; the streams, the population
-      and the evaluation sets ``{name: (examples, Rows)}`` are ``[D, ...]``. Evaluations are made if ``due``.
+      ``[D, W, ...]``. ``state`` is donated, and ignored if ``start`` is 0. The streams, the population and the
+      evaluation sets ``{name: (examples, Rows)}`` are ``[D, ...]``. The program evaluates if ``due``.
     """
 
     def one(hyper, state, stream, population, sets, start, count, due):
@@ -116,9 +116,9 @@ def plan(
     stops: Sequence[int],
     begins: bool = False,
 ) -> dict[tuple[int, int], Plan]:
-    """The plan of every ``(seed, fold)``, all of the same shapes; no block goes beyond one of the ``stops``.
+    """Plans every ``(seed, fold)``, all with the same shapes; no block crosses one of the ``stops``.
 
-    With ``begins`` it has a cohort of all clients besides, for an algorithm with a ``start``.
+    With ``begins``, each plan also has a cohort of all clients, for an algorithm with a ``start``.
     """
     spans = [range(a, b) for a, b in itertools.pairwise([0, *stops])]
     trained = [fold.split(data)[0] for fold in folds] or [data]
@@ -144,7 +144,7 @@ def plan(
     everyone: dict[tuple[int, int], Cohort] = {}
     if begins:
         room = (0, 0)
-        for _ in range(2):  # the second time all of them have room for the largest
+        for _ in range(2):  # the first pass finds the largest shape, the second pads all cohorts to it
             everyone = {(s, k): cohorts(k, s, range(1), 1, room, all=True) for s in seeds for k in range(len(trained))}
             room = tuple(max(x) for x in zip(*((c.ids.shape[1], c.example_weight.shape[1]) for c in everyone.values())))
         everyone = {lane: jax.tree.map(lambda x: x[0], cohort) for lane, cohort in everyone.items()}
@@ -194,7 +194,7 @@ class Lanes:
         self.program = program(build, per_example_loss, num_kept, tuple(devices))
 
     def deal(self, lanes: Sequence[Lane]) -> list[list[list[Lane]]]:
-        """The lanes in groups of a dispatch: for each device up to ``width`` lanes of one seed and fold."""
+        """The lanes in groups, one for each dispatch: for each device up to ``width`` lanes of one seed and fold."""
         shares = []
         for _, stream in itertools.groupby(sorted(lanes, key=_stream), key=_stream):
             members = list(stream)
@@ -210,9 +210,10 @@ class Lanes:
         on_rounds: Callable[[int], None],
         should_stop: Callable[[], bool],
     ) -> dict[Lane, dict[str, float]] | None:
-        """Trains a group up to round ``stop``; the metrics of each lane, or ``None`` if told to stop before.
+        """Trains a group up to round ``stop``; returns the metrics of each lane, or ``None`` if told to stop earlier.
 
-        Lanes go on from their ``(round, state)`` in ``states``, if all have one, and leave it there to ``keep``.
+        Lanes resume from their ``(round, state)`` in ``states`` if all have one; with ``keep`` they store it there
+        again.
         """
         lanes = {lane: (d, w) for d, share in enumerate(shares) for w, lane in enumerate(share)}
         filled = [share + share[-1:] * (self.width - len(share)) for share in shares]
@@ -233,7 +234,7 @@ class Lanes:
             counts = np.int32(rounds.start), np.int32(len(rounds)), np.bool_(rounds.stop == stop)
             with _while_tracing(), failures.Explained(self.data, debug=False):
                 state, report = self.program(hyper, state, stream, self.population, self.sets, *counts)
-            report = {name: np.asarray(x) for name, x in report.items()}  # waits
+            report = {name: np.asarray(x) for name, x in report.items()}  # waits for the devices
             on_rounds(len(rounds) * len(lanes))
             if rounds.stop < stop and should_stop():
                 return None
@@ -245,12 +246,12 @@ class Lanes:
 
 @contextlib.contextmanager
 def _while_tracing() -> Iterator[None]:
-    """Says what is wrong if a number should have been known."""
+    """Explains the error that JAX raises where a swept number must be known at compile time."""
     try:
         yield
     except TypeError as error:
         if failures.explained(error) and not isinstance(error, jax.errors.JAXTypeError):
-            raise  # of the user's own
+            raise  # an error of the user's own functions
         why = str(error).splitlines()[0]
         raise InvalidInput(f"A swept number decides what is compiled, which only a known one can: {why}") from error
 

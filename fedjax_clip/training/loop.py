@@ -23,9 +23,9 @@ from fedjax_clip.training.watch import Watch
 
 
 class Result(NamedTuple):
-    """What ``train`` returns: final parameters, the whole last state, and one row of metrics for each round it ran.
+    """The result of ``train``: final parameters, the last state, and one row of metrics for each round.
 
-    A resumed run's history begins where it went on; it is empty if there was nothing left to do.
+    The history of a resumed run begins at the resumed round; it is empty if no round was left.
 
     Attributes:
       params: of the model.
@@ -71,65 +71,65 @@ def train(
 ) -> Result:
     """Trains for a number of rounds, each one compiled program over all local devices.
 
-    Training the same ``algorithm`` object again, on another seed say, compiles nothing again. Its programs go when it
-    goes.
+    Training the same ``algorithm`` object again, with another seed for example, reuses its compiled programs. They are
+    freed with the object.
 
-    The result is a function of (algorithm, data, params, seed, secret): resuming changes no bit of it, and client
-    order, chunks and the number of devices change it by rounding only.
+    The result is a function of (algorithm, data, params, seed, secret). Resuming changes no bit of it. Client order,
+    chunks and the number of devices change it by rounding only.
 
     Args:
       algorithm: ``fc.fedavg(...)`` or any other.
       data: the training population.
       params: initial parameters; they are copied.
-      rounds: rounds in all, those before a resume included.
+      rounds: total number of rounds, including those before a resume.
       cohort_size: clients a round, drawn uniformly without replacement; all clients by default.
       sampler: how cohorts are drawn, in place of ``cohort_size``; see ``fc.data.sampling``. Or a clock, which also says
         how long rounds take; see ``fc.data.clock``.
-      batch_size: examples a local step; ``None`` takes all of a client's at once; each client's own number by
-        ``fc.data.speeds.batch_budget(...)``.
+      batch_size: examples in a local step. ``None`` takes all of a client's examples at once.
+        ``fc.data.speeds.batch_budget(...)`` gives each client its own number.
       local_epochs: passes of a client over its examples in a round.
-      local_steps: local steps a round, in place of ``local_epochs``; each client's own by
-        ``fc.data.speeds.budget(...)``.
+      local_steps: local steps in a round, in place of ``local_epochs``. ``fc.data.speeds.budget(...)`` gives each
+        client its own number.
       shuffle: whether a client shuffles its examples in each pass.
-      seed: of everything random, but for what a ``secret`` is for.
+      seed: of everything random that a ``secret`` does not cover.
       evaluate: ``fc.evaluator(...)``, or a function ``params -> {name: value}``, called every ``eval_every`` rounds and
         after the last. Its values appear in that round's row as ``eval/name``. An evaluator is given the clients'
         states as well, for models of their own.
       eval_every: rounds from one evaluation to the next.
       checkpoints: where to resume from and save to: a directory, or ``fc.extend.Checkpoints(directory)`` with options.
-        A run resumes if these agree with it: the kind of algorithm and the shapes of all that it keeps, all of
-        ``data``, the sampler, the local work and the seed. ``rounds`` may grow; all other arguments may change. What is
-        inside the loss, the optimisers and the links, such as a learning rate, cannot be seen: do not change it. With
-        checkpoints, a first Ctrl-C saves the state when the rounds that are under way end, and is then raised; a second
-        one ends at once.
+        A run resumes if the checkpoint agrees with it on the kind of algorithm, the shapes of its state, all of
+        ``data``, the sampler, the local work and the seed. ``rounds`` may grow; all other arguments may change. The
+        check cannot see numbers inside the loss, the optimisers and the links, such as a learning rate: do not change
+        them. With checkpoints, a first Ctrl-C waits until the running rounds end, saves the state, and is then raised.
+        A second one ends the run at once.
       checkpoint_every: rounds from one save to the next.
       on_round: called with each round's row.
       should_stop: asked after each dispatch; if true, the state is saved and training ends early.
       devices: devices to use; all local ones by default.
-      clients_per_chunk: clients that a device trains at once. By default 1 on a CPU, or up to all of them where the
-        model is smaller than 64 KiB; on a GPU or TPU what a short trial before the first round finds fastest. A
+      clients_per_chunk: clients that a device trains at once. By default, on a CPU: 1, or up to all of them if the
+        model is smaller than 64 KiB. On a GPU or TPU a short trial before the first round finds the fastest number. A
         resumed run keeps the number that it began with.
-      rounds_per_dispatch: how many rounds are sent to the devices at once; by default, from the second dispatch on,
-        as many as take a tenth of a second. Dispatches end where an evaluation or a checkpoint is due, and
-        ``on_round`` and ``should_stop`` are called after each: give 1 to be asked after every round. It changes no
-        bit. Clients that keep a state and populations that do not fit on the devices go one round at a time, the
-        next one being planned and sent meanwhile.
+      rounds_per_dispatch: how many rounds are sent to the devices at once. By default, from the second dispatch on, as
+        many as take 0.1 seconds. A dispatch ends where an evaluation or a checkpoint is due. ``on_round`` and
+        ``should_stop`` are called after each dispatch: give 1 to have them called after every round. The number changes
+        no bit of the result. Rounds go one at a time if clients keep a state or the population does not fit on the
+        devices; the next round is planned meanwhile.
       non_finite: what happens to a client whose update has a NaN, an infinity or a norm beyond 1e19. ``"drop"`` leaves
         it out, counts it in ``dropped`` and keeps its old state. This hides divergence: look at ``dropped``. ``"keep"``
         adds it, and the model shows it. ``"stop"`` ends training with an error that names the round and the clients.
         Under noise or a secure sum only ``"drop"`` is allowed, and such a client sends zeros like any other message.
-      secret: what cohorts, the noise of links and gradients, and all else that is random at clients and links are drawn
-        from, in place of the seed, which anybody can guess: ``fc.privacy.Secret.fresh()``. Whatever epsilon says of a
-        run, it says of a run with one. Batches, and what clients and server share (rotations, sketches), stay on the
-        seed. A resumed run needs the same one: ``fc.privacy.Secret.kept(path)``. On other data it draws other numbers.
+      secret: ``fc.privacy.Secret.fresh()``, the source of randomness for cohorts, for noise, and for all else that
+        clients and links draw. It replaces the seed there, which anybody can guess: an epsilon holds only for a run
+        with a secret. Batches stay on the seed, and so do the rotations and sketches that clients and server share. A
+        resumed run needs the same secret: ``fc.privacy.Secret.kept(path)``. On other data it draws other numbers.
       debug: runs one client after the other on one device, without compilation, so that ``print`` shows values and an
         error names the round, the client and the local step. The parameters are the same up to rounding. It is slow:
         try a few rounds of few clients.
 
     Returns:
-      A ``Result``. A row has ``round`` (1 after the first; of an algorithm with a ``start``, the first row's bytes and
-      steps include it), the algorithm's metrics, ``wasted_steps`` (the fraction
-      of the devices' steps that trained nobody), ``seconds``, ``eval/...``, and what a clock says of the round.
+      A ``Result``. A row has ``round`` (from 1), the algorithm's metrics, ``wasted_steps`` (the fraction of the
+      devices' steps that trained no client), ``seconds``, ``eval/...``, and the clock's columns. If the algorithm has a
+      ``start``, the first row's bytes and steps include it.
 
     Raises:
       InvalidInput: rounds < 1, a cohort larger than the population, a loss of the wrong shape, a client whose update
@@ -140,7 +140,7 @@ def train(
       >>> result = fc.train(algorithm, data, params, rounds=100, cohort_size=10)
     """
     eagerly = jax.disable_jit() if debug else contextlib.nullcontext()
-    # A driver sends data to the devices, and means it.
+    # A user may forbid implicit transfers; the driver's own transfers are intended.
     with jax.transfer_guard("allow"), failures.Explained(data, debug), eagerly:
         run = settings.checked(
             *(algorithm, data, params),
@@ -188,7 +188,7 @@ def train(
 
 
 def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None, watch: Watch) -> Dispatcher:
-    """What sends this run's rounds, from this state on. A resumed run keeps the width that it began with."""
+    """The dispatcher of this run's rounds, from this state on. A resumed run keeps the width that it began with."""
     alone = run.debug or bool(jax.tree.leaves(state.clients))
     length = 1 if alone else run.rounds_per_dispatch
     planner = Planner(run.data, run.sampler, run.work, run.devices, run.seed, length, run.non_finite, secret)

@@ -1,8 +1,8 @@
 """Rounds over all local devices: the cohort is split, the server replicated, its buffers donated.
 
-``run_rounds`` is the one loop over rounds, whoever compiles it; ``pmap_rounds`` is what ``fc.train`` compiles. A round
-itself knows nothing of this: under ``jax.jit`` with an unsplit cohort, or under ``jax.shard_map`` with a split one, it
-computes the same.
+``run_rounds`` is the one loop over rounds, and ``fc.train`` compiles it by ``pmap_rounds``. A round does not know how
+it is placed: it computes the same under ``jax.jit`` with an unsplit cohort, and under ``jax.shard_map`` with a split
+one.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Round = Callable[[PyTree, Cohort, Array], tuple[PyTree, PyTree, Metrics]]  # of 
 
 
 def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
-    """The devices to use: these, or all local ones if none are named.
+    """The devices to use: the given ones, or all local ones.
 
     Args:
       devices: one or more, or ``None``.
@@ -36,7 +36,7 @@ def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
       A list of them.
 
     Raises:
-      InvalidInput: something else than one or more different devices.
+      InvalidInput: no devices, or one of them twice.
 
     Example:
       >>> fc.extend.placement.local(None)  # jax.local_devices()
@@ -53,7 +53,7 @@ def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
 
 
 class Shelf(NamedTuple):
-    """Where a program keeps what its clients keep between rounds.
+    """How a program reads and writes the clients' states between rounds.
 
     Attributes:
       read: ``(kept, index of the round, cohort) -> states [C, ...]``.
@@ -83,8 +83,8 @@ def _write_clients(kept: PyTree, index: Index, cohort: Cohort, states: PyTree) -
     return jax.tree.map(write, kept, states)
 
 
-BY_ROUND = Shelf(_read_round, _write_round)  # [R, C, ...]: the host has gathered each round's states
-BY_CLIENT = Shelf(_read_clients, _write_clients)  # [M, ...]: all clients' states are at hand
+BY_ROUND = Shelf(_read_round, _write_round)  # [R, C, ...]: the host gathered each round's states
+BY_CLIENT = Shelf(_read_clients, _write_clients)  # [M, ...]: all clients' states are on the device
 
 
 def run_rounds(
@@ -105,7 +105,7 @@ def run_rounds(
       cohorts: ``[R, ...]``, without states.
       population: examples on the device, or ``None`` if the cohorts hold batches.
       key: PRNG key of the run.
-      count: int32, up to R.
+      count: int32, at most R.
       shelf: how ``kept`` is indexed: by client ``[M, ...]``, or by round ``[R, C, ...]``.
       axis_name: the mapped axis of the devices, if there are several.
 
@@ -181,10 +181,10 @@ def pmap_rounds(
 
 
 def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
-    """``make(function, ...)``, made once for the same arguments, as long as ``function`` lives.
+    """Caches ``make(function, ...)`` by its arguments, as long as ``function`` lives.
 
-    So training the same algorithm again compiles nothing, and one that is gone leaves no program behind. ``make`` gets
-    a weak reference that can be called: what it makes must not keep the function alive.
+    Training the same algorithm again therefore compiles nothing, and a deleted algorithm leaves no program behind.
+    ``make`` gets a callable weak reference, so that its result does not keep the function alive.
 
     Example:
       >>> @remembered
@@ -200,12 +200,12 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
         try:
             made = kept.setdefault(function, {})
             weak = weakref.proxy(function)
-        except TypeError:  # a callable object that has no place for weak references
+        except TypeError:  # a callable object without weak references
             return make(function, *rest)
         if rest not in made:
             made[rest] = make(weak, *rest)
         program: Any = functools.partial(made[rest])
-        program.made_of = function  # whoever has a program keeps alive what it was made of
+        program.made_of = function  # a program keeps its function alive
         return program
 
     return find
@@ -229,9 +229,9 @@ def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callab
 def eager_rounds(
     algorithm: Algorithm, devices: Sequence[jax.Device]
 ) -> Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]:
-    """``pmap_rounds`` of one device without compilation: each operation of each client by itself, for debugging.
+    """``pmap_rounds`` on one device without compilation, one client and one operation at a time, for debugging.
 
-    Call it under ``jax.disable_jit()``. Plan the cohorts with ``width=1``; donate nothing.
+    Call it under ``jax.disable_jit()``. Plan the cohorts with ``width=1``. Nothing is donated.
     """
 
     def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
@@ -247,13 +247,13 @@ def eager_rounds(
 def pmap_alone(
     function: Callable[..., Any], devices: Sequence[jax.Device], num_mapped: int, num_shared: int, donate: int
 ) -> Callable[..., Any]:
-    """``function`` on every device by itself: its first arguments are ``[D, ...]``, the others the same on all.
+    """``function`` on every device independently: its first arguments are ``[D, ...]``, the others the same on all.
 
     Args:
       function: has no collectives, so devices need not wait for each other.
       devices: D local devices.
-      num_mapped, num_shared: how many arguments of each kind there are.
-      donate: number of the argument that is donated.
+      num_mapped, num_shared: number of arguments of each kind.
+      donate: index of the argument to donate.
 
     Example:
       >>> devices = jax.local_devices()[:1]
@@ -281,12 +281,12 @@ def _on_each(
 
 
 def _forget(function: Callable[..., Any]) -> None:
-    """Drops what ``jax.pmap`` compiled for a function: its cache refers to its own keys, and so keeps them for ever."""
+    """Drops what ``jax.pmap`` compiled for a function, whose cache refers to its own keys and never frees them."""
     try:
         from jax._src.pmap import _cached_shard_map
 
         _cached_shard_map.evict_function(function)
-    except (ImportError, AttributeError):  # another JAX: a program of an algorithm that is gone then stays in memory
+    except (ImportError, AttributeError):  # another JAX: programs of deleted algorithms then stay in memory
         pass
 
 
@@ -303,7 +303,7 @@ def replicate(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     sharding = _sharding(tuple(devices))
 
     def copies(x: Any) -> Array:
-        # A copy of the host's for each device, since a round donates it and a CPU device takes an array as it lies.
+        # Each device gets its own copy: a round donates it, and a CPU device would otherwise share the host's array.
         each = [jax.device_put(np.array(x)[None], device) for device in devices]
         return jax.make_array_from_single_device_arrays((len(each), *each[0].shape[1:]), sharding, each)
 
@@ -311,7 +311,7 @@ def replicate(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
 
 
 def split(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Sends host arrays ``[D, ...]`` to the devices, a slice to each, without waiting; what is there stays there.
+    """Sends host arrays ``[D, ...]`` to the devices, a slice to each, without waiting. Arrays already there stay.
 
     Args:
       values: host arrays ``[D, ...]``.

@@ -1,4 +1,4 @@
-"""From the numbers of some rounds to their cohorts on the devices: who takes part, and in which shapes."""
+"""Plans the cohorts of rounds: which clients take part, and the shapes in which they go to the devices."""
 
 import dataclasses
 import math
@@ -17,13 +17,13 @@ from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.training import placement
 
 RESIDENT_BYTES = 2**29  # populations up to this size live on every CPU device, on others up to a quarter of its memory
-LONGEST = 64  # rounds in a block, unless told,
-PLAN_BYTES = 2**20  # as far as their example numbers are no more than this,
-BLOCK_SECONDS = 0.1  # and as many as take this long: one waits no longer for a row of metrics, or to stop
+LONGEST = 64  # rounds in a block at most, by default
+PLAN_BYTES = 2**20  # a block's example numbers take no more bytes than this
+BLOCK_SECONDS = 0.1  # a block takes no longer: so metrics and a stop come in time
 
 
 class Block(NamedTuple):
-    """Some rounds, planned: client numbers ``[D, R, C]`` and columns ``[R]`` on the host, cohorts on the devices."""
+    """Planned rounds: client numbers ``[D, R, C]`` and columns ``[R]`` on the host, cohorts on the devices."""
 
     rounds: range
     ids: np.ndarray
@@ -36,17 +36,17 @@ class Planner:
 
     Args:
       data, sampler, work, devices, seed: of the run.
-      length: the most rounds in a block; by default as many as take a tenth of a second, as far as seen.
+      length: the most rounds in a block; by default as many as take 0.1 seconds at the pace of earlier rounds.
       non_finite: see ``Cohort``.
-      secret: what noise and cohorts are drawn from in place of the seed.
+      secret: the source of noise and cohorts in place of the seed.
 
     Attributes:
-      turns: who takes part in each round.
+      turns: the clients of each round.
       resident: whether the population lives on the devices; blocks are then example numbers only.
-      length: rounds that a block has room for.
-      seconds: what the fastest round took so far.
+      length: the most rounds in a block.
+      seconds: of the fastest round so far.
       width: clients that a device trains at once, for all blocks planned from now on.
-      least: slots and rows of the last plan; later ones have no fewer, so that there are few shapes.
+      least: slots and rows of the last plan; later plans have no fewer, so that few shapes are compiled.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Planner:
             self.length = self._longest() if length is None else length
 
     def first_of(self, rounds: range, *every: int) -> range:
-        """The first of these rounds, as many as go together, ending where a multiple of ``every`` (if not 0) is due."""
+        """The next block of these rounds, which ends at the first multiple of ``every`` (if not 0)."""
         length = self.length if self.fixed else min(self.length, max(1, int(BLOCK_SECONDS / self.seconds)))
         due = [rounds.start + e - rounds.start % e for e in every if e]
         return range(rounds.start, min(rounds.start + length, rounds.stop, *due))
@@ -87,7 +87,7 @@ class Planner:
         return self._block(rounds, [self.turns[r] for r in rounds])
 
     def everyone(self) -> Iterator[Block]:
-        """All clients, a cohort as large as the first round's at a time: for an algorithm's ``start``."""
+        """All clients in cohorts as large as the first round's, for an algorithm's ``start``."""
         size = max(1, len(self.turns[0].ids))
         for first in range(0, self.data.num_clients, size):
             ids = np.arange(first, min(first + size, self.data.num_clients))
@@ -99,7 +99,8 @@ class Planner:
         ids = np.asarray(cohorts.ids)
         columns = {name: np.array([turn.metrics[name] for turn in turns]) for name in turns[0].metrics}
         columns["wasted_steps"] = wasted_steps(cohorts)
-        if not (self.on_cpu and self.resident and len(self.devices) == 1):  # which takes numbers in with the call
+        # A single CPU device takes the numbers with the call itself.
+        if not (self.on_cpu and self.resident and len(self.devices) == 1):
             cohorts = placement.split(cohorts, self.devices)
         return Block(rounds, ids, columns, cohorts)
 

@@ -1,4 +1,4 @@
-"""Where a run goes on and when it saves itself: its identity, its checkpoints, and Ctrl-C between two dispatches."""
+"""Saving and resuming a run: its identity, its checkpoints, and Ctrl-C between two dispatches."""
 
 import contextlib
 import signal
@@ -20,11 +20,11 @@ class Saver:
     """Restores a run and saves it.
 
     Args:
-      run: with or without checkpoints.
+      run: the settings, with or without checkpoints.
 
     Attributes:
       run: the settings.
-      identity: what a checkpoint must agree with; nothing without checkpoints.
+      identity: what a checkpoint must agree with; empty without checkpoints.
     """
 
     def __init__(self, run: Settings):
@@ -35,7 +35,7 @@ class Saver:
             self.identity |= {} if run.secret is None else {"secret": run.secret.commitment}
 
     def restore(self) -> tuple[int, State]:
-        """``(rounds done, state)``: of the newest checkpoint, or before round 0.
+        """``(rounds done, state)`` of the newest checkpoint, or of the beginning if there is none.
 
         Raises:
           InvalidInput: a checkpoint that is damaged, of another run, or of more rounds than this run's.
@@ -55,7 +55,7 @@ class Saver:
         return start, state
 
     def secret(self, start: int) -> Secret | None:
-        """What this run draws from, if it has a secret: no run on other data draws the same."""
+        """The secret that this run draws from, if it has one; runs on other data draw other numbers."""
         if (secret := self.run.secret) is None:
             return None
         if start == 0:
@@ -63,30 +63,30 @@ class Saver:
         return secret.of(identity.fingerprint(self.run.data))
 
     def state(self, dispatcher: Dispatcher) -> State:
-        """All that the run needs to go on; it keeps the width that it began with."""
+        """The state to resume from, with the width that the run began with."""
         run = self.identity | {"width": dispatcher.planner.width}
         return State(placement.first_replica(dispatcher.server), dispatcher.clients, run)
 
     def save(self, done: int, dispatcher: Dispatcher, stop: bool) -> None:
-        """Saves the state after so many rounds, if a checkpoint is due, at the end, or where the run stops."""
+        """Saves the state after ``done`` rounds if a checkpoint is due, at the end, or if the run stops."""
         run = self.run
         if run.checkpoints is not None and (stop or done == run.rounds or done % run.checkpoint_every == 0):
             run.checkpoints.save(done, self.state(dispatcher))
 
     def interrupts(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
-        """With checkpoints, a first Ctrl-C waits: the devices write into the state, so a round in flight is lost."""
+        """Delays a first Ctrl-C until the dispatch ends, if there are checkpoints: until then no state is valid."""
         return held_back(self.run.checkpoints is not None)
 
 
 @contextlib.contextmanager
 def held_back(wanted: bool) -> Iterator[Callable[[], bool]]:
-    """Holds the first Ctrl-C back: the block asks whether there was one. A second one ends it at once.
+    """Delays the first Ctrl-C: the block asks whether one came. A second Ctrl-C ends the block at once.
 
-    A program that handles SIGINT itself goes on doing so, and so do threads other than the main one, where Python
-    delivers no signals. What was held back and not asked for is raised when the block ends.
+    Nothing changes in a program that handles SIGINT itself, or outside the main thread, where Python delivers no
+    signals. A delayed Ctrl-C is raised when the block ends.
 
     Args:
-      wanted: else nothing is held back.
+      wanted: if false, nothing is delayed.
 
     Example:
       >>> with held_back(True) as interrupted:

@@ -1,4 +1,4 @@
-"""What a run was asked for: the arguments of ``fc.train``, checked once."""
+"""A run's settings: the arguments of ``fc.train``, checked once."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ Evaluate = Callable[[Params], Mapping[str, float]] | Evaluator
 
 
 class Store(Protocol):
-    """Where a run saves itself; see ``fc.extend.Checkpoints``."""
+    """A store of a run's states; see ``fc.extend.Checkpoints``."""
 
     def restore(self, template: State) -> tuple[int, State] | None: ...
 
@@ -57,15 +57,15 @@ class Settings:
 
     @property
     def due(self) -> tuple[int, int]:
-        """Rounds from one evaluation to the next, and from one save to the next; 0 where there is none."""
+        """Rounds between evaluations, and between saves; 0 for never."""
         return self.eval_every if self.evaluate else 0, self.checkpoint_every if self.checkpoints else 0
 
     def evaluated_after(self, done: int) -> bool:
-        """Whether there is an evaluation after so many rounds."""
+        """Whether there is an evaluation after ``done`` rounds."""
         return self.evaluate is not None and (done == self.rounds or done % self.eval_every == 0)
 
     def scores(self, params: Params, clients: PyTree) -> Row:
-        """What the evaluation gives, ``{"eval/name": value}``."""
+        """The evaluation's scores, ``{"eval/name": value}``."""
         assert self.evaluate is not None
         own = isinstance(self.evaluate, Evaluator)
         scores = self.evaluate(params, clients) if own else self.evaluate(params)  # type: ignore[call-arg]
@@ -96,7 +96,7 @@ def checked(
     debug: bool,
     **others: Any,
 ) -> Settings:
-    """The settings of a run, if it can begin.
+    """Checks the arguments of ``fc.train`` and returns the settings.
 
     Args:
       work: batch size, local epochs, local steps, shuffle.
@@ -142,7 +142,7 @@ def checked(
         reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
     local_work, devices = LocalWork(*work), placement.local(devices)
     if algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work):
-        warnings.warn(watch.MEET, stacklevel=3)  # at the call of train
+        warnings.warn(watch.MEET, stacklevel=3)  # so that the warning points at the call of train
     return Settings(
         *(algorithm, data, params, rounds, sampler, local_work, seed, evaluate),
         checkpoints=checkpoints,

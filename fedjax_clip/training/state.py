@@ -1,4 +1,4 @@
-"""What a run keeps from one round to the next."""
+"""The state of a run between two rounds."""
 
 from typing import Any, NamedTuple
 
@@ -11,12 +11,12 @@ from fedjax_clip.core.types import Algorithm, Params, PyTree, check_named
 
 
 class State(NamedTuple):
-    """All that a run needs to go on: the server, what the clients keep, and which run it is.
+    """The state to resume from: the server, the clients' states, and the run's identity.
 
     Attributes:
-      server: what the algorithm's ``init`` makes and its rounds change.
-      clients: ``[M, ...]`` on the host, what ``init_client`` makes for each of the M clients.
-      run: what a checkpoint must agree with (``fc.train`` says what that is), if there are checkpoints; and the width.
+      server: from the algorithm's ``init``; its rounds update it.
+      clients: ``[M, ...]`` on the host, from ``init_client`` for each of the M clients.
+      run: the identity that a checkpoint must agree with (see ``fc.train``), if there are checkpoints; and the width.
 
     Example:
       >>> state = fc.train(algorithm, data, params, rounds=1).state
@@ -29,13 +29,13 @@ class State(NamedTuple):
 
 
 def init_state(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
-    """The server before round 0 and what each of ``num_clients`` clients keeps, ``[M, ...]``, on a device."""
+    """The server's state before round 0 and the states of ``num_clients`` clients, ``[M, ...]``, on a device."""
     check_named(algorithm, num_clients)
     kept = algorithm.init_client(tree.as_arrays(params))
     return algorithm.init(params), jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], num_clients, axis=0), kept)
 
 
 def client_states(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
-    """What all clients keep before round 0, ``[M, ...]``, on the host."""
+    """The states of all clients before round 0, ``[M, ...]``, on the host."""
     state = algorithm.init_client(tree.as_arrays(params))
     return jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], num_clients, axis=0), state)

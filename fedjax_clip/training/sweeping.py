@@ -24,7 +24,7 @@ Points = Mapping[str, Sequence[float] | np.ndarray]
 CHUNK_BYTES = (
     2**15
 )  # on a CPU, as many points at once as have parameters of this size; a loop over larger ones is faster
-COPIES = 32  # on other devices, a point is taken to need the memory of so many copies of its parameters
+COPIES = 32  # on other devices, we assume that a point needs memory for this many copies of its parameters
 
 
 class Trial(NamedTuple):
@@ -62,7 +62,7 @@ def grid(**values: Sequence[float] | np.ndarray) -> dict[str, np.ndarray]:
 
 
 class Range(NamedTuple):
-    """Where ``random`` draws from: uniformly between two numbers, or with a uniform logarithm.
+    """A range that ``random`` draws from: uniformly between two numbers, or with a uniform logarithm.
 
     Example:
       >>> points = fc.sweeping.random(20, lr=fc.sweeping.Range(0.01, 1.0, log=True))
@@ -98,7 +98,7 @@ def random(num_points: int, seed: int = 0, **ranges: Range) -> dict[str, np.ndar
     return drawn
 
 
-@jax.transfer_guard("allow")  # a driver sends data to the devices, and means it
+@jax.transfer_guard("allow")  # the driver's transfers to the devices are intended
 def sweep(
     build: Build,
     points: Points,
@@ -136,23 +136,23 @@ def sweep(
         the population trained on.
       points: ``{name: [P]}``, see ``grid`` and ``random``.
       data: the training population; it lives on every device.
-      params: initial parameters, or what makes them from the seed.
-      per_example_loss: what the evaluation measures.
+      params: initial parameters, or a function ``seed -> params``.
+      per_example_loss: the loss that the evaluation measures.
       evaluation: populations by name, in which every trial is evaluated at its end: ``eval/name/loss`` ...
       rounds: rounds of a trial.
       seeds: of everything random.
       folds: see ``fc.data.folds``; a trial trains on its fold's ``train`` and is evaluated on its ``held_out`` as well,
         under ``eval/fold/...``.
-      halving: if given, eta of successive halving: after a few rounds the best 1/eta of the points go on for eta times
-        as many in all, and so on up to ``rounds``; see ``rungs``.
-      score: the metric whose mean over seeds and folds decides about that; see ``fc.extend.metrics.higher_is_better``.
+      halving: eta of successive halving, if given. At each rung the best 1/eta of the points go on, until they have
+        trained eta times as many rounds in all; see ``rungs``.
+      score: the metric whose mean over seeds and folds ranks the points; see ``fc.extend.metrics.higher_is_better``.
       cohort_size, sampler, batch_size, local_epochs, local_steps, shuffle, devices: as ``fc.train``.
       done: trials of an earlier call that was stopped; they are not run again.
       on_trial: called with each trial once it is done.
       on_rounds: called after each dispatch with the number of rounds that were trained, summed over its trials.
       should_stop: asked after each dispatch; if true, the trials done so far are returned.
-      points_per_chunk: points that a device trains at once. By default on a CPU one, or as many as make up 32 KiB;
-        else as many as fit into a quarter of the memory.
+      points_per_chunk: points that a device trains at once. By default, on a CPU: one, or more while their parameters
+        fit into 32 KiB. On other devices: as many as fit into a quarter of the memory.
 
     Returns:
       The trials, ordered by point, seed and fold; with ``halving`` those of all rungs: points that were given up
@@ -223,7 +223,7 @@ def sweep(
 
 
 def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int], list[int]]:
-    """After which rounds points are given up, and how many points train up to there.
+    """The rounds at which successive halving drops points, and how many points train up to each.
 
     Returns:
       ``(stops, kept)``; without halving ``([rounds], [num_points])``. The first stop is at a tenth of the rounds or
@@ -245,7 +245,7 @@ def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int],
 
 
 def values(trials: Iterable[Trial], metric: str) -> dict[int, list[float]]:
-    """Each point's values of a metric, over seeds and folds, at the last round that the point got to.
+    """Each point's values of a metric, over seeds and folds, at the last round that the point reached.
 
     Raises:
       InvalidInput: a metric that the trials do not have.
@@ -265,11 +265,11 @@ def values(trials: Iterable[Trial], metric: str) -> dict[int, list[float]]:
 
 
 def rank(trials: Sequence[Trial], metric: str) -> list[int]:
-    """The points, best mean first, those that were given up after those that were not, no number after every number.
+    """The points, best mean first. Dropped points come after the others, and NaN comes after every number.
 
     Args:
       trials: what ``sweep`` returned.
-      metric: what to compare by; see ``fc.extend.metrics.higher_is_better``.
+      metric: the metric to compare by; see ``fc.extend.metrics.higher_is_better``.
 
     Example:
       >>> trials = [fc.sweeping.Trial(point, 0, 0, {"round": 9.0, "loss": 1.0 - point}) for point in (0, 1)]
@@ -287,7 +287,7 @@ def _order(trial: Trial) -> tuple[Any, ...]:
 
 
 def _check_points(columns: Mapping[str, np.ndarray], build: Build, num_clients: int) -> tuple[int, bool]:
-    """How many points there are, and whether they have a ``start``; refuses what ``build`` does, before compiling."""
+    """How many points there are, and whether they have a ``start``. Calls ``build`` on each point, before compiling."""
     shapes = {name: x.shape for name, x in columns.items()}
     if not shapes or len(set(shapes.values())) > 1 or any(len(s) != 1 or s[0] < 1 for s in shapes.values()):
         raise InvalidInput(f"points must be one or more values of each hyper-parameter, as many of each: not {shapes}.")
@@ -305,7 +305,7 @@ def _check_points(columns: Mapping[str, np.ndarray], build: Build, num_clients: 
 
 
 def _widest(params: Params, devices: Sequence[jax.Device]) -> int:
-    """How many points a device trains at once, at most."""
+    """The largest number of points that a device trains at once."""
     size = max(1, sum(np.asarray(x).nbytes for x in jax.tree.leaves(params)))
     if devices[0].platform == "cpu":
         return max(1, CHUNK_BYTES // size)
@@ -314,7 +314,7 @@ def _widest(params: Params, devices: Sequence[jax.Device]) -> int:
 
 
 def _width(widest: int, num_streams: int, kept: Sequence[int], num_devices: int) -> int:
-    """Of the widths up to ``widest``, the largest that wastes least: lanes in all dispatches, filled or not."""
+    """The width up to ``widest`` that needs the fewest lanes over all dispatches; in a tie the largest."""
 
     def trained(width: int) -> int:
         return sum(-(-num_streams * -(-count // width) // num_devices) * width for count in kept)

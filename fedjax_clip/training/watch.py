@@ -1,4 +1,4 @@
-"""What is wrong with the data or the loss of a run, said early: updates that are not finite, labels without a class."""
+"""Early checks of a run's data and loss: updates that are not finite, labels without a class, padding that counts."""
 
 import weakref
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ MEET = (
     "of the examples alone. Choose a batch_size that divides every client's number of examples, or compute examples "
     "apart. If you accept it, ignore this warning."
 )
-_MEET: weakref.WeakKeyDictionary[PerExampleLoss, bool] = weakref.WeakKeyDictionary()  # of losses that live
+_MEET: weakref.WeakKeyDictionary[PerExampleLoss, bool] = weakref.WeakKeyDictionary()  # an answer goes with its loss
 
 
 def examples_meet(per_example_loss: PerExampleLoss, data: FederatedData, params: Params, work: LocalWork) -> bool:
-    """Whether some batches are padded, and padding counts; looked at once for each loss, on its first batch."""
+    """Whether padding changes the loss of other examples in its batch; checked once for each loss, on a first batch."""
     size = min(work.largest_batch(data.sizes), data.num_examples)
     if size < 2 or not work.pads(data.sizes):
         return False
@@ -30,12 +30,12 @@ def examples_meet(per_example_loss: PerExampleLoss, data: FederatedData, params:
             first = jax.tree.map(lambda x: x[:size], data.examples)
             _MEET[per_example_loss] = loss.examples_meet(per_example_loss, params, first)
         return _MEET[per_example_loss]
-    except Exception:  # a loss that fails does so in the round, which says where; one without weak references is left
+    except Exception:  # the round raises the same error, with its place; or the loss takes no weak reference
         return False
 
 
 class Watch:
-    """Looks at each block's metrics, and stops a run that cannot go well.
+    """Checks each block's metrics, and stops a run with bad labels or, if asked, with updates that are not finite.
 
     Args:
       algorithm, params, data: of the run.
@@ -43,14 +43,14 @@ class Watch:
 
     def __init__(self, algorithm: Algorithm, params: Params, data: FederatedData):
         self.params, self.data = params, data
-        self.suspected = algorithm.loss  # of labels that are no class
+        self.suspected = algorithm.loss  # of labels without a class
         if self.suspected is not None and negative(data):
             refuse_unknown(self.suspected, params, data)
         if (parts := algorithm.parts) and (parts.uplink.promises.noise or parts.reducer.hides):
-            self.suspected = None  # to stop in some round would show whom it drew
+            self.suspected = None  # stopping in a certain round would reveal which clients it drew
 
     def check(self, columns: dict[str, np.ndarray], rounds: range) -> None:
-        """Looks at the metrics ``[R]`` of some rounds, and takes the ``dropped_ids`` out of them.
+        """Checks the metrics ``[R]`` of some rounds, and removes ``dropped_ids`` from them.
 
         Raises:
           InvalidInput: a label without a class; under ``non_finite="stop"``, a client's update that is not finite.
@@ -69,15 +69,15 @@ class Watch:
 
 
 def negative(data: FederatedData) -> bool:
-    """Whether a field of whole numbers, one an example, has one below zero."""
+    """Whether an integer field ``[N]`` has a negative value."""
     return any(y.min() < 0 for y in _candidates(data).values())
 
 
 def refuse_unknown(per_example_loss: PerExampleLoss, params: Params, data: FederatedData) -> None:
     """Refuses a label that the model has no output for, and names its client.
 
-    A field holds classes if the loss of an example is NaN once it is given the largest number there, and finite with 0.
-    optax's cross-entropy is: it takes -1 for the last class, and beyond the last its gradient is finite.
+    A field holds classes if an example's loss is finite with label 0 and NaN with the largest integer, as for optax's
+    cross-entropy. Negative labels are refused too: optax takes -1 for the last class.
 
     Args:
       per_example_loss: evaluated on the first example, with other labels.
@@ -97,7 +97,7 @@ def refuse_unknown(per_example_loss: PerExampleLoss, params: Params, data: Feder
         try:
             classes = finite(0) and not finite(largest)
             unknown = [label for label in (int(y.min()), int(y.max())) if classes and (label < 0 or not finite(label))]
-        except Exception:  # a loss that cannot be evaluated so: what is wrong will be said elsewhere
+        except Exception:  # the loss cannot be evaluated on one example: the round will raise its error
             continue
         if unknown:
             example = int(np.argmax(y == unknown[0]))
@@ -109,7 +109,7 @@ def refuse_unknown(per_example_loss: PerExampleLoss, params: Params, data: Feder
 
 
 def _candidates(data: FederatedData) -> dict[str, np.ndarray]:
-    """The fields of whole numbers ``[N]``."""
+    """The integer fields ``[N]``."""
     if not isinstance(data.examples, Mapping):
         return {}
     fields = {name: x for name, x in data.examples.items() if isinstance(x, np.ndarray)}

@@ -1,4 +1,4 @@
-"""How many clients a device trains at once: by rule on a CPU, by trying on other devices."""
+"""How many clients a device trains at once: by a rule on a CPU, by a short trial on other devices."""
 
 import math
 import time
@@ -14,18 +14,19 @@ from fedjax_clip.training import placement
 from fedjax_clip.training.dispatch import Dispatcher
 from fedjax_clip.training.planner import Planner
 
-WIDE_BYTES = 2**16  # on a CPU, models up to this size train several clients at once: their cost is that of many loops
-WIDE = 16  # as many, unless all clients take the same number of steps: then none waits for another,
-ALL_BYTES = 2**20  # and as many are faster as make up this size
+WIDE_BYTES = 2**16  # on a CPU, smaller models train several clients at once: per-operation overhead dominates
+WIDE = 16  # clients trained at once; more if all take equally many steps, because then no lane idles
+ALL_BYTES = 2**20  # then as many clients as have parameters of this size in all
 
-_WIDTHS: weakref.WeakKeyDictionary[Callable, dict[tuple, int]] = weakref.WeakKeyDictionary()  # of rounds that live
+# Weak keys: widths go with their round function.
+_WIDTHS: weakref.WeakKeyDictionary[Callable, dict[tuple, int]] = weakref.WeakKeyDictionary()
 
 
 def choose(dispatcher: Dispatcher, params: Params, round: int) -> int:
     """The width of a run that begins with this round.
 
-    Where it is tried, it goes from all of a device's clients down by fours while that is faster, and is remembered as
-    long as the process lives.
+    The trial begins with all of a device's clients and divides by 4 as long as that is faster. Its result is remembered
+    for the life of the process.
     """
     planner = dispatcher.planner
     most = max(1, math.ceil(len(planner.turns[round].ids) / len(planner.devices)))
@@ -49,7 +50,7 @@ def by_rule(planner: Planner, params: Params, most: int) -> int:
 
 
 def fastest(widest: int, seconds: Callable[[int], float]) -> int:
-    """Of ``widest``, a quarter of it, ..., 1: the last one before trying on no longer gains 5%."""
+    """Tries ``widest``, a quarter of it, ..., 1; stops at the width after which the next gains less than 5%."""
     best, least = widest, seconds(widest)
     while best > 1:
         narrower = max(1, best // 4)

@@ -1,8 +1,8 @@
 """Integers of a given distribution by exact arithmetic: Walker's alias method with thresholds of 96 bits.
 
-A column is drawn uniformly; a uniform number under its threshold takes the column, any other its alias. The number is
-compared 32 bits at a time, and further bits are drawn only for a coordinate whose first ones are equal to the
-threshold's. No floating point is in it, and randomness comes from ``jax.random.bits`` alone, so any generator will do.
+A column is drawn uniformly. A uniform number under its threshold gives the column, any other gives its alias. The
+number is compared 32 bits at a time, and further bits are drawn only where the first ones equal the threshold's. The
+method uses no floating point, and its only source of randomness is ``jax.random.bits``, so any generator will do.
 """
 
 import decimal
@@ -17,13 +17,13 @@ import numpy as np
 from fedjax_clip.core.types import Array
 
 WORDS = 3  # of 32 bits in a threshold
-MOST_COLUMNS = 2**16  # so that one word chooses two columns
+MOST_COLUMNS = 2**16  # so that one 32-bit word chooses two columns
 REACH = 16  # standard deviations on each side, beyond which lies less than 1e-55
-FRACTION = 384  # bits behind the point of the weights from which a table is made
+FRACTION = 384  # binary digits after the point, of the weights from which a table is made
 
 
 class Table(NamedTuple):
-    """A distribution on ``-columns / 2 ... columns / 2 - 1``; NumPy arrays, which a compiled program holds.
+    """A distribution on ``-columns / 2 ... columns / 2 - 1``, as NumPy arrays that a compiled program holds.
 
     Attributes:
       thresholds: uint32 ``[WORDS, columns]``, the highest word first.
@@ -40,7 +40,7 @@ class Table(NamedTuple):
 
 
 def widest() -> float:
-    """The largest standard deviation of which there is a table."""
+    """The largest standard deviation that a table can have."""
     return MOST_COLUMNS / 2 / REACH
 
 
@@ -64,7 +64,7 @@ def gaussian_table(stddev: float) -> Table:
     capacity = 1 << 32 * WORDS  # of one column
     total = 2 * sum(weights) - weights[0]
     half = [w * columns * capacity // total for w in weights]
-    masses = [0, *half[:0:-1], *half]  # of -columns / 2, which has no mirror image: none
+    masses = [0, *half[:0:-1], *half]  # -columns / 2 has no mirror image, so it gets no mass
     masses[columns // 2] += columns * capacity - sum(masses)
     return _table(masses, capacity)
 
@@ -82,7 +82,7 @@ def _table(masses: list[int], capacity: int) -> Table:
             rich.pop()
             if left[j] < capacity:
                 poor.append(j)
-    words = [[m >> 32 * w & 0xFFFFFFFF for m in left] for w in reversed(range(WORDS))]  # a full column's is its alias
+    words = [[m >> 32 * w & 0xFFFFFFFF for m in left] for w in reversed(range(WORDS))]  # a full column is its own alias
     return Table(np.array(words, np.uint32), np.array(aliases, np.int32))
 
 
@@ -92,7 +92,7 @@ def draw(key: Array, size: int, table: Table, count: int = 1) -> tuple[Array, ..
     bits, keys = table.columns.bit_length() - 1, jax.random.split(key, (1 + count, WORDS))
 
     def drawn(words: int) -> tuple[tuple[Array, ...], Array]:
-        """By so many words of each threshold, and whether that left anything undecided."""
+        """Draws by the first words of each threshold, and says whether a coordinate is still undecided."""
         choosing, values, undecided = _bits(keys[0, 0], size), [], jnp.zeros((), bool)
         for i in range(count):
             column = (choosing >> (bits * i) & (table.columns - 1)).astype(jnp.int32)

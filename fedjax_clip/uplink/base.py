@@ -1,4 +1,4 @@
-"""Links: what crosses the wire from a client to the server. The one type that optax lacks."""
+"""Links: what crosses the wire from a client to the server, the one type that optax lacks."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ from fedjax_clip.uplink.promises import Promises
 
 
 class Message(NamedTuple):
-    """What a link sends of an update, where the arrays do not say all: a link's ``encode`` may return it as message.
+    """A message with its size in bytes; a link's ``encode`` may return it in place of plain arrays.
 
     Attributes:
-      value: pytree, what the reducer is given.
-      bytes: float32 scalar, the bytes that travel; ``None``: those of the arrays.
-      entropy_bytes: float32 scalar, the least bytes that a code of the same numbers needs; ``None``: not known.
-      late: bool scalar, whether it comes too late to count; ``None``: in time.
+      value: pytree, which the reducer receives.
+      bytes: float32 scalar, the bytes that travel; ``None`` counts those of the arrays.
+      entropy_bytes: float32 scalar, the fewest bytes that any code of the same numbers needs; ``None`` if unknown.
+      late: bool scalar, whether it comes too late to count; ``None`` means in time.
 
     Example:
       >>> def encode(update, ctx):  # half of the bits travel
@@ -39,24 +39,24 @@ class Message(NamedTuple):
 
     @property
     def plain(self) -> PyTree:
-        """The value alone, where there is nothing else to say."""
+        """The value alone, if the message has no other field."""
         return self.value if all(said is None for said in self[1:]) else self
 
 
 class Context(NamedTuple):
-    """What a link knows beside the update.
+    """What a link knows besides the update.
 
     Attributes:
       key: PRNG key of this link: one for each (round, client) in ``encode``, one for each round in ``decode``.
       round_key: PRNG key that all clients and the server share in this round.
       client_id: int32 number of the client; -1 at the server.
-      weight: float32, what the client weighs in an average; the number of clients that arrived, at the server.
-      denominator: what the reducer divides sums by whoever comes, ``None`` if by those who came.
-      bound: L2 norm that no client's message exceeds where it enters this link, if a link before it guarantees one.
+      weight: float32, the client's weight in an average; at the server, the number of clients that arrived.
+      denominator: the reducer's fixed denominator; ``None`` if it divides by the clients that arrived.
+      bound: L2 norm that no message exceeds as it enters this link, if an earlier link guarantees one.
       staleness: int32, rounds since the client was sent its parameters; 0 at the server.
-      threshold: fewest clients whose messages a modular sum adds up, ``None`` under other reducers.
-      share: at the server, what takes an aggregate to the mean over ALL clients in which those who did not come count
-        as zeros: ``|S| / N``, or the share of the population's weight; ``None`` where the cohort does not tell N.
+      threshold: the fewest clients whose messages a modular sum adds up; ``None`` under other reducers.
+      share: at the server, the factor from the aggregate to the mean over ALL clients, absent ones counting as zeros:
+        ``|S| / N``, or the cohort's share of the population's weight. ``None`` if the cohort does not tell N.
 
     Example:
       >>> def encode(update, state, client_state, ctx):  # a key of this client, link and round
@@ -79,9 +79,9 @@ class Uplink(NamedTuple):
 
     Attributes:
       init: ``params -> state``, which lives at the server and is checkpointed.
-      init_client: ``params -> client_state``, what one client keeps; without leaves if nothing.
+      init_client: ``params -> client_state``, what one client keeps; without leaves if it keeps nothing.
       encode: ``(update, state, client_state, ctx) -> (message, client_state, report)`` at ONE client. The message is a
-        pytree, or a ``Message`` that says besides how many bytes travel. A report is a dict of sums or
+        pytree, or a ``Message`` that also says how many bytes travel. A report is a dict of sums and
         ``metrics.Mean`` pairs, which add up over the cohort.
       decode: ``(aggregate, state, report, ctx) -> (update, state, metrics)`` at the server, once, with the
         cohort's report.
@@ -126,7 +126,7 @@ class Uplink(NamedTuple):
 def encoded(
     link: Uplink, update: PyTree, state: PyTree, client_state: PyTree, ctx: Context
 ) -> tuple[Message, PyTree, Metrics]:
-    """``link.encode(...)``, once it is what it must be; what is sent as a ``Message``.
+    """``link.encode(...)``, checked, with the message as a ``Message``.
 
     Args:
       link, update, state, client_state, ctx: see ``Uplink``.
@@ -138,7 +138,7 @@ def encoded(
 
 
 def decoded(link: Uplink, aggregate: PyTree, state: PyTree, report: Metrics, ctx: Context) -> Any:
-    """``link.decode(...)``, once it is what it must be."""
+    """``link.decode(...)``, checked."""
     got = link.decode(aggregate, state, report, ctx)
     _check_returned("decode", "(update, state, metrics)", got, state, "state")
     return got
@@ -166,11 +166,11 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
       tx: a transform, such as a clip; it sees the client's whole update of the round.
       keep_state: whether every client keeps the transform's state from its one round to its next, as a clip with a
         history needs.
-      bound: L2 norm that nothing which leaves the transform exceeds, for noise to be in proportion to; you promise it.
-        Clips of ``fc.clipping`` with fixed thresholds know theirs (``fc.clipping.bound_of``).
+      bound: L2 norm that no result of the transform exceeds, which scales the noise; you promise it. Clips of
+        ``fc.clipping`` with fixed thresholds know theirs (``fc.clipping.bound_of``).
 
     Raises:
-      InvalidInput: (when a run begins) a transform with a state that nobody keeps.
+      InvalidInput: (when a run begins) a transform with a state, without ``keep_state``.
 
     Example:
       >>> link = fc.uplink.at_client(optax.clip(0.01))
@@ -200,7 +200,7 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
 
 
 def at_server(aggregate: PyTree, state: PyTree, report: Metrics, ctx: Context) -> tuple[PyTree, PyTree, Metrics]:
-    """The ``decode`` of a link that does nothing at the server but to show its report.
+    """The ``decode`` of a link that only shows its report at the server.
 
     Args:
       aggregate, state, report, ctx: see ``Uplink``.

@@ -20,7 +20,8 @@ def chain(*links: Uplink) -> Uplink:
       links: in the order in which an update passes them.
 
     Raises:
-      InvalidInput: what is no link; links of which one breaks what another promises; ``uplink/orders.py`` has them all.
+      InvalidInput: an argument that is not a link; a link that breaks another's promise (all cases:
+        ``uplink/orders.py``).
 
     Example:
       >>> link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.compress(fc.compression.qsgd(4)))
@@ -56,7 +57,7 @@ def chain(*links: Uplink) -> Uplink:
         for position, (link, s, c) in enumerate(zip(links, state, client_state, strict=True)):
             before = sent
             sent, c, report = encoded(link, before.value, s, c, context(position, state, ctx, before.value))
-            if before.bytes is not None:  # the first that says: what follows, such as noise, is the server's work
+            if before.bytes is not None:  # later links, such as noise, run at the server
                 sent = sent._replace(bytes=before.bytes, entropy_bytes=before.entropy_bytes)
             states.append(c)
             reports.append(report)
@@ -88,15 +89,15 @@ def identity() -> Uplink:
 def on_parts(*links: Uplink) -> Uplink:
     """Links for a message of several parts, ``(update, change, ...)``: one for each of the first parts, in order.
 
-    Parts behind the last link travel as they are. The promises hold of the parts that have a link: a bound is
+    Parts after the last link travel as they are. The promises hold for the parts that have a link: a bound is
     ``sqrt(sum_k C_k^2)``, and the server's noise on two parts costs what ``fc.privacy.together`` says.
 
     Args:
       links: for the first part, the second, ...
 
     Raises:
-      InvalidInput: noise, or a mechanism, on one of the parts and not on another; several parts on an integer grid;
-        (when a round is traced) parts without a link beside noise or a grid.
+      InvalidInput: noise, or a mechanism, on one part and not on another; several parts on an integer grid; (when a
+        round is traced) parts without a link beside noise or a grid.
 
     Example:
       >>> link = fc.uplink.on_parts(fc.uplink.clip_by_global_norm(1.0))  # for messages (update, change)

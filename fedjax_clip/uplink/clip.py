@@ -27,8 +27,8 @@ def clip_by_global_norm(max_norm: float | Array) -> Uplink:
     """Each client scales its update to Euclidean norm at most ``max_norm``: ``u * min(1, max_norm / ||u||)``.
 
     Guarantee: one client moves the sum of the messages by at most ``max_norm`` (times its weight), up to rounding.
-    Zero stays zero; what is not finite is dropped and counted. Metrics: ``uplink/clipped`` (fraction of clients),
-    ``uplink/norm`` and ``uplink/threshold``.
+    Zero stays zero. A client whose update is not finite is dropped and counted. Metrics: ``uplink/clipped`` (fraction
+    of clients), ``uplink/norm`` and ``uplink/threshold``.
 
     ``max_norm = client_lr * tau`` clips the SUM of a client's local gradients to tau: FAT-Clipping-PR.
 
@@ -58,24 +58,25 @@ def quantile_clip(
 ) -> Uplink:
     """Clips updates at a bound that tracks a quantile of their norms: ``C <- C exp(-rate (b - target))``.
 
-    b is the fraction of the cohort, unweighted, whose norm is at most C: each client sends one bit besides.
+    b is the unweighted fraction of the cohort whose norm is at most C: each client sends one extra bit.
     Guarantee: norm at most this round's C; C changes by a factor of at most e^rate a round without noise, and settles
-    at the target quantile of norms that do not change. Without noise on b, C leaks the bits, so that a chain with
-    ``gaussian`` wants some: ``b = 1/2 + (sum_i (b_i - 1/2) + N(0, bits_noise^2)) / n`` for a mean of denominator n.
+    at the target quantile of norms that do not change. Without noise on b, C leaks the bits, so a chain with
+    ``gaussian`` requires it: ``b = 1/2 + (sum_i (b_i - 1/2) + N(0, bits_noise^2)) / n`` for a mean with denominator n.
 
-    With a ``scope`` of K groups, such as layers, each group k has a bound C_k and a bit of its own. The message's norm
-    is then at most ``sqrt(sum_k C_k^2)``, and noise behind it is in proportion to that. ``allocation`` says where the
-    noise goes. ``"global"``: the same in all coordinates. ``"equal"``: clients send ``u_k / C_k`` and the server
-    multiplies by C_k, so that group k has noise ``z sqrt(K) C_k``: small groups get little. The noise on each bit has
-    standard deviation ``sqrt(K) bits_noise``, so K bits cost what one bit costs with ``bits_noise``.
+    With a ``scope`` of K groups, such as layers, each group k has its own bound C_k and bit. The message's norm is then
+    at most ``sqrt(sum_k C_k^2)``, and later noise scales with that. ``allocation`` divides the noise among the groups.
+    ``"global"``: the same noise in all coordinates. ``"equal"``: clients send ``u_k / C_k`` and the server multiplies
+    by C_k, so group k has noise ``z sqrt(K) C_k``, and small groups get little. The noise on each bit has standard
+    deviation ``sqrt(K) bits_noise``, so K bits cost what one bit costs with ``bits_noise``.
 
     Args:
       initial: C, or each C_k, before round 0, in the units of the parameters.
-      target_unclipped_quantile: the fraction of updates that shall pass UNCLIPPED.
+      target_unclipped_quantile: the fraction of updates that should pass UNCLIPPED.
       rate: step of log C.
-      bits_noise: standard deviation of the noise on the number of bits; the paper takes n / 20. What it costs the
-        noise on updates: ``fc.privacy.split``.
-      scope: what has a bound of its own: ``fc.clipping.layer()`` or ``groups({...})``; the whole update by default.
+      bits_noise: standard deviation of the noise on the number of bits; the paper takes n / 20. ``fc.privacy.split``
+        gives the noise left for updates.
+      scope: the groups with their own bounds: ``fc.clipping.layer()`` or ``groups({...})``; the whole update by
+        default.
       allocation: of the noise among groups.
 
     Raises:
@@ -124,7 +125,7 @@ def quantile_clip(
             if ctx.denominator is None:
                 raise InvalidInput("Noise on quantile_clip's bits needs a fixed mean: make fixed_mean the reducer.")
             centred = jnp.stack([jnp.where(ctx.weight > 0, (b - 0.5) * ctx.weight, 0) for b in within.values()])
-            together = math.sqrt(len(bounds)) / 2  # what one client's bits, less one half, are long
+            together = math.sqrt(len(bounds)) / 2  # norm of one client's bits, less one half each
             noised = lattice.noised(ctx.key, centred, together, 2 * bits_noise, ctx.denominator)
             within = {k: 0.5 + x / ctx.denominator for k, x in zip(within, noised, strict=True)}
         moved = {k: _towards_quantile(c, within[k], target_unclipped_quantile, rate) for k, c in bounds.items()}
@@ -200,9 +201,9 @@ def zeroing(
 
 
 def by_group(link: Uplink, groups: Mapping[str, Sequence[int]]) -> Uplink:
-    """A clip, and the fraction of clients that it changed in each group: ``clipped/group`` in its metrics.
+    """A clip that also reports the fraction of clients clipped in each group: ``clipped/group`` in its metrics.
 
-    Whom does a threshold hit? Clients with little data, with rare labels, with slow devices ...
+    It shows which clients a threshold hits: those with little data, with rare labels, with slow devices ...
 
     Args:
       link: a link that reports ``clipped``: ``clip_by_global_norm``, ``at_client(a clip)``,
@@ -246,9 +247,9 @@ def _bits(norm: Array, bound: Array) -> dict:
 
 
 def _towards_quantile(bound: Array, within: Array, target: float | Array, rate: float | Array) -> Array:
-    within = jnp.where(jnp.isnan(within), target, within)  # nobody came
+    within = jnp.where(jnp.isnan(within), target, within)  # an empty round: the threshold stays
     moved = bound * jnp.exp(-rate * (within - target)).astype(bound.dtype)
-    return jnp.maximum(moved, jnp.finfo(moved.dtype).tiny)  # zero would be the bound for ever
+    return jnp.maximum(moved, jnp.finfo(moved.dtype).tiny)  # a bound of zero could never grow again
 
 
 def _seen(bound: Array, report: dict) -> dict:
@@ -256,7 +257,7 @@ def _seen(bound: Array, report: dict) -> dict:
 
 
 def _of(kind: str, group: str) -> str:
-    """The name of a group's number in a report; the whole update is the group without a name."""
+    """The name of a group's entry in a report; the whole update is the group without a name."""
     return "/".join(filter(None, (kind, group)))
 
 

@@ -21,20 +21,19 @@ from fedjax_clip.uplink.promises import Promises, Wire
 
 
 def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
-    """Sends the compressor's code of the update; what is averaged is the code decoded.
+    """Sends the compressor's code of the update; the server averages the decoded codes.
 
-    ``bytes_up`` counts ``len(fc.compression.to_bytes(code))``, really, and ``bytes_up_entropy`` stands beside it.
-    Metrics: ``uplink/error``, of ``||decoded - update||^2`` over ``||update||^2``. What is not finite stays so.
-
-    Nothing may touch the message behind it, so that it is the last link, or in front of ``gaussian`` only. A biased
-    compressor without ``error_feedback`` is allowed, but then need not converge (Karimireddy et al. 2019, section 3).
+    ``bytes_up`` counts ``len(fc.compression.to_bytes(code))``; ``bytes_up_entropy`` is its lower bound. Metrics:
+    ``uplink/error``, ``||decoded - update||^2`` over ``||update||^2``. Values that are not finite stay so. No later
+    link may touch the message: it must be the last link, or directly before ``gaussian``. A biased compressor without
+    ``error_feedback`` is allowed, but training need not converge (Karimireddy et al. 2019, section 3).
 
     Args:
       compressor: of ``fc.compression``.
-      by_leaf: whether each leaf of the update is compressed alone: a scale, or a k, of its own.
+      by_leaf: whether each leaf of the update is compressed separately, with its own scale or k.
 
     Raises:
-      InvalidInput: no compressor; (when a chain is built) a link behind it that changes the message.
+      InvalidInput: not a compressor; (when a chain is built) a later link that changes the message.
 
     Example:
       >>> uplink = fc.uplink.compress(fc.compression.qsgd(4, bucket=512))
@@ -51,20 +50,20 @@ def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
 
 
 def error_feedback(*links: Uplink | Compressor) -> Uplink:
-    """The client stores what a chain loses and sends it later: ``m = C(u + e); e <- u + e - m``.
+    """The client stores the error of a chain and sends it later: ``m = C(u + e); e <- u + e - m``.
 
-    Guarantee: the sum of all messages of a client and its ``e`` is the sum of its updates, whatever the chain loses. A
-    contraction's bias is gone in the limit, and ``e`` bounded; ``uplink/residual`` is its norm. With sampling a
-    client's ``e`` waits until it is drawn again.
-    For a bound on the message put the clip inside: ``error_feedback(clip_by_global_norm(1.0), top_k(0.01))`` promises
-    the clip's; a clip in front of it bounds nothing that leaves it.
+    Guarantee: the sum of all messages of a client and its ``e`` is the sum of its updates, whatever the chain loses.
+    For a contraction the bias vanishes in the limit, and ``e`` stays bounded; ``uplink/residual`` is its norm. A client
+    that is not sampled keeps its ``e`` until its next round. To bound the message, put the clip inside:
+    ``error_feedback(clip_by_global_norm(1.0), top_k(0.01))`` promises the clip's bound. A clip before
+    ``error_feedback`` does not bound the message.
 
     Args:
-      links: a compressor, or links that together send something of the update's shape, decoded to itself.
+      links: a compressor, or links whose message decodes to something of the update's shape.
 
     Raises:
-      InvalidInput: no link, one whose message is no update, noise; (when a run begins) a compressor whose error may be
-        above 1 for the model's size.
+      InvalidInput: no link, a link whose message is not an update, noise; (when a run begins) a compressor whose
+        relative error may exceed 1 for the model's size.
 
     Example:
       >>> uplink = fc.uplink.error_feedback(fc.compression.top_k(0.01))
@@ -105,18 +104,19 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
 
 
 def power_sgd(rank: int = 4) -> Uplink:
-    """Each matrix as ``P Q^T`` of a rank: one step of the power method from the client's last Q. Biased.
+    """Sends each matrix as ``P Q^T`` of low rank, by one step of the power method from the client's last Q. Biased.
 
-    ``P = orthonormal(M Q); Q <- M^T P``, of a leaf ``[..., n]`` as a matrix of n columns; P and Q travel, and leaves on
-    which that saves nothing (vectors, small matrices) as they are. ``P P^T M`` is a projection: nothing is enlarged.
-    Clients keep Q, which grows better round by round; put it into ``error_feedback``, as the paper does. The paper's
-    workers agree on one P and then send Q, two exchanges a step; here every client has its own P, in one.
+    ``P = orthonormal(M Q); Q <- M^T P``, with a leaf ``[..., n]`` as a matrix of n columns. P and Q travel; leaves on
+    which that saves nothing (vectors, small matrices) travel as they are. ``P P^T M`` is a projection, so it enlarges
+    no norm. Clients keep Q, which improves from round to round. Put it into ``error_feedback``, as the paper does. The
+    paper's workers agree on one P and then send Q, two exchanges a step; here every client has its own P, and one
+    exchange is enough.
 
     Args:
       rank: r, at least 1.
 
     Raises:
-      InvalidInput: a rank that is none.
+      InvalidInput: a rank that is not a whole number of at least 1.
 
     Example:
       >>> uplink = fc.uplink.error_feedback(fc.uplink.power_sgd(2))
@@ -162,18 +162,19 @@ def count_sketch(
 ) -> Uplink:
     """FetchSGD: clients send count sketches; the server finds the k heaviest coordinates of their sum.
 
-    Each of d coordinates falls with a random sign into one of ``columns`` buckets in each row; its estimate is the
-    median over the rows. Each run of ``columns`` neighbours is turned by a random number: they never collide, and two
-    of different runs once in ``columns`` times, which is all that the guarantee asks of a hash. The server keeps
-    momentum and error as sketches: ``S_u <- rho S_u + S; S_e <- S_e + S_u; update = heaviest k of S_e``, which it takes
-    out of ``S_e``, and zeroes in ``S_u``. Clients keep nothing.
+    In each row, each of d coordinates falls with a random sign into one of ``columns`` buckets; its estimate is the
+    median over the rows. Each run of ``columns`` neighbours is rotated by a random number. Neighbours never collide,
+    and two coordinates of different runs collide with probability ``1 / columns``, which is all that the guarantee asks
+    of a hash. The server keeps momentum and error as sketches: ``S_u <- rho S_u + S; S_e <- S_e + S_u; update =
+    heaviest k of S_e``, which it takes out of ``S_e``, and zeroes in ``S_u``. Clients keep nothing.
 
     Args:
-      rows: sketches in one, odd.
-      columns: buckets of a row; ``4 rows columns`` bytes travel.
-      k: coordinates that move in a round; far fewer than columns, or noise moves, and the error grows without end.
+      rows: number of rows, odd.
+      columns: buckets in a row; ``4 rows columns`` bytes travel.
+      k: coordinates that move in a round. Take far fewer than ``columns``: otherwise noise moves, and the error grows
+        without end.
       momentum: rho, in [0, 1].
-      seed: of the hash functions, which stay the same in all rounds.
+      seed: of the hash functions, which are the same in all rounds.
 
     Raises:
       InvalidInput: numbers out of range; (when the algorithm is built) a reducer that is not linear.
@@ -195,7 +196,7 @@ def count_sketch(
         raise InvalidInput(f"count_sketch: rows must be odd, for a median, and is {rows}.")
 
     def hashes(d):
-        """How far each run is turned, ``[m, rows]``, and bits for its buckets' signs, ``[m, rows, columns / 32]``."""
+        """The rotation of each run, ``[m, rows]``, and bits for its buckets' signs, ``[m, rows, columns / 32]``."""
         blocks = -(-d // columns)
         turn, sign = jax.random.split(keys.seeded(seed))
         turns = jax.random.randint(turn, (blocks, rows), 0, columns, jnp.int32)
@@ -255,7 +256,7 @@ def count_sketch(
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Shape:
-    """Of the parameters; no leaf of a state."""
+    """The shapes of the parameters, as static data of a state."""
 
     structure: Any
     leaves: tuple[Any, ...]
@@ -273,7 +274,7 @@ def _error(update: PyTree, message: PyTree) -> Metrics:
 
 
 def _finite(update: PyTree) -> tuple[Array, PyTree]:
-    """Whether it is finite, and the update, or zeros, of which any compressor can make something."""
+    """Whether the update is finite, and the update itself, or zeros in its place for the compressor."""
     finite = jnp.isfinite(tree.norm(update))
     return finite, optax.tree.where(finite, update, optax.tree.zeros_like(update))
 
@@ -283,7 +284,7 @@ def _or_nan(finite: Array, message: PyTree) -> PyTree:
 
 
 def _orthonormal(p: Array) -> Array:
-    """Gram and Schmidt's basis of the columns' span; zero for columns that add nothing to it."""
+    """Gram and Schmidt's basis of the columns' span; zeros for dependent columns."""
     columns: list[Array] = []
     for i in range(p.shape[1]):
         size = column = p[:, i]

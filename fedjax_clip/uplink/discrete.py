@@ -1,10 +1,10 @@
 """Integer noise, drawn all coordinates at once: discrete Gaussian and Skellam.
 
-A discrete Gaussian of a width that is known when a round is traced is drawn by exact arithmetic (``alias.py``). Of a
-width that is traced, as in a sweep, and for Skellam noise, probabilities are right to about 1e-5 of their size out to 6
-standard deviations or more, where what 32 bits draw ends. That is for research on accuracy: an adversary who sees 1e9
-coordinates can tell such noise from what is accounted for. Wide noise is then a rounded normal variable of a variance
-less by 1/12, which rounding adds; narrow noise is drawn with rejection.
+If its width is known when a round is traced, a discrete Gaussian is drawn by exact arithmetic (``alias.py``). If its
+width is traced, as in a sweep, and for Skellam noise, probabilities have a relative error of about 1e-5 out to 6
+standard deviations or more, where 32 bits end. That is for research on accuracy: an adversary who sees 1e9 coordinates
+can tell such noise from the accounted one. Wide noise is then a rounded normal variable whose variance is 1/12 smaller,
+because rounding adds 1/12. Narrow noise is drawn by rejection.
 """
 
 import math
@@ -17,17 +17,17 @@ import numpy as np
 from fedjax_clip.core.types import Array
 from fedjax_clip.uplink import alias
 
-LEAST_STDDEV = 0.2  # below, acceptance gets rare: noise is then a little larger than asked for
-FARTHEST = 120  # from zero, for variances up to LARGE: under 1e-20 lies beyond
-LARGE = 100  # variance from which a Skellam variable is drawn as a corrected discrete Gaussian
-WIDE_GAUSSIAN, WIDE_SKELLAM = 20, 1000  # the standard deviation, and the variance, from which nothing is rejected
+LEAST_STDDEV = 0.2  # below, acceptance gets rare, so the noise is made this wide
+FARTHEST = 120  # from zero, for variances up to LARGE: less than 1e-20 of the probability lies beyond
+LARGE = 100  # from this variance on, a Skellam variable is drawn as a corrected discrete Gaussian
+WIDE_GAUSSIAN, WIDE_SKELLAM = 20, 1000  # from this standard deviation, and this variance, nothing is rejected
 
 
 def discrete_gaussian(key: Array, shape: tuple[int, ...], stddev: float | Array) -> Array:
     """``P(k) ~ exp(-k^2 / (2 stddev^2))`` on the integers; zero for a stddev of zero.
 
-    Where stddev is not traced, to a statistical distance of 2^-93 a coordinate: ``x1 + k x2`` of two draws by a table,
-    each of standard deviation ``stddev / sqrt(1 + k^2)``, as in ``lattice.py``.
+    If stddev is not traced, the statistical distance is 2^-93 a coordinate: the noise is ``x1 + k x2``, two draws from
+    a table with standard deviation ``stddev / sqrt(1 + k^2)`` each, as in ``lattice.py``.
 
     Args:
       key: PRNG key.
@@ -42,7 +42,7 @@ def discrete_gaussian(key: Array, shape: tuple[int, ...], stddev: float | Array)
     if not isinstance(stddev, jax.core.Tracer) and 0 < stddev <= alias.widest() ** 2 / 2:
         return _by_table(key, shape, float(stddev))
     known, stddev = stddev, jnp.float32(stddev)
-    scale = jnp.where(stddev > 0, jnp.maximum(stddev, LEAST_STDDEV), 1)  # whatever is quick where there is no noise
+    scale = jnp.where(stddev > 0, jnp.maximum(stddev, LEAST_STDDEV), 1)  # any quick value if there is no noise
 
     def narrow(key):
         return _rejection(key, shape, lambda key: _near_gaussian(key, shape, scale))
@@ -56,7 +56,7 @@ def discrete_gaussian(key: Array, shape: tuple[int, ...], stddev: float | Array)
 
 def _by_table(key: Array, shape: tuple[int, ...], stddev: float) -> Array:
     wide = stddev > alias.widest()
-    spread = math.floor(math.sqrt(stddev / 2 - 1)) if wide else 0  # the most that smooths: the smallest table
+    spread = math.floor(math.sqrt(stddev / 2 - 1)) if wide else 0  # the widest that still smooths
     table = alias.gaussian_table(stddev / math.sqrt(1 + spread**2))
     first, *second = alias.draw(key, math.prod(shape), table, 2 if spread else 1)
     return sum((spread * x for x in second), first).reshape(shape)
@@ -84,7 +84,7 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
 
     def large(key):
         mu = jnp.maximum(variance, LARGE)
-        wider = mu + 6  # so that the normal lies over the Skellam out to 8 standard deviations
+        wider = mu + 6  # so that the normal density dominates the Skellam's out to 8 standard deviations
 
         def propose(key):
             k, log_accept = _near_gaussian(key, shape, jnp.sqrt(wider))
@@ -94,7 +94,7 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
 
     def wide(key):
         mu = jnp.maximum(variance, WIDE_SKELLAM)
-        square = mu - 1 / 12  # all even cumulants are mu, less those of what rounding adds
+        square = mu - 1 / 12  # all even cumulants are mu, less what rounding adds
         fourth, sixth = (mu + 1 / 120) / square**2, (mu - 1 / 252) / square**3
         z = _normal(key, shape)
         zz = jnp.square(z)
@@ -106,10 +106,10 @@ def skellam(key: Array, shape: tuple[int, ...], variance: float | Array) -> Arra
 
 
 def _by_inversion(key: Array, shape: tuple[int, ...], mu: Array) -> Array:
-    """A Skellam variable of variance at most ``LARGE``: a sign, and how many k >= 0 there are with ``u < P(|X| > k)``.
+    """A Skellam variable of variance at most ``LARGE``: a sign, times the number of k >= 0 with ``u < P(|X| > k)``.
 
-    ``P(X = k) ~ I_k(mu)``, from ``I_k / I_(k - 1) = mu / (2 k + mu I_(k + 1) / I_k)`` and sums that begin at the far
-    end: tails keep their relative precision.
+    ``P(X = k) ~ I_k(mu)``, from ``I_k / I_(k - 1) = mu / (2 k + mu I_(k + 1) / I_k)``. Sums begin at the far end, so
+    tails keep their relative precision.
     """
 
     def down(i, ratios):
@@ -128,7 +128,7 @@ def _by_inversion(key: Array, shape: tuple[int, ...], mu: Array) -> Array:
 def _choose(
     size: float | Array, ends: tuple[float, ...], branches: tuple[Callable[[Array], Array], ...], key: Array
 ) -> Array:
-    """The branch for a size between two ends; it alone is compiled where the size is known."""
+    """Chooses the branch by size; if the size is known, only that branch is compiled."""
     if not isinstance(size, jax.core.Tracer):
         return branches[int(np.searchsorted(ends, size, side="right"))](key)
     return jax.lax.switch(jnp.searchsorted(jnp.array(ends, jnp.float32), size, side="right"), branches, key)
@@ -137,8 +137,8 @@ def _choose(
 def _near_gaussian(key: Array, shape: tuple[int, ...], scale: Array) -> tuple[Array, Array]:
     """Integers k, and the logarithm of the probability with which taking k makes it a discrete Gaussian.
 
-    k is the integer nearest to a normal y. Given k and |y - k| = e, y was k + e or k - e, with density
-    ``exp(-k^2 / (2 s^2)) exp(-e^2 / (2 s^2)) cosh(k e / s^2)`` together, over which this divides.
+    k is the integer nearest to a normal y. Given k and |y - k| = e, y was k + e or k - e, with the joint density
+    ``exp(-k^2 / (2 s^2)) exp(-e^2 / (2 s^2)) cosh(k e / s^2)``. The acceptance probability divides by it.
     """
     y = scale * _normal(key, shape)
     k = jnp.round(y)
@@ -157,7 +157,7 @@ def _log_bessel(r: Array, mu: Array) -> Array:
 
 
 def _normal(key: Array, shape: tuple[int, ...]) -> Array:
-    """By Box and Muller from 32 bits, so that it reaches 6.6; ``jax.random.normal`` ends at 5.4."""
+    """A normal variable by Box and Muller from 32 bits. It reaches 6.6, while ``jax.random.normal`` ends at 5.4."""
     size = math.prod(shape)
     bits = jax.random.bits(key, (2, -(-size // 2)), jnp.uint32).astype(jnp.float32)
     radius = jnp.sqrt(-2 * jnp.log((bits[0] + 0.5) * 2.0**-32))

@@ -15,19 +15,18 @@ from fedjax_clip.uplink.promises import Promises, Wire
 def fedexp(noise_multiplier: float | Array | None = None, epsilon: float = 1e-3) -> Uplink:
     """Multiplies the mean update by ``eta = max(1, mean_i ||u_i||^2 / (2 (||mean u||^2 + epsilon)))``.
 
-    Where updates point in different directions their mean is short, and the server's step grows to make up for it.
-    Guarantee: eta is at least 1, and ``eta ||mean u|| <= mean ||u||^2 / (2 ||mean u||)`` where it is more.
+    If updates point in different directions their mean is short, and the server's step grows to make up for it.
+    Guarantee: eta is at least 1. Where it is larger, ``eta ||mean u|| <= mean ||u||^2 / (2 ||mean u||)``.
 
-    Each client sends the square of its norm, beside its message. In front of ``gaussian``, with a clip to C in front of
-    it, the sum of squares moves by at most C^2 with one client, and the server adds ``N(0, (z_s C^2)^2)`` to it, z_s
-    being ``noise_multiplier``: one more Gaussian mechanism, which accounting counts. The mean's own noise is in the
-    denominator, so noise makes steps smaller, never larger. In front of the clients' own noise it is refused, since
-    squares would reach the server in the clear.
+    Each client also sends its squared norm. In a chain of a clip to C, ``fedexp`` and ``gaussian``, one client moves
+    the sum of squares by at most C^2. The server adds ``N(0, (z_s C^2)^2)`` to it, with z_s the ``noise_multiplier``:
+    one more Gaussian mechanism, which accounting counts. The mean's own noise is in the denominator, so noise makes
+    steps smaller, never larger. The clients' own noise is refused, since squares would reach the server in the clear.
 
     Metrics: ``extrapolation``, eta.
 
     Args:
-      noise_multiplier: z_s, of the sum of squares over C^2; no noise by default.
+      noise_multiplier: z_s, the noise on the sum of squares over C^2; no noise by default.
       epsilon: what keeps eta finite, in squared units of the parameters.
 
     Raises:

@@ -18,21 +18,21 @@ from fedjax_clip.uplink.orders import NEEDS_MODULAR_SUM, NO_BOUND
 from fedjax_clip.uplink.promises import Noise, Promises
 
 TYPES = {8: (jnp.uint8, jnp.int8), 16: (jnp.uint16, jnp.int16), 32: (jnp.uint32, jnp.int32)}
-WRAPS = 1e-6  # probability, a round, that a sum of rotated or noisy messages leaves the grid
-FINEST = 2**20  # steps in a bound: finer ones float32 cannot tell apart
-ATTEMPTS = 32  # of a rounding that must not grow the norm, each of which succeeds with probability 0.39 or more
+WRAPS = 1e-6  # probability that a round's sum of rotated or noisy messages leaves the grid
+FINEST = 2**20  # steps in a bound: float32 cannot resolve finer ones
+ATTEMPTS = 32  # to round without enlarging the norm; each succeeds with probability 0.39 or more
 
 
 class Grid(NamedTuple):
-    """What a round's messages are, in steps of the grid: fixed by shapes and numbers known before the round.
+    """The grid of a round's messages, in steps, fixed by shapes and numbers known before the round.
 
     Attributes:
       levels: the bound on an update's L2 norm, a whole number.
       l2, l1: norms that no rounded update exceeds, noise aside: one client's sensitivity.
-      stddev: of one client's noise in each coordinate.
+      stddev: standard deviation of one client's noise in each coordinate.
       noise: ``"gaussian"``, ``"skellam"`` or none.
-      clients: fewest whose noise makes up the promised one; fewer are not added up.
-      room: most clients whose sum stays on the grid.
+      clients: the fewest clients whose noise adds up to the promised one; the sum of fewer is not opened.
+      room: the most clients whose sum stays on the grid.
       dim: coordinates.
 
     Example:
@@ -50,22 +50,22 @@ class Grid(NamedTuple):
 
 
 def integer_grid(bits: int = 32, rotate: bool = False) -> Uplink:
-    """Rounds a bounded update to whole steps of a grid, each element up or down at random, without bias.
+    """Rounds a bounded update to whole steps of a grid. Each element is rounded up or down at random, without bias.
 
-    Messages are unsigned integers of ``bits`` bits in the update's shapes; only ``fc.reduce.modular_sum`` (or the
-    protocol itself, ``fc.secure.pairwise_masks``) adds them. The step is C / L, with C the bound of the clip before
-    it and L the largest whole number for which the sum of a cohort cannot wrap around: nothing is said twice. There
-    is room for ``n + 6 sqrt(n) + 6`` clients of a cohort of n expected, as a Poisson sample may be; a round of more is
-    given up. Must be the last link. Metrics: ``step``, and ``aborted``, 1 for a round that was given up.
+    Messages are unsigned integers of ``bits`` bits in the update's shapes. Only ``fc.reduce.modular_sum`` (or the
+    protocol itself, ``fc.secure.pairwise_masks``) adds them. The step is C / L, with C the bound of the clip before it
+    and L the largest whole number for which the sum of a cohort cannot wrap around. There is room for ``n + 6 sqrt(n) +
+    6`` clients if n are expected, since a Poisson sample varies; a larger round is aborted. Must be the last link.
+    Metrics: ``step``, and ``aborted``, 1 for an aborted round.
 
     Args:
-      bits: 8, 16 or 32, of one element.
-      rotate: first a random rotation that all clients share, which spreads an update over its elements: steps get
-        about ``sqrt(d / 60)`` finer, and the sum wraps in a round with probability 1e-6 at most.
+      bits: of one element: 8, 16 or 32.
+      rotate: whether a random rotation, shared by all clients, first spreads an update over its elements. Steps become
+        about ``sqrt(d / 60)`` times finer, and a round's sum wraps with probability 1e-6 at most.
 
     Raises:
-      InvalidInput: (when the algorithm is built) no clip in front of it, a link behind it, a reducer that is no
-        modular sum; (when a round is traced) bits too few for the cohort.
+      InvalidInput: (when the algorithm is built) no clip before it, a link after it, a reducer other than a modular
+        sum; (when a round is traced) too few bits for the cohort.
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.5), fc.uplink.integer_grid(16))
@@ -80,19 +80,20 @@ def integer_grid(bits: int = 32, rotate: bool = False) -> Uplink:
 def discrete_gaussian(noise_multiplier: float | Array, bits: int = 32, rotate: bool = False) -> Uplink:
     """An integer grid on which each client adds its share of discrete Gaussian noise, so that the sum is private.
 
-    One client's noise has standard deviation ``z D / sqrt(t)`` in each coordinate, with t the sum's threshold, so that
-    the sum of the fewest that are ever added up carries ``z D``, and of n clients ``sqrt(n / t)`` times that. D is what
-    the clip's bound has become by rounding: a client rounds again until its norm is at most
+    One client's noise has standard deviation ``z D / sqrt(t)`` in each coordinate, with t the sum's threshold. The
+    smallest sum that is ever opened thus carries ``z D`` of noise, and a sum of n clients ``sqrt(n / t)`` times that. D
+    is the clip's bound after rounding: a client rounds again until its norm is at most
 
       ``D^2 = min(L^2 + d/4 + L + sqrt(d)/2, (L + sqrt(d))^2)``  in steps of the grid (paper's beta: e^-1/2)
 
-    Guarantee: for who sees the sums, of the data (not the presence) of one client; worth a little more than ``z`` of a
-    Gaussian: ``fc.privacy.epsilon(fc.privacy.distributed(uplink, params, reducer), ...)``. Metrics: those of
-    ``integer_grid``, ``noise_multiplier``, of those that came, and ``noise_std`` of one coordinate of the mean.
+    Guarantee: against an adversary who sees the sums, for the data (not the presence) of one client. Epsilon is a
+    little larger than that of a Gaussian with the same ``z``: ``fc.privacy.epsilon(fc.privacy.distributed(uplink,
+    params, reducer), ...)``. Metrics: those of ``integer_grid``, ``noise_multiplier`` of the clients that arrived, and
+    ``noise_std`` of one coordinate of the mean.
 
     Args:
       noise_multiplier: z >= 0, ratio of the sum's noise to D; may be traced.
-      bits, rotate: as for ``integer_grid``; there is room for the noise, too.
+      bits, rotate: as for ``integer_grid``; the grid has room for the noise, too.
 
     Raises:
       InvalidInput: as ``integer_grid``.
@@ -188,7 +189,7 @@ def _layout(
     squared = lib.minimum(levels**2 + dim / 4 + levels + root / 2, (levels + root) ** 2)
     l2 = lib.sqrt(squared) * (1 + 1e-5)  # float32 measures it
     l1, stddev = l2 * lib.minimum(root, l2), z * l2 / math.sqrt(threshold)
-    if not traced:  # NumPy's float64 would make the message one
+    if not traced:  # otherwise NumPy's float64 would turn the message into float64
         levels, l2, l1, stddev = map(float, (levels, l2, l1, stddev))
     return Grid(levels, l2, l1, stddev, noise, threshold, room, dim)
 
@@ -204,7 +205,7 @@ def _of(layout, dim: int, ctx: Context) -> tuple[Grid, Array]:
 
 
 def _rounded(x: Array, key: Array, most: float | Array | None) -> Array:
-    """Each element to a neighbouring integer, without bias; again, if a norm is given and exceeded."""
+    """Rounds each element to a neighbouring integer without bias; repeats while the norm exceeds a given one."""
 
     def attempt(key):
         return jnp.floor(x + jax.random.uniform(key, x.shape, x.dtype))
@@ -229,9 +230,9 @@ def _rounded(x: Array, key: Array, most: float | Array | None) -> Array:
 
 
 def _rotated(x: Array, key: Array) -> Array:
-    """Random signs and Hadamard's matrix on the first elements, then on the last, as many as a power of two.
+    """Applies random signs and a Hadamard matrix to the first 2^k elements, then to the last 2^k.
 
-    Orthogonal and of the same length: two overlapping blocks of over half the vector need no padding.
+    The result is orthogonal and needs no padding, because the two blocks overlap and each covers over half the vector.
     """
     for signs, block in _blocks(x, key):
         x = x.at[block].set(hadamard(signs * x[block]))

@@ -1,27 +1,27 @@
 """Floating-point safe noise: whole steps of a lattice, added to whole steps of the same lattice.
 
-A sum of floating-point numbers tells more than real numbers would. Noise drawn in float32 takes a few million values,
-so that an output which is no such value away from a candidate excludes it (Mironov 2012). Here all is exact until the
-noise is added: a message is truncated to multiples of ``step``, sums are of int32, and noise is a discrete Gaussian by
-exact arithmetic. What follows, the way back to floating point, only processes what is private already.
+Floating-point noise leaks more than real-valued noise would. float32 noise takes only a few million values, so an
+output excludes every candidate from which it does not differ by such a value (Mironov 2012). Here all arithmetic is
+exact until the noise is added: messages are truncated to multiples of ``step``, sums are of int32, and the noise is an
+exact discrete Gaussian. The conversion back to floating point is post-processing.
 
 **Why it is worth z.** Truncation toward zero lengthens no vector, so a message of norm C has at most C / step steps.
 The noise is ``x1 + spread x2``, both discrete Gaussians of standard deviation ``WIDTH``. By Poisson's summation formula
-``sum_k exp(-(k - y)^2 / (2 s^2))`` depends on y by a factor of ``1 +- 2 exp(-2 pi^2 s^2)``, which is 1e-34 from s = 2
-on. Up to such factors the noise therefore is
+``sum_k exp(-(k - y)^2 / (2 s^2))`` depends on y by a factor of ``1 +- 2 exp(-2 pi^2 s^2)``. The correction is 1e-34 at
+s = 2 and smaller above. Up to such factors the noise therefore is
 
 - a discrete Gaussian of variance ``WIDTH^2 (1 + spread^2)``, with ``s = WIDTH / sqrt(1 + spread^2)`` (Micciancio and
   Walter 2017, after Micciancio and Peikert 2013, Theorem 3.3), and so
-- a normal variable y of variance ``WIDTH^2 (1 + spread^2) - SMOOTH^2``, rounded at random, to the whole number k with
-  probability in proportion to ``exp(-(k - y)^2 / (2 SMOOTH^2))`` (Peikert 2010, Theorem 3.1).
+- a normal variable y of variance ``WIDTH^2 (1 + spread^2) - SMOOTH^2``, rounded at random: to the whole number k with
+  probability proportional to ``exp(-(k - y)^2 / (2 SMOOTH^2))`` (Peikert 2010, Theorem 3.1).
 
-Such rounding commutes with adding whole steps. So a release IS the Gaussian mechanism whose normal variable has
-standard deviation z C, processed: each accountant of Gaussian mechanisms holds as it is, with sampling, over rounds.
+Such rounding commutes with adding whole steps. So a release is post-processing of the Gaussian mechanism with standard
+deviation z C. Every accountant of Gaussian mechanisms therefore applies unchanged, with sampling and over rounds.
 
-**What is lost.** Each of two draws is 2^-95 from its distribution, by the table. With those factors it is under 1e-28 a
-coordinate, so that a thousand rounds of a million coordinates add 1e-19 to delta. Each message is measured here once
-more, whatever clip stands in front, and shortened to C; and by 1e-5 more, to make up for float32's errors. And all of
-it is only as random as the bits of the key.
+**What is lost.** The table draws each of the two variables within a statistical distance of 2^-95. With the factors
+above, that is under 1e-28 a coordinate: a thousand rounds of a million coordinates add 1e-19 to delta. Each message is
+measured here once more, whatever clip came before, and shortened to C, less 1e-5 of it for float32's errors. The noise
+is only as random as the bits of the key.
 
 Source: Canonne, Kamath and Steinke (2020), "The Discrete Gaussian for Differential Privacy"; Mironov (2012), "On
 Significance of the Least Significant Bits for Differential Privacy"; Micciancio and Walter (2017), "Gaussian Sampling
@@ -40,10 +40,10 @@ from fedjax_clip.uplink import alias
 from fedjax_clip.uplink.mechanism import Mechanism
 
 WIDTH = 1024  # standard deviation of each of the two draws
-SPREAD = 511  # at most, so that the first smooths the steps of the second
+SPREAD = 511  # at most, so that the first draw smooths the steps of the second
 SMOOTH = 2.0
-ROOM = 2.0**30  # steps for a sum of messages: half of int32, and the noise has 2^23
-MARGIN = 1e-5  # what float32 may measure too little of a norm
+ROOM = 2.0**30  # steps for a sum of messages: half of int32; the noise needs 2^23
+MARGIN = 1e-5  # how far float32 may underestimate a norm, relatively
 
 
 class Lattice(NamedTuple):
@@ -75,17 +75,18 @@ class Lattice(NamedTuple):
 def lattice(bound: float | Array, noise_multiplier: float | Array, count: float | Array) -> Lattice:
     """The finest lattice, up to 2^19 steps in the noise, on which the sum of a cohort does not wrap around.
 
-    int32 wraps around where more than ``2 (sqrt(n) + 3)^2`` messages of norm C point into one and the same coordinate;
-    the sum is then wrong, and as private as any. Noise under ``1e-6 (sqrt(n) + 3)^2`` bounds would be too narrow for
-    the table: it is that large then.
+    int32 wraps around if more than ``2 (sqrt(n) + 3)^2`` messages of norm C point into the same coordinate. The sum is
+    then wrong, but no less private. The noise is at least ``1e-6 (sqrt(n) + 3)^2`` bounds wide, because the table has
+    no narrower noise.
 
-    Client and server compute it apart, and must agree: so it has no product that is added to anything, which compilers
-    may or may not round in between, and is computed before the program where its numbers are known.
+    Client and server compute the lattice separately and must agree. A compiler may or may not round a product before an
+    addition, so no product is added to anything. Where the numbers are known, the lattice is computed before the
+    program.
 
     Args:
       bound: C, norm of a message.
       noise_multiplier: z, of the sum's noise; may be traced.
-      count: n, of messages that are expected.
+      count: n, the expected number of messages.
     """
     known = not any(isinstance(x, jax.core.Tracer) for x in (noise_multiplier, count))
     lib: Any = np if known else jnp
@@ -102,30 +103,30 @@ def lattice(bound: float | Array, noise_multiplier: float | Array, count: float 
 
 
 def is_zero(noise_multiplier: float | Array) -> bool:
-    """Whether there is known to be no noise, and so no lattice; a traced zero leaves the lattice without its noise."""
+    """Whether z is known to be 0, which needs no lattice; a traced zero gives a lattice without noise."""
     return not isinstance(noise_multiplier, jax.core.Tracer) and float(noise_multiplier) == 0
 
 
 def _width(spread: Any) -> Any:
-    """Standard deviation, in steps, of the normal variable that the noise is a rounding of."""
+    """Standard deviation, in steps, of the normal variable whose rounding is the noise."""
     lib: Any = jnp if isinstance(spread, jax.Array) else np
     return lib.sqrt(WIDTH**2 * (1 + lib.square(spread.astype(lib.float32))) - lib.float32(SMOOTH**2))
 
 
 def truncated(messages: PyTree, on: Lattice) -> PyTree:
-    """Whole steps, int32, none of them longer than what they stand for; zero for what is no number.
+    """Truncates toward zero to whole steps, int32; NaN becomes zero.
 
-    Together they are no more than ``levels``, whatever the links in front have promised of the message.
+    Their norm is at most ``levels``, whatever earlier links promised of the message.
     """
     levels = on.levels * jnp.where(on.noisy, 1 - MARGIN, 1)
     return jax.tree.map(lambda x: (x * levels).astype(jnp.int32), bounded(messages, on.bound))
 
 
 def bounded(messages: PyTree, bound: Array) -> PyTree:
-    """float32 ``messages / bound``, shortened to a norm of 1 where it is more; zeros for what is no number.
+    """float32 ``messages / bound``, shortened to norm 1 if longer; zeros if not finite.
 
-    Noise is in proportion to the bound, and this norm alone is what its sensitivity rests on: not how well a clip has
-    measured (in half precision, or numbers whose squares are zero in float32), nor what a link promises.
+    The noise scales with the bound, and its sensitivity rests on this norm alone. It does not rest on a link's promise,
+    nor on a clip's own measurement, which half precision or squares that underflow in float32 may spoil.
     """
 
     def finite(x: Array) -> Array:
@@ -137,23 +138,23 @@ def bounded(messages: PyTree, bound: Array) -> PyTree:
 
 
 def noise(key: Array, like: PyTree, on: Lattice) -> PyTree:
-    """Discrete Gaussian noise, int32 in the shapes of ``like``; zeros where there is none."""
+    """Discrete Gaussian noise, int32 in the shapes of ``like``; zeros if the lattice has no noise."""
     _, restore = tree.ravel(like)
     fine, coarse = alias.draw(key, tree.size(like), alias.gaussian_table(float(WIDTH)), 2)
     return restore(jax.lax.optimization_barrier(jnp.where(on.noisy, fine + on.spread * coarse, 0)))
 
 
 def noised(key: Array, totals: Array, bound: float | Array, z: float | Array, count: float | Array) -> Array:
-    """A few sums that were added up in floating point, in float32 with noise: they are rounded to whole steps first.
+    """Adds noise to a few floating-point sums, after rounding them to whole steps; returns float32.
 
-    That moves each by half a step at most, of which the bound has up to ``2^19 / z``. Bits and other whole numbers lose
-    nothing else; what float32 lost in adding up others stays lost.
+    Rounding moves each sum by half a step at most; the bound has up to ``2^19 / z`` steps. Bits and other whole numbers
+    lose nothing else. Other sums keep the error of their float32 addition.
 
     Args:
       totals: sums of a cohort.
       bound: L2 norm by which one client moves all of them together.
       z: standard deviation of the noise over the bound; ``totals`` stay as they are where it is 0.
-      count: n, of clients that are expected.
+      count: n, the expected number of clients.
     """
     on = lattice(bound, z, count)
     steps = jnp.clip(jnp.round(totals / on.step), -ROOM, ROOM).astype(jnp.int32)
@@ -161,12 +162,12 @@ def noised(key: Array, totals: Array, bound: float | Array, z: float | Array, co
 
 
 def values(steps: PyTree, step: Array) -> PyTree:
-    """float32 ``step`` times steps: what the world sees."""
+    """float32 ``step`` times steps: the released values."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) * step.astype(jnp.float32), steps)
 
 
 def diagonal(mechanism: Mechanism) -> float:
-    """``C[0, 0]``: ``C^-1 Z`` has whole steps of independent noise in it where Z is so many times whole steps."""
+    """``C[0, 0]``: if Z is this multiple of whole steps, the fresh noise in ``C^-1 Z`` is in whole steps."""
     return float(np.asarray(mechanism.strategy(1))[0, 0])
 
 
@@ -176,15 +177,15 @@ def init_correlated(mechanism: Mechanism, params: PyTree) -> PyTree:
 
 
 def correlated(mechanism: Mechanism, steps: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-    """``C^-1 Z`` in whole steps, Z being ``diagonal`` times these: this round's steps plus a rounded past.
+    """``C^-1 Z`` in whole steps, with Z ``diagonal`` times the given steps: this round's steps plus a rounded past.
 
-    The past is a function of earlier noise alone, so that for each value of the messages there is exactly one Z that
-    makes an output: no output excludes a value. A mechanism of whole numbers (``tree``) is exact.
+    The past is a function of earlier noise alone. So for each value of the messages exactly one Z gives an output, and
+    no output excludes a value. A mechanism of whole numbers (``tree``) is exact.
 
-    One that computes in floating point (``toeplitz``, ``banded``) is not. Its past is rounded, by e in each coordinate
-    and round, so the messages' sensitivity is that of ``C (x + e - e')``: above that of ``C x`` by about ``||C|| sqrt(d
-    T)`` steps at most, for d coordinates and T rounds, where the noise has up to 2^19 steps. Roundings that are like
-    independent ones add no more than ``||C||^2 d T / 4`` to its square. Accounting does not count it.
+    One that computes in floating point (``toeplitz``, ``banded``) is not. Its past is rounded by e in each coordinate
+    and round, so the messages' sensitivity is that of ``C (x + e - e')``. For d coordinates and T rounds, this exceeds
+    that of ``C x`` by about ``||C|| sqrt(d T)`` steps at most, where the noise has up to 2^19 steps. If roundings
+    behave like independent ones, they add at most ``||C||^2 d T / 4`` to its square. The accounting leaves this out.
     """
     rows, unit = _rows(mechanism, steps), diagonal(mechanism)
     past, _ = mechanism.next(jax.tree.map(jnp.zeros_like, rows), state)

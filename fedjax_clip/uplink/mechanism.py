@@ -16,15 +16,16 @@ from fedjax_clip.core.types import InvalidInput, Params, PyTree
 class Mechanism(NamedTuple):
     """Noise ``C^-1 Z`` over the rounds, with Z independent: ``C x + Z`` is private, with x the sums of the rounds.
 
-    Noise that is taken back in later rounds leaves the sum over rounds, which is where the model stands, more exact
-    than independent noise of the same privacy. Any ``StreamingMatrix`` m of jax-privacy for ``C^-1`` makes one:
+    Later rounds take back noise of earlier ones. The sum over rounds, which is the model, is then more exact than with
+    independent noise of the same privacy. Any ``StreamingMatrix`` m of jax-privacy for ``C^-1`` makes one:
     ``Mechanism(m.init_multiply, m.multiply_next, strategy)``.
 
     Attributes:
       init: ``params -> state`` before round 0.
-      next: ``(row of Z, state) -> (row of C^-1 Z, state)``, rows like params.
+      next: ``(row of Z, state) -> (row of C^-1 Z, state)``; rows have the shapes of params.
       strategy: ``rounds -> C [rounds, rounds]``, lower triangular; ``fc.privacy`` reads it.
-      whole: whether ``next`` takes rows of int32, too, and then is exact: C has whole numbers, ones on its diagonal.
+      whole: whether ``next`` also takes rows of int32, and is then exact: C has whole numbers, and ones on its
+        diagonal.
 
     Example:
       >>> noise = fc.uplink.gaussian(1.0, mechanism=fc.uplink.mechanism.tree(64))
@@ -43,7 +44,8 @@ def tree(rounds: int) -> Mechanism:
 
     Node t of the tree covers the rounds ``(t - lowbit(t), t]``, which are row t of C; a single client of a single
     round is in at most ``floor(log2 rounds) + 1`` nodes. After ``rounds`` rounds a new tree begins (DP-FTRL with
-    restarts), best at a power of two, when one node covers all. The state is as many models as a path has nodes.
+    restarts). Powers of two are best, because one node then covers all rounds. The state holds one model for each node
+    of a path.
 
     Args:
       rounds: of one tree, such as those of an epoch over the clients.
@@ -67,7 +69,7 @@ def tree(rounds: int) -> Mechanism:
     def step(noise, state):
         done, nodes = state
         count = done + 1
-        level = jax.lax.population_count((count & -count) - 1)  # trailing zeros: these smaller nodes become one
+        level = jax.lax.population_count((count & -count) - 1)  # trailing zeros: so many smaller nodes merge into one
 
         def shaped(mask, x):
             return mask.reshape(-1, *(1,) * (x.ndim - 1))
@@ -94,8 +96,9 @@ def tree(rounds: int) -> Mechanism:
 def toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
     """Banded matrix factorisation by given coefficients: ``C[s, t] = coefficients[s - t]``.
 
-    Where no client takes part twice within ``len(coefficients)`` rounds, its columns of C do not overlap, and k rounds
-    cost sqrt(k) norms of the coefficients, as k rounds of independent noise do. Keeps that many models less one.
+    If no client takes part twice within ``len(coefficients)`` rounds, its columns of C do not overlap. k rounds then
+    have sensitivity sqrt(k) times the norm of the coefficients, as with independent noise. The state holds
+    ``len(coefficients) - 1`` models.
 
     Args:
       coefficients: of C's first column, the first one positive, none negative.
@@ -128,7 +131,7 @@ def banded(rounds: int, bands: int) -> Mechanism:
 
     Args:
       rounds: of the run.
-      bands: at most the rounds from one of a client's to its next: ``clients // cohort`` under round robin.
+      bands: at most the rounds between two of a client's: ``clients // cohort`` under round robin.
 
     Raises:
       InvalidInput: bands outside 1 ... rounds; jax-privacy is missing.
@@ -147,10 +150,10 @@ def banded(rounds: int, bands: int) -> Mechanism:
 
 
 def inverse_toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
-    """Banded inverse by given coefficients: ``C^-1[s, t] = coefficients[s - t]``, so that C itself has no bands.
+    """Banded inverse by given coefficients: ``C^-1[s, t] = coefficients[s - t]``; C itself is not banded.
 
-    A round's noise takes back so much of that of the ``len(coefficients) - 1`` rounds before it, which is all that is
-    kept. Guarantee: C has no negative entry, as ``fc.privacy.sensitivity`` needs.
+    A round takes back these fractions of the noise of the ``len(coefficients) - 1`` rounds before it, which are the
+    state. Guarantee: C has no negative entry, as ``fc.privacy.sensitivity`` needs.
 
     Args:
       coefficients: of the first column of C^-1: the first one positive, all others at most 0.
@@ -193,10 +196,11 @@ def inverse_toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
 def banded_inverse(bands: int) -> Mechanism:
     """Banded inverse square root: the ``inverse_toeplitz`` of ``sqrt(1 - x)``'s first coefficients, 1, -1/2, -1/8 ...
 
-    With all of them it is the best Toeplitz matrix for the largest error of a sum. Depends on no number of rounds.
+    With all of them it is the best Toeplitz matrix for the largest error of a sum. It does not depend on the number of
+    rounds.
 
     Args:
-      bands: coefficients; one less is the number of models kept.
+      bands: number of coefficients; the state holds one model less.
 
     Raises:
       InvalidInput: no whole number of at least 1.
@@ -213,8 +217,8 @@ def banded_inverse(bands: int) -> Mechanism:
 def buffered_toeplitz(decays: Sequence[float] | np.ndarray, scales: Sequence[float] | np.ndarray) -> Mechanism:
     """A buffered linear Toeplitz matrix (BLT), ``C[s, t] = sum_i scales[i] decays[i]^(s - t - 1)`` under ones.
 
-    Guarantee: it correlates the noise of all rounds, and keeps as many models as there are buffers, whatever their
-    number. Sums to at most 1 keep its columns decreasing, of which the sensitivity is known exactly.
+    Guarantee: it correlates the noise of all rounds, and its state holds one model for each buffer, for any number of
+    rounds. Scales with a sum of at most 1 keep the columns decreasing, so the sensitivity is exact.
 
     Args:
       decays: of the buffers, between 0 and 1.
@@ -241,7 +245,7 @@ def buffered_toeplitz(decays: Sequence[float] | np.ndarray, scales: Sequence[flo
     def init(params):
         return jax.tree.map(lambda x: jnp.zeros((len(theta), *x.shape), x.dtype), params)
 
-    def step(noise, buffers):  # jax-privacy's keep a type of their own, whatever the noise's
+    def step(noise, buffers):  # jax-privacy's buffers keep their own type, whatever that of the noise
         def weighted(weights, x):
             return jnp.asarray(weights, x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * x
 
@@ -256,17 +260,17 @@ def buffered_toeplitz(decays: Sequence[float] | np.ndarray, scales: Sequence[flo
 
 
 def blt(rounds: int, separation: int | None = None, most: int | None = None, buffers: int = 3) -> Mechanism:
-    """The ``buffered_toeplitz`` of so many buffers whose largest error of a sum is least, for clients so far apart.
+    """The ``buffered_toeplitz`` with the least maximal error of a sum, for given buffers and separation of clients.
 
-    Near the best matrix of any form, with a state of a few models. It needs no exact numbers: a run of other rounds or
-    of clients that come at other distances is accounted for as it is.
+    It is near the best matrix of any form, with a state of a few models. The numbers need not be exact: accounting is
+    right for a run of other rounds or separations, too.
 
     Args:
       rounds: of the run.
-      separation: rounds from one of a client's to its next, at least: ``clients // cohort`` under round robin; by
-        default each client comes once.
-      most: how often a client comes at most; as often as the separation lets it by default.
-      buffers: models kept, 1 to 10; 2 or 3 are as good as more for hundreds of rounds, 5 for millions.
+      separation: the fewest rounds between two of a client's: ``clients // cohort`` under round robin; by default each
+        client takes part once.
+      most: how often a client takes part at most; by default as often as the separation allows.
+      buffers: models in the state, 1 to 10; 2 or 3 are enough for hundreds of rounds, 5 for millions.
 
     Raises:
       InvalidInput: numbers out of range, or more buffers than can be told apart; jax-privacy is missing.
@@ -307,7 +311,7 @@ def _best_buffers(rounds: int, separation: int, most: int | None, buffers: int) 
 
 @contextlib.contextmanager
 def _as_usual(x64: bool) -> Iterator[None]:
-    """Known now, though a traced function may build its uplink; the same whatever the caller has asked JAX for."""
+    """Computes concrete values even inside a traced function, and ignores the caller's JAX settings."""
     usual = jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
     with contextlib.ExitStack() as stack:
         for switch in (jax.ensure_compile_time_eval(), *usual, jax.debug_nans(False)):
@@ -322,7 +326,7 @@ def _lower(column: np.ndarray) -> np.ndarray:
 
 
 def _numbers(values: Any) -> np.ndarray:
-    """float32 ``[n]``; of no length where they are no such numbers."""
+    """float32 ``[n]``; empty if these are not such numbers."""
     try:
         c = np.asarray(values, np.float32)
     except (TypeError, ValueError):

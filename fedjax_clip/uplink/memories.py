@@ -1,4 +1,4 @@
-"""Links that send the difference to earlier messages."""
+"""Links that send the difference from earlier messages."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def memory(
     """Sends the clipped difference between an update and the client's memory v of its messages.
 
     ``u_i <- (1 - momentum) u_i + momentum x_i;  c_i = clip(u_i - v_i);  v_i <- v_i + step c_i`` at client i, and
-    ``g <- g + step (1/N) sum_i c_i`` at the server, which uses g. The sum is over the clients that came, N counts all.
+    ``g <- g + step (1/N) sum_i c_i`` at the server, which uses g. The sum is over the cohort, and N counts all clients.
     Under ``fc.fedsgd`` it is
 
       ``memory(clip_by_global_norm(tau))``                           Clip21
@@ -25,14 +25,13 @@ def memory(
       ``memory(fc.uplink.compress(top_k(0.01)))``                    EF21, its memory at the server, too
 
     Guarantee: each message is as small as the clip makes it (its sensitivity), while g converges to the mean of
-    updates that stand still: no bias is left. g is the mean of the v_i of ALL N clients, whoever came, up to rounding:
-    a mean over those who came counts ``|S| / N`` times. ``weighted_mean`` weighs clients by their examples in g, too;
-    ``uniform_mean`` is the papers'. A robust reducer makes g what its rule makes of the messages. Noise or rounding
-    behind the memory stays in g.
+    constant updates, without bias. Up to rounding, g is the mean of the v_i of ALL N clients: a mean over the cohort
+    counts ``|S| / N`` times. ``weighted_mean`` weighs clients by their examples in g, too; the papers use
+    ``uniform_mean``. A robust reducer applies its rule to the messages. Noise or rounding after the memory stays in g.
 
     Args:
       tx: a clip, or a link such as a compressor, without a state of its own.
-      momentum: beta, weight of the new update; 1 keeps no average.
+      momentum: beta, the weight of the new update; 1 keeps no average.
       step: beta-hat, how far memory and server follow.
 
     Raises:
@@ -80,7 +79,7 @@ def memory(
         return zeros(params) if averages else (), zeros(params)
 
     of_link = link.promises.bound
-    # A clip of the difference bounds the message, whatever the update is; what only contracts it bounds nothing.
+    # A clip of the difference bounds the message for any update; a contraction bounds nothing.
     bound = None if of_link is None else lambda g, like: of_link(link.init(like), like)
     return Uplink(zeros, init_client, encode, decode, link.promises).promising(
         bound=bound, contracts=False, mirrors="memory"
@@ -88,12 +87,12 @@ def memory(
 
 
 def relative_to_last() -> Uplink:
-    """Sends the difference to the last aggregate m, which the server adds back: ``m <- m + mean(x_i - m)``.
+    """Sends the difference from the last aggregate m, which the server adds back: ``m <- m + mean(x_i - m)``.
 
     Before a clip it is centered clipping: ``chain(relative_to_last(), clip_by_global_norm(tau))`` makes ``m <- m +
     mean clip(x_i - m)``, one iteration a round. Guarantee with the clip: m moves by at most tau a round, whatever a
-    client sends. Updates enter with their momentum as they are: heavy-ball momentum ``m = beta m + g`` is not damped,
-    so tau is read on that scale.
+    client sends. Updates keep their momentum: heavy-ball momentum ``m = beta m + g`` is not damped, so choose tau on
+    that scale.
 
     Example:
       >>> link = fc.uplink.chain(fc.uplink.relative_to_last(), fc.uplink.clip_by_global_norm(1.0))
@@ -106,9 +105,9 @@ def relative_to_last() -> Uplink:
 
     def decode(aggregate, m, report, ctx):
         m = tree.apply_updates(m, aggregate)
-        if ctx.denominator is not None:  # then a round of nobody looks like any other
+        if ctx.denominator is not None:  # a fixed denominator hides whether anybody came
             return m, m, {}
-        # Nobody came: then there is no news of m either, and nothing is added to the parameters.
+        # An empty round leaves m as it is and adds nothing to the parameters.
         return jax.tree.map(lambda x: jnp.where(ctx.weight > 0, x, 0), m), m, {}
 
     return Uplink(lambda params: jax.tree.map(jnp.zeros_like, params), nothing, encode, decode)
@@ -121,7 +120,7 @@ def with_bias(link: Uplink) -> Uplink:
     simulation, so a round takes a second accumulator of the parameters' size.
 
     Args:
-      link: any link or chain; the server's noise belongs into it.
+      link: any link or chain; include the server's noise in it.
 
     Raises:
       InvalidInput: a link on an integer grid, or with the clients' own noise.
@@ -149,4 +148,4 @@ def with_bias(link: Uplink) -> Uplink:
             "with_bias sends the plain updates, too, from which each client's own noise is to protect it: take "
             "with_bias out, or study the bias without that noise."
         )
-    return link._replace(encode=encode, decode=decode).promising(bound=None, contracts=False)  # of the plain updates
+    return link._replace(encode=encode, decode=decode).promising(bound=None, contracts=False)  # plain updates

@@ -25,32 +25,32 @@ def gaussian(
 ) -> Uplink:
     """The server adds Gaussian noise to the mean: ``mean + N(0, (z C / n)^2)`` in each coordinate.
 
-    C is the bound of the clip before it in the chain and n the reducer's fixed denominator: neither is said twice, so
-    that the noise cannot be on another scale than the sum's sensitivity. Guarantee: each round is a Gaussian
-    mechanism of noise multiplier z for the presence of one client; ``fc.privacy`` says what that is worth over a run.
+    C is the bound of the clip before it in the chain and n the reducer's fixed denominator. Both are read from there,
+    so the noise always matches the sum's sensitivity. Guarantee: each round is a Gaussian mechanism of noise multiplier
+    z for the presence of one client; ``fc.privacy`` computes epsilon over a run.
 
-    It holds for the bits that are released, not for real numbers only. Messages are truncated toward zero to whole
-    steps of a lattice (``lattice.py``: up to ``2^19 / z`` steps in C), added as integers, and the noise is an integer
-    by exact arithmetic. Truncation moves a sum by at most n steps, where the noise has 2^19 for ``n / z`` up to 2000.
-    With a z of 0 that is known when the algorithm is built, messages are left as they are; with one that is traced,
-    they stay on the lattice without noise.
+    The guarantee covers the released bits, not only real numbers. Messages are truncated toward zero to whole steps of
+    a lattice (``lattice.py``: up to ``2^19 / z`` steps in C) and added as integers, and the noise is an exact integer.
+    Truncation moves a sum by at most n steps; the noise has 2^19 steps for ``n / z`` up to 2000. If z is known to be 0
+    when the algorithm is built, messages stay as they are. If z is traced, a zero leaves them on the lattice without
+    noise.
 
-    With a ``mechanism`` it is DP-FTRL: the noise of the rounds is ``C^-1 Z``, Z as above, so that later rounds take
-    back noise of earlier ones. All rounds together then are one Gaussian mechanism, whose noise multiplier is z over
-    ``fc.privacy.sensitivity``. The bound in front of it must not move from round to round.
+    With a ``mechanism`` it is DP-FTRL: the noise of the rounds is ``C^-1 Z``, Z as above, so later rounds take back
+    noise of earlier ones. All rounds together are then one Gaussian mechanism, whose noise multiplier is z over
+    ``fc.privacy.sensitivity``. The clip's bound must then be the same in all rounds.
 
     Metrics: ``noise_std``, of one coordinate of the mean (of Z, with a mechanism); ``noise_cohort`` where one is given.
     The standard deviation in the mean is 1e-6 C or more, unless z is 0.
 
     Args:
       noise_multiplier: z >= 0, ratio of the sum's noise to C; may be traced.
-      noise_cohort: n' in place of n: simulates the noise of a cohort of n' with a smaller one of n, for research on a
-        deployment's accuracy. Privacy is then that of the deployment, NOT of the run.
-      mechanism: of ``fc.uplink.mechanism``, how noise depends on that of the rounds before; independent by default.
+      noise_cohort: n' in place of n: simulates the noise of a cohort of n' with a smaller cohort of n, for research on
+        a deployment's accuracy. The privacy is then the deployment's, NOT the run's.
+      mechanism: from ``fc.uplink.mechanism``: how the noise depends on earlier rounds; independent by default.
 
     Raises:
-      InvalidInput: no clip in front of it, a reducer that is no ``fixed_mean``, a link that leaks, a link behind it, a
-        mechanism behind a bound that moves (all when the algorithm is built).
+      InvalidInput: (when the algorithm is built) no clip before it, a reducer other than ``fixed_mean``, a link that
+        leaks, a link after it, a mechanism after a clip whose bound changes.
 
     Example:
       >>> uplink = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.3), fc.uplink.gaussian(1.0))
@@ -78,7 +78,7 @@ def gaussian(
         if silent:
             return update, client_state, {}
         message = lattice.truncated(update, on(ctx))
-        travels = tree.nbytes(update)  # whole steps are what the server makes of it
+        travels = tree.nbytes(update)  # the client sends the update as it is; the server rounds it to whole steps
         other = None if travels == tree.nbytes(message) else jnp.float32(travels)
         return Message(message, other).plain, client_state, {}
 
@@ -114,9 +114,9 @@ def local_gaussian(noise_multiplier: float | Array) -> Uplink:
     """Each client adds its own Gaussian noise before it sends: ``u + N(0, (z C)^2)``, for an untrusted server.
 
     C is the bound of the clip before it. Guarantee: one message is a Gaussian mechanism of noise multiplier z / 2 for
-    any change of the client's data (two updates of norm C lie 2 C apart), whoever reads it. The mean of n messages
-    carries z C / sqrt(n) of noise, sqrt(n) times that of ``gaussian``. Links behind it only process what is private.
-    Update and noise meet as whole steps of a lattice, as in ``gaussian``, before they become floating-point numbers.
+    any change of the client's data (two updates of norm C lie 2 C apart), against every reader. The mean of n messages
+    carries z C / sqrt(n) of noise, sqrt(n) times that of ``gaussian``. Later links are post-processing. As in
+    ``gaussian``, update and noise are added as whole steps of a lattice.
 
     Args:
       noise_multiplier: z >= 0, ratio of the noise to C; may be traced.

@@ -1,4 +1,4 @@
-"""Which links and reducers may follow which links, and the errors for those that break a promise."""
+"""Which links and reducers may follow which links, and the errors for broken promises."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ NEEDS_MODULAR_SUM = (
 
 
 def check_chain(links: Sequence[Promises]) -> None:
-    """Refuses links, by their promises in the order of a chain, of which one breaks what another promises.
+    """Refuses a chain in which one link breaks another's promise.
 
     Raises:
       InvalidInput: says which link to move where.
@@ -73,15 +73,15 @@ def check_chain(links: Sequence[Promises]) -> None:
 
 
 def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
-    """Refuses an uplink and a reducer that do not go together, or an algorithm that sends more than the uplink covers.
+    """Refuses an uplink and a reducer that do not fit, or an algorithm that sends more than the uplink covers.
 
     Args:
       promises: of the whole chain.
-      reducer: what becomes of its messages.
-      covers_all: whether clients send nothing but what passes the uplink.
+      reducer: of the chain's messages.
+      covers_all: whether all that clients send passes the uplink.
 
     Raises:
-      InvalidInput: says what to put in the place of what.
+      InvalidInput: says what to replace.
     """
     if promises.needs_bound:
         raise InvalidInput(NO_BOUND)

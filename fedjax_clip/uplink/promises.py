@@ -12,7 +12,7 @@ from fedjax_clip.uplink.mechanism import Mechanism
 
 
 class Noise(enum.Enum):
-    """Who adds the noise, and therefore who sees messages without it.
+    """Who adds the noise, which decides who sees messages without it.
 
     Example:
       >>> fc.uplink.local_gaussian(1.0).promises.noise
@@ -21,17 +21,17 @@ class Noise(enum.Enum):
 
     SERVER = "the server"
     CLIENT = "each client"
-    SHARES = "the clients together"  # a share each: only the sum of a cohort has all of the noise
+    SHARES = "the clients together"  # each client adds a share: only the sum of a cohort has all of the noise
 
 
 class Wire(enum.Enum):
     """What a link does to a message on the wire.
 
     Attributes:
-      KEEPS: nothing; what the link does, it does at the server.
+      KEEPS: it leaves the message as it is and acts at the server only.
       CHANGES: it may change the message.
-      PACKS: it turns the message into bytes, which no link behind it may touch.
-      SUMS: the message means something in a sum only, so that reducers must be linear.
+      PACKS: it turns the message into bytes, which no later link may touch.
+      SUMS: only sums of messages have a meaning, so the reducer must be linear.
 
     Example:
       >>> fc.uplink.compress(fc.compression.qsgd(4)).promises.wire
@@ -48,26 +48,27 @@ class Wire(enum.Enum):
 class Promises:
     """What holds for every message that leaves a link. Accounting, reducers and other links rely on it.
 
-    A link that wraps another one takes over the other's promises (``link._replace(encode=...)``), or weakens them by
+    A link that wraps another one inherits its promises (``link._replace(encode=...)``), or weakens them by
     ``dataclasses.replace``. ``joined`` makes the promises of a chain. The defaults promise nothing.
 
     Attributes:
-      bound: ``(state, like) -> L2 norm`` that no message exceeds, whatever enters; ``like`` has the message's shapes.
-      contracts: whether no message leaves with a larger norm than it enters: bounds before it then still hold.
-      noise: who adds noise to the messages or to their sum, if anybody does.
-      noise_multipliers: of all that the SERVER adds Gaussian noise to in a round.
-      needs_bound: whether what enters must have a bound.
-      leaks: a sentence on what the server is told of single clients without noise, and what to do about it.
-      trusts: the link's name, if the server adds the noise to what single clients tell it beside their messages.
-      moves: the link's name, if its bound changes from round to round.
-      mirrors: the link's name, if what a client keeps is a copy of what the server has added up of its messages: they
-        must then be added up as they were sent.
-      mechanism: how its noise depends on the noise of earlier rounds, if it does.
-      deployment: cohort size of the deployment whose noise is simulated; epsilon is then not the run's own.
-      wire: what it does to the message on its way. A link that ``PACKS`` reports the ``bytes`` that travel and their
-        ``entropy_bytes``.
-      grid: ``(dim, cohort_size, threshold) -> Grid`` if messages are integers, which only a modular sum can add.
-      population: fewest clients that there must be, since the link names one by number.
+      bound: ``(state, like) -> L2 norm`` that no message exceeds, for any input; ``like`` has the message's shapes.
+      contracts: whether the link enlarges no norm, so that earlier bounds still hold.
+      noise: who adds noise to the messages or to their sum; ``None`` without noise.
+      noise_multipliers: one for each quantity of a round to which the SERVER adds Gaussian noise.
+      needs_bound: whether the messages that enter must have a bound.
+      leaks: a sentence on what the server learns about single clients without noise, and what to do about it.
+      trusts: the link's name, if clients send other values besides their messages and the server adds the noise to
+        them.
+      moves: the link's name, if its bound changes between rounds.
+      mirrors: the link's name, if a client's state mirrors what the server has added up of its messages. The server
+        must then add them up as they were sent.
+      mechanism: how the noise depends on that of earlier rounds; ``None`` if independent.
+      deployment: cohort size of a simulated deployment's noise; epsilon is then not the run's own.
+      wire: what the link does to the message on the wire. A link that ``PACKS`` reports the ``bytes`` that travel and
+        their ``entropy_bytes``.
+      grid: ``(dim, cohort_size, threshold) -> Grid`` if messages are integers, which only a modular sum adds.
+      population: the fewest clients that the population must have, since the link names one by number.
 
     Example:
       >>> fc.uplink.gaussian(1.0).promises.noise_multipliers
@@ -154,7 +155,7 @@ def beside(parts: Sequence[Promises]) -> Promises:
 
 
 def last_bound(promises: Sequence[Promises]) -> int | None:
-    """Position of the link whose bound holds after all of these."""
+    """Position of the link whose bound holds at the end of the chain."""
     for position in reversed(range(len(promises))):
         if promises[position].bound is not None:
             return position

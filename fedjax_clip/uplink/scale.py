@@ -9,19 +9,19 @@ from fedjax_clip.uplink.base import Uplink, nothing
 
 
 def preconditioned(decay: float | Array = 0.99, eps: float | Array = 1e-3) -> Uplink:
-    """Clients scale each coordinate by ``s`` from its usual size, and the server scales back: ``s u``, ``mean / s``.
+    """Clients scale each coordinate by ``s``, which depends on its usual size; the server divides the mean by ``s``.
 
     ``s_t = 1 / (sqrt(v_t) + eps)``, with ``v <- decay v + (1 - decay) (mean / s)^2`` at the server, beginning at 0. In
-    front of a clip and noise it is scale-then-privatise: the clip measures, and the noise is added, on the scale of an
-    adaptive optimiser, so that a coordinate has noise in proportion to its own size. It costs no privacy: v knows of
-    clients only what the noised means tell. The clip's bound is then in units of ``1 / eps`` updates in the first
-    round, and of updates over their root mean squares later. The noise of a mean must be well under 1 in a coordinate,
-    or v grows with what is multiplied back.
+    front of a clip and noise it is scale-then-privatise: clip and noise act on the scale of an adaptive optimiser, so
+    each coordinate gets noise in proportion to its own size. It costs no privacy, because v depends on the noised means
+    only. The clip's bound is in units of ``1 / eps`` updates in the first round, and later of updates over their root
+    mean squares. The noise of a mean must stay well under 1 in a
+    coordinate, or v grows with the noise that is scaled back.
 
     Metrics: ``scale``, the mean of s over coordinates.
 
     Args:
-      decay: of v, between 0 and 1, 1 excluded; that of the server's Adam, say. May be traced.
+      decay: of v, in [0, 1); for example that of the server's Adam. May be traced.
       eps: positive; a large one scales all coordinates alike, a small one adds much noise to small coordinates.
 
     Raises:

@@ -161,7 +161,7 @@ def test_a_private_run_says_that_it_believes_ones_own_code(cli):
     private = ("--delta=0.01", "--sampler=poisson", "--uplink=my_module.halved(1.0)|gaussian(2.0)")
     code, out, err = cli(*QUICK, LINE, *private, "--workdir=here")
     assert code == 0, err
-    assert "code of my_module that keeps what it promises" in out
+    assert "code of my_module that keeps its promises" in out
 
 
 BAD = {

@@ -107,7 +107,7 @@ def test_only_what_is_sent_is_accounted_for_on_a_grid(cli, tmp_path):
         *QUICK, *private, "--client=sgd(0.1)|clip_by_global_norm(1.0)", "--delta=0.01", "--workdir=run"
     )
     assert code == 0
-    assert "who sees the sums of all rounds and no message, nor who took part" in out
+    assert "who sees the sums of all rounds, but no message and not who took part" in out
     assert "--client: clip_by_global_norm stands behind the optimiser and bounds its steps" in err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     link = fc.uplink.chain(fc.uplink.clip_by_global_norm(1.0), fc.uplink.skellam(0.4, 8))

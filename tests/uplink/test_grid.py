@@ -353,6 +353,6 @@ def test_what_epsilon_is_for_is_what_neighbours_differ_in():
         assert words in flags.protects(link, sampler, 100)
         seen = flags.claim(link, sampler, 100, 1e-5, None, True)["from"]
         assert ("not from the server" in seen) == ("gaussian" in links)
-        assert ("nor who took part, as a server does" in seen) == ("skellam" in links)
+        assert ("not who took part, which a server sees" in seen) == ("skellam" in links)
     seen = flags.claim(link, sampling.round_robin(8), 100, 1e-5, None, True)["from"]
-    assert seen == "who sees the sums of all rounds and no message: the server, too"
+    assert seen == "everyone who sees the sums of all rounds but no message, including the server"

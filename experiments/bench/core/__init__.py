@@ -1,4 +1,4 @@
-"""What every benchmark is made of, from the problem to the picture.
+"""The shared parts of all benchmarks, from the problem to the picture.
 
 ==============  ======================================================================================================
 ``problem``     a ``Track``: clients, their loss, what is measured, and the runs for tuning and for measuring

@@ -1,4 +1,4 @@
-"""What the binaries of all benchmarks do alike: their flags, their start, and how they stop."""
+"""Shared code of the benchmarks' binaries: flags, start and stop."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ ShouldStop = Callable[[], bool]
 
 
 def define_flags(workdir: str, quick: str) -> None:
-    """The flags that all have; not defined on import, for other binaries have flags of the same names."""
+    """Defines the shared flags; not on import, because other binaries have flags of the same names."""
     flags.DEFINE_string("workdir", workdir, "Where results and report are written.")
     flags.DEFINE_boolean("quick", False, f"{quick}: to see that it runs.")
 
@@ -23,7 +23,7 @@ def run(main: Callable[[flags.FlagValues, ShouldStop], Any], doc: str, describe:
 
     Args:
       main: the benchmark.
-      doc, describe: what ``--help`` begins and ends with.
+      doc, describe: the beginning and the end of ``--help``.
     """
 
     def started() -> None:

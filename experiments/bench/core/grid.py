@@ -28,7 +28,7 @@ class Cell(NamedTuple):
     Attributes:
       track, rule: the pair.
       name: the rule's, in the results.
-      config: everything that the pair's result depends on; of another one it is run again.
+      config: everything that the pair's result depends on; if it changes, the pair runs again.
     """
 
     track: Track
@@ -38,11 +38,11 @@ class Cell(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is known of a grid's cells.
+    """The results of a grid's cells.
 
     Attributes:
       entries: of each cell; ``None`` where it has not been run.
-      done: how many cells were run now.
+      done: how many cells ran now.
     """
 
     entries: list[Entry | None]
@@ -54,7 +54,7 @@ def cells(tracks: Sequence[Track], rules: Mapping[str, Rule]) -> list[Cell]:
     small, programs = probe(), {}
     known: dict[Any, str] = {}
     for name, rule in tqdm.tqdm(rules.items(), desc="reading rules", unit="rule", leave=False, dynamic_ncols=True):
-        key = rule.build, rule.fresh, rule.knobs, tuple(rule.fixed)  # rules of other fixed numbers share a program
+        key = rule.build, rule.fresh, rule.knobs, tuple(rule.fixed)  # fixed numbers change no program
         if key not in known:
             known[key] = _fingerprint(small, name, rule)
         programs[name] = known[key]
@@ -72,7 +72,7 @@ def fill(results: Results, grid: Sequence[Cell], should_stop: Callable[[], bool]
 
     Args:
       results: of the working directory.
-      grid: the cells; those of one track behind each other, so that it is planned once.
+      grid: the cells, ordered by track, so that each track is planned once.
       should_stop: asked before each cell.
     """
     lacking = [cell for cell in grid if results.find(cell.track, cell.name, cell.config) is None]
@@ -118,12 +118,12 @@ def compare(
       should_stop: asked before each pair.
 
     Returns:
-      How many pairs were run.
+      The number of pairs that ran.
 
     Raises:
       InvalidInput: a directory that cannot be written, or that holds something else.
     """
-    results = Results(workdir)  # first: nobody waits to learn that it cannot be written
+    results = Results(workdir)  # first, so that an unwritable directory fails at once
     grid = cells(tracks, rules)
     found = fill(results, grid, should_stop)
     ranked = standings(grid, found)
@@ -149,9 +149,9 @@ class Banks:
 
 
 def play(track: Track, rule: Rule, banks: Banks) -> Entry:
-    """Tunes a rule on the track's runs for that, and measures its best point on the others.
+    """Tunes a rule on the track's tuning runs, and measures its best point on the measuring runs.
 
-    A rule with ``points`` is measured at all of them: ``"measured"`` has then an axis of points before that of runs.
+    A rule with ``points`` is measured at all of them; ``"measured"`` then has an axis of points before that of runs.
     """
     bank, tuned = banks.of(track, rule.fresh), range(len(track.tuning))
     measured = range(len(tuned), bank.size)
@@ -196,7 +196,7 @@ def _fingerprint(track: Track, name: str, rule: Rule) -> str:
 
 
 def _config(track: Track, rule: Rule) -> dict[str, Any]:
-    """What an entry depends on, but for programs and data."""
+    """All that an entry depends on, except programs and data."""
     space = rule.space(track.ranges)
     return {
         "version": fc.__version__,

@@ -17,10 +17,10 @@ from experiments.bench.core.rule import Rule
 from experiments.bench.core.tuning import Point
 from fedjax_clip.core.keys import seeded, threefry
 
-HUGE = 1e6  # an error this large is called divergence
-FAST: Any = {"xla_backend_optimization_level": 1}  # the programs are small: they take longer to compile than to run
+HUGE = 1e6  # an error this large counts as divergence
+FAST: Any = {"xla_backend_optimization_level": 1}  # the programs are small, so compiling takes longer than running
 
-SMALL = 2**14  # lanes of models up to so many bytes run side by side; for larger ones that takes longer on a CPU
+SMALL = 2**14  # lanes of models up to this many bytes run side by side; larger ones are slower that way on a CPU
 TRAFFIC = "clients", "bytes_up", "bytes_up_entropy", "bytes_down", "bytes_down_entropy"
 
 

@@ -1,4 +1,4 @@
-"""What competes on a track: an algorithm with knobs."""
+"""A competitor on a track: an algorithm with knobs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ RATES = ("client_lr", "server_lr")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A rule, the knobs that it is tuned by, and what it costs.
+    """A rule, the knobs for its tuning, and its cost.
 
     Attributes:
       build: ``(loss, point) -> algorithm``; the point has a number for each knob, which may be traced.

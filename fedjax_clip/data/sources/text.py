@@ -1,4 +1,4 @@
-"""Text: Shakespeare by role, a directory of text files, tweets. Read from files; nothing of a package is run."""
+"""Text: Shakespeare by role, a directory of text files, tweets; read as files, without running package code."""
 
 import collections
 import csv
@@ -35,22 +35,22 @@ PLAYS = {
 
 SENTIMENTS = "negative", "neutral", "positive"
 
-# A line that names who speaks: behind an empty line, "Ham." or "LADY MACBETH." or, in one play, "THESEUS".
+# A line that names the speaker, after an empty line: "Ham." or "LADY MACBETH." or, in one play, "THESEUS".
 _SPEAKER = re.compile(r"\n\n((?!ACT\b|SCENE\b)[A-Z](?:[A-Za-z' -]{0,30}\.|[A-Z' -]{1,30}))(?=\n)")
 _DIRECTION = re.compile(r"\[[^\]]*\]")
 _WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")
 
 
 def shakespeare(plays: Sequence[str] = tuple(PLAYS), length: int = 80, min_characters: int = 1000) -> FederatedData:
-    """Shakespeare's plays; the clients are the roles, with what they speak.
+    """Shakespeare's plays; the clients are the roles, and their data is what they speak.
 
-    Each role's speeches are joined and cut into stretches of ``length`` characters, each with the one that follows;
-    a rest that is shorter is left out, as are stage directions.
+    Each role's speeches are joined and cut into stretches of ``length`` characters plus the next character. A shorter
+    rest is left out, and so are stage directions.
 
     Args:
       plays: ``"comedies"``, ``"histories"``, ``"tragedies"`` or single plays, such as ``"hamlet"``.
       length: characters that a model sees at a time.
-      min_characters: roles that speak less are left out.
+      min_characters: roles with fewer characters are left out.
 
     Returns:
       ``{"text": uint8 [N, length + 1]}`` of ASCII codes; clients such as ``"macbeth/LADY MACBETH"``.
@@ -117,7 +117,7 @@ def tweets(num_words: int = 32, vocabulary: int = 2**14) -> dict[str, np.ndarray
 
     Args:
       num_words: words kept of each tweet; fewer are padded with 0.
-      vocabulary: numbers that words are hashed to, 0 included.
+      vocabulary: number of hash values, including 0.
 
     Returns:
       ``{"x": int32 [N, num_words], "y": int32 [N]}``; classes as in ``SENTIMENTS``.
@@ -147,7 +147,7 @@ def hashed_words(texts: Sequence[str], num_words: int, vocabulary: int) -> np.nd
 
 
 def roles(play: str) -> dict[str, str]:
-    """What each role of a play speaks. A heading that occurs once only is taken for speech."""
+    """The speech of each role of a play. A heading that occurs only once counts as speech."""
     text = _DIRECTION.sub("", "\n".join(line.strip() for line in play.splitlines()))
     _, *pieces = _SPEAKER.split(text)
     headings = [heading.rstrip(".").upper() for heading in pieces[::2]]

@@ -38,17 +38,16 @@ def tfds(
 ) -> dict[str, np.ndarray] | FederatedData:
     """Reads a TFDS data set, without TensorFlow: converted once to arrays, then memory-mapped.
 
-    The values stay as they are stored: an image is uint8 0 .. 255, to be scaled in
-    the model or the task, where it costs a quarter of the memory and of the transfer.
-    Text is an array of bytes. A later call reads the cache alone and does not import
-    TFDS; it goes back to TFDS when what is prepared under ``data_dir`` has changed.
+    Values keep their stored type: an image is uint8 0 .. 255. Scale it in the model or the task: that saves three
+    quarters of the memory and of the transfer. Text is an array of bytes. A later call reads the cache alone and does
+    not import TFDS; it reads TFDS again if the prepared data under ``data_dir`` has changed.
 
     Args:
       name: ``"mnist"``, ``"emnist/byclass"``, ``"mnist:3.0.1"`` ...
       split: ``"train"``, ``"test"``, ``"train[:10%]"``, ``"train+test"`` ...
       data_dir: where TFDS keeps prepared data; by default $TFDS_DATA_DIR, else
         ``~/tensorflow_datasets``.
-      by: the field that says whose each example is, see ``partition.natural``.
+      by: the field that names each example's client, see ``partition.natural``.
       image: the field that becomes ``x``.
       label: the field that becomes ``y``; all others keep their names, and the
         parts of a nested field are called ``"attributes/age"``.
@@ -103,7 +102,7 @@ def tfds(
 
 
 def import_tfds() -> Any:
-    """The package ``tensorflow_datasets``, or a sentence that says how to install it."""
+    """The package ``tensorflow_datasets``, or an error that says how to install it."""
     missing = next((p for p in ("tensorflow_datasets", "array_record") if importlib.util.find_spec(p) is None), None)
     if missing is not None:
         raise InvalidInput(f"TFDS data sets need {missing}, which is not installed: {_INSTALL}")
@@ -136,7 +135,7 @@ def _prepared_builder(name: str, data_dir: Path, download: bool) -> Any:
 def _convert(
     to: Path, name: str, split: str, data_dir: Path, by: str | None, fields: list[str] | None, download: bool
 ) -> dict[str, Any]:
-    """Writes the fields of a TFDS data set as .npy files into ``to``; returns what else there is to know."""
+    """Writes the fields of a TFDS data set as .npy files into ``to``; returns its metadata."""
     builder = _prepared_builder(name, data_dir, download)
     with _saying(f"TFDS cannot read split {split!r} of {name!r} as array_record"):
         source = builder.as_data_source(split=split)
@@ -225,7 +224,7 @@ def _reorder(file: Path, order: np.ndarray) -> None:
 
 
 def _stamp(versions: Path) -> list[list[Any]]:
-    """Which versions of a data set are prepared, and since when."""
+    """The prepared versions of a data set and their times."""
     infos = sorted(versions.glob("*/dataset_info.json"))
     return [[info.parent.name, info.stat().st_mtime_ns, info.stat().st_size] for info in infos]
 
@@ -234,7 +233,7 @@ def _open_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | N
     """The memory-mapped arrays of a cache entry; ``None`` if it is missing, damaged or out of date."""
     try:
         meta = json.loads((entry / "meta.json").read_text())
-        # Prepared data that is gone altogether leaves the cache valid.
+        # If the prepared data has been deleted, the cache stays valid.
         if _stamp(Path(meta["versions"])) not in ([], meta["stamp"]):
             return None
         files = meta["files"].items()
@@ -244,7 +243,7 @@ def _open_entry(entry: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | N
 
 
 def _write_entry(entry: Path, convert: Callable[[Path], dict[str, Any]]) -> None:
-    """Fills a cache entry aside and moves it into place; the caller holds the cache's lock."""
+    """Writes a cache entry to a temporary place and moves it into the cache; the caller holds the cache's lock."""
     for leftover in entry.parent.glob("*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = entry.with_name(entry.name + ".tmp")
@@ -260,7 +259,7 @@ def _write_entry(entry: Path, convert: Callable[[Path], dict[str, Any]]) -> None
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock between processes, where the system has one; it dies with its holder. A link is refused."""
+    """Holds a lock between processes, if the system has one; it ends with its holder. Symbolic links are refused."""
     with open(path, "a", opener=lambda name, how: os.open(name, how | getattr(os, "O_NOFOLLOW", 0), 0o666)) as file:
         with contextlib.suppress(ImportError):
             import fcntl
@@ -271,7 +270,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _saying(what: str) -> Iterator[None]:
-    """Turns whatever TFDS raises into one sentence."""
+    """Turns any error of TFDS into one sentence."""
     try:
         yield
     except InvalidInput:
@@ -281,7 +280,7 @@ def _saying(what: str) -> Iterator[None]:
 
 
 def _line(e: BaseException) -> str:
-    """The first line of an error's message, without what TFDS puts around it."""
+    """The first line of an error's message, without the text that TFDS adds."""
     line = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
     line = re.sub(r'^Failed to construct dataset .*?}": |\. Here are \d+ .*', "", line)
     return line[:300].rstrip(".:") + "."
