@@ -14,12 +14,12 @@ from fedjax_clip.uplink.chains import identity
 
 
 class Parts(NamedTuple):
-    """What an algorithm is made of, checked, with defaults filled in.
+    """The parts of an algorithm, checked, with defaults filled in.
 
     Attributes:
       per_example_loss, client_tx, server_tx, reducer, gradient: as ``fc.fedavg``.
-      uplink: what a client's whole message passes; ``fc.uplink.on_parts`` where it has several parts.
-      beside: number of parts that clients send beside the update.
+      uplink: the link of a client's whole message; ``fc.uplink.on_parts`` if it has several parts.
+      beside: number of parts that clients send besides the update.
 
     Example:
       >>> fc.fedavg(per_example_loss, optax.sgd(0.1)).parts.beside
@@ -36,7 +36,7 @@ class Parts(NamedTuple):
 
 
 def check_client_tx(client_tx: Any) -> None:
-    """Refuses what is no optimiser of clients.
+    """Refuses a ``client_tx`` that is not a client optimiser.
 
     Raises:
       InvalidInput: says what to give instead.
@@ -55,10 +55,10 @@ def check_client_tx(client_tx: Any) -> None:
 
 
 def checked_link(uplink: Uplink | None) -> Uplink:
-    """The uplink, by default one that changes nothing.
+    """The checked uplink, by default one that changes nothing.
 
     Raises:
-      InvalidInput: what is no uplink.
+      InvalidInput: an argument that is not an uplink.
     """
     uplink = identity() if uplink is None else uplink
     checks.kind(
