@@ -310,11 +310,6 @@ BINARIES = {
     "privacybench": "bench.privacy",
     "robust": "bench.robust",
 }
-    "clipbench": "bench.clip",
-    "commbench": "bench.comm",
-    "privacybench": "bench.privacy",
-    "robust": "bench.robust",
-}
 
 
 def _line(flags: dict[str, Any]) -> list[str]:

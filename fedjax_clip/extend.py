@@ -1,8 +1,9 @@
 """For authors of algorithms, links, reducers and drivers: the parts of the built-in ones."""
 
-from fedjax_clip.algorithms.base import Parts, Round, algorithm, init_server, step_server
+from fedjax_clip.algorithms.base import Round, algorithm, init_server, step_server
 from fedjax_clip.algorithms.exchange import Answer, exchange
 from fedjax_clip.algorithms.lora import Lora
+from fedjax_clip.algorithms.parts import Parts
 from fedjax_clip.core import metrics
 from fedjax_clip.core.cohort import Client, Cohort
 from fedjax_clip.core.types import Algorithm, ClientState, Row, Server

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.algorithms.base import Round, algorithm, checked_link
+from fedjax_clip.algorithms.base import Round, algorithm
+from fedjax_clip.algorithms.parts import checked_link
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.loss import Gradient, batch_gradient
 from fedjax_clip.core.metrics import Mean
