@@ -46,7 +46,7 @@ class Round:
     Attributes:
       server: the server's state, with its parameters ``server.params`` and ``server.own``.
       cohort: this device's clients.
-      parts: what the algorithm is made of.
+      parts: the algorithm's parts.
       key: PRNG key of ``exchange``.
       ask_key: PRNG key of ``ask``; ``None`` in an algorithm that has not declared ``asks=True``.
       sent: holds an answer once there has been an ``exchange``.
@@ -73,8 +73,8 @@ class Round:
           client_fn: ``(shared, client, key) -> (message, what the client keeps, report)`` for ONE client, which is an
             ``fc.extend.Worker``. The message is the update, or ``(update, part, ...)`` of an algorithm with ``beside``.
           shared: pytree, what the server sends.
-          after: answer of an ``ask`` of this round. Clients then find in ``client.state.own`` what they kept of it, and
-            its bytes are counted with this exchange's.
+          after: answer of an ``ask`` of this round. Clients then find what they remembered of it in
+            ``client.state.own``, and its bytes count with this exchange's.
 
         Returns:
           An ``Answer``, whose ``update`` has the form of the message.
@@ -104,8 +104,8 @@ class Round:
 
         Args:
           client_fn, shared: as for ``exchange``; a message may be any pytree.
-          remember: pytree like what each client keeps of it until the end of the round; ``None``: it keeps what it kept
-            before. A client that is dropped remembers NaN, so that it is dropped from the round's exchange, too.
+          remember: pytree like what each client remembers of it until the end of the round; by default its state stays.
+            A dropped client remembers NaN, so it is dropped from the round's exchange, too.
 
         Returns:
           An ``Answer``, for ``exchange(..., after=answer)``.
@@ -149,7 +149,7 @@ class Round:
         Args:
           answer: of this round's ``exchange``.
           update: pytree like the parameters; ``answer.update`` by default.
-          own: what the server keeps from now on; by default what it has kept.
+          own: the server's new own state; unchanged by default.
           metrics: of the algorithm, beside those of the answer.
 
         Returns:
@@ -198,10 +198,9 @@ def algorithm(
 ) -> Algorithm:
     """Makes an algorithm from its mathematics, a ``round`` of a few lines. All built-in algorithms are made so.
 
-    It fills in defaults and checks what the user gives, refuses noise that would not cover all that clients send, keeps
-    the states, folds the round's number into the key, and lets the wrappers (``fc.partially_frozen``,
-    ``fc.partially_private``, ``fc.compressed_broadcast``), the accounting of privacy and the evaluators see what they
-    need.
+    It fills in defaults, checks arguments, refuses noise that would not cover all that clients send, keeps the states,
+    and folds the round's number into the key. It also gives the wrappers (``fc.partially_frozen``,
+    ``fc.partially_private``, ``fc.compressed_broadcast``), the accounting and the evaluators what they need.
 
     Args:
       round: ``now -> (server, client_states, metrics)`` of a ``Round``. It trains by its clients' own methods, such as
@@ -209,8 +208,8 @@ def algorithm(
       per_example_loss, client_tx, server_tx, uplink, reducer, gradient: as ``fc.fedavg``.
       server_own: ``params -> pytree``, the server's own state before round 1; nothing by default.
       client_own: ``params -> pytree``, each client's own state before round 1; nothing by default.
-      beside: one link, or ``None`` for no link, for each part that clients send beside the update. Their message is
-        then ``(update, part, ...)``, and each part takes the reducer's mean.
+      beside: one link, or ``None``, for each part that clients send besides the update. Their message is then
+        ``(update, part, ...)``, and each part takes the reducer's mean.
       asks: whether a round begins with ``now.ask``.
       start: as ``round``, run before round 1 with all clients; see ``Algorithm.start``.
       broadcasts: whether clients receive exactly ``server.params`` as their model.
@@ -314,9 +313,9 @@ def step_server(server: Server, parts: Parts, update: PyTree, uplink_state: PyTr
     Args:
       server: before the round.
       parts: of the algorithm.
-      update: what the reducer and the uplink made of the clients' updates.
+      update: the reduced and decoded update.
       uplink_state: the uplink's state at the server, after the round.
-      own: what the algorithm itself keeps at the server, after the round.
+      own: the algorithm's own state at the server, after the round.
 
     Example:
       >>> update = jax.tree.map(jnp.ones_like, server.params)  # what the reducer made of the clients' messages
@@ -335,7 +334,7 @@ def zeros_like(params: Params) -> PyTree:
 
 
 def kind(algorithm: Algorithm) -> str:
-    """Which algorithm it is: its name, or that of the function that made it, such as ``scaffold``."""
+    """The algorithm's name, by default that of the function that made it, such as ``scaffold``."""
     return algorithm.name or maker(algorithm.round)
 
 
@@ -346,7 +345,7 @@ def maker(function: Any) -> str:
 
 
 def _sending(client_fn: ClientFn, params: Params, beside: int) -> ClientFn:
-    """The client function, whose messages must have the form that the algorithm has declared."""
+    """The client function, with a check that its messages have the declared form."""
 
     def checked(shared, client, key):
         message, *rest = client_fn(shared, client, key)

@@ -1,4 +1,4 @@
-"""What an algorithm is made of, and the checks of what it is given."""
+"""The parts of an algorithm, and their checks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -86,6 +86,7 @@ def examples_meet(per_example_loss: PerExampleLoss, params: Params, batch: Batch
         return example_values(per_example_loss, params, batch, jax.random.key(0), size)["loss"][:half]
 
     params = jax.tree.map(awake, params)
+    # Padding copies the first example of a batch.
     index = np.where(np.arange(size) < half, np.arange(size), 0)
     whole, padded = (np.asarray(losses(params, b)) for b in (batch, jax.tree.map(lambda x: x[index], batch)))
     return not np.allclose(whole, padded, rtol=1e-3, atol=0, equal_nan=True)
@@ -138,6 +139,7 @@ def batch_gradient(
 
     def mean_loss(params):
         total, report = batch_loss(per_example_loss, params, batch, weights, key)
+        # A batch of padding alone weighs 0: its gradient is then 0, not NaN.
         return total / tree.or_one(report["loss"].weight), report
 
     return jax.grad(mean_loss, has_aux=True)(params)

@@ -125,6 +125,7 @@ def quantiles(data: FederatedData, q: Sequence[float], field: str = "x") -> np.n
     shape = np.broadcast_shapes(levels.shape, count.shape)
     low, high = (np.full(shape, _place(np.float32(v)), np.int64) for v in (-np.inf, np.inf))
     low -= 1
+    # Invariant: too few values are at most low, and enough are at most high. 32 halvings separate all float32 numbers.
     for _ in range(32):
         middle = (low + high) // 2
         values = _number(middle)

@@ -189,6 +189,7 @@ def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Red
         bounded = jax.tree.map(lambda x: tree.scaled(_beside(factors, x), x), messages)
         return reducer.add(acc, bounded, weights)
 
+    # A message's factor depends on the message, so masks do not commute with the sum.
     return reducer._replace(add=add, linear=False)
 
 
@@ -218,6 +219,7 @@ def fltrust(root: int) -> Reducer:
     def aggregate(stack):
         norms = _norms(stack.messages)
         is_root = (stack.present & (stack.ids == root)).astype(norms.dtype)
+        # Between unit vectors a cosine is an inner product.
         units = jax.tree.map(lambda x: tree.divided(tree.wide(x), _beside(tree.or_one(norms), x)), stack.messages)
         direction, length = _combine(is_root, units), jnp.sum(is_root * norms)
         along = jax.tree.map(lambda x, v: _row_sums(x * v[None]), units, direction)
@@ -272,7 +274,7 @@ def _of_their_sum(shares: Array) -> Array:
 
 def _combine(shares: Array, messages: PyTree) -> PyTree:
     """``sum_i shares_i messages_i``."""
-    exact = jax.lax.Precision.HIGHEST
+    exact = jax.lax.Precision.HIGHEST  # the default of a GPU or TPU is narrower than float32
     return jax.tree.map(
         lambda x: jnp.tensordot(shares.astype(tree.wide_type(x)), tree.wide(x), 1, precision=exact), messages
     )

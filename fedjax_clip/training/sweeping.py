@@ -238,6 +238,7 @@ def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int],
         return [rounds], [num_points]
     halving = checks.count("halving", halving, 2)
     steps = 0
+    # No rung comes before a tenth of the rounds, and each keeps one point or more.
     while halving ** (steps + 1) <= min(10, num_points, rounds):
         steps += 1
     back = [halving**k for k in range(steps, -1, -1)]

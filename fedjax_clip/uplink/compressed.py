@@ -89,6 +89,7 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
         residual, own = client_state
         wanted = jax.tree.map(jnp.add, update, residual)
         message, own, report = encoded(inner, wanted, state, own, ctx)
+        # What the chain lost of the update and of the old residual goes with the next message.
         residual = jax.tree.map(jnp.subtract, wanted, message.value)
         return (
             message.plain,
@@ -100,6 +101,7 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
         update, state, metrics = inner.decode(aggregate, state, report, ctx)
         return update, state, metrics | {"residual": report["residual"]}
 
+    # With the residual a message may be longer than the update that entered.
     return inner._replace(init_client=init_client, encode=encode, decode=decode).promising(contracts=False)
 
 

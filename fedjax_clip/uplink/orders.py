@@ -23,6 +23,7 @@ def check_chain(links: Sequence[Promises]) -> None:
     Raises:
       InvalidInput: says which link to move where.
     """
+    # One value without noise voids the epsilon of all values with noise.
     leaks = next((link.leaks for link in links if link.leaks), "")
     if leaks and any(link.noise or link.grid for link in links):
         raise InvalidInput(leaks)
@@ -63,6 +64,7 @@ def check_chain(links: Sequence[Promises]) -> None:
                 "A link behind the server's noise would receive steps of its lattice, not an update: move the noise "
                 "last."
             )
+    # The server's noise keeps the message on the wire, so it may follow a code.
     changing = [link for link in links if link.wire is not Wire.KEEPS]
     if any(link.wire in (Wire.PACKS, Wire.SUMS) for link in changing[:-1]):
         raise InvalidInput(
