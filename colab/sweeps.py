@@ -217,6 +217,6 @@ plt.show()
 #
 # ## Where to go next
 #
-# - `python -m experiments.sweep --help`: the same from the command line; stopped in any way, it goes on where it was, and
+# - `python -m experiments.sweep --help`: the same from the command line; a stopped sweep resumes with the same command, and
 #   it writes the best point as a flagfile for `experiments.run`.
 # - `docs/sweeps.md`: a measured example.
