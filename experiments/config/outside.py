@@ -114,7 +114,10 @@ def place(error: BaseException) -> str:
 
 
 def _imported(name: str) -> ModuleType:
-    if not all(part.isidentifier() for part in name.split(".")):
+    if name.endswith((".py", ".py/")) or not all(part.isidentifier() for part in name.split(".")):
+        file = pathlib.PurePath(name)
+        if file.suffix == ".py" and file.stem.isidentifier():
+            raise InvalidInput(f"--import={name} is a file: write --import={file.stem} for the file {file.name}.")
         raise InvalidInput(f"--import={name} is not the name of a module: write my_module for the file my_module.py.")
     try:
         return importlib.import_module(name)

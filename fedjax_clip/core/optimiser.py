@@ -43,8 +43,10 @@ def update(
     **extra: Any,
 ) -> tuple[PyTree, PyTree]:
     """``tx.update(...)`` for a state of ``init``."""
-    updates, state = tx.update(updates, _typed(state), params, **extra)
-    return updates, _plain(state)
+    got = tx.update(updates, _typed(state), params, **extra)
+    if not isinstance(got, tuple) or len(got) != 2:
+        raise InvalidInput("The transform's update must return (updates, state).")
+    return got[0], _plain(got[1])
 
 
 def reseeded(state: PyTree, key: Array) -> PyTree:

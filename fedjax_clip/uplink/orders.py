@@ -74,13 +74,14 @@ def check_chain(links: Sequence[Promises]) -> None:
         )
 
 
-def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
+def check_ends(promises: Promises, reducer: Any, covers_all: bool, algorithm: str = "") -> None:
     """Refuses an uplink and a reducer that do not fit, or an algorithm that sends more than the uplink covers.
 
     Args:
       promises: of the whole chain.
       reducer: of the chain's messages.
       covers_all: whether all that clients send passes the uplink.
+      algorithm: its name.
 
     Raises:
       InvalidInput: says what to replace.
@@ -97,10 +98,11 @@ def check_ends(promises: Promises, reducer: Any, covers_all: bool) -> None:
             "A modular sum adds integers: put a clip and integer_grid() last in the uplink, or take a mean."
         )
     if not covers_all and (promises.noise or reducer.hides):
+        cure = ", or give scaffold a variate_uplink with noise, too" if algorithm == "scaffold" else ""
         covered, purpose = ("secure sum", "secure aggregation") if reducer.hides else ("uplink's noise", "privacy")
         raise InvalidInput(
-            f"This algorithm's clients send a gradient or a variate beside the update, which the {covered} does not "
-            f"cover: for {purpose} take fedavg or fedsgd, or give scaffold a variate_uplink with noise, too."
+            f"This algorithm's clients send more than the update, which the {covered} does not "
+            f"cover: for {purpose} take fedavg or fedsgd{cure}."
         )
     if promises.grid is not None and reducer.threshold is None:
         raise InvalidInput(NEEDS_MODULAR_SUM)

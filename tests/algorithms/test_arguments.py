@@ -185,3 +185,57 @@ def test_a_loss_is_tried_once_and_only_where_batches_are_padded(compilations):
     assert programs((4, 4), 1) == 1
     assert programs((4, 6), 2) == 2
     assert programs((4, 6), 3) == 1
+
+
+def one_round(end=None, send=None, report=None):
+    """FedAvg in which one thing is wrong: how the round ends, what clients send, or what they report."""
+
+    def round(now):
+        def client_fn(x, client, key):
+            y, _, _, said = client.local_steps(x, key)
+            update = optax.tree.sub(y, x)
+            return send(update) if send else update, client.state.own, said | (report or {})
+
+        answer = now.exchange(client_fn, now.server.params)
+        return end(now, answer) if end else now.step(answer)
+
+    return fc.train(fc.extend.algorithm(round, softmax_loss, optax.sgd(0.1)), population(), parameters(), rounds=1)
+
+
+def forgetful():
+    return optax.GradientTransformation(optax.init_empty_state, lambda updates, state, params=None: updates)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: one_round(lambda now, a: now.step(a, metrics={"norms": jnp.ones(3)})),
+            'The metric "norms" of the round has shape (3,): a metric is one number.',
+        ),
+        (lambda: one_round(report={"n": jnp.ones(3)}), 'The metric "n" of the round has shape (3,)'),
+        (
+            lambda: one_round(lambda now, a: now.step(a, metrics={"loss": 1.0})),
+            "reports 'loss' by metrics= of now.step, a name that the library fills itself",
+        ),
+        (lambda: one_round(lambda now, a: now.step(a, own=jnp.ones(()))), "by server_own= of fc.extend.algorithm"),
+        (lambda: one_round(lambda now, a: now.step(a.update)), "now.step takes the answer of now.exchange first"),
+        (lambda: one_round(lambda now, a: now.step(a, (a.update, 1.0))), "with beside= the mean is answer.update[0]"),
+        (lambda: one_round(lambda now, a: now.step(a, 1.0)), "must have the parameters' structure"),
+        (
+            lambda: one_round(send=lambda u: jax.tree.map(jnp.ravel, u)),
+            "The clients' update at w has shape (12,), not (4, 3).",
+        ),
+        (lambda: train(population(), fc.uplink.stateless(lambda u, ctx: u)), "encode(update, ctx) of a link must"),
+        (
+            lambda: train(population(), fc.uplink.stateless(lambda u, ctx: fc.uplink.Message(u))),
+            "must return (message, metrics), the last a dict.",
+        ),
+        (lambda: fc.uplink.stateless(lambda u: (u, {})), "encode must be a function of (update, ctx)"),
+        (lambda: train(population(), fc.uplink.at_client(forgetful())), "must return (updates, state)."),
+    ],
+)
+def test_what_an_author_gets_wrong_is_said_while_tracing(call, message):
+    with pytest.raises(fc.InvalidInput) as error:
+        call()
+    assert message in str(error.value)

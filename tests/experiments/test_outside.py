@@ -181,7 +181,7 @@ BAD = {
         ("--import=my_exit",),
         "--import=my_exit fails: SystemExit: 0 (my_exit.py, line",
     ),
-    "a file": (("--import=my_module.py/",), "is not the name of a module: write my_module for the file my_module.py"),
+    "a file": (("--import=my_module.py/",), "is a file: write --import=my_module for the file my_module.py"),
     "nothing": (("--import=",), "--import= is not the name of a module"),
     "a name that is missing": (("--algorithm=my_module.fedex()",), "the module my_module has no fedex"),
     "no function": (("--algorithm=my_module.NUMBER",), "my_module.NUMBER is not a function but of type int"),
