@@ -14,7 +14,7 @@ from fedjax_clip.algorithms.parts import Parts, check_client_tx, checked_link
 from fedjax_clip.core import checks, optimiser, tree
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.loss import Gradient, batch_gradient
-from fedjax_clip.core.metrics import check_own_names
+from fedjax_clip.core.metrics import check_numbers, check_own_names
 from fedjax_clip.core.types import (
     Algorithm,
     Array,
@@ -156,12 +156,29 @@ class Round:
           ``(server, client_states, metrics)``, what ``Algorithm.round`` returns.
 
         Raises:
-          InvalidInput: a loss that reports a metric of the algorithm.
+          InvalidInput: an answer, an update or an own state of another form; a metric that is not one number, or whose
+            name is taken.
         """
-        seen = answer.metrics if update is None else answer.metrics | {"update_norm": tree.norm(update)}
-        update = answer.update if update is None else update
+        if not isinstance(answer, Answer):
+            raise InvalidInput("now.step takes the answer of now.exchange first, then the update.")
+        checks.kind("now.step: metrics", metrics, dict | None, "a dict of numbers by name")
+        given = update is not None
+        update = update if given else answer.update
+        if not _alike(update, self.server.params):
+            raise InvalidInput(
+                "The update of now.step must have the parameters' structure; with beside= the mean is answer.update[0]."
+            )
+        _check_shapes("The update of now.step", update, self.server.params)
+        seen = answer.metrics | ({"update_norm": tree.norm(update)} if given else {})
         own = self.server.own if own is None else own
+        if not _alike(own, self.server.own):
+            was, new = (jax.tree.structure(x) for x in (self.server.own, own))
+            raise InvalidInput(
+                f"now.step must get own= in the form of now.server.own, {was}, not {new}: say what the server keeps by "
+                "server_own= of fc.extend.algorithm."
+            )
         check_own_names(metrics or {}, seen)
+        check_numbers(seen | (metrics or {}))
         after = step_server(self.server, self.parts, update, answer.uplink, own)
         return after, answer.clients, seen | (metrics or {})
 
@@ -356,10 +373,18 @@ def _sending(client_fn: ClientFn, params: Params, beside: int) -> ClientFn:
                 f"The algorithm's clients must send {wanted}, an update of the parameters' structure: say what they "
                 "send beside it by beside=, such as beside=[None] for one part without a link."
             )
+        _check_shapes("The clients' update", parts[0], params)
         return message, *rest
 
     return checked
 
 
-def _alike(update: PyTree, params: Params) -> bool:
-    return str(jax.tree.structure(update)) == str(jax.tree.structure(params))
+def _alike(x: PyTree, y: PyTree) -> bool:
+    return str(jax.tree.structure(x)) == str(jax.tree.structure(y))
+
+
+def _check_shapes(what: str, update: PyTree, params: Params) -> None:
+    for (name, u), x in zip(tree.named_leaves(update), jax.tree.leaves(params), strict=True):
+        if jnp.shape(u) != jnp.shape(x):
+            at = f" at {name}" if name else ""
+            raise InvalidInput(f"{what}{at} has shape {jnp.shape(u)}, not {jnp.shape(x)}.")

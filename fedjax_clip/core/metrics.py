@@ -17,6 +17,7 @@ _TAKEN = (
     *("mean_gradient_norm", "round", "seconds", "simulated_seconds", "staleness", "steps", "too_few", "update_norm"),
     *("variate_norm", "wasted_steps", "weight"),
 )
+_OF_ALGORITHMS = ("clipped_round", "mean_gradient_norm", "variate_norm")  # those of _TAKEN that an algorithm reports
 _BEGINNINGS = ("client_norm/", "downlink/", "eval/", "example_", "step_", "uplink/")
 
 
@@ -43,22 +44,47 @@ def check_names(names: Iterable[Any]) -> None:
 
 
 def check_own_names(names: Iterable[str], reported: Iterable[str]) -> None:
-    """Refuses a loss that reports a metric under a name of the algorithm's own metrics.
+    """Refuses names of an algorithm's own metrics that the library fills itself, or that the loss reports, too.
 
     Args:
       names: of the algorithm's own metrics.
       reported: names of the clients' metrics, including the loss's values.
 
     Raises:
-      InvalidInput: a name in both, unless it is the library's own.
+      InvalidInput: such a name.
 
     Example:
       >>> fc.extend.metrics.check_own_names(["extrapolation"], ["loss", "accuracy"])
     """
+    for name in names:
+        if name in _TAKEN and name not in _OF_ALGORITHMS:
+            raise InvalidInput(
+                f"The algorithm reports {name!r} by metrics= of now.step, a name that the library fills itself: choose "
+                "another one."
+            )
     for name in sorted(set(names) & set(reported) - set(_TAKEN)):
         raise InvalidInput(
             f"per_example_loss reports {name!r}, which this algorithm reports itself: choose another name."
         )
+
+
+def check_numbers(values: Metrics) -> None:
+    """Refuses a metric of a round that is not one number; ``dropped_ids`` alone holds several.
+
+    Args:
+      values: by name.
+
+    Raises:
+      InvalidInput: names the first such metric and its shape.
+
+    Example:
+      >>> fc.extend.metrics.check_numbers({"loss": jnp.float32(0.5)})
+    """
+    for name, x in values.items():
+        shape = () if isinstance(x, bool | int | float) else getattr(x, "shape", None)
+        if shape != () and name != "dropped_ids":
+            found = f"is of type {type(x).__name__}" if shape is None else f"has shape {shape}"
+            raise InvalidInput(f'The metric "{name}" of the round {found}: a metric is one number.')
 
 
 COSTS = re.compile(

@@ -240,15 +240,25 @@ def stateless(
     checks.kind(
         "stateless: decode", decode, Callable | None, "a function (aggregate, report, ctx) -> (update, metrics)"
     )
+    checks.takes("stateless: encode", encode, 2, "(update, ctx)")
+    if decode is not None:
+        checks.takes("stateless: decode", decode, 3, "(aggregate, report, ctx)")
     checks.kind("stateless: promises", promises, Promises, "an fc.uplink.Promises")
 
     def encode_at(update, state, client_state, ctx):
-        message, report = encode(update, ctx)
+        message, report = _pair("encode(update, ctx)", "(message, metrics)", encode(update, ctx))
         return message, client_state, report
 
     def decode_at(aggregate, state, report, ctx):
         assert decode is not None
-        update, metrics = decode(aggregate, report, ctx)
+        got = decode(aggregate, report, ctx)
+        update, metrics = _pair("decode(aggregate, report, ctx)", "(update, metrics)", got)
         return update, state, metrics
 
     return Uplink(nothing, nothing, encode_at, at_server if decode is None else decode_at, promises)
+
+
+def _pair(call: str, wanted: str, got: Any) -> Any:
+    if not isinstance(got, tuple) or len(got) != 2 or not isinstance(got[1], Mapping):
+        raise InvalidInput(f"{call} of a link must return {wanted}, the last a dict.")
+    return got
