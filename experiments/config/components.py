@@ -50,7 +50,7 @@ def read(module: Any, kind: type, without: Collection[str] = ()) -> dict[str, Ma
     own = [name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__]
     found = {}
     for name in getattr(module, "__all__", own):
-        make = getattr(module, name)
+        make = vars(module).get(name)  # what is not there yet is a module that needs an extra, such as fc.privacy
         returned = inspect.get_annotations(make).get("return") if inspect.isfunction(make) else None
         if inspect.isclass(returned) and issubclass(returned, kind) and name[0] != "_" and name not in without:
             found[name] = make

@@ -114,7 +114,8 @@ class FederatedData:
                         "convert one of them, and scale it where the scale differs."
                     )
             if len({len(x) for x in leaves}) > 1:
-                raise InvalidInput(f"The fields of client {name!r} differ in length: {[len(x) for x in leaves]}.")
+                lengths = ", ".join(f"{field} has {len(x)}" for field, x in _fields(tree).items())
+                raise InvalidInput(f"The fields of client {name!r} differ in length: {lengths}.")
             sizes.append(len(leaves[0]))
         examples = jax.tree.map(lambda *xs: np.concatenate(xs), *trees.values())
         return cls(examples, np.concatenate([[0], np.cumsum(sizes)]), list(trees))

@@ -254,6 +254,37 @@ def numbers(values: np.ndarray) -> np.ndarray:
     return values if values.dtype.kind == "f" else np.array([_number(value) for value in values.tolist()], np.float64)
 
 
+def suspect(table: Table, name: str) -> str:
+    """What is wrong with a column of words that was hardly meant as one, in a sentence; empty if nothing is.
+
+    A column is suspect if at most 5% of its distinct entries are no numbers, or if all of its entries differ and there
+    are at least 20. One-hot, it would have a feature for almost every row.
+
+    Args:
+      table: see ``read_csv``.
+      name: of a column.
+
+    Example:
+      >>> fc.data.tables.suspect({"id": np.array([f"p{i}" for i in range(30)])}, "id")
+      "column 'id' has another word in every row, so it identifies rows: remove it."
+    """
+    values = named(table, name)
+    if values.dtype.kind == "f":
+        return ""
+    entries = collections.Counter(value for value in values.tolist() if value not in _MISSING)
+    strange = [entry for entry in entries if _number(entry) is None]
+    if 20 * len(strange) <= len(entries) and strange:
+        rows = [row for row, value in enumerate(values.tolist(), 2) if value in strange]
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        return (
+            f"column {name!r} holds numbers in all rows but row {rows[0]} ({strange[0]!r}){more}. "
+            f"Correct {'them, or leave them' if more else 'it, or leave it'} empty."
+        )
+    if len(entries) >= 20 and entries.total() == len(entries):
+        return f"column {name!r} has another word in every row, so it identifies rows: remove it."
+    return ""
+
+
 def column(table: Table, name: str) -> np.ndarray:
     """A column by its name.
 
@@ -277,12 +308,13 @@ def column(table: Table, name: str) -> np.ndarray:
     return values
 
 
-def named(table: Table, name: str) -> np.ndarray:
+def named(table: Table, name: str, path: str = "") -> np.ndarray:
     """A column as it is.
 
     Args:
       table: columns by name.
       name: of one of them.
+      path: the table's file, for the message.
 
     Raises:
       InvalidInput: no such column (the message names the nearest).
@@ -293,7 +325,8 @@ def named(table: Table, name: str) -> np.ndarray:
     """
     if name not in table:
         near = difflib.get_close_matches(name, table, 3, 0.5) or list(table)[:8]
-        raise InvalidInput(f"There is no column {name!r}; there is {' or '.join(map(repr, near))}.")
+        where = f"{path}: there" if path else "There"
+        raise InvalidInput(f"{where} is no column {name!r}; there is {', '.join(map(repr, near))}.")
     return table[name]
 
 

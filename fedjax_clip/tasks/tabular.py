@@ -47,7 +47,7 @@ def csv(
 
     Raises:
       InvalidInput: a file that is not a table, an unknown column, a column without values, a target with one value or
-        with more than two words ...
+        with more than two words, a column of numbers in which a few entries are none, a column that identifies rows ...
 
     Example:
       >>> from pathlib import Path
@@ -57,12 +57,14 @@ def csv(
       ((2, 2), '')
     """
     if bounds is None:
-        table = tables.read_csv(path, words=() if by is None else (by,))
+        table = _read(path, (target,), by, words=() if by is None else (by,))
         rows, x, y, num_numbers = _as_they_are(path, table, target, by)
         populations = prepare(_split(path, rows, x, y, by, num_clients, held_out, seed), num_numbers, tail)
         fitted = FITTED.format("what is publicly known of each column, as bounds='age:0:120;sex:f,m'")
         return task(populations, ["examples"], hidden, l2, fitted=fitted)
-    rows, x, y, of_target = _by_bounds(path, tables.read_csv(path, words=None), target, by, tables.read_bounds(bounds))
+    known = tables.read_bounds(bounds)
+    table = _read(path, (target, *known), by, words=None)
+    rows, x, y, of_target = _by_bounds(path, table, target, by, known)
     populations = _split(path, rows, x, y, by, num_clients, held_out, seed)
     return task(populations, ["examples"], hidden, l2, target=of_target)
 
@@ -73,18 +75,33 @@ def pooled(values: Values, data: FederatedData) -> dict[str, float]:
     return {name: f(values["probability"], labels) for name, f in (("auroc", auroc), ("ece", calibration_error))}
 
 
+def _read(path: str, needed: Sequence[str], by: str | None, words: Sequence[str] | None) -> tables.Table:
+    """A file in which the needed columns are."""
+    table = tables.read_csv(path, words)
+    for name in (*needed, *(() if by is None else (by,))):
+        tables.named(table, name, path)
+    return table
+
+
 def _as_they_are(
     path: str, table: tables.Table, target: str, by: str | None
 ) -> tuple[Any, np.ndarray, np.ndarray, int]:
     """The rows with a target, features yet to be prepared, the target, and how many features are numbers."""
     wanted = tables.column(table, target)
-    for name in table.keys() - {by}:
+    for name in [name for name in table if name != by]:
         tables.column(table, name)  # refuses infinite numbers, while rows still have the file's numbering
+        if wrong := tables.suspect(table, name):
+            raise InvalidInput(f"{path}: {wrong}")
     table = _known(path, table, target, ~np.isnan(wanted) if wanted.dtype.kind == "f" else wanted != "")
-    values, y = np.unique(table[target], return_inverse=True)
-    if len(values) < 2 or (len(values) > 2 and values.dtype.kind != "f"):
+    values, y, times = np.unique(table[target], return_inverse=True, return_counts=True)
+    if len(values) < 2:
+        raise InvalidInput(f"{path}: column {target!r} takes the one value {values[0].item()!r}: it needs two.")
+    if len(values) > 2 and values.dtype.kind != "f":
+        rarest = values[times.argmin()]
+        named = ", ".join(map(repr, values[:6].tolist())) + (", …" if len(values) > 6 else "")
         raise InvalidInput(
-            f"{path}: column {target!r} takes {len(values)} values; a target is two words, 0 and 1, or numbers."
+            f"{path}: column {target!r} takes {len(values)} values: {named}. The rarest is {rarest.item()!r}, as in "
+            f"row {np.flatnonzero(wanted == rarest)[0] + 2}. A target is two words, 0 and 1, or numbers."
         )
     features = [name for name in table if name not in (target, by)]
     if not features:

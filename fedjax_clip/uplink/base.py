@@ -240,9 +240,9 @@ def stateless(
     checks.kind(
         "stateless: decode", decode, Callable | None, "a function (aggregate, report, ctx) -> (update, metrics)"
     )
-    checks.takes("stateless: encode", encode, 2, "(update, ctx) that returns (message, metrics)")
+    checks.takes("stateless: encode", encode, 2, "(update, ctx)")
     if decode is not None:
-        checks.takes("stateless: decode", decode, 3, "(aggregate, report, ctx) that returns (update, metrics)")
+        checks.takes("stateless: decode", decode, 3, "(aggregate, report, ctx)")
     checks.kind("stateless: promises", promises, Promises, "an fc.uplink.Promises")
 
     def encode_at(update, state, client_state, ctx):

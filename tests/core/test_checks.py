@@ -110,7 +110,10 @@ CALLS = [
     (fc.partially_frozen, {"algorithm": fc.fedavg(loss, TX), "frozen": "w"}),
     (fc.partially_private, {"algorithm": fc.fedavg(loss, TX), "private": "w"}),
     (fc.extend.algorithm, {"round": len, "per_example_loss": loss, "client_tx": TX, "beside": [None]}),
-    (fc.uplink.stateless, {"encode": len, "decode": None, "promises": fc.uplink.Promises()}),
+    (
+        fc.uplink.stateless,
+        {"encode": lambda update, ctx: (update, {}), "decode": None, "promises": fc.uplink.Promises()},
+    ),
     (fc.local.proximal, {"mu": 0.1}),
     (fc.local.per_example_gradient, {"example_tx": TX}),
     (fc.local.private_gradient, {"max_norm": 1.0, "noise_multiplier": 1.0}),

@@ -209,7 +209,10 @@ class Sparse:
             lambda: FederatedData.from_clients({"a": X3, "b": {"x": np.ones((3, 5))}}),
             "'b' has examples of shape .*, in field 'x'",
         ),
-        (lambda: FederatedData.from_clients({"a": {"x": np.ones(2), "y": np.ones(1)}}), "'a' differ in length"),
+        (
+            lambda: FederatedData.from_clients({"a": {"x": np.ones(2), "y": np.ones(1)}}),
+            "'a' differ in length: x has 2, y has 1",
+        ),
         (lambda: FederatedData.from_clients({"a": X3, "b": {"x": np.ones((0, 2))}}), "Client 'b' has no examples"),
         (lambda: FederatedData.from_assignment(X3, [0, 1]), "for each of the 3 examples"),
         (lambda: FederatedData.from_assignment(X3, [0, 1, -1]), "for each of the 3 examples"),

@@ -3,6 +3,8 @@
 import json
 import os
 import pathlib
+import subprocess
+import sys
 
 import generated
 import jax
@@ -149,3 +151,14 @@ def test_a_tfds_data_set_with_natural_clients_trains_without_a_network(cli, tmp_
     assert code == 0, err
     assert "11 clients" in err
     assert "held-out clients" in out
+
+
+@pytest.mark.parametrize("binary", ["run", "sweep", "report", "bench.clip"])
+def test_a_binary_needs_none_of_the_extras_that_its_flags_do_not_name(binary):
+    extras = ["cryptography", "dp_accounting", "jax_privacy", "pandas", "tenseal", "tensorflow_datasets"]
+    code = f"import runpy, sys\nfor name in {extras}: sys.modules[name] = None\n"
+    code += f"sys.argv = ['binary', '--help']\nrunpy.run_module('experiments.{binary}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode in (0, 1), done.stderr
+    assert "--" in done.stdout
+    assert "Traceback" not in done.stderr

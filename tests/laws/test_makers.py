@@ -152,6 +152,39 @@ def test_a_message_that_was_not_declared_is_refused_and_told_how_to_be():
         WRAPPERS["private"](WRAPPERS["private"](fc.fedavg(softmax_loss, SGD)))
 
 
+def test_a_step_of_another_form_or_a_metric_that_is_none_is_refused():
+    def ending(step, sent=lambda x: x):
+        def round(now):
+            answer = now.exchange(lambda x, client, key: (sent(x), client.state.own, {}), now.server.params)
+            return step(now, answer)
+
+        return fc.extend.algorithm(round, pairs.squared_loss, SGD)
+
+    for step, words in (
+        (lambda now, answer: now.step(answer.update), "the answer of now.exchange first"),
+        (lambda now, answer: now.step(answer, (answer.update, 1.0)), "answer.update\\[0\\]"),
+        (
+            lambda now, answer: now.step(answer, jax.tree.map(jnp.ravel, answer.update)),
+            "update of now.step at .* shape",
+        ),
+        (lambda now, answer: now.step(answer, own=jnp.ones(3)), "server_own="),
+        (lambda now, answer: now.step(answer, metrics={"norms": jnp.ones(3)}), r"norms.* has shape \(3,\)"),
+        (lambda now, answer: now.step(answer, metrics={"loss": jnp.ones(())}), "'loss'.*choose another"),
+    ):
+        with pytest.raises(fc.InvalidInput, match=words):
+            pairs.trace(ending(step))
+    with pytest.raises(fc.InvalidInput, match="clients' update at .* has shape"):
+        pairs.trace(ending(lambda now, answer: now.step(answer), lambda x: jax.tree.map(jnp.ravel, x)))
+
+
+def test_a_link_that_returns_something_else_is_refused():
+    for encode in (lambda update, ctx: update, lambda update, ctx: fc.uplink.Message(update)):
+        with pytest.raises(fc.InvalidInput, match="must return"):
+            pairs.trace(fc.fedavg(pairs.squared_loss, SGD, uplink=fc.uplink.stateless(encode)))
+    with pytest.raises(fc.InvalidInput, match="encode must be a function of"):
+        fc.uplink.stateless(lambda update: (update, {}))
+
+
 def test_nothing_is_sent_that_the_accounting_of_noise_does_not_see():
     """Otherwise an algorithm could send twice, or ask, under noise that covers one message."""
 

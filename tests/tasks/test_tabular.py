@@ -153,13 +153,16 @@ def bad_tables(tmp_path):
     return {
         "a file that is not there": ("csv('nowhere.csv', 'died')", "nowhere.csv cannot be read"),
         "text that is not UTF-8": (f"csv('{tmp_path}/latin.csv', 'died')", "not UTF-8 text, from byte 12"),
-        "an unknown target": (f"csv('{good}', 'dead')", "no column 'dead'; there is 'died'"),
+        "an unknown target": (f"csv('{good}', 'dead')", "good.csv: there is no column 'dead'; there is 'died'"),
         "an unknown owner": (f"csv('{good}', 'died', by='hospital')", "no column 'hospital'"),
         "a column missing everywhere": (f"csv('{no_values}', 'died')", "column 'blood' is missing in every row"),
-        "a target of one value": (f"csv('{write(tmp_path / 'one.csv', rows[:1] * 3)}', 'died')", "takes 1 values"),
+        "a target of one value": (
+            f"csv('{write(tmp_path / 'one.csv', rows[:1] * 3)}', 'died')",
+            "takes the one value 'yes'",
+        ),
         "a target of many words": (
-            f"csv('{write(tmp_path / 'w.csv', [*rows, '5,6,f,a,maybe'])}', 'died')",
-            "takes 3 values",
+            f"csv('{write(tmp_path / 'w.csv', [*rows, '5,6,f,a,maybe', *rows])}', 'died')",
+            "takes 3 values: 'maybe', 'no', 'yes'. The rarest is 'maybe', as in row 4.",
         ),
         "rows of different length": (
             f"csv('{write(tmp_path / 'r.csv', [*rows, '5,6'])}', 'died')",
@@ -204,6 +207,45 @@ def bad_tables(tmp_path):
         "an unknown hospital": ("heart(only='Ghent')", "no hospital 'Ghent'; there is 'Cleveland'"),
         "an unknown balance": ("heart(balance='all')", "'population' or 'client'"),
     }
+
+
+def measured(path, column, entries, num=60):
+    """A CSV of clinics with one more column, whose entries a function of the row's number writes."""
+    rows = [f"{i % 7},2,f,{'ab'[i % 2]},{('yes', 'no')[i % 3 == 0]},{entries(i)}" for i in range(num)]
+    return write(path, rows, f"age,blood,sex,clinic,died,{column}")
+
+
+@pytest.mark.parametrize(
+    ("strange", "words"),
+    [
+        (
+            {1: "abc"},
+            r"bp.csv: column 'bp' holds numbers in all rows but row 3 \('abc'\). Correct it, or leave it empty.",
+        ),
+        ({1: "abc", 4: "1_1"}, r"all rows but row 3 \('abc'\) and 1 more. Correct them, or leave them empty."),
+    ],
+)
+def test_a_few_words_among_numbers_are_refused(tmp_path, strange, words):
+    path = measured(tmp_path / "bp.csv", "bp", lambda i: strange.get(i, str(100 + i)))
+    for target in ("died", "bp"):
+        with pytest.raises(fc.InvalidInput, match=words):
+            tasks.csv(path, target)
+    declared = ",".join(strange.values())
+    assert tasks.csv(path, "died", bounds=f"bp:{declared};died:no,yes").data.examples["x"].shape[1] == len(strange) + 2
+
+
+def test_levels_of_numbers_and_words_are_words(tmp_path):
+    path = measured(tmp_path / "stage.csv", "stage", lambda i: "X" if i == 1 else str(i % 4))
+    assert tasks.csv(path, "died").data.examples["x"].shape[1] == 2 + 1 + 2 + 5
+
+
+def test_a_column_that_identifies_rows_is_refused(tmp_path):
+    path = measured(tmp_path / "ids.csv", "patient_id", lambda i: f"p{i}")
+    with pytest.raises(fc.InvalidInput, match="'patient_id' has another word in every row, so it identifies rows: rem"):
+        tasks.csv(path, "died")
+    some = measured(tmp_path / "some.csv", "patient_id", lambda i: f"p{i // 2}")  # two rows each: a factor
+    assert tasks.csv(some, "died", by="patient_id").data.num_clients == 30
+    assert tasks.csv(some, "died").data.examples["x"].shape[1] == 2 + 1 + 2 + 30
 
 
 def test_bad_tables_are_one_sentence(tmp_path):
