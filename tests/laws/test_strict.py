@@ -248,7 +248,8 @@ def test_rounds_are_the_same_under_x64(name):
     expected = run.rounds(parameters(), COHORTS)
     with jax.enable_x64(True):
         found = run.rounds(parameters(), COHORTS)
-    assert_close(found, expected)  # to the last bit but for optax's Adam, which divides in float64
+    # Optax's Adam divides in float64, and a gradient near zero may turn with its last bit: 2e-4 of a step of 0.05.
+    assert_close(found, expected, atol=1e-5 if "adam locally" in name else 2e-6)
 
 
 def test_float64_parameters_train_in_float64():
