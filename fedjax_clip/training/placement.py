@@ -24,7 +24,7 @@ from fedjax_clip.training.rounds import BY_ROUND, run_rounds
 
 __all__ = [
     *("chosen", "first_replica", "local", "mesh_rounds", "own", "own_rows"),
-    *("pmap_rounds", "replicate", "rounds", "run_rounds", "split"),
+    *("pmap_rounds", "replicate", "rounds", "run_rounds", "send_server", "split", "split_states"),
 ]
 
 Devices = Sequence[jax.Device]  # a list of this process's, or a Mesh
@@ -201,23 +201,31 @@ def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callab
 @remembered
 def _mesh_rounds(play: Callable[..., Any], devices: Mesh) -> Callable[..., Any]:
     def one_row(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
-        mine = jax.tree.map(lambda x: x[0], (server, states, cohorts, population))
-        server, states, cohorts, population = mine
+        server, states, cohorts, population = jax.tree.map(lambda x: x[0], (server, states, cohorts, population))
         state, metrics = run_rounds(play, (server, states), cohorts, population, key, count, BY_ROUND, AXIS)
         return jax.tree.map(lambda x: x[None], (*state, metrics))
 
     row, whole = PartitionSpec(AXIS), PartitionSpec()
     specs = (row, row, row, row, whole, whole)
-    mapped = jax.shard_map(
+    mapped = jax.shard_map(  # manual over rows; within one, XLA divides the work as the parameters lie
         one_row, mesh=devices.devices, in_specs=specs, out_specs=row, axis_names={AXIS}, check_vma=False
     )
-    compiled = jax.jit(mapped, donate_argnums=(0, 1))
+
+    def program(*args: PyTree) -> tuple[PyTree, PyTree, Metrics]:
+        server, states, metrics = mapped(*args)
+        if devices.model > 1:  # the state comes back as it came
+            lie = devices.lie(server, server.params, 1), devices.lie(states, server.params, 3)
+            server, states = jax.lax.with_sharding_constraint((server, states), lie)
+        return server, states, metrics
+
+    compiled = jax.jit(program, donate_argnums=(0, 1))
 
     def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
-        cohorts = split(cohorts, devices)
-        rest = dataclasses.replace(cohorts, state=(), population=None)
-        return compiled(server, cohorts.state, rest, cohorts.population, key, np.int32(count))
+        states = split_states(cohorts.state, server, devices)
+        rest = split(dataclasses.replace(cohorts, state=(), population=None), devices)
+        return compiled(server, states, rest, split(cohorts.population, devices), key, np.int32(count))
 
+    run.compiled = compiled  # for its memory analysis
     return run
 
 
@@ -293,15 +301,34 @@ def replicate(values: PyTree, devices: Devices) -> PyTree:
     Example:
       >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
     """
-    sharding = _sharding(devices)
+    return jax.tree.map(lambda x: _copies(np.asarray(x), len(devices), _sharding(devices)), values)
 
-    def copies(x: Any) -> Array:
-        # Each device gets its own copy: a round donates it, and a CPU device would otherwise share the host's array.
-        mine = sharding.addressable_devices
-        each = [jax.device_put(np.array(x)[None], device) for device in mine]
-        return jax.make_array_from_single_device_arrays((len(devices), *each[0].shape[1:]), sharding, each)
 
-    return jax.tree.map(copies, values)
+def send_server(server: PyTree, devices: Devices) -> PyTree:
+    """A copy of the server's state in each place, ``[D, ...]``, split over a row's devices like the parameters.
+
+    Args:
+      server: from the algorithm's ``init``.
+      devices: D devices, or a ``Mesh`` of D rows; this process fills its own.
+
+    Example:
+      >>> server = fc.extend.placement.send_server(algorithm.init(params), fc.placement.mesh(clients=1))
+    """
+    if not isinstance(devices, Mesh) or devices.model == 1:
+        return replicate(server, devices)
+    lie = devices.lie(server, server.params, 0)
+    return jax.tree.map(lambda x, sharding: _copies(np.asarray(x), len(devices), sharding), server, lie)
+
+
+def _copies(x: np.ndarray, count: int, sharding: jax.sharding.NamedSharding) -> Array:
+    """``[count, ...]``, each slice ``x``."""
+    shape = (count, *x.shape)
+    # Each device gets its own copy: a round donates it, and a CPU device would otherwise share the host's array.
+    each = [
+        jax.device_put(np.array(x[index[1:]])[None], device)
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, each)
 
 
 def split(values: PyTree, devices: Devices) -> PyTree:
@@ -314,14 +341,36 @@ def split(values: PyTree, devices: Devices) -> PyTree:
     Example:
       >>> on_devices = fc.extend.placement.split(cohorts, jax.local_devices()[:1])
     """
-    sharding = _sharding(devices)
+    return _split(values, len(devices), _sharding(devices))
+
+
+def split_states(states: PyTree, server: PyTree, devices: Devices) -> PyTree:
+    """``split`` for clients' states ``[D, R, C, ...]``, which lie within a row like the parameters.
+
+    Args:
+      states: of clients; see ``split``.
+      server: the server's state, arrays or shapes ``[D, ...]``.
+      devices: D devices, or a ``Mesh`` of D rows.
+
+    Example:
+      >>> devices = fc.placement.mesh(clients=1)
+      >>> server = fc.extend.placement.send_server(algorithm.init(params), devices)
+      >>> states = fc.extend.placement.split_states((), server, devices)  # FedAvg's clients keep nothing
+    """
+    if not isinstance(devices, Mesh) or devices.model == 1 or not jax.tree.leaves(states):
+        return split(states, devices)
+    lie = devices.lie(states, server.params, 3)
+    return jax.tree.map(lambda x, sharding: _split(x, len(devices), sharding), states, lie)
+
+
+def _split(values: PyTree, count: int, sharding: jax.sharding.NamedSharding) -> PyTree:
     if sharding.is_fully_addressable:
         return jax.device_put(values, sharding)
 
     def send(x: Any) -> Array:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return x
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (len(devices), *np.shape(x)[1:]))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (count, *np.shape(x)[1:]))
 
     return jax.tree.map(send, values)
 
@@ -347,10 +396,7 @@ def own_rows(values: PyTree) -> PyTree:
     """
 
     def rows(x: Array) -> np.ndarray:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable:
-            return np.asarray(x)
-        slices = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-        return np.concatenate([np.asarray(slices[row]) for row in sorted(slices)])
+        return np.asarray(x) if not isinstance(x, jax.Array) or x.is_fully_addressable else _own_rows(x)
 
     return jax.tree.map(rows, values)
 
@@ -365,4 +411,23 @@ def first_replica(values: PyTree) -> PyTree:
       >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
       >>> params = fc.extend.placement.first_replica(server.params)
     """
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), values)
+
+    def first(x: Array) -> np.ndarray:
+        one = x.addressable_data(0)
+        whole = one.shape[1:] == x.shape[1:]
+        return np.asarray(one).reshape(x.shape[1:]) if whole else _own_rows(x, 1)[0]
+
+    return jax.tree.map(first, values)
+
+
+def _own_rows(x: Array, most: int | None = None) -> np.ndarray:
+    """The first slices of this process's own places, put together of the pieces on the devices of a row."""
+    pieces: dict[int, list[Any]] = {}
+    for shard in x.addressable_shards:
+        pieces.setdefault(shard.index[0].start or 0, []).append(shard)
+    rows = sorted(pieces)[:most]
+    out = np.empty((len(rows), *x.shape[1:]), x.dtype)
+    for place, row in enumerate(rows):
+        for shard in pieces[row]:
+            out[(place, *shard.index[1:])] = np.asarray(shard.data)[0]
+    return out
