@@ -58,6 +58,12 @@ class Mesh(Sequence[jax.Device]):
         """The number of devices that share a model."""
         return self.devices.size // len(self)
 
+    @property
+    def mine(self) -> "Mesh":
+        """The rows of this process."""
+        rows = [row for row, device in enumerate(self) if device.process_index == jax.process_index()]
+        return dataclasses.replace(self, devices=jax.sharding.Mesh(self.devices.devices[rows], self.devices.axis_names))
+
     def sharding(self, *spec: Any) -> NamedSharding:
         """Of arrays ``[D, ...]`` with a slice for each of the D rows, which ``spec`` splits further within a row."""
         return NamedSharding(self.devices, PartitionSpec(AXIS, *spec))
@@ -95,6 +101,16 @@ class Mesh(Sequence[jax.Device]):
             return self.sharding(*[None] * (axes - 1), *(spec if np.shape(x)[axes:] == shape else ()))
 
         return jax.tree_util.tree_map_with_path(sharding, state)
+
+    def whole(self, params: Params) -> PyTree:
+        """Where parameters without rows lie: split over ``"model"``, and the same in all rows. ``NamedSharding`` each.
+
+        Example:
+          >>> fc.placement.mesh(clients=1).whole(params)["w"].spec
+          PartitionSpec()
+        """
+        named = [NamedSharding(self.devices, self._spec(name, np.shape(x))) for name, x in tree.named_leaves(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), named)
 
     def _spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
         """How a parameter lies in a row."""
