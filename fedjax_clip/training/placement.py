@@ -213,7 +213,8 @@ def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callab
 def _mesh_rounds(play: Callable[..., Any], devices: Mesh) -> Callable[..., Any]:
     def one_row(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
         server, states, cohorts, population = jax.tree.map(lambda x: x[0], (server, states, cohorts, population))
-        state, metrics = run_rounds(play, (server, states), cohorts, population, key, count, BY_ROUND, AXIS)
+        rest = cohorts, population, key, count, BY_ROUND, AXIS, devices.model > 1
+        state, metrics = run_rounds(play, (server, states), *rest)
         return jax.tree.map(lambda x: x[None], (*state, metrics))
 
     row, whole = PartitionSpec(AXIS), PartitionSpec()
