@@ -16,6 +16,7 @@ from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.loss import batch_loss, example_values
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree, Row
 from fedjax_clip.data.population import FederatedData, check_sets
+from fedjax_clip.training.states import of as states_of
 
 Values: TypeAlias = dict[str, np.ndarray]  # of each example [N]: its loss and what the loss reports besides
 Summary: TypeAlias = Callable[[Values, FederatedData], Mapping[str, float]]
@@ -142,16 +143,16 @@ class Evaluator:
         number = {self.population.name(c): c for c in range(self.population.num_clients)}
         trained = np.array([number.get(data.name(c), -1) for c in range(data.num_clients)])
         client_of = np.repeat(trained, data.sizes)
-        new = self.algorithm.init_client(params)
+        kept, new = states_of(clients), self.algorithm.init_client(params)
 
         def states(index: np.ndarray) -> PyTree:
             client = client_of[index]
 
-            def state(kept: Any, begin: Any) -> np.ndarray:
+            def state(own: Any, begin: Any) -> np.ndarray:
                 known = (client >= 0).reshape(-1, *[1] * np.ndim(begin))
-                return np.where(known, kept[np.maximum(client, 0)], begin)
+                return np.where(known, own, begin)
 
-            return jax.tree.map(state, clients, new)
+            return jax.tree.map(state, kept.gather(client), new)
 
         return states
 

@@ -12,7 +12,7 @@ from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import Algorithm, Params, Row
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.training import failures, placement, settings, width
+from fedjax_clip.training import failures, placement, settings, states, width
 from fedjax_clip.training.dispatch import Columns, Dispatcher
 from fedjax_clip.training.planner import Planner
 from fedjax_clip.training.saving import Saver
@@ -175,7 +175,7 @@ def train(
                 watch.check(columns, block.rounds)
                 rows, done = _rows(block.rounds, columns), block.rounds.stop
                 if run.evaluated_after(done):
-                    rows[-1] |= run.scores(placement.first_replica(dispatcher.server.params), dispatcher.clients)
+                    rows[-1] |= run.scores(placement.first_replica(dispatcher.server.params), dispatcher.clients.tree)
                 history += rows
                 for row in rows:
                     run.on_round(row)
@@ -192,7 +192,7 @@ def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None, 
     alone = run.debug or bool(jax.tree.leaves(state.clients))
     length = 1 if alone else run.rounds_per_dispatch
     planner = Planner(run.data, run.sampler, run.work, run.devices, run.seed, length, run.non_finite, secret)
-    dispatcher = Dispatcher(run.algorithm, planner, state.server, state.clients, run.debug)
+    dispatcher = Dispatcher(run.algorithm, planner, state.server, states.of(state.clients), run.debug)
     wanted = 1 if run.debug else run.clients_per_chunk or int(state.run.get("width", 0))
     planner.width = min(wanted, run.data.num_clients) if wanted else width.choose(dispatcher, run.params, start)
     if start == 0 and run.algorithm.start is not None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, PyTree
 
 __all__ = ["first_replica", "local", "pmap_rounds", "replicate", "run_rounds", "split"]
@@ -103,7 +104,7 @@ def run_rounds(
       round: an algorithm's round.
       state: ``(server, kept)``; see ``shelf``.
       cohorts: ``[R, ...]``, without states.
-      population: examples on the device, or ``None`` if the cohorts hold batches.
+      population: examples on the device, a ``Resident`` or ``[N, ...]``, or ``None`` if the cohorts hold batches.
       key: PRNG key of the run.
       count: int32, at most R.
       shelf: how ``kept`` is indexed: by client ``[M, ...]``, or by round ``[R, C, ...]``.
@@ -119,6 +120,7 @@ def run_rounds(
       >>> state = algorithm.init(params), algorithm.init_client(params)  # FedAvg's clients keep nothing
       >>> state, metrics = fc.extend.placement.run_rounds(algorithm.round, state, cohorts, None, key, 1)
     """
+    population = None if population is None else Resident.of(population)  # outside the loops: at most one copy
 
     def one(state: PyTree, index: Array) -> tuple[PyTree, Metrics]:
         cohort = _read_round(cohorts, index, cohorts)

@@ -65,7 +65,7 @@ class Saver:
     def state(self, dispatcher: Dispatcher) -> State:
         """The state to resume from, with the width that the run began with."""
         run = self.identity | {"width": dispatcher.planner.width}
-        return State(placement.first_replica(dispatcher.server), dispatcher.clients, run)
+        return State(placement.first_replica(dispatcher.server), dispatcher.clients.tree, run)
 
     def save(self, done: int, dispatcher: Dispatcher, stop: bool) -> None:
         """Saves the state after ``done`` rounds if a checkpoint is due, at the end, or if the run stops."""

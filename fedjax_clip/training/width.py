@@ -62,7 +62,7 @@ def fastest(widest: int, seconds: Callable[[int], float]) -> int:
 
 
 def seconds(dispatcher: Dispatcher, width: int, round: int) -> float:
-    """Seconds of a round at this width, on copies of the run's state; infinite if it does not fit."""
+    """Seconds of a round at this width, which leaves the run's state as it is; infinite if it does not fit."""
     planner, took = dispatcher.planner, []
     planner.width, planner.least = width, (0, 0)
     block = planner.plan(range(round, round + 1))
@@ -71,7 +71,7 @@ def seconds(dispatcher: Dispatcher, width: int, round: int) -> float:
         own = placement.replicate(server, planner.devices)
         began = time.perf_counter()
         try:
-            dispatcher.run(own, jax.tree.map(np.copy, dispatcher.clients), block)
+            dispatcher.run(own, block, keep=False)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 return math.inf

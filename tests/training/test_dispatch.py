@@ -19,11 +19,17 @@ from fedjax_clip.training import width
 from fedjax_clip.training.dispatch import Dispatcher
 from fedjax_clip.training.placement import first_replica
 from fedjax_clip.training.planner import Planner
+from fedjax_clip.training.states import InMemory
 
 
 def planner(run, cohort_size=4, length=1, work=None):
     sampler = fc.data.sampling.uniform(cohort_size)
     return Planner(run.data, sampler, work or run.work, jax.local_devices()[:1], 0, length)
+
+
+def started(run):
+    server, clients = run.start(parameters())
+    return server, InMemory(clients)
 
 
 @pytest.mark.parametrize(
@@ -49,18 +55,18 @@ def test_a_trial_leaves_the_run_as_it_was(monkeypatch):
     run = entry("fedavg, stateful link")
     server, clients = run.start(parameters())
     before = jax.tree.map(np.copy, (server, clients))
-    dispatcher = Dispatcher(run.algorithm, planner(run), server, clients)
+    dispatcher = Dispatcher(run.algorithm, planner(run), server, InMemory(clients))
     dispatcher.planner.on_cpu = False  # so the width is tried
     chosen = width.choose(dispatcher, parameters(), 0)
     assert chosen in (4, 1)
-    assert_identical((first_replica(dispatcher.server), dispatcher.clients), before)
+    assert_identical((first_replica(dispatcher.server), dispatcher.clients.tree), before)
     monkeypatch.delattr(width, "seconds")
     assert width.choose(dispatcher, parameters(), 0) == chosen  # remembered
 
 
 def test_a_width_that_does_not_fit_is_passed_over(monkeypatch):
     run = entry("fedavg")
-    dispatcher = Dispatcher(run.algorithm, planner(run), *run.start(parameters()))
+    dispatcher = Dispatcher(run.algorithm, planner(run), *started(run))
 
     def too_large(*args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
@@ -113,7 +119,7 @@ def test_an_algorithm_that_is_gone_leaves_nothing_behind(compilations):
     algorithm = build({"lr": 0.1})
     gone = weakref.ref(algorithm.round), weakref.ref(build)
     run = entry("fedavg")
-    dispatcher = Dispatcher(algorithm, planner(run), *run.start(parameters()))
+    dispatcher = Dispatcher(algorithm, planner(run), *started(run))
     dispatcher.planner.on_cpu = False  # so the width is tried, and remembered
     chosen = width.choose(dispatcher, parameters(), 0)
     fc.train(algorithm, run.data, parameters(), rounds=2, cohort_size=4, clients_per_chunk=chosen)
