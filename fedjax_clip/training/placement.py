@@ -189,6 +189,7 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
             made[rest] = make(weak, *rest)
         program: Any = functools.partial(made[rest])
         program.made_of = function  # a program keeps its function alive
+        program.lower = getattr(made[rest], "lower", None)
         return program
 
     return find
@@ -202,10 +203,14 @@ def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callab
 
     compiled = _on_each(one_device, devices, num_mapped=4, num_shared=2, donate=(0, 1))
 
-    def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
+    def arguments(server: PyTree, cohorts: Cohort, key: Array, count: int) -> tuple:
         rest = dataclasses.replace(cohorts, state=(), population=None)
-        return compiled(server, cohorts.state, rest, cohorts.population, key, np.int32(count))
+        return server, cohorts.state, rest, cohorts.population, key, np.int32(count)
 
+    def run(*args):
+        return compiled(*arguments(*args))
+
+    run.lower = lambda *args: compiled.lower(*arguments(*args))  # type: ignore[attr-defined]
     return run
 
 
@@ -290,6 +295,7 @@ def _on_each(
     def program(*args: PyTree) -> PyTree:
         return mapped(*args)
 
+    program.lower = mapped.lower  # type: ignore[attr-defined] # from shapes, and for devices that are not here
     weakref.finalize(program, _forget, function).atexit = False
     return program
 
