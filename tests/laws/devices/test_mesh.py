@@ -154,6 +154,11 @@ def test_what_no_mesh_can_do_is_refused():
         with pytest.raises(fc.InvalidInput, match=said):
             devices = fc.placement.mesh(clients=2, model=2, shard=shard)
             fc.train(run.algorithm, run.data, parameters(), rounds=1, devices=devices)
+    secure = fc.fedavg(
+        softmax_loss, optax.sgd(0.1), reducer=fc.reduce.on_host(lambda messages, came: messages.sum(0), 3)
+    )
+    with pytest.raises(fc.InvalidInput, match="A round that calls the host .* cannot split a model"):
+        fc.train(secure, run.data, parameters(), rounds=1, devices=fc.placement.mesh(clients=2, model=2))
     with pytest.raises(fc.InvalidInput, match="Only fc.train and fc.evaluator split a model"):
         fc.extend.placement.local(fc.placement.mesh(clients=2, model=2))
 
