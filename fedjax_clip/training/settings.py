@@ -141,7 +141,9 @@ def checked(
     if algorithm.parts is not None and isinstance(sampler, sampling.Sampler):
         reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
     local_work, devices = LocalWork(*work), placement.chosen(devices)
-    if algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work):
+    with placement.beginning(devices):
+        meet = algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work)
+    if meet:
         warnings.warn(watch.MEET, stacklevel=3)  # so that the warning points at the call of train
     return Settings(
         *(algorithm, data, params, rounds, sampler, local_work, seed, evaluate),
