@@ -165,6 +165,7 @@ def train(
         saver, watch, history = Saver(run), Watch(run.algorithm, run.params, run.data), list[Row]()
         start, state = saver.restore()
         with (
+            states.of(state.clients).held(),
             _dispatcher(run, start, state, saver.secret(start), watch) as dispatcher,
             saver.interrupts() as interrupted,
         ):
