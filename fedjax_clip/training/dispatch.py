@@ -44,7 +44,7 @@ class Dispatcher:
         self.algorithm, self.planner, self.clients = algorithm, planner, clients
         self.server = placement.replicate(server, planner.devices)
         self.key = keys.seeded(planner.seed)
-        make = placement.eager_rounds if debug else placement.pmap_rounds
+        make = placement.eager_rounds if debug else placement.rounds
         self._make: Callable[[Algorithm], Callable[..., Any]] = lambda a: make(a, planner.devices)
         self._run_rounds = self._make(algorithm)
         self._packer = concurrent.futures.ThreadPoolExecutor(1)

@@ -19,7 +19,7 @@ from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.training import failures, placement
 from fedjax_clip.training.evaluation import Rows, measure, rows
-from fedjax_clip.training.placement import one_round, run_rounds
+from fedjax_clip.training.rounds import one_round, run_rounds
 from fedjax_clip.training.state import init_state
 
 Build = Callable[[dict[str, Any]], Algorithm]

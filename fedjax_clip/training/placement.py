@@ -1,32 +1,71 @@
-"""Rounds over all local devices: the cohort is split, the server replicated, its buffers donated.
+"""Rounds over devices: the cohort is split, the server replicated, its buffers donated.
 
-``run_rounds`` is the one loop over rounds, and ``fc.train`` compiles it by ``pmap_rounds``. A round does not know how
-it is placed: it computes the same under ``jax.jit`` with an unsplit cohort, and under ``jax.shard_map`` with a split
-one.
+Two engines give the same bits. ``pmap_rounds`` is that of one process. ``mesh_rounds``, ``jax.jit`` of
+``jax.shard_map``, also serves devices of several processes, for which ``jax.pmap`` would copy what it is given at each
+call, and models that are split over devices. In several processes each one passes and gets the slices of its own rows.
 """
 
 import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from fedjax_clip.core import checks, tree
+from fedjax_clip.core import checks
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, PyTree
+from fedjax_clip.placement import AXIS, Mesh, mesh
+from fedjax_clip.training.rounds import BY_ROUND, run_rounds
 
-__all__ = ["first_replica", "local", "pmap_rounds", "replicate", "run_rounds", "split"]
+__all__ = [
+    *("chosen", "first_replica", "local", "mesh_rounds", "own", "own_rows"),
+    *("pmap_rounds", "replicate", "rounds", "run_rounds", "split"),
+]
 
-AXIS = "devices"
-Index = Array | int
-Round = Callable[[PyTree, Cohort, Array], tuple[PyTree, PyTree, Metrics]]  # of an algorithm
+Devices = Sequence[jax.Device]  # a list of this process's, or a Mesh
+Program = Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]
 
 
-def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+def chosen(devices: Iterable[jax.Device] | Mesh | None) -> Devices:
+    """The devices of a run: a list if they are all this process's, else a ``Mesh``.
+
+    Args:
+      devices: ``None`` for all devices, of all processes if there are several.
+
+    Raises:
+      InvalidInput: as ``local``.
+
+    Example:
+      >>> devices = fc.extend.placement.chosen(None)
+    """
+    if isinstance(devices, Mesh):
+        return devices
+    if devices is None and jax.process_count() > 1:
+        return mesh()
+    wanted = local(devices)
+    alone = all(device.process_index == jax.process_index() for device in wanted)
+    return wanted if alone else mesh(devices=wanted)
+
+
+def own(devices: Devices) -> list[int]:
+    """The places, among ``devices``, of those that are this process's.
+
+    Args:
+      devices: a list of devices, or a ``Mesh``, whose places are its rows.
+
+    Example:
+      >>> fc.extend.placement.own(jax.local_devices()[:1])
+      [0]
+    """
+    return [place for place, device in enumerate(devices) if device.process_index == jax.process_index()]
+
+
+def local(devices: Iterable[jax.Device] | None) -> list[jax.Device]:
     """The devices to use: the given ones, or all local ones.
 
     Args:
@@ -52,108 +91,20 @@ def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
     return devices
 
 
-class Shelf(NamedTuple):
-    """How a program reads and writes the clients' states between rounds.
-
-    Attributes:
-      read: ``(kept, index of the round, cohort) -> states [C, ...]``.
-      write: ``(kept, index of the round, cohort, states [C, ...]) -> kept``.
-    """
-
-    read: Callable[[PyTree, Index, Cohort], PyTree]
-    write: Callable[[PyTree, Index, Cohort, PyTree], PyTree]
-
-
-def _read_round(kept: PyTree, index: Index, cohort: Cohort) -> PyTree:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), kept)
-
-
-def _write_round(kept: PyTree, index: Index, cohort: Cohort, states: PyTree) -> PyTree:
-    return jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, index, 0), kept, states)
-
-
-def _read_clients(kept: PyTree, index: Index, cohort: Cohort) -> PyTree:
-    return jax.tree.map(lambda x: x[jnp.maximum(cohort.ids, 0)], kept)
-
-
-def _write_clients(kept: PyTree, index: Index, cohort: Cohort, states: PyTree) -> PyTree:
-    def write(xs: Array, x: Array) -> Array:
-        return xs.at[jnp.where(cohort.ids < 0, len(xs), cohort.ids)].set(x, mode="drop")
-
-    return jax.tree.map(write, kept, states)
-
-
-BY_ROUND = Shelf(_read_round, _write_round)  # [R, C, ...]: the host gathered each round's states
-BY_CLIENT = Shelf(_read_clients, _write_clients)  # [M, ...]: all clients' states are on the device
-
-
-def run_rounds(
-    round: Round,
-    state: PyTree,
-    cohorts: Cohort,
-    population: PyTree,
-    key: Array,
-    count: Array | np.int32 | int,
-    shelf: Shelf = BY_CLIENT,
-    axis_name: str | None = None,
-) -> tuple[PyTree, Metrics]:
-    """Runs the first ``count`` of the R rounds that ``cohorts`` plan.
+def rounds(algorithm: Algorithm, devices: Devices) -> Program:
+    """``mesh_rounds`` over a ``Mesh``, ``pmap_rounds`` over a list of devices.
 
     Args:
-      round: an algorithm's round.
-      state: ``(server, kept)``; see ``shelf``.
-      cohorts: ``[R, ...]``, without states.
-      population: examples on the device, or ``None`` if the cohorts hold batches.
-      key: PRNG key of the run.
-      count: int32, at most R.
-      shelf: how ``kept`` is indexed: by client ``[M, ...]``, or by round ``[R, C, ...]``.
-      axis_name: the mapped axis of the devices, if there are several.
-
-    Returns:
-      ``(state, metrics [R, ...])``; metrics of rounds that were not run are 0.
+      algorithm: any ``Algorithm``.
+      devices: from ``chosen``.
 
     Example:
-      >>> work = fc.extend.LocalWork(20)
-      >>> cohorts = fc.extend.plan_rounds(data, [np.array([3, 1, 4])], work, seed=0, first_round=0)
-      >>> cohorts = jax.tree.map(lambda x: x[0], cohorts)  # those of the first device
-      >>> state = algorithm.init(params), algorithm.init_client(params)  # FedAvg's clients keep nothing
-      >>> state, metrics = fc.extend.placement.run_rounds(algorithm.round, state, cohorts, None, key, 1)
+      >>> step = fc.extend.placement.rounds(algorithm, fc.extend.placement.chosen(None))
     """
-
-    def one(state: PyTree, index: Array) -> tuple[PyTree, Metrics]:
-        cohort = _read_round(cohorts, index, cohorts)
-        return one_round(round, state, dataclasses.replace(cohort, axis_name=axis_name), population, key, shelf, index)
-
-    one, (_, metrics) = tree.traced(one, state, 0)
-    reports = jax.tree.map(lambda x: jnp.zeros((cohorts.ids.shape[0], *x.shape), x.dtype), metrics)
-
-    def body(index: Array, carry: tuple[PyTree, Metrics]) -> tuple[PyTree, Metrics]:
-        state, reports = carry
-        state, metrics = one(state, index)
-        return state, _write_round(reports, index, cohorts, metrics)
-
-    return jax.lax.fori_loop(0, count, body, (state, reports))
+    return mesh_rounds(algorithm, devices) if isinstance(devices, Mesh) else pmap_rounds(algorithm, devices)
 
 
-def one_round(
-    round: Round,
-    state: PyTree,
-    cohort: Cohort,
-    population: PyTree,
-    key: Array,
-    shelf: Shelf = BY_CLIENT,
-    index: Index = 0,
-) -> tuple[PyTree, Metrics]:
-    """``(state, metrics)`` after an algorithm's ``round``, or its ``start``, of one cohort; see ``run_rounds``."""
-    server, kept = state
-    own = shelf.read(kept, index, cohort)
-    server, own, metrics = round(server, dataclasses.replace(cohort, state=own, population=population), key)
-    return (server, shelf.write(kept, index, cohort, own)), metrics
-
-
-def pmap_rounds(
-    algorithm: Algorithm, devices: Sequence[jax.Device]
-) -> Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]:
+def pmap_rounds(algorithm: Algorithm, devices: Sequence[jax.Device]) -> Program:
     """Up to R of the algorithm's rounds as one compiled program over ``devices``.
 
     Args:
@@ -164,8 +115,7 @@ def pmap_rounds(
       ``(server, cohorts, key, count) -> (server, client_states, metrics)``. Server and metrics have a leading axis D
       (all replicas are equal, see ``replicate``); ``cohorts`` are R rounds' cohorts, ``[D, R, ...]``
       (``fc.extend.plan_rounds``), of which the first ``count`` are run; client states and metrics are ``[D, R, ...]``.
-      One
-      round and many are the same program, so they give the same bits. The server passed in and the cohorts' client
+      One round and many are the same program, so they give the same bits. The server passed in and the cohorts' client
       states are donated: do not use them again.
 
     Example:
@@ -178,6 +128,28 @@ def pmap_rounds(
       >>> server, client_states, metrics = step(server, cohorts, key, 1)
     """
     return _rounds(algorithm.round, tuple(devices))
+
+
+def mesh_rounds(algorithm: Algorithm, devices: Mesh) -> Program:
+    """``pmap_rounds`` over the D rows of a mesh, some of which may be other processes'.
+
+    Args:
+      algorithm: any ``Algorithm``.
+      devices: a ``Mesh``.
+
+    Returns:
+      A function like that of ``pmap_rounds``. In several processes a host array among the cohorts has the slices of the
+      process's own rows only, in their order, and results are arrays of which it can read its own rows.
+
+    Example:
+      >>> devices = fc.placement.mesh(clients=1)
+      >>> step = fc.extend.placement.mesh_rounds(algorithm, devices)
+      >>> server = fc.extend.placement.replicate(algorithm.init(params), devices)
+      >>> ids = [np.array([3, 1, 4])]
+      >>> cohorts = fc.extend.plan_rounds(data, ids, fc.extend.LocalWork(20), seed=0, first_round=0)
+      >>> server, client_states, metrics = step(server, cohorts, key, 1)
+    """
+    return _mesh_rounds(algorithm.round, devices)
 
 
 def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -226,9 +198,30 @@ def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callab
     return run
 
 
-def eager_rounds(
-    algorithm: Algorithm, devices: Sequence[jax.Device]
-) -> Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]:
+@remembered
+def _mesh_rounds(play: Callable[..., Any], devices: Mesh) -> Callable[..., Any]:
+    def one_row(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
+        mine = jax.tree.map(lambda x: x[0], (server, states, cohorts, population))
+        server, states, cohorts, population = mine
+        state, metrics = run_rounds(play, (server, states), cohorts, population, key, count, BY_ROUND, AXIS)
+        return jax.tree.map(lambda x: x[None], (*state, metrics))
+
+    row, whole = PartitionSpec(AXIS), PartitionSpec()
+    specs = (row, row, row, row, whole, whole)
+    mapped = jax.shard_map(
+        one_row, mesh=devices.devices, in_specs=specs, out_specs=row, axis_names={AXIS}, check_vma=False
+    )
+    compiled = jax.jit(mapped, donate_argnums=(0, 1))
+
+    def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
+        cohorts = split(cohorts, devices)
+        rest = dataclasses.replace(cohorts, state=(), population=None)
+        return compiled(server, cohorts.state, rest, cohorts.population, key, np.int32(count))
+
+    return run
+
+
+def eager_rounds(algorithm: Algorithm, devices: Sequence[jax.Device]) -> Program:
     """``pmap_rounds`` on one device without compilation, one client and one operation at a time, for debugging.
 
     Call it under ``jax.disable_jit()``. Plan the cohorts with ``width=1``. Nothing is donated.
@@ -290,47 +283,80 @@ def _forget(function: Callable[..., Any]) -> None:
         pass
 
 
-def replicate(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+def replicate(values: PyTree, devices: Devices) -> PyTree:
     """A copy of every leaf on each device, ``[D, ...]``; nothing is compiled.
 
     Args:
       values: arrays of any shape.
-      devices: D local devices.
+      devices: D devices, or a ``Mesh`` of D rows; this process fills its own.
 
     Example:
       >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
     """
-    sharding = _sharding(tuple(devices))
+    sharding = _sharding(devices)
 
     def copies(x: Any) -> Array:
         # Each device gets its own copy: a round donates it, and a CPU device would otherwise share the host's array.
-        each = [jax.device_put(np.array(x)[None], device) for device in devices]
-        return jax.make_array_from_single_device_arrays((len(each), *each[0].shape[1:]), sharding, each)
+        mine = sharding.addressable_devices
+        each = [jax.device_put(np.array(x)[None], device) for device in mine]
+        return jax.make_array_from_single_device_arrays((len(devices), *each[0].shape[1:]), sharding, each)
 
     return jax.tree.map(copies, values)
 
 
-def split(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+def split(values: PyTree, devices: Devices) -> PyTree:
     """Sends host arrays ``[D, ...]`` to the devices, a slice to each, without waiting. Arrays already there stay.
 
     Args:
-      values: host arrays ``[D, ...]``.
-      devices: D local devices.
+      values: host arrays ``[D, ...]``; in several processes only the slices of the process's own places (``own``).
+      devices: D devices, or a ``Mesh`` of D rows.
 
     Example:
       >>> on_devices = fc.extend.placement.split(cohorts, jax.local_devices()[:1])
     """
-    return jax.device_put(values, _sharding(tuple(devices)))
+    sharding = _sharding(devices)
+    if sharding.is_fully_addressable:
+        return jax.device_put(values, sharding)
+
+    def send(x: Any) -> Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (len(devices), *np.shape(x)[1:]))
+
+    return jax.tree.map(send, values)
+
+
+def _sharding(devices: Devices) -> jax.sharding.NamedSharding:
+    return devices.sharding() if isinstance(devices, Mesh) else _in_a_row(tuple(devices))
 
 
 @functools.lru_cache(maxsize=16)
-def _sharding(devices: tuple[jax.Device, ...]) -> jax.sharding.NamedSharding:
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+def _in_a_row(devices: tuple[jax.Device, ...]) -> jax.sharding.NamedSharding:
+    return jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+
+def own_rows(values: PyTree) -> PyTree:
+    """The slices of this process's own places as NumPy arrays ``[own, ...]``, in their order.
+
+    Args:
+      values: arrays ``[D, ...]`` with a slice in each place.
+
+    Example:
+      >>> fc.extend.placement.own_rows(fc.extend.placement.replicate(np.zeros(3), jax.local_devices()[:1])).shape
+      (1, 3)
+    """
+
+    def rows(x: Array) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)
+        slices = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(slices[row]) for row in sorted(slices)])
+
+    return jax.tree.map(rows, values)
 
 
 def first_replica(values: PyTree) -> PyTree:
-    """The first device's copy of each leaf as a NumPy array, without the leading axis.
+    """This process's first copy of each leaf as a NumPy array, without the leading axis.
 
     Args:
       values: arrays ``[D, ...]`` with a slice on each device.

@@ -48,7 +48,7 @@ class Settings:
     checkpoint_every: int
     on_round: Callable[[Row], None]
     should_stop: Callable[[], bool]
-    devices: list[jax.Device]
+    devices: placement.Devices
     clients_per_chunk: int | None
     rounds_per_dispatch: int | None
     non_finite: str
@@ -140,7 +140,7 @@ def checked(
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
     if algorithm.parts is not None and isinstance(sampler, sampling.Sampler):
         reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
-    local_work, devices = LocalWork(*work), placement.local(devices)
+    local_work, devices = LocalWork(*work), placement.chosen(devices)
     if algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work):
         warnings.warn(watch.MEET, stacklevel=3)  # so that the warning points at the call of train
     return Settings(
