@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
 
 
@@ -45,7 +45,7 @@ class Cohort:
       batches: pytree of ``[T, B, ...]``, or int32 ``[T, B]`` example numbers if there is a ``population``.
       example_weight: float32 ``[T, B]``, 0 where a batch is padded.
       state: pytree of ``[C, ...]``: the clients' states between rounds.
-      population: pytree of ``[N, ...]`` examples that live on the device, or ``None``.
+      population: the examples that live on the device, a ``Resident`` or a pytree of ``[N, ...]``, or ``None``.
       staleness: int32 ``[C]`` rounds since each client was sent its parameters; ``None`` if no client is stale.
       num_clients: int32 scalar, N, the number of clients in the whole population.
       total_weight: float32 scalar, the sum of all N clients' weights.
@@ -127,12 +127,8 @@ class Cohort:
         live = weight > 0
         if self.population is not None:
             index = jnp.where(live, batch, batch[0])
-
-            def take(x: Array) -> Array:
-                # Gathers flat examples: otherwise XLA on a CPU may lay them out for a convolution, float by float.
-                return jnp.asarray(x).reshape(len(x), math.prod(x.shape[1:]))[index].reshape(index.shape + x.shape[1:])
-
-            return jax.tree.map(take, self.population), jnp.where(live, weight, 0)
+            # Rows even of plain examples: otherwise XLA on a CPU may lay them out for a convolution, float by float.
+            return Resident.of(self.population)[index], jnp.where(live, weight, 0)
 
         def fill(x: Array) -> Array:
             return jnp.where(live.reshape(live.shape + (1,) * (x.ndim - 1)), x, x[:1])

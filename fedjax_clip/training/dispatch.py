@@ -42,7 +42,7 @@ class Dispatcher:
         self, algorithm: Algorithm, planner: Planner, server: PyTree, clients: ClientStates, debug: bool = False
     ):
         self.algorithm, self.planner, self.clients = algorithm, planner, clients
-        self.server = placement.replicate(server, planner.devices)
+        self.server = placement.send_server(server, planner.devices)
         self.key = keys.seeded(planner.seed)
         make = placement.eager_rounds if debug else placement.rounds
         self._make: Callable[[Algorithm], Callable[..., Any]] = lambda a: make(a, planner.devices)

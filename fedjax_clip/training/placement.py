@@ -21,13 +21,35 @@ from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, PyTree
 from fedjax_clip.placement import AXIS, Mesh, mesh
 from fedjax_clip.training.rounds import BY_ROUND, run_rounds
+from fedjax_clip.training.transfers import (
+    Devices,
+    beginning,
+    first_replica,
+    own,
+    own_rows,
+    replicate,
+    send_server,
+    split,
+    split_states,
+)
 
 __all__ = [
-    *("chosen", "first_replica", "local", "mesh_rounds", "own", "own_rows"),
-    *("pmap_rounds", "replicate", "rounds", "run_rounds", "split"),
+    "beginning",
+    "chosen",
+    "first_replica",
+    "local",
+    "mesh_rounds",
+    "own",
+    "own_rows",
+    "pmap_rounds",
+    "replicate",
+    "rounds",
+    "run_rounds",
+    "send_server",
+    "split",
+    "split_states",
 ]
 
-Devices = Sequence[jax.Device]  # a list of this process's, or a Mesh
 Program = Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]
 
 
@@ -52,19 +74,6 @@ def chosen(devices: Iterable[jax.Device] | Mesh | None) -> Devices:
     return wanted if alone else mesh(devices=wanted)
 
 
-def own(devices: Devices) -> list[int]:
-    """The places, among ``devices``, of those that are this process's.
-
-    Args:
-      devices: a list of devices, or a ``Mesh``, whose places are its rows.
-
-    Example:
-      >>> fc.extend.placement.own(jax.local_devices()[:1])
-      [0]
-    """
-    return [place for place, device in enumerate(devices) if device.process_index == jax.process_index()]
-
-
 def local(devices: Iterable[jax.Device] | None) -> list[jax.Device]:
     """The devices to use: the given ones, or all local ones.
 
@@ -75,13 +84,15 @@ def local(devices: Iterable[jax.Device] | None) -> list[jax.Device]:
       A list of them.
 
     Raises:
-      InvalidInput: no devices, or one of them twice.
+      InvalidInput: no devices, or one of them twice; a mesh that splits a model.
 
     Example:
       >>> fc.extend.placement.local(None)  # jax.local_devices()
     """
     if devices is None:
         return jax.local_devices()
+    if isinstance(devices, Mesh) and devices.model > 1:
+        raise InvalidInput(f"Only fc.train and fc.evaluator split a model (model={devices.model}): give model=1 here.")
     checks.kind("devices", devices, Iterable, "a list of JAX devices, such as jax.local_devices()")
     devices = list(devices)
     for device in devices:
@@ -178,6 +189,7 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
             made[rest] = make(weak, *rest)
         program: Any = functools.partial(made[rest])
         program.made_of = function  # a program keeps its function alive
+        program.lower = getattr(made[rest], "lower", None)
         return program
 
     return find
@@ -191,33 +203,46 @@ def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callab
 
     compiled = _on_each(one_device, devices, num_mapped=4, num_shared=2, donate=(0, 1))
 
-    def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
+    def arguments(server: PyTree, cohorts: Cohort, key: Array, count: int) -> tuple:
         rest = dataclasses.replace(cohorts, state=(), population=None)
-        return compiled(server, cohorts.state, rest, cohorts.population, key, np.int32(count))
+        return server, cohorts.state, rest, cohorts.population, key, np.int32(count)
 
+    def run(*args):
+        return compiled(*arguments(*args))
+
+    run.lower = lambda *args: compiled.lower(*arguments(*args))  # type: ignore[attr-defined]
     return run
 
 
 @remembered
 def _mesh_rounds(play: Callable[..., Any], devices: Mesh) -> Callable[..., Any]:
     def one_row(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
-        mine = jax.tree.map(lambda x: x[0], (server, states, cohorts, population))
-        server, states, cohorts, population = mine
+        server, states, cohorts, population = jax.tree.map(lambda x: x[0], (server, states, cohorts, population))
         state, metrics = run_rounds(play, (server, states), cohorts, population, key, count, BY_ROUND, AXIS)
         return jax.tree.map(lambda x: x[None], (*state, metrics))
 
     row, whole = PartitionSpec(AXIS), PartitionSpec()
     specs = (row, row, row, row, whole, whole)
-    mapped = jax.shard_map(
+    mapped = jax.shard_map(  # manual over rows; within one, XLA divides the work as the parameters lie
         one_row, mesh=devices.devices, in_specs=specs, out_specs=row, axis_names={AXIS}, check_vma=False
     )
-    compiled = jax.jit(mapped, donate_argnums=(0, 1))
 
-    def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
-        cohorts = split(cohorts, devices)
-        rest = dataclasses.replace(cohorts, state=(), population=None)
-        return compiled(server, cohorts.state, rest, cohorts.population, key, np.int32(count))
+    def program(*args: PyTree) -> tuple[PyTree, PyTree, Metrics]:
+        server, states, metrics = mapped(*args)
+        if devices.model > 1:  # the state comes back as it came
+            lie = devices.lie(server, server.params, 1), devices.lie(states, server.params, 3)
+            server, states = jax.lax.with_sharding_constraint((server, states), lie)
+        return server, states, metrics
 
+    compiled = jax.jit(program, donate_argnums=(0, 1))
+
+    def arguments(server: PyTree, cohorts: Cohort, key: Array, count: int) -> tuple[PyTree, ...]:
+        states = split_states(cohorts.state, server, devices)
+        rest = split(dataclasses.replace(cohorts, state=(), population=None), devices)
+        return server, states, rest, split(cohorts.population, devices), key, np.int32(count)
+
+    run: Any = lambda *args: compiled(*arguments(*args))  # noqa: E731
+    run.lower = lambda *args: compiled.lower(*arguments(*args))  # for its memory analysis
     return run
 
 
@@ -269,6 +294,7 @@ def _on_each(
     def program(*args: PyTree) -> PyTree:
         return mapped(*args)
 
+    program.lower = mapped.lower  # type: ignore[attr-defined] # from shapes, and for devices that are not here
     weakref.finalize(program, _forget, function).atexit = False
     return program
 
@@ -281,88 +307,3 @@ def _forget(function: Callable[..., Any]) -> None:
         _cached_shard_map.evict_function(function)
     except (ImportError, AttributeError):  # another JAX: programs of deleted algorithms then stay in memory
         pass
-
-
-def replicate(values: PyTree, devices: Devices) -> PyTree:
-    """A copy of every leaf on each device, ``[D, ...]``; nothing is compiled.
-
-    Args:
-      values: arrays of any shape.
-      devices: D devices, or a ``Mesh`` of D rows; this process fills its own.
-
-    Example:
-      >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
-    """
-    sharding = _sharding(devices)
-
-    def copies(x: Any) -> Array:
-        # Each device gets its own copy: a round donates it, and a CPU device would otherwise share the host's array.
-        mine = sharding.addressable_devices
-        each = [jax.device_put(np.array(x)[None], device) for device in mine]
-        return jax.make_array_from_single_device_arrays((len(devices), *each[0].shape[1:]), sharding, each)
-
-    return jax.tree.map(copies, values)
-
-
-def split(values: PyTree, devices: Devices) -> PyTree:
-    """Sends host arrays ``[D, ...]`` to the devices, a slice to each, without waiting. Arrays already there stay.
-
-    Args:
-      values: host arrays ``[D, ...]``; in several processes only the slices of the process's own places (``own``).
-      devices: D devices, or a ``Mesh`` of D rows.
-
-    Example:
-      >>> on_devices = fc.extend.placement.split(cohorts, jax.local_devices()[:1])
-    """
-    sharding = _sharding(devices)
-    if sharding.is_fully_addressable:
-        return jax.device_put(values, sharding)
-
-    def send(x: Any) -> Array:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return x
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x), (len(devices), *np.shape(x)[1:]))
-
-    return jax.tree.map(send, values)
-
-
-def _sharding(devices: Devices) -> jax.sharding.NamedSharding:
-    return devices.sharding() if isinstance(devices, Mesh) else _in_a_row(tuple(devices))
-
-
-@functools.lru_cache(maxsize=16)
-def _in_a_row(devices: tuple[jax.Device, ...]) -> jax.sharding.NamedSharding:
-    return jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
-
-
-def own_rows(values: PyTree) -> PyTree:
-    """The slices of this process's own places as NumPy arrays ``[own, ...]``, in their order.
-
-    Args:
-      values: arrays ``[D, ...]`` with a slice in each place.
-
-    Example:
-      >>> fc.extend.placement.own_rows(fc.extend.placement.replicate(np.zeros(3), jax.local_devices()[:1])).shape
-      (1, 3)
-    """
-
-    def rows(x: Array) -> np.ndarray:
-        if not isinstance(x, jax.Array) or x.is_fully_addressable:
-            return np.asarray(x)
-        slices = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-        return np.concatenate([np.asarray(slices[row]) for row in sorted(slices)])
-
-    return jax.tree.map(rows, values)
-
-
-def first_replica(values: PyTree) -> PyTree:
-    """This process's first copy of each leaf as a NumPy array, without the leading axis.
-
-    Args:
-      values: arrays ``[D, ...]`` with a slice on each device.
-
-    Example:
-      >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
-      >>> params = fc.extend.placement.first_replica(server.params)
-    """
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), values)

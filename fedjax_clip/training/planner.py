@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.data.clock import Clock, Timeline, Turn, World
 from fedjax_clip.data.planning import LocalWork, plan_rounds, wasted_steps
@@ -78,7 +79,8 @@ class Planner:
         most = RESIDENT_BYTES if self.on_cpu else memory // 4
         large = sum(x.nbytes for x in data.fields().values()) > most
         self.resident = not self.processes.any(large)
-        self.population = placement.replicate(data.examples, devices) if self.resident else None
+        rows = Resident.of(data.examples, devices[0].platform) if self.resident else None
+        self.population = placement.replicate(rows, devices)
         self.width, self.least, self.seconds = 1, (0, 0), math.inf
         self.fixed, self.length = length is not None, 1
         if self.resident:

@@ -1,7 +1,7 @@
 """The one loop over rounds inside a program, and how it keeps clients' states between rounds.
 
 A round does not know how it is placed: it computes the same under ``jax.jit`` with an unsplit cohort, and under
-``jax.shard_map`` with a split one.
+``shard_map`` with a split one.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import numpy as np
 
 from fedjax_clip.core import tree
 from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.types import Array, Metrics, PyTree
 
 Index = Array | int
@@ -71,7 +72,7 @@ def run_rounds(
       round: an algorithm's round.
       state: ``(server, kept)``; see ``shelf``.
       cohorts: ``[R, ...]``, without states.
-      population: examples on the device, or ``None`` if the cohorts hold batches.
+      population: examples on the device, a ``Resident`` or ``[N, ...]``, or ``None`` if the cohorts hold batches.
       key: PRNG key of the run.
       count: int32, at most R.
       shelf: how ``kept`` is indexed: by client ``[M, ...]``, or by round ``[R, C, ...]``.
@@ -87,6 +88,7 @@ def run_rounds(
       >>> state = algorithm.init(params), algorithm.init_client(params)  # FedAvg's clients keep nothing
       >>> state, metrics = fc.extend.placement.run_rounds(algorithm.round, state, cohorts, None, key, 1)
     """
+    population = None if population is None else Resident.of(population)  # outside the loops: at most one copy
 
     def one(state: PyTree, index: Array) -> tuple[PyTree, Metrics]:
         cohort = _read_round(cohorts, index, cohorts)

@@ -41,10 +41,12 @@ class Saver:
           InvalidInput: a checkpoint that is damaged, of another run, or of more rounds than this run's.
         """
         run = self.run
-        clients = client_states(run.algorithm, run.params, run.data.num_clients)
+        with placement.beginning(run.devices):
+            clients = client_states(run.algorithm, run.params, run.data.num_clients)
+            server = run.algorithm.init(run.params)
         if run.sampler.replacement and jax.tree.leaves(clients):
             raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
-        state = State(run.algorithm.init(run.params), clients, self.identity)
+        state = State(server, clients, self.identity)
         start, state = (run.checkpoints and run.checkpoints.restore(state)) or (0, state)
         identity.check("The checkpoint", state.run, self.identity)
         if start > run.rounds:

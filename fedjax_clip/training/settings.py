@@ -152,11 +152,12 @@ def checked(
     sampler = sampler or sampling.uniform(data.num_clients if cohort_size is None else cohort_size)
     if algorithm.parts is not None and isinstance(sampler, sampling.Sampler):
         reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
-    devices = placement.chosen(devices)
+    local_work, devices = LocalWork(*work), placement.chosen(devices)
     if debug and Processes(devices).count > 1:
         raise InvalidInput("debug=True runs in one process: give devices=jax.local_devices().")
-    local_work = LocalWork(*work)
-    if algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work):
+    with placement.beginning(devices):
+        meet = algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work)
+    if meet:
         warnings.warn(watch.MEET, stacklevel=3)  # so that the warning points at the call of train
     return Settings(
         *(algorithm, data, params, rounds, sampler, local_work, seed, evaluate),
