@@ -172,6 +172,7 @@ def train(
         agreement.check(run, saver.identity)
         start, state = saver.restore()
         with (
+            states.of(state.clients).held(),
             _dispatcher(run, start, state, saver.secret(start), watch) as dispatcher,
             saver.interrupts() as interrupted,
         ):
