@@ -41,10 +41,12 @@ class Saver:
           InvalidInput: a checkpoint that is damaged, of another run, or of more rounds than this run's.
         """
         run = self.run
-        alike = states.alike(run.algorithm, run.params, run.data.num_clients)
+        with placement.beginning(run.devices):
+            alike = states.alike(run.algorithm, run.params, run.data.num_clients)
+            server = run.algorithm.init(run.params)
         if run.sampler.replacement and jax.tree.leaves(alike):
             raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
-        state = State(run.algorithm.init(run.params), alike, self.identity)
+        state = State(server, alike, self.identity)
         found = None if run.checkpoints is None else run.checkpoints.restore(state)
         if found is None:
             found = 0, state._replace(clients=states.begun(alike, getattr(run.checkpoints, "place", None)).tree)

@@ -68,7 +68,7 @@ def seconds(dispatcher: Dispatcher, width: int, round: int) -> float:
     block = planner.plan(range(round, round + 1))
     server = placement.first_replica(dispatcher.server)
     for _ in range(3):  # the first one compiles
-        own = placement.replicate(server, planner.devices)
+        own = placement.send_server(server, planner.devices)
         began = time.perf_counter()
         try:
             dispatcher.run(own, block, keep=False)
