@@ -130,16 +130,16 @@ def configure_jax(cpu_devices: int | None, join: str | None = None) -> None:
     The cache is in ``$FEDJAX_CLIP_CACHE``, or ``~/.cache/fedjax_clip``. Call this before JAX computes anything. JAX's
     own environment variables take precedence: ``$JAX_COMPILATION_CACHE_DIR``, and ``$JAX_NUM_CPU_DEVICES`` unless
     ``cpu_devices`` is given. Only ``$JAX_TRANSFER_GUARD`` is overridden, because a binary's transfers are intended. XLA
-    aborts if one CPU device waits 40 seconds for another, as it may with clients of unequal size. Here it waits a day,
-    unless ``$XLA_FLAGS`` sets another limit.
+    aborts if one CPU device waits 40 seconds for another, as it may with clients of unequal size, or half an hour for
+    another process. Here it waits a day, unless ``$XLA_FLAGS`` sets another limit.
 
     Raises:
       InvalidInput: no device of the platforms that ``$JAX_PLATFORMS`` names, or other processes cannot be joined.
     """
     import jax
 
-    waits = "terminate_timeout", "warn_stuck_timeout"
-    patience = [f"--xla_cpu_collective_call_{name}_seconds={24 * 3600}" for name in waits]
+    waits = "call_terminate_timeout", "call_warn_stuck_timeout", "timeout"  # the last one for other processes
+    patience = [f"--xla_cpu_collective_{name}_seconds={24 * 3600}" for name in waits]
     if jax.__version_info__ < (0, 13):  # an unknown flag would end the process
         os.environ["XLA_FLAGS"] = " ".join([*patience, os.environ.get("XLA_FLAGS", "")])  # the last setting counts
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
