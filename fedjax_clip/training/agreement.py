@@ -1,4 +1,4 @@
-"""What the processes of a run must agree on before they compute together: else they would wait for each other."""
+"""What the processes of a run must agree on before they compute together: else one would wait for the others."""
 
 import functools
 import hashlib
@@ -6,8 +6,6 @@ import importlib.metadata
 import pathlib
 import secrets
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,40 +14,35 @@ from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.training import identity
 from fedjax_clip.training.evaluation import Evaluator
 from fedjax_clip.training.processes import Processes
-from fedjax_clip.training.settings import Settings
+from fedjax_clip.training.settings import Evaluate, Settings
 
 PACKAGES = ("jax", "jaxlib", "numpy", "optax")
-PATIENCE = (
-    15.0  # seconds until a file that one process has written must be seen by all: a network file system may take some
-)
+PATIENCE = 15.0  # seconds until all must see a file that one process has written: a network file system may take some
+ONE_DIRECTORY = "Name one directory that all hosts share, on a network file system."
 
 
-def check(run: Settings) -> None:
+def check(run: Settings, known: identity.Identity) -> None:
     """Ends all processes of a run with one sentence, unless they agree on all that it depends on.
+
+    Args:
+      run: the settings.
+      known: the run's identity, if it was computed already.
 
     Raises:
       InvalidInput: other code, data, settings or devices; checkpoints in a directory that they do not share.
     """
     if run.processes.count == 1:
         return
-    run.processes.agree(facts(run))
-    directory = getattr(run.checkpoints, "directory", None)
-    if directory is not None:
+    known = known or identity.identify(run.algorithm, run.data, run.sampler, run.work, run.seed)
+    run.processes.agree(facts(run) | known)
+    if (directory := getattr(run.checkpoints, "directory", None)) is not None:
         share(run.processes, directory, getattr(run.checkpoints, "mode", 0o777))
-    newest = getattr(run.checkpoints, "newest", None)
-    if newest is not None:
-        found = newest()
-        run.processes.agree({"the newest checkpoint": "none" if found is None else f"round {found}"}, ONE_DIRECTORY)
-
-
-ONE_DIRECTORY = "Name one directory that all hosts share, on a network file system."
+    if (newest := getattr(run.checkpoints, "newest", None)) is not None:
+        run.processes.agree({"the round of the newest checkpoint": str(newest())}, ONE_DIRECTORY)
 
 
 def facts(run: Settings) -> dict[str, str]:
-    """All that must be the same in all processes, by names that appear in the error."""
-    names, leaves = (
-        zip(*jax.tree.leaves_with_path(run.params), strict=True) if jax.tree.leaves(run.params) else ((), ())
-    )
+    """What must be the same in all processes besides a run's identity, by names that appear in the error."""
     settings = {
         "rounds": run.rounds,
         "eval_every": run.eval_every if run.evaluate is not None else None,
@@ -58,29 +51,29 @@ def facts(run: Settings) -> dict[str, str]:
         "rounds_per_dispatch": run.rounds_per_dispatch,
         "non_finite": run.non_finite,
         "jax_enable_x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
+        "devices": ", ".join(map(str, run.devices)),
+        "evaluate": _told(run.evaluate),
     }
-    code = {f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES}
-    params = {
-        f"the initial parameters {jax.tree_util.keystr(name)}": f"blake2b:{identity.digest(np.asarray(x))}"
-        for name, x in zip(names, leaves)
+    hidden = {
+        "the code of fedjax_clip": _code(),
+        "secret": "" if run.secret is None else run.secret.commitment,
+        **{
+            f"the initial parameters {jax.tree_util.keystr(path)}": identity.digest(np.asarray(x))
+            for path, x in jax.tree.leaves_with_path(run.params)
+        },
     }
     return {
-        **code,
-        "the code of fedjax_clip": f"blake2b:{_code()}",
-        **identity.identify(run.algorithm, run.data, run.sampler, run.work, run.seed),
+        **{f"the version of {name}": importlib.metadata.version(name) for name in PACKAGES},
+        **{name: identity.hashed(value) for name, value in hidden.items()},
         **{name: str(value) for name, value in settings.items()},
-        "secret": "None" if run.secret is None else f"blake2b:{run.secret.commitment}",
-        "evaluate": _evaluation(run.evaluate),
-        "devices": ", ".join(map(str, run.devices)),
-        **params,
     }
 
 
-def _evaluation(evaluate: Any) -> str:
+def _told(evaluate: Evaluate | None) -> str:
+    """What is evaluated, as far as it can be compared."""
     if not isinstance(evaluate, Evaluator):
         return "None" if evaluate is None else "a function"
-    sets: Mapping[str, Any] = evaluate.sets
-    return ", ".join(f"{name} of {data.num_examples} examples" for name, data in sets.items())
+    return ", ".join(f"{name} of {data.num_examples} examples" for name, data in evaluate.sets.items())
 
 
 @functools.cache
@@ -93,18 +86,17 @@ def _code() -> str:
 
 
 def share(processes: Processes, directory: pathlib.Path, mode: int = 0o777) -> None:
-    """Ends all processes with one sentence unless this is one directory to them all: the first writes, all must see it.
+    """Ends all processes with one sentence unless this is one directory to all: what the first writes, all must see.
 
     Args:
-      processes: that call this together.
+      processes: those that call this together.
       directory: created if it does not exist.
       mode: permissions of a new directory.
 
     Raises:
       InvalidInput: a directory that cannot be written, or that is another one in some process.
     """
-    token = processes.first(secrets.token_hex(8))
-    file = directory / f".shared-{token}"
+    file = directory / f".shared-{processes.first(secrets.token_hex(8))}"
     with processes.together():
         if processes.number == 0:
             try:
@@ -115,7 +107,7 @@ def share(processes: Processes, directory: pathlib.Path, mode: int = 0o777) -> N
     deadline = time.monotonic() + PATIENCE
     while not (seen := file.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    blind = [str(p) for p, sees in enumerate(processes.gather(seen)) if not sees]
+    blind = [str(process) for process, sees in enumerate(processes.gather(seen)) if not sees]
     if processes.number == 0:
         file.unlink(missing_ok=True)
     if blind:

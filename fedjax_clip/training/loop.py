@@ -69,10 +69,15 @@ def train(
     secret: Secret | None = None,
     debug: bool = False,
 ) -> Result:
-    """Trains for a number of rounds, each one compiled program over all local devices.
+    """Trains for a number of rounds, each one compiled program over all devices.
 
     Training the same ``algorithm`` object again, with another seed for example, reuses its compiled programs. They are
     freed with the object.
+
+    After ``jax.distributed.initialize`` all processes train one model together, on the devices of all. Every process
+    calls ``fc.train`` with the same arguments, and gets the same result. A difference between them, or an error in one,
+    ends all with a sentence. ``on_round`` is called in every process with the same rows; a stop that one process asks
+    for stops all. Give ``devices=jax.local_devices()`` to train in one process alone.
 
     The result is a function of (algorithm, data, params, seed, secret). Resuming changes no bit of it. Client order,
     chunks and the number of devices change it by rounding only.
@@ -105,7 +110,7 @@ def train(
       checkpoint_every: rounds from one save to the next.
       on_round: called with each round's row.
       should_stop: asked after each dispatch; if true, the state is saved and training ends early.
-      devices: devices to use; all local ones by default.
+      devices: devices to use, or ``fc.placement.mesh(...)``; by default all, of all processes.
       clients_per_chunk: clients that a device trains at once. By default, on a CPU: 1, or up to all of them if the
         model is smaller than 64 KiB. On a GPU or TPU a short trial before the first round finds the fastest number. A
         resumed run keeps the number that it began with.
@@ -164,9 +169,10 @@ def train(
                 debug=debug,
             )
             saver, watch, history = Saver(run), Watch(run.algorithm, run.params, run.data), list[Row]()
-        agreement.check(run)
+        agreement.check(run, saver.identity)
         start, state = saver.restore()
         with (
+            states.of(state.clients).held(),
             _dispatcher(run, start, state, saver.secret(start), watch) as dispatcher,
             saver.interrupts() as interrupted,
         ):

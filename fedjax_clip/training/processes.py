@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from fedjax_clip.core.types import InvalidInput, PyTree
+from fedjax_clip.training import identity
 
 CURE = "Start all processes with the same code, data and settings."
 
@@ -132,8 +133,7 @@ class Processes:
         """Ends all processes with one sentence if they differ in some fact.
 
         Args:
-          facts: what must be the same, by names that appear in the sentence. A value that begins with ``blake2b:`` is
-            not shown.
+          facts: what must be the same, by names that appear in the sentence. Hashes are not shown.
           cure: what to do about it.
 
         Raises:
@@ -155,7 +155,7 @@ def _grouped(values: Sequence[str]) -> str:
         holders.setdefault(value, []).append(str(process))
     told = []
     for i, (value, who) in enumerate(holders.items()):
-        shown = f"value {i + 1}" if value.startswith("blake2b:") else value if len(value) < 60 else value[:57] + "..."
+        shown = f"value {i + 1}" if identity.is_hash(value) else value if len(value) < 60 else value[:57] + "..."
         several = len(who) > 1
         listed = f"{', '.join(who[:-1])} and {who[-1]}" if several else who[0]
         told.append(f"{shown} (process{'es' * several} {listed})")

@@ -122,7 +122,8 @@ def test_an_algorithm_that_is_gone_leaves_nothing_behind(compilations):
     dispatcher = Dispatcher(algorithm, planner(run), *started(run))
     dispatcher.planner.on_cpu = False  # so the width is tried, and remembered
     chosen = width.choose(dispatcher, parameters(), 0)
-    fc.train(algorithm, run.data, parameters(), rounds=2, cohort_size=4, clients_per_chunk=chosen)
+    for devices in (None, fc.placement.mesh(clients=1)):
+        fc.train(algorithm, run.data, parameters(), rounds=2, cohort_size=4, clients_per_chunk=chosen, devices=devices)
     fc.sweep(build, {"lr": np.float32([0.1])}, run.data, parameters(), softmax_loss, rounds=1)
     assert compilations
     del algorithm, build, dispatcher
