@@ -6,6 +6,7 @@
 #   make test ARGS=tests/experiments/test_spec.py                      the tests, or some of them
 #   make test PYTHON=python3.12 VENV=.venv-3.12            with another Python
 #   make strict                                            every pair of parts under x64, strict types and debug_nans
+#   make tpu                                               compiles rounds for TPUs, without one: benchmarks/README.md
 #   make docs                                              the site: build/docs/index.html, in a minute or two
 #   make docs FULL=1                                       with tutorials as long as a reader's: half an hour
 #
@@ -18,7 +19,7 @@ pins := pyproject.toml $(wildcard constraints/*.txt)
 install = $(python) -m pip install --quiet --disable-pip-version-check \
   -c "$$($(python) -c 'import sys; print(f"constraints/py3{min(sys.version_info[1], 12)}.txt")')"
 
-.PHONY: demo texts test strict docs lint format wheel clean
+.PHONY: demo texts test strict tpu docs lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(python) -m experiments.run $(ARGS)
@@ -32,6 +33,11 @@ test: $(VENV)/.dev
 
 strict: $(VENV)/.dev
 	FEDJAX_CLIP_STRICT=all $(python) -m pytest -q -n $(WORKERS) tests/laws/test_strict.py $(ARGS)
+
+# No TPU is needed: libtpu compiles for one from shapes. It is 700 MB, and has an environment of its own.
+tpu:
+	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu
+	.venv-tpu/bin/python benchmarks/tpu.py $(ARGS)
 
 # A warning is an error: a link that leads nowhere, a docstring that does not parse, a cell that fails.
 docs: $(VENV)/.docs
@@ -51,7 +57,7 @@ wheel: $(VENV)/.dev
 	$(python) -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-tpu build dist docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -74,6 +80,11 @@ $(VENV)/.demo: $(VENV)/.python $(pins)
 $(VENV)/.dev: $(VENV)/.python $(pins)
 	@echo "Installing what the tests need into $(VENV) (once)"
 	@$(install) -e '.[dev]'
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.tpu: $(VENV)/.python $(pins)
+	@echo "Installing what compiles for TPUs into $(VENV) (once)"
+	@$(install) -e '.[experiments,tpu]'
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.docs: $(VENV)/.python $(pins)

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from fedjax_clip import attacks, clipping, compression, data, extend, local, reduce, uplink
+from fedjax_clip import attacks, clipping, compression, data, extend, local, placement, reduce, uplink
 from fedjax_clip.algorithms import fedopt
 from fedjax_clip.algorithms.broadcast import compressed_broadcast
 from fedjax_clip.algorithms.episode import episode, episode_plus
@@ -50,6 +50,7 @@ __all__ = [
     "models",
     "partially_frozen",
     "partially_private",
+    "placement",
     "plots",
     "privacy",
     "reduce",

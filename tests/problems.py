@@ -16,8 +16,8 @@ from compiling import OPTIMIZED
 import fedjax_clip as fc
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.training import loop
-from fedjax_clip.training.dispatch import scatter
 from fedjax_clip.training.placement import first_replica, pmap_rounds, replicate
+from fedjax_clip.training.states import InMemory
 from fedjax_clip.uplink.base import Uplink
 
 SIZES = (3, 9, 1, 5, 12, 4)
@@ -296,7 +296,7 @@ class Run:
         for round, ids in enumerate(cohorts_ids):
             cohort = edit(self.cohort(ids, round, clients, devices))
             server, states, metrics = step(server, cohort, jax.random.key(SEED))
-            scatter(clients, np.asarray(cohort.ids), states)
+            InMemory(clients).scatter(np.asarray(cohort.ids), states)
             history.append({k: float(v) for k, v in metrics.items()})
         return jax.tree.map(np.asarray, server), clients, history
 

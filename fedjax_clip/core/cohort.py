@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
 
 
@@ -28,7 +29,7 @@ from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
         "total_weight",
         "secret",
     ],
-    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around"],
+    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around", "in_step"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cohort:
@@ -45,7 +46,7 @@ class Cohort:
       batches: pytree of ``[T, B, ...]``, or int32 ``[T, B]`` example numbers if there is a ``population``.
       example_weight: float32 ``[T, B]``, 0 where a batch is padded.
       state: pytree of ``[C, ...]``: the clients' states between rounds.
-      population: pytree of ``[N, ...]`` examples that live on the device, or ``None``.
+      population: the examples that live on the device, a ``Resident`` or a pytree of ``[N, ...]``, or ``None``.
       staleness: int32 ``[C]`` rounds since each client was sent its parameters; ``None`` if no client is stale.
       num_clients: int32 scalar, N, the number of clients in the whole population.
       total_weight: float32 scalar, the sum of all N clients' weights.
@@ -58,6 +59,8 @@ class Cohort:
         ``fc.train``.
       around: ``client_fn -> client_fn``, a wrapper around each client's work, which ``fc.partially_frozen`` and
         ``fc.partially_private`` set inside a round; ``None`` without wrappers.
+      in_step: whether all devices of the mapped axis take equally many turns of each loop. A model that is split over
+        devices needs it, because they exchange parts of it in each turn.
 
     Example:
       >>> ids = np.array([3, 1, 4])
@@ -82,6 +85,7 @@ class Cohort:
     most_steps: int | None = None
     non_finite: str = "drop"
     around: Callable[[Callable], Callable] | None = None
+    in_step: bool = False
 
     def differentiable(self) -> "Cohort":
         """The same clients in loops of a fixed length, so that ``jax.grad`` can differentiate a round.
@@ -110,6 +114,10 @@ class Cohort:
 
         return jax.lax.scan(turn, carry, jnp.arange(most, dtype=jnp.int32))[0]
 
+    def everywhere(self, count: Array) -> Array:
+        """The turns of a loop with ``count`` turns here: the most of all devices, if they go in step."""
+        return jax.lax.pmax(count, self.axis_name) if self.in_step else count
+
     def clients(self, start: Array) -> tuple[Array, ...]:
         """``(id, weight, first, num_steps, state, staleness)`` of the ``width`` clients from slot ``start``."""
         fields = (self.ids, self.weight, self.first, self.num_steps, self.state, self.staleness)
@@ -127,12 +135,8 @@ class Cohort:
         live = weight > 0
         if self.population is not None:
             index = jnp.where(live, batch, batch[0])
-
-            def take(x: Array) -> Array:
-                # Gathers flat examples: otherwise XLA on a CPU may lay them out for a convolution, float by float.
-                return jnp.asarray(x).reshape(len(x), math.prod(x.shape[1:]))[index].reshape(index.shape + x.shape[1:])
-
-            return jax.tree.map(take, self.population), jnp.where(live, weight, 0)
+            # Rows even of plain examples: otherwise XLA on a CPU may lay them out for a convolution, float by float.
+            return Resident.of(self.population)[index], jnp.where(live, weight, 0)
 
         def fill(x: Array) -> Array:
             return jnp.where(live.reshape(live.shape + (1,) * (x.ndim - 1)), x, x[:1])
@@ -181,4 +185,10 @@ class Client:
 
     def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree) -> PyTree:
         """``carry = body(i, carry)`` for each local step i."""
-        return self.cohort.loop(body, carry, self.num_steps, self.cohort.most_steps or 0)
+        turns, run = self.cohort.everywhere(self.num_steps), body
+        if self.cohort.in_step:  # a turn for other devices' sake changes nothing here
+
+            def run(i: Array, carry: PyTree) -> PyTree:
+                return optax.tree.where(i < self.num_steps, body(i, carry), carry)
+
+        return self.cohort.loop(run, carry, turns, self.cohort.most_steps or 0)

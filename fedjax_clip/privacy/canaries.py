@@ -16,7 +16,7 @@ from fedjax_clip.core.types import Algorithm, Array, Metrics, Params, PyTree
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.reduce import Reducer
-from fedjax_clip.training.placement import one_round
+from fedjax_clip.training.rounds import one_round
 from fedjax_clip.training.state import init_state
 
 HUGE = 1e4  # norm of a canary's gradient, far above any clip

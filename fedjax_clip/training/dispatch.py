@@ -15,6 +15,7 @@ from fedjax_clip.core.convolution import warn_slow_convolutions
 from fedjax_clip.core.types import Algorithm, Params, PyTree
 from fedjax_clip.training import placement
 from fedjax_clip.training.planner import Block, Planner
+from fedjax_clip.training.states import ClientStates
 
 Columns = dict[str, np.ndarray]  # a run's metrics by name, [R] each
 
@@ -29,7 +30,7 @@ class Dispatcher:
       algorithm: the algorithm to train.
       planner: plans the blocks.
       server: the server's state, on the host.
-      clients: the clients' states, ``[M, ...]`` on the host; updated in place.
+      clients: the clients' states, on the host; updated in place.
       debug: whether every operation runs uncompiled, see ``fc.train``.
 
     Attributes:
@@ -37,11 +38,13 @@ class Dispatcher:
       clients: the clients' states.
     """
 
-    def __init__(self, algorithm: Algorithm, planner: Planner, server: PyTree, clients: PyTree, debug: bool = False):
+    def __init__(
+        self, algorithm: Algorithm, planner: Planner, server: PyTree, clients: ClientStates, debug: bool = False
+    ):
         self.algorithm, self.planner, self.clients = algorithm, planner, clients
-        self.server = placement.replicate(server, planner.devices)
+        self.server = placement.send_server(server, planner.devices)
         self.key = keys.seeded(planner.seed)
-        make = placement.eager_rounds if debug else placement.pmap_rounds
+        make = placement.eager_rounds if debug else placement.rounds
         self._make: Callable[[Algorithm], Callable[..., Any]] = lambda a: make(a, planner.devices)
         self._run_rounds = self._make(algorithm)
         self._packer = concurrent.futures.ThreadPoolExecutor(1)
@@ -61,7 +64,7 @@ class Dispatcher:
         assert self.algorithm.start is not None
         run_rounds = self._make(self.algorithm._replace(round=self.algorithm.start))
         for block in self.planner.everyone():
-            self.server, columns = self.run(self.server, self.clients, block, run_rounds)
+            self.server, columns = self.run(self.server, block, run_rounds)
             self._started.append(columns)
         self.planner.seconds = math.inf  # the start is not a round, so its time says nothing about one
         return self._started
@@ -80,7 +83,7 @@ class Dispatcher:
 
     def send(self, block: Block) -> None:
         """Has the devices run a block's rounds, and plans the next block while they work."""
-        self.server, self._finish = self._dispatch(self.server, self.clients, block, self._run_rounds)
+        self.server, self._finish = self._dispatch(self.server, block, self._run_rounds)
         self._planned = self._plan_next()
 
     def wait(self) -> Columns:
@@ -90,14 +93,14 @@ class Dispatcher:
             for name in ("bytes_down", "bytes_up", "steps"):
                 columns[name] = columns[name].copy()
                 columns[name][0] += sum(x[name][0] for x in self._started)
-        seconds = (time.perf_counter() - self._began) / len(block.rounds)
+        seconds = self.planner.processes.most((time.perf_counter() - self._began) / len(block.rounds))
         return columns | {"seconds": np.full(len(block.rounds), seconds)}
 
     def run(
-        self, server: PyTree, clients: PyTree, block: Block, run_rounds: Callable[..., Any] | None = None
+        self, server: PyTree, block: Block, run_rounds: Callable[..., Any] | None = None, keep: bool = True
     ) -> tuple[PyTree, Columns]:
-        """Runs one block from the given states, and returns ``(server, metrics)``; ``clients`` is updated in place."""
-        server, finish = self._dispatch(server, clients, block, run_rounds or self._run_rounds)
+        """Runs one block from the given server's state and returns ``(server, metrics)``; a trial keeps no states."""
+        server, finish = self._dispatch(server, block, run_rounds or self._run_rounds, keep)
         return server, finish()[1]
 
     def _plan_next(self) -> Callable[[], Block] | None:
@@ -112,18 +115,19 @@ class Dispatcher:
         return lambda: block
 
     def _dispatch(
-        self, server: PyTree, clients: PyTree, block: Block, run_rounds: Callable[..., Any]
+        self, server: PyTree, block: Block, run_rounds: Callable[..., Any], keep: bool = True
     ) -> tuple[PyTree, Callable[[], tuple[Block, Columns]]]:
         """The server's state after the block (not yet computed), and a function that waits for it."""
-        cohorts = dataclasses.replace(block.cohorts, state=gather(clients, block.ids))
+        cohorts = dataclasses.replace(block.cohorts, state=self.clients.gather(block.ids))
         began = time.perf_counter()
         server, states, report = run_rounds(server, cohorts, self.key, len(block.rounds))
 
         def finish() -> tuple[Block, Columns]:
             # Two dispatches must not be in flight at once: their collectives deadlock on CPU devices.
             columns = placement.first_replica(report)
-            scatter(clients, block.ids, states)
-            self.planner.seconds = min(self.planner.seconds, (time.perf_counter() - began) / len(block.rounds))
+            if keep:
+                self.clients.scatter(block.ids, states)
+            self.planner.took((time.perf_counter() - began) / len(block.rounds))
             return block, columns | block.columns
 
         return server, finish
@@ -138,22 +142,10 @@ class Dispatcher:
 
         cohort = jax.tree.map(shape(2), dataclasses.replace(block.cohorts, population=None))
         # Traced for one client: under vmap every convolution would look grouped, and grouped ones have no remedy.
-        kept = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*cohort.ids.shape, *x.shape[1:]), x.dtype), self.clients)
+        kept = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*cohort.ids.shape, *x.shape[1:]), x.dtype), self.clients.tree
+        )
         population = jax.tree.map(shape(1), self.planner.population)
         cohort = dataclasses.replace(cohort, state=kept, population=population, width=1)
         server = jax.tree.map(shape(1), self.server)
         warn_slow_convolutions(self.algorithm.round, server, cohort, self.key, platform="cpu")
-
-
-def gather(states: PyTree, ids: np.ndarray) -> PyTree:
-    """The states of a block's clients, ``[D, R, C, ...]``."""
-    return jax.tree.map(lambda x: x[np.maximum(ids, 0)], states)
-
-
-def scatter(states: PyTree, ids: np.ndarray, new_states: PyTree) -> None:
-    """Writes the clients' new states into ``states``, ``[M, ...]``."""
-    for old, new in zip(jax.tree.leaves(states), jax.tree.leaves(new_states), strict=True):
-        new = np.asarray(new)
-        for place in np.ndindex(ids.shape[:-1]):
-            here = ids[place][ids[place] >= 0]  # absent clients come last: no copy in between
-            old[here] = new[place][: len(here)]

@@ -16,6 +16,9 @@ from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.loss import batch_loss, example_values
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree, Row
 from fedjax_clip.data.population import FederatedData, check_sets
+from fedjax_clip.placement import Mesh
+from fedjax_clip.training.processes import ALONE, Processes
+from fedjax_clip.training.states import of as states_of
 
 Values: TypeAlias = dict[str, np.ndarray]  # of each example [N]: its loss and what the loss reports besides
 Summary: TypeAlias = Callable[[Values, FederatedData], Mapping[str, float]]
@@ -29,6 +32,7 @@ def evaluator(
     population: FederatedData | None = None,
     summarise: Summary | None = None,
     batch_size: int = 1024,
+    devices: Mesh | None = None,
 ) -> "Evaluator":
     """Evaluates a model on held-out sets: means over all examples, or over the examples of each client.
 
@@ -45,6 +49,8 @@ def evaluator(
       summarise: ``(values of every example {name: [N]}, set) -> {name: score}``, for scores that are not means, such as
         the area under a ROC curve.
       batch_size: examples at a time.
+      devices: a mesh of ``fc.placement.mesh`` for a model that is split over devices; this process's rows share the
+        examples. By default the first device evaluates a whole model.
 
     Returns:
       An ``Evaluator``: ``evaluate(params)``, or ``evaluate(params, clients)`` with the clients' states ``[M, ...]``,
@@ -66,6 +72,7 @@ def evaluator(
     check_sets("sets", sets)
     checks.kind("algorithm", algorithm, Algorithm | None, "an algorithm such as fc.fedavg(...)")
     checks.kind("population", population, FederatedData | None, "the FederatedData that is trained on")
+    checks.kind("devices", devices, Mesh | None, "a mesh such as fc.placement.mesh(clients=4, model=2)")
     batch_size = checks.count("batch_size", batch_size)
     if algorithm is None or algorithm.personal is None:
         algorithm = None
@@ -73,7 +80,7 @@ def evaluator(
         raise InvalidInput(
             "This algorithm's clients have models of their own: give fc.evaluator the population that trains."
         )
-    return Evaluator(per_example_loss, sets, algorithm, population, summarise, batch_size)
+    return Evaluator(per_example_loss, sets, algorithm, population, summarise, batch_size, devices and devices.mine)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +93,7 @@ class Evaluator:
     population: FederatedData | None
     summarise: Summary | None
     batch_size: int
+    devices: Mesh | None  # of this process
 
     def __call__(self, params: Params, clients: PyTree = ()) -> Row:
         """Means over all examples of each set, and what ``summarise`` makes of them.
@@ -97,9 +105,13 @@ class Evaluator:
         Returns:
           ``{"set/loss": ..., "set/name": ...}``.
         """
+        return self.shared(params, clients, ALONE)
+
+    def shared(self, params: Params, clients: PyTree, processes: Processes) -> Row:
+        """The same scores, where each process evaluates its share of the batches and learns the values of all."""
         scores: Row = {}
         for name, data in self.sets.items():
-            values = self.values(name, params, clients)
+            values = self.values(name, params, clients, processes)
             found = {key: _mean(x.astype(np.float64), data.weights) for key, x in values.items()}
             scores |= metrics.prefixed(name, found | dict(self.summarise(values, data) if self.summarise else {}))
         return scores
@@ -123,17 +135,26 @@ class Evaluator:
         return scores
 
     @jax.transfer_guard("allow")
-    def values(self, name: str, params: Params, clients: PyTree = ()) -> Values:
+    def values(self, name: str, params: Params, clients: PyTree = (), processes: Processes = ALONE) -> Values:
         """The values of every example of a set, ``{"loss": [N], name: [N]}``."""
         data = self.sets[name]
         size = min(self.batch_size, max(data.num_examples for data in self.sets.values()))
-        params, parts = jax.device_put(params), []  # once, not with each batch
+        params, parts = self._sent(params), []  # once, not with each batch
         states = self._states(data, params, clients)
-        for start in range(0, data.num_examples, size):
-            index = np.minimum(np.arange(start, start + size), data.num_examples - 1)  # the last one fills the batch
+        turn = size * processes.count  # each process takes one batch in turn
+        for start in range(0, data.num_examples, turn):
+            index = start + size * processes.number + np.arange(size)
+            index = np.minimum(index, data.num_examples - 1)  # the last one fills the batch
             batch = jax.tree.map(lambda x, index=index: x[index], data.examples)
             parts.append(jax.device_get(self._batch(params, states(index), batch)))
-        return {name: np.concatenate([part[name] for part in parts])[: data.num_examples] for name in parts[0]}
+        found = {name: processes.gather(np.stack([part[name] for part in parts])) for name in parts[0]}
+        return {name: np.swapaxes(x, 0, 1).ravel()[: data.num_examples] for name, x in found.items()}
+
+    def _sent(self, params: Params) -> Params:
+        """The parameters on the first device, or split over those of each row."""
+        if self.devices is None:
+            return jax.device_put(params)
+        return jax.tree.map(jax.device_put, params, self.devices.whole(params))
 
     def _states(self, data: FederatedData, params: Params, clients: PyTree) -> Callable[[np.ndarray], PyTree]:
         """The states of the clients that own some examples, by the examples' numbers."""
@@ -142,16 +163,16 @@ class Evaluator:
         number = {self.population.name(c): c for c in range(self.population.num_clients)}
         trained = np.array([number.get(data.name(c), -1) for c in range(data.num_clients)])
         client_of = np.repeat(trained, data.sizes)
-        new = self.algorithm.init_client(params)
+        kept, new = states_of(clients), self.algorithm.init_client(params)
 
         def states(index: np.ndarray) -> PyTree:
             client = client_of[index]
 
-            def state(kept: Any, begin: Any) -> np.ndarray:
+            def state(own: Any, begin: Any) -> np.ndarray:
                 known = (client >= 0).reshape(-1, *[1] * np.ndim(begin))
-                return np.where(known, kept[np.maximum(client, 0)], begin)
+                return np.where(known, own, begin)
 
-            return jax.tree.map(state, clients, new)
+            return jax.tree.map(state, kept.gather(client), new)
 
         return states
 
@@ -162,6 +183,8 @@ class Evaluator:
 
         @jax.jit
         def batch_values(params, states, batch):
+            if self.devices is not None and len(jax.tree.leaves(batch)[0]) % len(self.devices) == 0:
+                batch = jax.lax.with_sharding_constraint(batch, self.devices.sharding())
             if personal is None:
                 return example_values(loss, params, batch, None, len(jax.tree.leaves(batch)[0]))
 

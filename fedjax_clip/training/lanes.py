@@ -12,6 +12,7 @@ import optax
 
 from fedjax_clip.core import keys, metrics, tree
 from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
 from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork, plan_rounds
@@ -19,7 +20,7 @@ from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.training import failures, placement
 from fedjax_clip.training.evaluation import Rows, measure, rows
-from fedjax_clip.training.placement import one_round, run_rounds
+from fedjax_clip.training.rounds import one_round, run_rounds
 from fedjax_clip.training.state import init_state
 
 Build = Callable[[dict[str, Any]], Algorithm]
@@ -188,9 +189,13 @@ class Lanes:
         with _while_tracing():
             state = jax.eval_shape(lambda *args: init_state(build(args[0]), args[1], num_kept), hyper, first.params)
         self.fresh = jax.tree.map(lambda x: np.zeros((len(devices), width, *x.shape), x.dtype), state)
-        sets = {name: (held.examples, rows(held, np.arange(held.num_examples))) for name, held in evaluation.items()}
-        resident = jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *x.shape)), (data.examples, sets))
-        self.population, self.sets = placement.split(resident, devices)
+
+        def resident(data: FederatedData) -> Resident:
+            return Resident.of(data.examples, devices[0].platform)
+
+        sets = {name: (resident(held), rows(held, np.arange(held.num_examples))) for name, held in evaluation.items()}
+        everywhere = jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *x.shape)), (resident(data), sets))
+        self.population, self.sets = placement.split(everywhere, devices)
         self.program = program(build, per_example_loss, num_kept, tuple(devices))
 
     def deal(self, lanes: Sequence[Lane]) -> list[list[list[Lane]]]:

@@ -1,32 +1,85 @@
-"""Rounds over all local devices: the cohort is split, the server replicated, its buffers donated.
+"""Rounds over devices: the cohort is split, the server replicated, its buffers donated.
 
-``run_rounds`` is the one loop over rounds, and ``fc.train`` compiles it by ``pmap_rounds``. A round does not know how
-it is placed: it computes the same under ``jax.jit`` with an unsplit cohort, and under ``jax.shard_map`` with a split
-one.
+Two engines give the same bits. ``pmap_rounds`` is that of one process. ``mesh_rounds``, ``jax.jit`` of
+``jax.shard_map``, also serves devices of several processes, for which ``jax.pmap`` would copy what it is given at each
+call, and models that are split over devices. In several processes each one passes and gets the slices of its own rows.
 """
 
 import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from fedjax_clip.core import checks, tree
+from fedjax_clip.core import checks
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, PyTree
+from fedjax_clip.placement import AXIS, Mesh, mesh
+from fedjax_clip.training.rounds import BY_ROUND, run_rounds
+from fedjax_clip.training.transfers import (
+    Devices,
+    beginning,
+    first_replica,
+    own,
+    own_rows,
+    replicate,
+    send_server,
+    split,
+    split_states,
+)
 
-__all__ = ["first_replica", "local", "pmap_rounds", "replicate", "run_rounds", "split"]
+__all__ = [
+    "beginning",
+    "chosen",
+    "first_replica",
+    "local",
+    "mesh_rounds",
+    "own",
+    "own_rows",
+    "pmap_rounds",
+    "replicate",
+    "rounds",
+    "run_rounds",
+    "send_server",
+    "split",
+    "split_states",
+]
 
-AXIS = "devices"
-Index = Array | int
-Round = Callable[[PyTree, Cohort, Array], tuple[PyTree, PyTree, Metrics]]  # of an algorithm
+NO_CALLBACKS = (
+    "A round that calls the host (fc.reduce.on_host, fc.secure's sums, jax.debug.print) cannot split a model over "
+    "devices: give a mesh of model=1."
+)
+
+Program = Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]
 
 
-def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+def chosen(devices: Iterable[jax.Device] | Mesh | None) -> Devices:
+    """The devices of a run: a list if they are all this process's, else a ``Mesh``.
+
+    Args:
+      devices: ``None`` for all devices, of all processes if there are several.
+
+    Raises:
+      InvalidInput: as ``local``.
+
+    Example:
+      >>> devices = fc.extend.placement.chosen(None)
+    """
+    if isinstance(devices, Mesh):
+        return devices
+    if devices is None and jax.process_count() > 1:
+        return mesh()
+    wanted = local(devices)
+    alone = all(device.process_index == jax.process_index() for device in wanted)
+    return wanted if alone else mesh(devices=wanted)
+
+
+def local(devices: Iterable[jax.Device] | None) -> list[jax.Device]:
     """The devices to use: the given ones, or all local ones.
 
     Args:
@@ -36,13 +89,15 @@ def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
       A list of them.
 
     Raises:
-      InvalidInput: no devices, or one of them twice.
+      InvalidInput: no devices, or one of them twice; a mesh that splits a model.
 
     Example:
       >>> fc.extend.placement.local(None)  # jax.local_devices()
     """
     if devices is None:
         return jax.local_devices()
+    if isinstance(devices, Mesh) and devices.model > 1:
+        raise InvalidInput(f"Only fc.train and fc.evaluator split a model (model={devices.model}): give model=1 here.")
     checks.kind("devices", devices, Iterable, "a list of JAX devices, such as jax.local_devices()")
     devices = list(devices)
     for device in devices:
@@ -52,108 +107,20 @@ def local(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
     return devices
 
 
-class Shelf(NamedTuple):
-    """How a program reads and writes the clients' states between rounds.
-
-    Attributes:
-      read: ``(kept, index of the round, cohort) -> states [C, ...]``.
-      write: ``(kept, index of the round, cohort, states [C, ...]) -> kept``.
-    """
-
-    read: Callable[[PyTree, Index, Cohort], PyTree]
-    write: Callable[[PyTree, Index, Cohort, PyTree], PyTree]
-
-
-def _read_round(kept: PyTree, index: Index, cohort: Cohort) -> PyTree:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), kept)
-
-
-def _write_round(kept: PyTree, index: Index, cohort: Cohort, states: PyTree) -> PyTree:
-    return jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, index, 0), kept, states)
-
-
-def _read_clients(kept: PyTree, index: Index, cohort: Cohort) -> PyTree:
-    return jax.tree.map(lambda x: x[jnp.maximum(cohort.ids, 0)], kept)
-
-
-def _write_clients(kept: PyTree, index: Index, cohort: Cohort, states: PyTree) -> PyTree:
-    def write(xs: Array, x: Array) -> Array:
-        return xs.at[jnp.where(cohort.ids < 0, len(xs), cohort.ids)].set(x, mode="drop")
-
-    return jax.tree.map(write, kept, states)
-
-
-BY_ROUND = Shelf(_read_round, _write_round)  # [R, C, ...]: the host gathered each round's states
-BY_CLIENT = Shelf(_read_clients, _write_clients)  # [M, ...]: all clients' states are on the device
-
-
-def run_rounds(
-    round: Round,
-    state: PyTree,
-    cohorts: Cohort,
-    population: PyTree,
-    key: Array,
-    count: Array | np.int32 | int,
-    shelf: Shelf = BY_CLIENT,
-    axis_name: str | None = None,
-) -> tuple[PyTree, Metrics]:
-    """Runs the first ``count`` of the R rounds that ``cohorts`` plan.
+def rounds(algorithm: Algorithm, devices: Devices) -> Program:
+    """``mesh_rounds`` over a ``Mesh``, ``pmap_rounds`` over a list of devices.
 
     Args:
-      round: an algorithm's round.
-      state: ``(server, kept)``; see ``shelf``.
-      cohorts: ``[R, ...]``, without states.
-      population: examples on the device, or ``None`` if the cohorts hold batches.
-      key: PRNG key of the run.
-      count: int32, at most R.
-      shelf: how ``kept`` is indexed: by client ``[M, ...]``, or by round ``[R, C, ...]``.
-      axis_name: the mapped axis of the devices, if there are several.
-
-    Returns:
-      ``(state, metrics [R, ...])``; metrics of rounds that were not run are 0.
+      algorithm: any ``Algorithm``.
+      devices: from ``chosen``.
 
     Example:
-      >>> work = fc.extend.LocalWork(20)
-      >>> cohorts = fc.extend.plan_rounds(data, [np.array([3, 1, 4])], work, seed=0, first_round=0)
-      >>> cohorts = jax.tree.map(lambda x: x[0], cohorts)  # those of the first device
-      >>> state = algorithm.init(params), algorithm.init_client(params)  # FedAvg's clients keep nothing
-      >>> state, metrics = fc.extend.placement.run_rounds(algorithm.round, state, cohorts, None, key, 1)
+      >>> step = fc.extend.placement.rounds(algorithm, fc.extend.placement.chosen(None))
     """
-
-    def one(state: PyTree, index: Array) -> tuple[PyTree, Metrics]:
-        cohort = _read_round(cohorts, index, cohorts)
-        return one_round(round, state, dataclasses.replace(cohort, axis_name=axis_name), population, key, shelf, index)
-
-    one, (_, metrics) = tree.traced(one, state, 0)
-    reports = jax.tree.map(lambda x: jnp.zeros((cohorts.ids.shape[0], *x.shape), x.dtype), metrics)
-
-    def body(index: Array, carry: tuple[PyTree, Metrics]) -> tuple[PyTree, Metrics]:
-        state, reports = carry
-        state, metrics = one(state, index)
-        return state, _write_round(reports, index, cohorts, metrics)
-
-    return jax.lax.fori_loop(0, count, body, (state, reports))
+    return mesh_rounds(algorithm, devices) if isinstance(devices, Mesh) else pmap_rounds(algorithm, devices)
 
 
-def one_round(
-    round: Round,
-    state: PyTree,
-    cohort: Cohort,
-    population: PyTree,
-    key: Array,
-    shelf: Shelf = BY_CLIENT,
-    index: Index = 0,
-) -> tuple[PyTree, Metrics]:
-    """``(state, metrics)`` after an algorithm's ``round``, or its ``start``, of one cohort; see ``run_rounds``."""
-    server, kept = state
-    own = shelf.read(kept, index, cohort)
-    server, own, metrics = round(server, dataclasses.replace(cohort, state=own, population=population), key)
-    return (server, shelf.write(kept, index, cohort, own)), metrics
-
-
-def pmap_rounds(
-    algorithm: Algorithm, devices: Sequence[jax.Device]
-) -> Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]:
+def pmap_rounds(algorithm: Algorithm, devices: Sequence[jax.Device]) -> Program:
     """Up to R of the algorithm's rounds as one compiled program over ``devices``.
 
     Args:
@@ -164,8 +131,7 @@ def pmap_rounds(
       ``(server, cohorts, key, count) -> (server, client_states, metrics)``. Server and metrics have a leading axis D
       (all replicas are equal, see ``replicate``); ``cohorts`` are R rounds' cohorts, ``[D, R, ...]``
       (``fc.extend.plan_rounds``), of which the first ``count`` are run; client states and metrics are ``[D, R, ...]``.
-      One
-      round and many are the same program, so they give the same bits. The server passed in and the cohorts' client
+      One round and many are the same program, so they give the same bits. The server passed in and the cohorts' client
       states are donated: do not use them again.
 
     Example:
@@ -178,6 +144,31 @@ def pmap_rounds(
       >>> server, client_states, metrics = step(server, cohorts, key, 1)
     """
     return _rounds(algorithm.round, tuple(devices))
+
+
+def mesh_rounds(algorithm: Algorithm, devices: Mesh) -> Program:
+    """``pmap_rounds`` over the D rows of a mesh, some of which may be other processes'.
+
+    Args:
+      algorithm: any ``Algorithm``.
+      devices: a ``Mesh``.
+
+    Returns:
+      A function like that of ``pmap_rounds``. In several processes a host array among the cohorts has the slices of the
+      process's own rows only, in their order, and results are arrays of which it can read its own rows.
+
+    Raises:
+      InvalidInput: (when called) a callback to the host in a round of a model that is split over devices.
+
+    Example:
+      >>> devices = fc.placement.mesh(clients=1)
+      >>> step = fc.extend.placement.mesh_rounds(algorithm, devices)
+      >>> server = fc.extend.placement.replicate(algorithm.init(params), devices)
+      >>> ids = [np.array([3, 1, 4])]
+      >>> cohorts = fc.extend.plan_rounds(data, ids, fc.extend.LocalWork(20), seed=0, first_round=0)
+      >>> server, client_states, metrics = step(server, cohorts, key, 1)
+    """
+    return _mesh_rounds(algorithm.round, devices)
 
 
 def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,6 +197,7 @@ def remembered(make: Callable[..., Any]) -> Callable[..., Any]:
             made[rest] = make(weak, *rest)
         program: Any = functools.partial(made[rest])
         program.made_of = function  # a program keeps its function alive
+        program.lower = getattr(made[rest], "lower", None)
         return program
 
     return find
@@ -219,16 +211,59 @@ def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callab
 
     compiled = _on_each(one_device, devices, num_mapped=4, num_shared=2, donate=(0, 1))
 
-    def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
+    def arguments(server: PyTree, cohorts: Cohort, key: Array, count: int) -> tuple:
         rest = dataclasses.replace(cohorts, state=(), population=None)
-        return compiled(server, cohorts.state, rest, cohorts.population, key, np.int32(count))
+        return server, cohorts.state, rest, cohorts.population, key, np.int32(count)
 
+    def run(*args):
+        return compiled(*arguments(*args))
+
+    run.lower = lambda *args: compiled.lower(*arguments(*args))  # type: ignore[attr-defined]
     return run
 
 
-def eager_rounds(
-    algorithm: Algorithm, devices: Sequence[jax.Device]
-) -> Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]:
+@remembered
+def _mesh_rounds(play: Callable[..., Any], devices: Mesh) -> Callable[..., Any]:
+    def one_row(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
+        server, states, cohorts, population = jax.tree.map(lambda x: x[0], (server, states, cohorts, population))
+        rest = cohorts, population, key, count, BY_ROUND, AXIS, devices.model > 1
+        state, metrics = run_rounds(play, (server, states), *rest)
+        return jax.tree.map(lambda x: x[None], (*state, metrics))
+
+    row, whole = PartitionSpec(AXIS), PartitionSpec()
+    specs = (row, row, row, row, whole, whole)
+    mapped = jax.shard_map(  # manual over rows; within one, XLA divides the work as the parameters lie
+        one_row, mesh=devices.devices, in_specs=specs, out_specs=row, axis_names={AXIS}, check_vma=False
+    )
+
+    def program(*args: PyTree) -> tuple[PyTree, PyTree, Metrics]:
+        server, states, metrics = mapped(*args)
+        if devices.model > 1:  # the state comes back as it came
+            lie = devices.lie(server, server.params, 1), devices.lie(states, server.params, 3)
+            server, states = jax.lax.with_sharding_constraint((server, states), lie)
+        return server, states, metrics
+
+    compiled = jax.jit(program, donate_argnums=(0, 1))
+
+    def arguments(server: PyTree, cohorts: Cohort, key: Array, count: int) -> tuple[PyTree, ...]:
+        states = split_states(cohorts.state, server, devices)
+        rest = split(dataclasses.replace(cohorts, state=(), population=None), devices)
+        return server, states, rest, split(cohorts.population, devices), key, np.int32(count)
+
+    def call(*args: Any) -> tuple[PyTree, PyTree, Metrics]:
+        try:
+            return compiled(*arguments(*args))
+        except NotImplementedError as error:
+            if devices.model > 1 and "callback" in str(error):
+                raise InvalidInput(NO_CALLBACKS) from error
+            raise
+
+    run: Any = call
+    run.lower = lambda *args: compiled.lower(*arguments(*args))  # for its memory analysis
+    return run
+
+
+def eager_rounds(algorithm: Algorithm, devices: Sequence[jax.Device]) -> Program:
     """``pmap_rounds`` on one device without compilation, one client and one operation at a time, for debugging.
 
     Call it under ``jax.disable_jit()``. Plan the cohorts with ``width=1``. Nothing is donated.
@@ -276,6 +311,7 @@ def _on_each(
     def program(*args: PyTree) -> PyTree:
         return mapped(*args)
 
+    program.lower = mapped.lower  # type: ignore[attr-defined] # from shapes, and for devices that are not here
     weakref.finalize(program, _forget, function).atexit = False
     return program
 
@@ -288,55 +324,3 @@ def _forget(function: Callable[..., Any]) -> None:
         _cached_shard_map.evict_function(function)
     except (ImportError, AttributeError):  # another JAX: programs of deleted algorithms then stay in memory
         pass
-
-
-def replicate(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """A copy of every leaf on each device, ``[D, ...]``; nothing is compiled.
-
-    Args:
-      values: arrays of any shape.
-      devices: D local devices.
-
-    Example:
-      >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
-    """
-    sharding = _sharding(tuple(devices))
-
-    def copies(x: Any) -> Array:
-        # Each device gets its own copy: a round donates it, and a CPU device would otherwise share the host's array.
-        each = [jax.device_put(np.array(x)[None], device) for device in devices]
-        return jax.make_array_from_single_device_arrays((len(each), *each[0].shape[1:]), sharding, each)
-
-    return jax.tree.map(copies, values)
-
-
-def split(values: PyTree, devices: Sequence[jax.Device]) -> PyTree:
-    """Sends host arrays ``[D, ...]`` to the devices, a slice to each, without waiting. Arrays already there stay.
-
-    Args:
-      values: host arrays ``[D, ...]``.
-      devices: D local devices.
-
-    Example:
-      >>> on_devices = fc.extend.placement.split(cohorts, jax.local_devices()[:1])
-    """
-    return jax.device_put(values, _sharding(tuple(devices)))
-
-
-@functools.lru_cache(maxsize=16)
-def _sharding(devices: tuple[jax.Device, ...]) -> jax.sharding.NamedSharding:
-    mesh = jax.sharding.Mesh(np.array(devices), (AXIS,))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
-
-
-def first_replica(values: PyTree) -> PyTree:
-    """The first device's copy of each leaf as a NumPy array, without the leading axis.
-
-    Args:
-      values: arrays ``[D, ...]`` with a slice on each device.
-
-    Example:
-      >>> server = fc.extend.placement.replicate(algorithm.init(params), jax.local_devices())
-      >>> params = fc.extend.placement.first_replica(server.params)
-    """
-    return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)).reshape(x.shape[1:]), values)

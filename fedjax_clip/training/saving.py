@@ -10,10 +10,10 @@ import jax
 
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import InvalidInput
-from fedjax_clip.training import identity, placement
+from fedjax_clip.training import identity, placement, states
 from fedjax_clip.training.dispatch import Dispatcher
 from fedjax_clip.training.settings import Settings
-from fedjax_clip.training.state import State, client_states
+from fedjax_clip.training.state import State
 
 
 class Saver:
@@ -41,11 +41,16 @@ class Saver:
           InvalidInput: a checkpoint that is damaged, of another run, or of more rounds than this run's.
         """
         run = self.run
-        clients = client_states(run.algorithm, run.params, run.data.num_clients)
-        if run.sampler.replacement and jax.tree.leaves(clients):
+        with placement.beginning(run.devices):
+            alike = states.alike(run.algorithm, run.params, run.data.num_clients)
+            server = run.algorithm.init(run.params)
+        if run.sampler.replacement and jax.tree.leaves(alike):
             raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
-        state = State(run.algorithm.init(run.params), clients, self.identity)
-        start, state = (run.checkpoints and run.checkpoints.restore(state)) or (0, state)
+        state = State(server, alike, self.identity)
+        found = None if run.checkpoints is None else run.checkpoints.restore(state)
+        if found is None:
+            found = 0, state._replace(clients=states.begun(alike, getattr(run.checkpoints, "place", None)).tree)
+        start, state = found
         identity.check("The checkpoint", state.run, self.identity)
         if start > run.rounds:
             raise InvalidInput(
@@ -65,7 +70,7 @@ class Saver:
     def state(self, dispatcher: Dispatcher) -> State:
         """The state to resume from, with the width that the run began with."""
         run = self.identity | {"width": dispatcher.planner.width}
-        return State(placement.first_replica(dispatcher.server), dispatcher.clients, run)
+        return State(placement.first_replica(dispatcher.server), dispatcher.clients.tree, run)
 
     def save(self, done: int, dispatcher: Dispatcher, stop: bool) -> None:
         """Saves the state after ``done`` rounds if a checkpoint is due, at the end, or if the run stops."""

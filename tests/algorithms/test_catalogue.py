@@ -12,8 +12,8 @@ from problems import assert_close, assert_identical
 
 import fedjax_clip as fc
 from fedjax_clip import clipping, uplink
-from fedjax_clip.training.dispatch import scatter
 from fedjax_clip.training.loop import client_states
+from fedjax_clip.training.states import InMemory
 from fedjax_clip.uplink.base import Context
 
 N, BATCH, SIZES = 5, 2, (4, 8, 2, 6, 4)  # full batches, so that means over batches are means over examples
@@ -52,7 +52,7 @@ def run(algorithm, rounds=ROUNDS, scale=1.0):
             data, np.array(ids), fc.extend.LocalWork(BATCH, shuffle=False), seed=0, round=r, state=clients
         )
         server, states, metrics = step(server, jax.tree.map(lambda x: x[0], cohort), jax.random.key(0))
-        scatter(clients, cohort.ids, jax.tree.map(lambda x: x[None], states))
+        InMemory(clients).scatter(cohort.ids, jax.tree.map(lambda x: x[None], states))
         assert metrics["dropped"] == 0
         out.append(np.asarray(server.params["w"]))
     return np.array(out)

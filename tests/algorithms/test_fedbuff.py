@@ -7,8 +7,8 @@ import pytest
 from problems import assert_close, assert_identical, leaky_error_feedback, parameters, population, softmax_loss
 
 import fedjax_clip as fc
-from fedjax_clip.training.dispatch import scatter
 from fedjax_clip.training.loop import client_states
+from fedjax_clip.training.states import InMemory
 
 # Seven buffers with a ring of three: it goes round more than twice. Clients come again, and some are staler than the
 # rounds done so far: nobody has sent them anything but x_0.
@@ -64,7 +64,7 @@ def run(algorithm, buffers=BUFFERS, staleness=STALENESS):
         options = {"seed": 0, "first_round": r, "least": (4, 12), "state": clients}  # one shape: compiled once
         cohort = fc.extend.plan_rounds(data, [np.array(ids)], work, staleness=late, **options)
         server, states, metrics = step(server, jax.tree.map(lambda x: x[0, 0], cohort), jax.random.key(0))
-        scatter(clients, cohort.ids, jax.tree.map(lambda x: x[None, None], states))
+        InMemory(clients).scatter(cohort.ids, jax.tree.map(lambda x: x[None, None], states))
         xs.append(np.asarray(server.params["w"]))
         history.append(metrics)
     return np.array(xs), clients, history

@@ -13,8 +13,8 @@ from problems import assert_close
 
 import fedjax_clip as fc
 from fedjax_clip import clipping, compression, uplink
-from fedjax_clip.training.dispatch import scatter
 from fedjax_clip.training.loop import client_states
+from fedjax_clip.training.states import InMemory
 
 SIZES, DIM, LR, TAU = np.array([4, 8, 2, 6, 4]), 3, 0.1, 0.4
 N = len(SIZES)
@@ -59,7 +59,7 @@ def run(algorithm, cohorts=COHORTS, begin=True):
         flat = jax.tree.map(lambda x: x[0, 0], cohort)
         server, states, metrics = function(server, flat, jax.random.key(0))
         assert metrics["dropped"] == 0
-        scatter(clients, cohort.ids[0], jax.tree.map(lambda x: x[None], states))
+        InMemory(clients).scatter(cohort.ids[0], jax.tree.map(lambda x: x[None], states))
         saved.append(jax.tree.map(np.array, (server, clients)))
         return server
 

@@ -12,8 +12,8 @@ from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, on
 
 import fedjax_clip as fc
 from fedjax_clip.core.secret import Secret
-from fedjax_clip.training.dispatch import scatter
 from fedjax_clip.training.placement import AXIS, pmap_rounds, replicate, split
+from fedjax_clip.training.states import InMemory
 
 FEW = ["fedavg", "fedavg, stateful link", "fedadam, clipped update"]
 
@@ -56,7 +56,7 @@ def test_replicas_stay_equal_and_the_second_round_does_not_compile():
     for round in range(3):
         cohort = run.cohort([4, 1, 3], round, clients, len(devices))
         server, states, _ = step(server, one_round(cohort), jax.random.key(0), 1)
-        scatter(clients, cohort.ids[:, None], states)
+        InMemory(clients).scatter(cohort.ids[:, None], states)
     for leaf in jax.tree.leaves(server):
         assert_identical(np.asarray(leaf), np.broadcast_to(np.asarray(leaf)[:1], leaf.shape))
 
