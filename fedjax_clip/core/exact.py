@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.core import tree
-from fedjax_clip.core.types import Array, InvalidInput
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 BITS = 13  # of a bin
-MOST = 2**17  # numbers in a sum: their digits, of up to 2^13 each, fit into int32
+MOST = 2**18  # numbers in a sum: their digits, of up to 2^12 each, fit into int32
 NOT_FINITE = 2**20  # the bin of NaN and infinity, above all others
 
 
@@ -104,8 +104,17 @@ def rounded(total: Sum, axis_name: str | None = None) -> Array:
     return jnp.where(top < NOT_FINITE, _rounded(levels, total.dtype) * _unit(lowest, total.dtype), jnp.nan)
 
 
+def finished(totals: PyTree, axis_name: str | None = None) -> PyTree:
+    """A pytree of sums over all devices: each ``Sum`` as ``rounded``, the other arrays added up as they are."""
+    leaves, structure = jax.tree.flatten(totals, is_leaf=lambda x: isinstance(x, Sum))
+    arrays = [x for x in leaves if not isinstance(x, Sum)]
+    rest = iter(arrays if axis_name is None else jax.lax.psum(arrays, axis_name))
+    done = [rounded(x, axis_name) if isinstance(x, Sum) else next(rest) for x in leaves]
+    return jax.tree.unflatten(structure, done)
+
+
 def _limbs(dtype: np.dtype) -> int:
-    return 1 + -(-jnp.finfo(dtype).nmant // BITS)  # 3 for float32, 5 for float64: the top bin may hold one bit only
+    return 1 + -(-jnp.finfo(dtype).nmant // BITS)  # 3 for float32, 5 for float64
 
 
 def _bias(dtype: np.dtype) -> int:
@@ -117,11 +126,14 @@ def _word(dtype: np.dtype, unsigned: bool = False) -> np.dtype:
 
 
 def _bin(largest: Array) -> Array:
-    """The bin of a number's first bit, int32; no lower than one with L - 1 bins below that floats can scale."""
+    """The lowest bin in which a number's digit is at most 2^12, and with L - 1 bins below that floats can scale; int32.
+
+    So a number that is rounded to a higher bin rounds to 0, as if its own bin had gone before it came.
+    """
     dtype = largest.dtype
     bits = jax.lax.bitcast_convert_type(largest, _word(dtype))  # without a sign
     exponent = (bits >> jnp.finfo(dtype).nmant).astype(jnp.int32)  # from 0
-    return jnp.where(exponent > 2 * _bias(dtype), NOT_FINITE, jnp.maximum(exponent // BITS, _limbs(dtype)))
+    return jnp.where(exponent > 2 * _bias(dtype), NOT_FINITE, jnp.maximum((exponent + 1) // BITS, _limbs(dtype)))
 
 
 def _bins(top: Array, count: int) -> Array:
