@@ -76,5 +76,5 @@ def seconds(dispatcher: Dispatcher, width: int, round: int) -> float:
             if "RESOURCE_EXHAUSTED" in str(error):
                 return math.inf
             raise
-        took.append(time.perf_counter() - began)
+        took.append(planner.processes.most(time.perf_counter() - began))
     return min(took[1:])
