@@ -166,7 +166,7 @@ def exchange(
     message = jax.tree.map(lambda m: m[0], messages)
     roster = Roster(jnp.asarray(cohort.ids), jax.random.fold_in(key, 3))  # the key beside the three it was split into
     acc = reducer.zero(message, roster)
-    num_chunks = -(-tree.count(cohort.ids >= 0) // cohort.width)
+    num_chunks = cohort.everywhere(-(-tree.count(cohort.ids >= 0) // cohort.width))
     start = acc, cohort.state, jnp.full(NAMED, -1, jnp.int32), report
     acc, client_states, bad, report = cohort.loop(body, start, num_chunks, len(cohort.ids) // cohort.width)
 

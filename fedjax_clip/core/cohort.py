@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
@@ -28,7 +29,7 @@ from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
         "total_weight",
         "secret",
     ],
-    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around"],
+    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around", "in_step"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cohort:
@@ -58,6 +59,8 @@ class Cohort:
         ``fc.train``.
       around: ``client_fn -> client_fn``, a wrapper around each client's work, which ``fc.partially_frozen`` and
         ``fc.partially_private`` set inside a round; ``None`` without wrappers.
+      in_step: whether all devices of the mapped axis take equally many turns of each loop. A model that is split over
+        devices needs it, because they exchange parts of it in each turn.
 
     Example:
       >>> ids = np.array([3, 1, 4])
@@ -82,6 +85,7 @@ class Cohort:
     most_steps: int | None = None
     non_finite: str = "drop"
     around: Callable[[Callable], Callable] | None = None
+    in_step: bool = False
 
     def differentiable(self) -> "Cohort":
         """The same clients in loops of a fixed length, so that ``jax.grad`` can differentiate a round.
@@ -109,6 +113,10 @@ class Cohort:
             return jax.lax.cond(i < count, lambda c: body(i, c), lambda c: c, carry), None
 
         return jax.lax.scan(turn, carry, jnp.arange(most, dtype=jnp.int32))[0]
+
+    def everywhere(self, count: Array) -> Array:
+        """The turns of a loop with ``count`` turns here: the most of all devices, if they go in step."""
+        return jax.lax.pmax(count, self.axis_name) if self.in_step else count
 
     def clients(self, start: Array) -> tuple[Array, ...]:
         """``(id, weight, first, num_steps, state, staleness)`` of the ``width`` clients from slot ``start``."""
@@ -177,4 +185,10 @@ class Client:
 
     def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree) -> PyTree:
         """``carry = body(i, carry)`` for each local step i."""
-        return self.cohort.loop(body, carry, self.num_steps, self.cohort.most_steps or 0)
+        turns, run = self.cohort.everywhere(self.num_steps), body
+        if self.cohort.in_step:  # a turn for other devices' sake changes nothing here
+
+            def run(i: Array, carry: PyTree) -> PyTree:
+                return optax.tree.where(i < self.num_steps, body(i, carry), carry)
+
+        return self.cohort.loop(run, carry, turns, self.cohort.most_steps or 0)
