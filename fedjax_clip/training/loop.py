@@ -147,7 +147,7 @@ def train(
     eagerly = jax.disable_jit() if debug else contextlib.nullcontext()
     # A user may forbid implicit transfers; the driver's own transfers are intended.
     with jax.transfer_guard("allow"), failures.Explained(data, debug), eagerly:
-        with processes.together(devices).together():
+        with processes.joined(devices).together():
             run = settings.checked(
                 *(algorithm, data, params),
                 rounds=rounds,
@@ -193,6 +193,7 @@ def train(
                 saver.save(done, dispatcher, stop)
                 if stop:
                     break
+        owned.finish(dispatcher.clients)
         state = saver.state(dispatcher)
         return Result(state.server.params, state, history)
 
