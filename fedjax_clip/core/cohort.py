@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_clip.core.loops import Loops, packing
 from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
 
@@ -28,7 +29,7 @@ from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
         "total_weight",
         "secret",
     ],
-    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around"],
+    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around", "loops"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cohort:
@@ -58,6 +59,7 @@ class Cohort:
         ``fc.train``.
       around: ``client_fn -> client_fn``, a wrapper around each client's work, which ``fc.partially_frozen`` and
         ``fc.partially_private`` set inside a round; ``None`` without wrappers.
+      loops: how the loops of a round are compiled, which does not change its results.
 
     Example:
       >>> ids = np.array([3, 1, 4])
@@ -82,6 +84,7 @@ class Cohort:
     most_steps: int | None = None
     non_finite: str = "drop"
     around: Callable[[Callable], Callable] | None = None
+    loops: Loops = Loops()  # noqa: RUF009 (it is immutable)
 
     def differentiable(self) -> "Cohort":
         """The same clients in loops of a fixed length, so that ``jax.grad`` can differentiate a round.
@@ -100,15 +103,34 @@ class Cohort:
         """
         return dataclasses.replace(self, most_steps=int(np.max(self.num_steps, initial=0)))
 
-    def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree, count: Array, most: int) -> PyTree:
+    @property
+    def buckets(self) -> tuple[tuple[int, int | None], ...]:
+        """``((chunks, steps), ...)`` of the loops over clients, ``None`` for steps that are not known."""
+        return self.loops.buckets or ((len(self.ids) // self.width, self.most_steps),)
+
+    def loop(
+        self, body: Callable[[Array, PyTree], PyTree], carry: PyTree, count: Array | np.int32 | int, most: int
+    ) -> PyTree:
         """``carry = body(i, carry)`` for ``i < count``, which is at most ``most``; differentiable if the cohort is."""
         if self.most_steps is None:
-            return jax.lax.fori_loop(0, count, body, carry)
+            return self._fori_loop(body, carry, np.int32(count) if isinstance(count, int) else count)
 
         def turn(carry: PyTree, i: Array) -> tuple[PyTree, None]:
             return jax.lax.cond(i < count, lambda c: body(i, c), lambda c: c, carry), None
 
         return jax.lax.scan(turn, carry, jnp.arange(most, dtype=jnp.int32))[0]
+
+    def _fori_loop(
+        self, body: Callable[[Array, PyTree], PyTree], carry: PyTree, end: Array | np.int32, live: Array | None = None
+    ) -> PyTree:
+        """A loop of ``end`` turns, of which those from ``live`` on change nothing."""
+        pack, unpack = packing(carry) if self.loops.packed else (lambda x: x, lambda x: x)
+
+        def turn(i: Array, old: PyTree) -> PyTree:
+            new = pack(body(i, unpack(old)))
+            return new if live is None else jax.tree.map(lambda new, old: jnp.where(i < live, new, old), new, old)
+
+        return unpack(jax.lax.fori_loop(0, end, turn, pack(carry)))
 
     def clients(self, start: Array) -> tuple[Array, ...]:
         """``(id, weight, first, num_steps, state, staleness)`` of the ``width`` clients from slot ``start``."""
@@ -147,6 +169,7 @@ class Client:
       num_steps: int32 scalar, the number of its batches.
       state: its ``ClientState`` between rounds.
       cohort: the cohort that holds its batches.
+      most: the number of turns of its loop, at least ``num_steps``, if that is known when the round is compiled.
 
     Example:
       >>> def client_fn(params, client, key):  # sends the sum of its examples' weights
@@ -161,6 +184,7 @@ class Client:
     state: PyTree
     staleness: Array
     cohort: Cohort
+    most: int | None = dataclasses.field(default=None, kw_only=True)
 
     def batch(self, step: Array) -> tuple[Batch, Array]:
         """The batch ``[B, ...]`` of a local step and its example weights ``[B]`` (0 where padded)."""
@@ -168,13 +192,18 @@ class Client:
 
     def only(self, steps: int) -> "Client":
         """This client with its first ``steps`` batches."""
-        return dataclasses.replace(self, num_steps=jnp.minimum(self.num_steps, steps))
+        most = None if self.most is None else min(self.most, steps)
+        return dataclasses.replace(self, num_steps=jnp.minimum(self.num_steps, steps), most=most)
 
     def after(self, steps: int) -> "Client":
         """This client without its first ``steps`` batches."""
         skipped = jnp.minimum(self.num_steps, steps)
-        return dataclasses.replace(self, first=self.first + skipped, num_steps=self.num_steps - skipped)
+        most = None if self.most is None else max(self.most - steps, 0)
+        return dataclasses.replace(self, first=self.first + skipped, num_steps=self.num_steps - skipped, most=most)
 
     def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree) -> PyTree:
         """``carry = body(i, carry)`` for each local step i."""
-        return self.cohort.loop(body, carry, self.num_steps, self.cohort.most_steps or 0)
+        if self.most is None or self.cohort.most_steps is not None:
+            return self.cohort.loop(body, carry, self.num_steps, self.most or 0)
+        # Beyond its last step a client reads other rows, in vain.
+        return self.cohort._fori_loop(body, carry, np.int32(self.most), self.num_steps)
