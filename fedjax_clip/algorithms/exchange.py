@@ -169,7 +169,7 @@ def exchange(
     message = jax.tree.map(lambda m: m[0], messages)
     roster = Roster(jnp.asarray(cohort.ids), jax.random.fold_in(key, 3))  # the key beside the three it was split into
     acc = reducer.zero(message, roster)
-    num_chunks = -(-tree.count(cohort.ids >= 0) // cohort.width)
+    num_chunks = cohort.everywhere(-(-tree.count(cohort.ids >= 0) // cohort.width))
     carry, done = (acc, cohort.state, jnp.full(NAMED, -1, jnp.int32), report), 0
     for (turns, _), (chunk, _) in zip(cohort.buckets, traced, strict=True):
         count = turns if cohort.loops.buckets else num_chunks

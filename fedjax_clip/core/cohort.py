@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fedjax_clip.core.loops import Loops, packing
 from fedjax_clip.core.resident import Resident
@@ -29,7 +30,7 @@ from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
         "total_weight",
         "secret",
     ],
-    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around", "loops"],
+    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around", "in_step", "loops"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cohort:
@@ -59,6 +60,8 @@ class Cohort:
         ``fc.train``.
       around: ``client_fn -> client_fn``, a wrapper around each client's work, which ``fc.partially_frozen`` and
         ``fc.partially_private`` set inside a round; ``None`` without wrappers.
+      in_step: whether all devices of the mapped axis take equally many turns of each loop. A model that is split over
+        devices needs it, because they exchange parts of it in each turn.
       loops: how the loops of a round are compiled, which does not change its results.
 
     Example:
@@ -84,6 +87,7 @@ class Cohort:
     most_steps: int | None = None
     non_finite: str = "drop"
     around: Callable[[Callable], Callable] | None = None
+    in_step: bool = False
     loops: Loops = Loops()  # noqa: RUF009 (it is immutable)
 
     def differentiable(self) -> "Cohort":
@@ -109,28 +113,33 @@ class Cohort:
         return self.loops.buckets or ((len(self.ids) // self.width, self.most_steps),)
 
     def loop(
-        self, body: Callable[[Array, PyTree], PyTree], carry: PyTree, count: Array | np.int32 | int, most: int
+        self,
+        body: Callable[[Array, PyTree], PyTree],
+        carry: PyTree,
+        count: Array | np.int32 | int,
+        most: int,
+        live: Array | None = None,
     ) -> PyTree:
-        """``carry = body(i, carry)`` for ``i < count``, which is at most ``most``; differentiable if the cohort is."""
-        if self.most_steps is None:
-            return self._fori_loop(body, carry, np.int32(count) if isinstance(count, int) else count)
+        """``carry = body(i, carry)`` for ``i < count``, which is at most ``most``; differentiable if the cohort is.
 
-        def turn(carry: PyTree, i: Array) -> tuple[PyTree, None]:
-            return jax.lax.cond(i < count, lambda c: body(i, c), lambda c: c, carry), None
-
-        return jax.lax.scan(turn, carry, jnp.arange(most, dtype=jnp.int32))[0]
-
-    def _fori_loop(
-        self, body: Callable[[Array, PyTree], PyTree], carry: PyTree, end: Array | np.int32, live: Array | None = None
-    ) -> PyTree:
-        """A loop of ``end`` turns, of which those from ``live`` on change nothing."""
+        Turns from ``live`` on, for other devices' sake or because the length is known, change nothing.
+        """
         pack, unpack = packing(carry) if self.loops.packed else (lambda x: x, lambda x: x)
 
         def turn(i: Array, old: PyTree) -> PyTree:
             new = pack(body(i, unpack(old)))
-            return new if live is None else jax.tree.map(lambda new, old: jnp.where(i < live, new, old), new, old)
+            return new if live is None else optax.tree.where(i < live, new, old)
 
-        return unpack(jax.lax.fori_loop(0, end, turn, pack(carry)))
+        def or_not(old: PyTree, i: Array) -> tuple[PyTree, None]:
+            return jax.lax.cond(i < count, lambda c: turn(i, c), lambda c: c, old), None
+
+        if self.most_steps is None:
+            return unpack(jax.lax.fori_loop(0, np.int32(count) if type(count) is int else count, turn, pack(carry)))
+        return unpack(jax.lax.scan(or_not, pack(carry), jnp.arange(most, dtype=jnp.int32))[0])
+
+    def everywhere(self, count: Array) -> Array:
+        """The turns of a loop with ``count`` turns here: the most of all devices, if they go in step."""
+        return jax.lax.pmax(count, self.axis_name) if self.in_step else count
 
     def clients(self, start: Array) -> tuple[Array, ...]:
         """``(id, weight, first, num_steps, state, staleness)`` of the ``width`` clients from slot ``start``."""
@@ -203,7 +212,10 @@ class Client:
 
     def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree) -> PyTree:
         """``carry = body(i, carry)`` for each local step i."""
-        if self.most is None or self.cohort.most_steps is not None:
-            return self.cohort.loop(body, carry, self.num_steps, self.most or 0)
-        # Beyond its last step a client reads other rows, in vain.
-        return self.cohort._fori_loop(body, carry, np.int32(self.most), self.num_steps)
+        turns: Array | np.int32 = self.num_steps
+        live = None
+        if self.most is not None and self.cohort.most_steps is None:
+            turns, live = np.int32(self.most), self.num_steps
+        elif self.cohort.in_step:
+            turns, live = self.cohort.everywhere(turns), self.num_steps
+        return self.cohort.loop(body, carry, turns, self.most or 0, live)

@@ -16,7 +16,7 @@ so the family is closed and derivatives of every order are fast. Convolutions wi
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from fedjax_clip.core.types import Array, InvalidInput
 _MARK = "fedjax_clip_convolution"  # names the jitted calls below, so that warn_slow_convolutions recognises them
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-Lowering = Literal["auto", "canonical", "xla"]
+Lowering = Literal["auto", "canonical", "unrolled", "xla"]
 Pairs = tuple[tuple[int, int], ...]
 
 
@@ -69,7 +69,7 @@ def conv_general_dilated(
       dimension_numbers, feature_group_count, batch_group_count: as ``jax.lax.conv_general_dilated`` takes them.
       precision, preferred_element_type: as ``jax.lax.conv_general_dilated`` takes them.
       lowering: ``"auto"``: the fast form on a CPU, XLA's convolution elsewhere; ``"canonical"`` or ``"xla"``: one of
-        them on every platform, to compare.
+        them on every platform, to compare; ``"unrolled"``: as ``"canonical"``, without its loop under ``vmap``.
 
     Returns:
       ``[B, *spatial_out, O]``.
@@ -80,8 +80,8 @@ def conv_general_dilated(
     Example:
       >>> layer = nn.Conv(32, (3, 3), conv_general_dilated=fc.models.conv_general_dilated)  # what ``fc.models.Conv`` is
     """
-    if lowering not in ("auto", "canonical", "xla"):
-        raise InvalidInput(f"lowering is 'auto', 'canonical' or 'xla', not {lowering!r}")
+    if lowering not in get_args(Lowering):
+        raise InvalidInput(f"lowering is 'auto', 'canonical', 'unrolled' or 'xla', not {lowering!r}")
     rank = lhs.ndim - 2
     ones = (1,) * rank
     fits = (
@@ -214,7 +214,7 @@ def _plain(spec: _Spec, lhs: Array, rhs: Array) -> Array:
 
 
 def _choose(spec: _Spec, canonical: Callable, xla: Callable, *args: Array) -> Any:
-    if spec.lowering == "canonical":
+    if spec.lowering != "auto":
         return canonical(*args)
     return jax.lax.platform_dependent(*args, cpu=canonical, default=xla)
 
@@ -236,8 +236,8 @@ def _sequential(spec: _Spec) -> Callable[[Array, Array], Array]:
             kernels = jnp.moveaxis(rhs, 0, -2)
             out = conv(lhs, kernels.reshape(*kernels.shape[:-2], -1))
             return jnp.moveaxis(out.reshape(*out.shape[:-1], axis_size, -1), -2, 0), True
-        if axis_size == 1:
-            return conv(lhs[0], rhs[0])[None], True
+        if axis_size == 1 or spec.lowering == "unrolled":
+            return jnp.stack([conv(lhs[i], rhs[i]) for i in range(axis_size)]), True
         return jax.lax.map(lambda both: conv(*both), (lhs, rhs)), True
 
     return conv

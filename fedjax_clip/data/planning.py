@@ -155,6 +155,7 @@ def plan_rounds(
     state: PyTree = ClientState((), ()),  # noqa: B008 (it is immutable)
     staleness: Sequence[np.ndarray] | None = None,
     loops: Loops = Loops(),  # noqa: B008 (it is immutable)
+    only: Sequence[int] | None = None,
 ) -> Cohort:
     """``plan`` for several rounds at once, for ``fc.extend.placement.pmap_rounds``.
 
@@ -167,9 +168,11 @@ def plan_rounds(
       staleness: of the clients of each round, ``[K_r]``.
       loops: how a round's loops are compiled. Its ``buckets`` are those of an earlier plan, or ``()`` for any. This
         plan has the same if they waste at most 5% of its steps, else others, or ``None``.
+      only: L places of the devices whose batches are wanted, such as those of one process; all by default. Clients are
+        assigned to all D devices in any case.
 
     Returns:
-      A ``Cohort`` of NumPy arrays ``[D, R, C, ...]`` and ``[D, R, T, B, ...]``, each round padded to the largest.
+      A ``Cohort`` of NumPy arrays ``[D, R, C, ...]`` and ``[L, R, T, B, ...]``, each round padded to the largest.
 
     Example:
       >>> sampler = fc.data.sampling.uniform(8)
@@ -200,38 +203,25 @@ def plan_rounds(
     bins, place = num_devices * length, device * length + round  # each device's rows of each round
     used = np.bincount(place, weights=num_steps, minlength=bins).astype(np.int64)
     first = np.cumsum(num_steps) - num_steps - (np.cumsum(used) - used)[place]
-    shape = num_devices, length, max(least[1], _round_up(int(used.max()))), work.largest_batch(data.sizes)
+    wanted = list(range(num_devices) if only is None else only)
+    shape = len(wanted), length, max(least[1], _round_up(int(used.max()))), work.largest_batch(data.sizes)
     if math.prod(shape) > MOST_NUMBERS:
         raise InvalidInput(
             f"{length} rounds at a time, of up to {used.max():,} local steps of {shape[-1]:,} examples on a device, "
             "are too many to plan: lower local_epochs, local_steps, the cohort's size or rounds_per_dispatch."
         )
 
-    # A client passes over its examples once or more, perhaps only in part the last time. Every pass has its own order.
-    passes = -(-num_steps // per_epoch)
-    client = np.repeat(np.arange(len(ids)), passes)
-    number = _places(passes)
-    size = data.sizes[ids][client]
-    steps = np.minimum(per_epoch[client], num_steps[client] - number * per_epoch[client])
-    begin = data.offsets[ids][client]  # in the population, or in the shuffled copy of the cohort's example numbers
-    if work.shuffle:
-        shuffled = draws.shuffles(size, seed, first_round + round[client], ids[client], number)
-        shuffled += np.repeat(begin, size)
-        begin = np.cumsum(size) - size
-    own, place_in_batch = np.repeat(batch_size[client], steps)[:, None], np.arange(shape[-1])
-    position = _places(steps)[:, None] * own + place_in_batch
-    live = (position < np.repeat(size, steps)[:, None]) & (place_in_batch < own)
-    example = np.repeat(begin, steps)[:, None] + np.minimum(position, np.repeat(size - 1, steps)[:, None])
-    if work.shuffle:
-        example = shuffled[example]
-
+    here = np.isin(device, wanted)
+    parts = (x[here] for x in (ids, round, batch_size, per_epoch, num_steps))
+    example, live = _batches(data, work, seed, first_round, shape[-1], *parts)
+    ends = np.cumsum(used.reshape(num_devices, length)[wanted])[:-1]
     index = np.zeros(shape, np.int64 if population is None else np.int32)
     weight = np.zeros(shape, np.float32)
     for out, rows in (
         (index, example),
         (weight, live if data.weights is None else np.where(live, data.weights[example], 0)),
     ):
-        for lane, part in zip(out.reshape(bins, *shape[2:]), np.split(rows, np.cumsum(used)[:-1]), strict=True):
+        for lane, part in zip(out.reshape(-1, *shape[2:]), np.split(rows, ends), strict=True):
             lane[: len(part)] = part
 
     def slots(values: np.ndarray, empty: int, dtype: type) -> np.ndarray:
@@ -260,6 +250,39 @@ def plan_rounds(
         num_clients=np.full((num_devices, length), data.num_clients, np.int32),
         total_weight=np.full((num_devices, length), data.client_weights.sum(dtype=np.float64), np.float32),
     )
+
+
+def _batches(
+    data: FederatedData,
+    work: LocalWork,
+    seed: int,
+    first_round: int,
+    largest: int,
+    ids: np.ndarray,
+    round: np.ndarray,
+    batch_size: np.ndarray,
+    per_epoch: np.ndarray,
+    num_steps: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Example numbers of these clients' batches, one after the other, and which are not padding; ``[rows, B]`` each."""
+    # A client passes over its examples once or more, perhaps only in part the last time. Every pass has its own order.
+    passes = -(-num_steps // per_epoch)
+    client = np.repeat(np.arange(len(ids)), passes)
+    number = _places(passes)
+    size = data.sizes[ids][client]
+    steps = np.minimum(per_epoch[client], num_steps[client] - number * per_epoch[client])
+    begin = data.offsets[ids][client]  # in the population, or in the shuffled copy of the cohort's example numbers
+    if work.shuffle:
+        shuffled = draws.shuffles(size, seed, first_round + round[client], ids[client], number)
+        shuffled += np.repeat(begin, size)
+        begin = np.cumsum(size) - size
+    own, place_in_batch = np.repeat(batch_size[client], steps)[:, None], np.arange(largest)
+    position = _places(steps)[:, None] * own + place_in_batch
+    live = (position < np.repeat(size, steps)[:, None]) & (place_in_batch < own)
+    example = np.repeat(begin, steps)[:, None] + np.minimum(position, np.repeat(size - 1, steps)[:, None])
+    if work.shuffle:
+        example = shuffled[example]
+    return example, live
 
 
 def wasted_steps(cohort: Cohort) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
-from fedjax_clip.models.conv import Conv, max_pool_2x2
+from fedjax_clip.models.conv import Conv
 
 
 class CNN(nn.Module):
@@ -25,8 +25,8 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        for width in self.channels:
-            x = nn.relu(Conv(width, (3, 3), padding="VALID")(x))
-        x = max_pool_2x2(x)
+        for layer, width in enumerate(self.channels, 1):
+            pooled = layer == len(self.channels)
+            x = Conv(width, (3, 3), padding="VALID", activation=nn.relu, max_pool=pooled)(x)
         x = nn.relu(nn.Dense(self.dense)(x.reshape(x.shape[0], -1)))
         return nn.Dense(self.num_outputs)(x)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedjax_clip.core import checks, files
 from fedjax_clip.core.types import InvalidInput
-from fedjax_clip.training import identity
+from fedjax_clip.training import identity, states
 from fedjax_clip.training.state import State
 
 
@@ -57,10 +57,8 @@ class Checkpoints:
         """
         if (step := self.newest()) is None:
             return None
-        path = self.directory / str(step)
+        path, clients = self.directory / str(step), template.clients
         files.check_fits(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
-        names, leaves = _named(template)
-        asked = [[name, list(x.shape), str(x.dtype)] for name, x in zip(names, leaves)]
         try:
             record = self._read(step, "record", "JsonRestore")
             run = record["run"]
@@ -69,6 +67,11 @@ class Checkpoints:
         except Exception as error:  # Orbax raises whatever its layers raise
             raise InvalidInput(self._damaged(step)) from error
         identity.check(f"The checkpoint {path}", run, template.run)
+        on_disk = any(name.startswith("clients") and shape[:1] == [0] for name, shape, *_ in record["leaves"])
+        if on_disk:
+            template = template._replace(clients=states.layout(clients))
+        names, leaves = _named(template)
+        asked = [[name, list(x.shape), str(x.dtype)] for name, x in zip(names, leaves)]
         for saved, wanted in zip([leaf[:3] for leaf in record["leaves"]], asked):
             if saved != wanted:
                 (has, shape, kind), (want, size, type) = saved, wanted
@@ -92,13 +95,28 @@ class Checkpoints:
         for (name, *_, digest), array in zip(record["leaves"], arrays):
             if identity.digest(array) != digest:
                 raise InvalidInput(self._damaged(step, name))
-        server, clients = jax.tree.unflatten(jax.tree.structure(template[:2]), arrays)
-        return step, template._replace(server=server, clients=clients, run=run)
+        server, found = jax.tree.unflatten(jax.tree.structure(template[:2]), arrays)
+        if on_disk:
+            rows = states.OnDisk(clients, self.place())
+            try:
+                rows.restore(step, self._steps())
+            except (OSError, ValueError) as error:
+                raise InvalidInput(self._damaged(step)) from error
+            found = rows.tree
+        return step, template._replace(server=server, clients=found, run=run)
 
     def save(self, round: int, state: State) -> None:
         """Saves the state after ``round`` rounds; returns when it is on disk."""
         import orbax.checkpoint as ocp
 
+        manager, clients = self._open(), states.of(state.clients)
+        if isinstance(clients, states.OnDisk):
+            if clients.directory != self.place():
+                raise InvalidInput(
+                    f"{clients} cannot be saved to {self.directory}: give these checkpoints to fc.train."
+                )
+            clients.save(round)
+            state = state._replace(clients=states.layout(clients.tree))
         names, leaves = _named(state)
         described = [[n, list(x.shape), str(x.dtype), identity.digest(x)] for n, x in zip(names, leaves)]
         record = {"run": dict(state.run), "leaves": described}
@@ -106,12 +124,23 @@ class Checkpoints:
         items = {"record": ocp.args.JsonSave(record)}
         if kept := _keyed(leaves):
             items["arrays"] = ocp.args.StandardSave(kept)
-        manager = self._open()
         manager.save(round, args=ocp.args.Composite(**items), force=True)
         manager.wait_until_finished()
+        if isinstance(clients, states.OnDisk):
+            clients.spare(self._steps())
+
+    def place(self) -> pathlib.Path:
+        """The directory of clients' states that are too large for memory; made if it is missing."""
+        self._open()
+        path = self.directory / "clients"
+        path.mkdir(self.mode, exist_ok=True)
+        return path
 
     def _steps(self) -> list[int]:
-        return list(self._open().all_steps()) if self.directory.exists() else []
+        if not self.directory.exists():
+            return []
+        self._open().reload()  # another process may have saved
+        return list(self._open().all_steps())
 
     def _read(self, step: int, item: str, how: str, *like: Any) -> Any:
         import orbax.checkpoint as ocp

@@ -93,7 +93,7 @@ class Dispatcher:
             for name in ("bytes_down", "bytes_up", "steps"):
                 columns[name] = columns[name].copy()
                 columns[name][0] += sum(x[name][0] for x in self._started)
-        seconds = (time.perf_counter() - self._began) / len(block.rounds)
+        seconds = self.planner.processes.most((time.perf_counter() - self._began) / len(block.rounds))
         return columns | {"seconds": np.full(len(block.rounds), seconds)}
 
     def run(
@@ -127,7 +127,7 @@ class Dispatcher:
             columns = placement.first_replica(report)
             if keep:
                 self.clients.scatter(block.ids, states)
-            self.planner.seconds = min(self.planner.seconds, (time.perf_counter() - began) / len(block.rounds))
+            self.planner.took((time.perf_counter() - began) / len(block.rounds))
             return block, columns | block.columns
 
         return server, finish

@@ -17,6 +17,7 @@ from fedjax_clip.core.loss import batch_loss, example_values
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree, Row
 from fedjax_clip.data.population import FederatedData, check_sets
 from fedjax_clip.placement import Mesh
+from fedjax_clip.training.processes import ALONE, Processes
 from fedjax_clip.training.states import of as states_of
 
 Values: TypeAlias = dict[str, np.ndarray]  # of each example [N]: its loss and what the loss reports besides
@@ -104,9 +105,13 @@ class Evaluator:
         Returns:
           ``{"set/loss": ..., "set/name": ...}``.
         """
+        return self.shared(params, clients, ALONE)
+
+    def shared(self, params: Params, clients: PyTree, processes: Processes) -> Row:
+        """The same scores, where each process evaluates its share of the batches and learns the values of all."""
         scores: Row = {}
         for name, data in self.sets.items():
-            values = self.values(name, params, clients)
+            values = self.values(name, params, clients, processes)
             found = {key: _mean(x.astype(np.float64), data.weights) for key, x in values.items()}
             scores |= metrics.prefixed(name, found | dict(self.summarise(values, data) if self.summarise else {}))
         return scores
@@ -130,17 +135,20 @@ class Evaluator:
         return scores
 
     @jax.transfer_guard("allow")
-    def values(self, name: str, params: Params, clients: PyTree = ()) -> Values:
+    def values(self, name: str, params: Params, clients: PyTree = (), processes: Processes = ALONE) -> Values:
         """The values of every example of a set, ``{"loss": [N], name: [N]}``."""
         data = self.sets[name]
         size = min(self.batch_size, max(data.num_examples for data in self.sets.values()))
         params, parts = self._sent(params), []  # once, not with each batch
         states = self._states(data, params, clients)
-        for start in range(0, data.num_examples, size):
-            index = np.minimum(np.arange(start, start + size), data.num_examples - 1)  # the last one fills the batch
+        turn = size * processes.count  # each process takes one batch in turn
+        for start in range(0, data.num_examples, turn):
+            index = start + size * processes.number + np.arange(size)
+            index = np.minimum(index, data.num_examples - 1)  # the last one fills the batch
             batch = jax.tree.map(lambda x, index=index: x[index], data.examples)
             parts.append(jax.device_get(self._batch(params, states(index), batch)))
-        return {name: np.concatenate([part[name] for part in parts])[: data.num_examples] for name in parts[0]}
+        found = {name: processes.gather(np.stack([part[name] for part in parts])) for name in parts[0]}
+        return {name: np.swapaxes(x, 0, 1).ravel()[: data.num_examples] for name, x in found.items()}
 
     def _sent(self, params: Params) -> Params:
         """The parameters on the first device, or split over those of each row."""

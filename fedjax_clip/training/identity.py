@@ -43,7 +43,17 @@ def identify(
         "num_examples": described(data.num_examples),
     }
     shapes = {f"field {name!r}": f"{x.dtype}{list(x.shape[1:])}" for name, x in data.fields().items()}
-    return settings | shapes | {name: _HASH + value for name, value in hashes(data).items()}
+    return settings | shapes | {name: hashed(value) for name, value in hashes(data).items()}
+
+
+def hashed(value: str) -> str:
+    """A hash as a part of an identity; an error names what it is of, and does not show it."""
+    return _HASH + value
+
+
+def is_hash(value: object) -> bool:
+    """Whether a part of an identity is ``hashed``."""
+    return str(value).startswith(_HASH)
 
 
 def hashes(data: FederatedData) -> dict[str, str]:
@@ -76,7 +86,7 @@ def check(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> 
         held, asked = found.get(name), expected.get(name)
         if held == asked:
             continue
-        if str(held or asked).startswith(_HASH):
+        if is_hash(held or asked):
             raise InvalidInput(
                 f"{where} is of a run on other data: {name} have changed. Go on with the old data, name another "
                 "directory, or remove this one."

@@ -12,7 +12,7 @@ from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import Algorithm, Params, Row
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.training import failures, placement, settings, states, width
+from fedjax_clip.training import agreement, failures, owned, placement, processes, settings, states, width
 from fedjax_clip.training.dispatch import Columns, Dispatcher
 from fedjax_clip.training.planner import Planner
 from fedjax_clip.training.saving import Saver
@@ -69,10 +69,15 @@ def train(
     secret: Secret | None = None,
     debug: bool = False,
 ) -> Result:
-    """Trains for a number of rounds, each one compiled program over all local devices.
+    """Trains for a number of rounds, each one compiled program over all devices.
 
     Training the same ``algorithm`` object again, with another seed for example, reuses its compiled programs. They are
     freed with the object.
+
+    After ``jax.distributed.initialize`` all processes train one model together, on the devices of all. Every process
+    calls ``fc.train`` with the same arguments, and gets the same result. A difference between them, or an error in one,
+    ends all with a sentence. ``on_round`` is called in every process with the same rows; a stop that one process asks
+    for stops all. Give ``devices=jax.local_devices()`` to train in one process alone.
 
     The result is a function of (algorithm, data, params, seed, secret). Resuming changes no bit of it. Client order,
     chunks and the number of devices change it by rounding only.
@@ -105,10 +110,10 @@ def train(
       checkpoint_every: rounds from one save to the next.
       on_round: called with each round's row.
       should_stop: asked after each dispatch; if true, the state is saved and training ends early.
-      devices: devices to use; all local ones by default.
+      devices: devices to use, or ``fc.placement.mesh(...)``; by default all, of all processes.
       clients_per_chunk: clients that a device trains at once. By default, on a CPU: 1, or up to all of them if the
-        model is smaller than 64 KiB. On a GPU or TPU a short trial before the first round finds the fastest number. A
-        resumed run keeps the number that it began with.
+        model is smaller than 64 KiB. On a GPU or TPU up to 16, as many as fit in the memory on the chip; 1 for a
+        model with convolutions on a GPU. A resumed run keeps the number that it began with.
       rounds_per_dispatch: how many rounds are sent to the devices at once. By default, from the second dispatch on, as
         many as take 0.1 seconds. A dispatch ends where an evaluation or a checkpoint is due. ``on_round`` and
         ``should_stop`` are called after each dispatch: give 1 to have them called after every round. The number changes
@@ -142,29 +147,32 @@ def train(
     eagerly = jax.disable_jit() if debug else contextlib.nullcontext()
     # A user may forbid implicit transfers; the driver's own transfers are intended.
     with jax.transfer_guard("allow"), failures.Explained(data, debug), eagerly:
-        run = settings.checked(
-            *(algorithm, data, params),
-            rounds=rounds,
-            cohort_size=cohort_size,
-            sampler=sampler,
-            work=(batch_size, local_epochs, local_steps, shuffle),
-            seed=seed,
-            evaluate=evaluate,
-            eval_every=eval_every,
-            checkpoints=checkpoints,
-            checkpoint_every=checkpoint_every,
-            on_round=on_round,
-            should_stop=should_stop,
-            devices=devices,
-            clients_per_chunk=clients_per_chunk,
-            rounds_per_dispatch=rounds_per_dispatch,
-            non_finite=non_finite,
-            secret=secret,
-            debug=debug,
-        )
-        saver, watch, history = Saver(run), Watch(run.algorithm, run.params, run.data), list[Row]()
+        with processes.together(devices).together():
+            run = settings.checked(
+                *(algorithm, data, params),
+                rounds=rounds,
+                cohort_size=cohort_size,
+                sampler=sampler,
+                work=(batch_size, local_epochs, local_steps, shuffle),
+                seed=seed,
+                evaluate=evaluate,
+                eval_every=eval_every,
+                checkpoints=checkpoints,
+                checkpoint_every=checkpoint_every,
+                on_round=on_round,
+                should_stop=should_stop,
+                devices=devices,
+                clients_per_chunk=clients_per_chunk,
+                rounds_per_dispatch=rounds_per_dispatch,
+                non_finite=non_finite,
+                secret=secret,
+                debug=debug,
+            )
+            saver, watch, history = Saver(run), Watch(run.algorithm, run.params, run.data), list[Row]()
+        agreement.check(run, saver.identity)
         start, state = saver.restore()
         with (
+            states.of(state.clients).held(),
             _dispatcher(run, start, state, saver.secret(start), watch) as dispatcher,
             saver.interrupts() as interrupted,
         ):
@@ -177,9 +185,11 @@ def train(
                 if run.evaluated_after(done):
                     rows[-1] |= run.scores(placement.first_replica(dispatcher.server.params), dispatcher.clients.tree)
                 history += rows
-                for row in rows:
-                    run.on_round(row)
-                stop = run.should_stop() or interrupted()
+                with run.processes.together():
+                    for row in rows:
+                        run.on_round(row)
+                    stop = run.should_stop() or interrupted()
+                stop = run.processes.any(stop)
                 saver.save(done, dispatcher, stop)
                 if stop:
                     break
@@ -192,9 +202,10 @@ def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None, 
     alone = run.debug or bool(jax.tree.leaves(state.clients))
     length = 1 if alone else run.rounds_per_dispatch
     planner = Planner(run.data, run.sampler, run.work, run.devices, run.seed, length, run.non_finite, secret)
-    dispatcher = Dispatcher(run.algorithm, planner, state.server, states.of(state.clients), run.debug)
+    clients = owned.shared(states.of(state.clients), run.processes)
+    dispatcher = Dispatcher(run.algorithm, planner, state.server, clients, run.debug)
     wanted = 1 if run.debug else run.clients_per_chunk or int(state.run.get("width", 0))
-    planner.width = min(wanted, run.data.num_clients) if wanted else width.choose(dispatcher, run.params, start)
+    planner.width = min(wanted, run.data.num_clients) if wanted else width.choose(planner, run.params, start)
     if start == 0 and run.algorithm.start is not None:
         for columns in dispatcher.start():
             watch.check(columns, range(1))

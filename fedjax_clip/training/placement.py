@@ -50,6 +50,11 @@ __all__ = [
     "split_states",
 ]
 
+NO_CALLBACKS = (
+    "A round that calls the host (fc.reduce.on_host, fc.secure's sums, jax.debug.print) cannot split a model over "
+    "devices: give a mesh of model=1."
+)
+
 Program = Callable[[PyTree, Cohort, Array, int], tuple[PyTree, PyTree, Metrics]]
 
 
@@ -152,6 +157,9 @@ def mesh_rounds(algorithm: Algorithm, devices: Mesh) -> Program:
       A function like that of ``pmap_rounds``. In several processes a host array among the cohorts has the slices of the
       process's own rows only, in their order, and results are arrays of which it can read its own rows.
 
+    Raises:
+      InvalidInput: (when called) a callback to the host in a round of a model that is split over devices.
+
     Example:
       >>> devices = fc.placement.mesh(clients=1)
       >>> step = fc.extend.placement.mesh_rounds(algorithm, devices)
@@ -218,7 +226,8 @@ def _rounds(play: Callable[..., Any], devices: tuple[jax.Device, ...]) -> Callab
 def _mesh_rounds(play: Callable[..., Any], devices: Mesh) -> Callable[..., Any]:
     def one_row(server: PyTree, states: PyTree, cohorts: Cohort, population: PyTree, key: Array, count: Array):
         server, states, cohorts, population = jax.tree.map(lambda x: x[0], (server, states, cohorts, population))
-        state, metrics = run_rounds(play, (server, states), cohorts, population, key, count, BY_ROUND, AXIS)
+        rest = cohorts, population, key, count, BY_ROUND, AXIS, devices.model > 1
+        state, metrics = run_rounds(play, (server, states), *rest)
         return jax.tree.map(lambda x: x[None], (*state, metrics))
 
     row, whole = PartitionSpec(AXIS), PartitionSpec()
@@ -241,7 +250,15 @@ def _mesh_rounds(play: Callable[..., Any], devices: Mesh) -> Callable[..., Any]:
         rest = split(dataclasses.replace(cohorts, state=(), population=None), devices)
         return server, states, rest, split(cohorts.population, devices), key, np.int32(count)
 
-    run: Any = lambda *args: compiled(*arguments(*args))  # noqa: E731
+    def call(*args: Any) -> tuple[PyTree, PyTree, Metrics]:
+        try:
+            return compiled(*arguments(*args))
+        except NotImplementedError as error:
+            if devices.model > 1 and "callback" in str(error):
+                raise InvalidInput(NO_CALLBACKS) from error
+            raise
+
+    run: Any = call
     run.lower = lambda *args: compiled.lower(*arguments(*args))  # for its memory analysis
     return run
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from fedjax_clip.data.planning import LocalWork, plan_rounds, wasted_steps
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.training import placement
+from fedjax_clip.training.processes import Processes
 
 RESIDENT_BYTES = 2**29  # populations up to this size live on every CPU device, on others up to a quarter of its memory
 LONGEST = 64  # rounds in a block at most, by default
@@ -27,7 +28,10 @@ BLOCK_SECONDS = 0.1  # a block takes no longer: so metrics and a stop come in ti
 
 
 class Block(NamedTuple):
-    """Planned rounds: client numbers ``[D, R, C]`` and columns ``[R]`` on the host, cohorts on the devices."""
+    """Planned rounds: everybody's client numbers ``[D, R, C]`` and columns ``[R]`` on the host, cohorts on the devices.
+
+    Each process plans all rounds, and lays out what its own devices read.
+    """
 
     rounds: range
     ids: np.ndarray
@@ -45,6 +49,7 @@ class Planner:
       secret: the source of noise and cohorts in place of the seed.
 
     Attributes:
+      processes: those that drive the devices.
       turns: the clients of each round.
       resident: whether the population lives on the devices; blocks are then example numbers only.
       length: the most rounds in a block.
@@ -65,6 +70,7 @@ class Planner:
         secret: Secret | None = None,
     ):
         self.data, self.work, self.devices, self.seed, self.non_finite = data, work, devices, seed, non_finite
+        self.processes = Processes(devices)
         hidden = None if secret is None else secret.seed()
         self.turns = Timeline(
             sampler, World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed, hidden)
@@ -72,9 +78,11 @@ class Planner:
         self.words = None if secret is None else secret.words()
         self.on_cpu, self.launches = devices[0].platform == "cpu", devices[0].platform in LAUNCHES
         self._layouts: dict[int, list[Buckets | None]] = {}  # of loops of known length, by width, as they were found
-        memory = (devices[0].memory_stats() or {}).get("bytes_limit", 4 * RESIDENT_BYTES)
+        own = devices[self.processes.own[0]]
+        memory = (own.memory_stats() or {}).get("bytes_limit", 4 * RESIDENT_BYTES)
         most = RESIDENT_BYTES if self.on_cpu else memory // 4
-        self.resident = sum(x.nbytes for x in data.fields().values()) <= most
+        large = sum(x.nbytes for x in data.fields().values()) > most
+        self.resident = not self.processes.any(large)
         rows = Resident.of(data.examples, devices[0].platform) if self.resident else None
         self.population = placement.replicate(rows, devices)
         self.width, self.least, self.seconds = 1, (0, 0), math.inf
@@ -87,6 +95,11 @@ class Planner:
         length = self.length if self.fixed else min(self.length, max(1, int(BLOCK_SECONDS / self.seconds)))
         due = [rounds.start + e - rounds.start % e for e in every if e]
         return range(rounds.start, min(rounds.start + length, rounds.stop, *due))
+
+    def took(self, seconds: float) -> None:
+        """Learns the pace, from the time that a round took; the slowest process counts."""
+        if not self.fixed and self.length > 1:
+            self.seconds = min(self.seconds, self.processes.most(seconds))
 
     def plan(self, rounds: range) -> Block:
         """These rounds, on the devices or on their way."""
@@ -110,6 +123,8 @@ class Planner:
         ids = np.asarray(cohorts.ids)
         columns = {name: np.array([turn.metrics[name] for turn in turns]) for name in turns[0].metrics}
         columns["wasted_steps"] = wasted_steps(cohorts)
+        if self.processes.count > 1:
+            cohorts = self._own(cohorts)
         # A single CPU device takes the numbers with the call itself.
         if not (self.on_cpu and self.resident and len(self.devices) == 1):
             cohorts = placement.split(cohorts, self.devices)
@@ -131,9 +146,17 @@ class Planner:
             population=self.population,
             staleness=[turn.staleness for turn in turns if turn.staleness is not None] or None,
             loops=Loops(packed=True, buckets=known, whole=whole) if self.launches else Loops(),
+            only=self.processes.own,
         )
         secret = None if self.words is None else np.tile(self.words, (len(self.devices), self.length, 1))
         return dataclasses.replace(planned, non_finite=self.non_finite, secret=secret)
+
+    def _own(self, cohorts: Cohort) -> Cohort:
+        """What this process's devices read. Their batches are planned alone already."""
+        planned: dict[str, Any] = {name: getattr(cohorts, name) for name in ("batches", "example_weight", "population")}
+        nothing: dict[str, Any] = dict.fromkeys(planned)
+        slots = jax.tree.map(lambda x: x[self.processes.own], dataclasses.replace(cohorts, **nothing))
+        return dataclasses.replace(slots, **planned)
 
     def _longest(self) -> int:
         cohort = self._cohorts([self.turns[0]], 0)

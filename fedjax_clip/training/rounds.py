@@ -65,6 +65,7 @@ def run_rounds(
     count: Array | np.int32 | int,
     shelf: Shelf = BY_CLIENT,
     axis_name: str | None = None,
+    in_step: bool = False,
 ) -> tuple[PyTree, Metrics]:
     """Runs the first ``count`` of the R rounds that ``cohorts`` plan.
 
@@ -77,6 +78,7 @@ def run_rounds(
       count: int32, at most R.
       shelf: how ``kept`` is indexed: by client ``[M, ...]``, or by round ``[R, C, ...]``.
       axis_name: the mapped axis of the devices, if there are several.
+      in_step: whether they take equally many turns of each loop; see ``Cohort``.
 
     Returns:
       ``(state, metrics [R, ...])``; metrics of rounds that were not run are 0.
@@ -88,11 +90,12 @@ def run_rounds(
       >>> state = algorithm.init(params), algorithm.init_client(params)  # FedAvg's clients keep nothing
       >>> state, metrics = fc.extend.placement.run_rounds(algorithm.round, state, cohorts, None, key, 1)
     """
+    placed = {"axis_name": axis_name, "in_step": in_step}
     population = None if population is None else Resident.of(population)  # outside the loops: at most one copy
 
     def one(state: PyTree, index: Array) -> tuple[PyTree, Metrics]:
         cohort = _read_round(cohorts, index, cohorts)
-        return one_round(round, state, dataclasses.replace(cohort, axis_name=axis_name), population, key, shelf, index)
+        return one_round(round, state, dataclasses.replace(cohort, **placed), population, key, shelf, index)
 
     one, (_, metrics) = tree.traced(one, state, 0)
     reports = jax.tree.map(lambda x: jnp.zeros((cohorts.ids.shape[0], *x.shape), x.dtype), metrics)

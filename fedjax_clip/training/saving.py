@@ -10,10 +10,10 @@ import jax
 
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import InvalidInput
-from fedjax_clip.training import identity, placement
+from fedjax_clip.training import identity, placement, states
 from fedjax_clip.training.dispatch import Dispatcher
 from fedjax_clip.training.settings import Settings
-from fedjax_clip.training.state import State, client_states
+from fedjax_clip.training.state import State
 
 
 class Saver:
@@ -42,12 +42,15 @@ class Saver:
         """
         run = self.run
         with placement.beginning(run.devices):
-            clients = client_states(run.algorithm, run.params, run.data.num_clients)
+            alike = states.alike(run.algorithm, run.params, run.data.num_clients)
             server = run.algorithm.init(run.params)
-        if run.sampler.replacement and jax.tree.leaves(clients):
+        if run.sampler.replacement and jax.tree.leaves(alike):
             raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
-        state = State(server, clients, self.identity)
-        start, state = (run.checkpoints and run.checkpoints.restore(state)) or (0, state)
+        state = State(server, alike, self.identity)
+        found = None if run.checkpoints is None else run.checkpoints.restore(state)
+        if found is None:
+            found = 0, state._replace(clients=states.begun(alike, getattr(run.checkpoints, "place", None)).tree)
+        start, state = found
         identity.check("The checkpoint", state.run, self.identity)
         if start > run.rounds:
             raise InvalidInput(

@@ -1,6 +1,7 @@
 """A run's settings: the arguments of ``fc.train``, checked once."""
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from fedjax_clip.data.population import FederatedData, check_alike, check_fields
 from fedjax_clip.training import placement, watch
 from fedjax_clip.training.checkpoint import Checkpoints
 from fedjax_clip.training.evaluation import Evaluator
+from fedjax_clip.training.processes import Processes
 from fedjax_clip.training.state import State
 
 Evaluate = Callable[[Params], Mapping[str, float]] | Evaluator
@@ -55,6 +57,11 @@ class Settings:
     secret: Secret | None
     debug: bool
 
+    @functools.cached_property
+    def processes(self) -> Processes:
+        """Those that train together."""
+        return Processes(self.devices)
+
     @property
     def due(self) -> tuple[int, int]:
         """Rounds between evaluations, and between saves; 0 for never."""
@@ -67,15 +74,20 @@ class Settings:
     def scores(self, params: Params, clients: PyTree) -> Row:
         """The evaluation's scores, ``{"eval/name": value}``."""
         assert self.evaluate is not None
-        own = isinstance(self.evaluate, Evaluator)
-        scores = self.evaluate(params, clients) if own else self.evaluate(params)  # type: ignore[call-arg]
-        checks.kind("What an evaluation returns", scores, Mapping, "numbers by name")
-        try:
-            return {f"eval/{name}": float(value) for name, value in scores.items()}
-        except (TypeError, ValueError):
-            raise InvalidInput(
-                f"An evaluation must return one number for each name, not {checks.shown(scores)}."
-            ) from None
+        if isinstance(self.evaluate, Evaluator):
+            return _numbered(self.evaluate.shared(params, clients, self.processes))
+        with self.processes.together():
+            scores = _numbered(self.evaluate(params))
+        return self.processes.first(scores)
+
+
+def _numbered(scores: Any) -> Row:
+    """An evaluation's scores, ``{"eval/name": value}``."""
+    checks.kind("What an evaluation returns", scores, Mapping, "numbers by name")
+    try:
+        return {f"eval/{name}": float(value) for name, value in scores.items()}
+    except (TypeError, ValueError):
+        raise InvalidInput(f"An evaluation must return one number for each name, not {checks.shown(scores)}.") from None
 
 
 def checked(
@@ -141,6 +153,8 @@ def checked(
     if algorithm.parts is not None and isinstance(sampler, sampling.Sampler):
         reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
     local_work, devices = LocalWork(*work), placement.chosen(devices)
+    if debug and Processes(devices).count > 1:
+        raise InvalidInput("debug=True runs in one process: give devices=jax.local_devices().")
     with placement.beginning(devices):
         meet = algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work)
     if meet:

@@ -1,22 +1,29 @@
 """The states of all clients between two rounds, of which a round reads and writes its cohort's."""
 
+import contextlib
+import pathlib
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
 import numpy as np
 
-from fedjax_clip.core.types import PyTree
+from fedjax_clip.core import tree as trees
+from fedjax_clip.core.types import Algorithm, Params, PyTree
+from fedjax_clip.training.rows import Leaf, OnDisk, layout
+
+MEMORY_BYTES = 2**30  # states up to this size lie in memory, larger ones in a file
+
+__all__ = ["ClientStates", "InMemory", "OnDisk", "alike", "begun", "layout", "of"]
 
 
 class ClientStates(Protocol):
-    """The states of all M clients of a run.
+    """The states of all M clients of a run."""
 
-    Attributes:
-      tree: the states as ``State.clients`` shows them: one state's structure, and leaves that read like arrays
-        ``[M, ...]``.
-    """
-
-    tree: PyTree
+    @property
+    def tree(self) -> PyTree:
+        """The states as ``State.clients`` shows them: leaves that read like arrays ``[M, ...]``."""
+        ...
 
     def gather(self, ids: np.ndarray) -> PyTree:
         """The states of these clients, ``[*ids.shape, ...]``; of any client where the number is -1."""
@@ -24,6 +31,14 @@ class ClientStates(Protocol):
 
     def scatter(self, ids: np.ndarray, new: PyTree) -> None:
         """Keeps these clients' new states, ``[*ids.shape, ...]``, but those of number -1, which come last in a row."""
+        ...
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which no other run writes these states, nor reads what a run writes in it.
+
+        Raises:
+          InvalidInput: another run holds them.
+        """
         ...
 
 
@@ -43,7 +58,29 @@ class InMemory:
                 here = ids[place][ids[place] >= 0]  # absent clients come last: no copy in between
                 old[here] = leaf[place][: len(here)]
 
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
 
 def of(tree: PyTree) -> ClientStates:
     """The states that ``State.clients`` shows."""
-    return InMemory(tree)
+    first = next(iter(jax.tree.leaves(tree)), None)
+    return first.states if isinstance(first, Leaf) else InMemory(tree)
+
+
+def alike(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
+    """The states in which all clients begin, ``[M, ...]``: views of one state, which take no memory."""
+    state = algorithm.init_client(trees.as_arrays(params))
+    return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (num_clients, *np.shape(x))), state)
+
+
+def begun(alike: PyTree, place: Callable[[], pathlib.Path] | None = None) -> ClientStates:
+    """The states before round 0: in memory, or on disk if they are too large for that.
+
+    Args:
+      alike: from the function of this name.
+      place: names the directory of states on disk; by default they lie in a temporary file.
+    """
+    if sum(x.nbytes for x in jax.tree.leaves(alike)) > MEMORY_BYTES:
+        return OnDisk(alike, place and place())
+    return InMemory(jax.tree.map(lambda x: np.array(x, order="C"), alike))

@@ -149,9 +149,12 @@ def test_an_unknown_lowering_is_refused():
 
 def test_every_lowering_is_the_same():
     args = ((1, 1), "SAME", None, None, CHANNELS_LAST)
-    results = [next(both((2, 6, 6, 2), (3, 3, 2, 3), *args, lowering=name)) for name in ("auto", "canonical", "xla")]
-    same(results[0], results[1])
-    same(results[0], results[2])
+    first, *rest = (
+        next(both((4, 2, 6, 6, 2), (4, 3, 3, 2, 3), *args, lowering=name, wrap=jax.vmap))
+        for name in ("auto", "canonical", "unrolled", "xla")
+    )
+    for other in rest:
+        same(first, other)
 
 
 def test_another_platform_keeps_xla_s_convolution():
@@ -162,6 +165,18 @@ def test_another_platform_keeps_xla_s_convolution():
     text = run.trace(x, w).lower(lowering_platforms=("tpu",)).as_text()
     assert "[f, 0, 1, b]" in text  # XLA's own gradient to the kernel
     assert "[f, 0, 1, b]" not in run.trace(x, w).lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_a_program_for_a_tpu_computes_in_blocks():
+    x, layer = normal(2, 8, 8, 2), Conv(5, (3, 3), activation=nn.relu)
+    params = layer.init(jax.random.key(0), x)
+
+    def lowered(apply, platform):
+        run = jax.jit(lambda params, x: pair(apply, params, x))
+        return run.trace(params, x).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "tensor<2x4x4x20xf32>" in lowered(layer.apply, "tpu")
+    assert "tensor<2x4x4x20xf32>" not in lowered(layer.apply, "cpu")
 
 
 def test_it_runs_under_shard_map_with_its_checks():
@@ -177,6 +192,30 @@ def test_it_runs_under_shard_map_with_its_checks():
     split, whole = PartitionSpec("data"), PartitionSpec()
     mapped = jax.jit(jax.shard_map(grad, mesh=mesh, in_specs=(split, whole), out_specs=whole))
     same(mapped(x, w), grad(x, w))
+
+
+@pytest.mark.parametrize("activation", [nn.relu, nn.silu, None])  # increasing, not increasing
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ((3, 3), {}),
+        ((4, 3), {"padding": ((2, 1), (-1, 3)), "use_bias": False}),
+        ((3, 3), {"padding": "CIRCULAR", "strides": (1, 2), "mask": np.ones((3, 3, 2, 5), np.float32)}),  # never blocks
+    ],
+)
+@pytest.mark.usefixtures("form")
+def test_activation_and_pooling_in_a_layer_are_those_behind_it(kernel, options, activation, pooled):
+    x = normal(3, 8, 6, 2)
+    layers = [Conv(5, kernel, activation=activation, max_pool=pooled, **options), nn.Conv(5, kernel, **options)]
+    params = [layer.init(jax.random.key(0), x) for layer in layers]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+    def theirs(params, x):
+        y = (activation or (lambda y: y))(layers[1].apply(params, x))
+        return nn.max_pool(y, (2, 2), (2, 2)) if pooled else y
+
+    same(*(pair(apply, params[0], x) for apply in (layers[0].apply, theirs)))
 
 
 class PlainCNN(nn.Module):
@@ -197,8 +236,17 @@ def cross_entropy(model):
     return loss
 
 
+@pytest.fixture(params=["cpu", "tpu"])
+def form(request, monkeypatch):
+    """Runs, on this CPU, what another platform would."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, default=None, **forms: forms.get(request.param, default)(*args)
+    )
+
+
+@pytest.mark.usefixtures("form")
 def test_a_cnn_trains_as_flax_s_does():
-    x, y = normal(3, 6, 11, 12, 1), jnp.arange(18).reshape(3, 6) % 5
+    x, y = normal(3, 6, 10, 12, 1), jnp.arange(18).reshape(3, 6) % 5
     models = CNN(5, (4, 6), 8), PlainCNN()
     params = [model.init(jax.random.key(0), x[0]) for model in models]
     jax.tree.map(np.testing.assert_array_equal, *params)
