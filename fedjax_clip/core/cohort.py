@@ -217,5 +217,5 @@ class Client:
         if self.most is not None and self.cohort.most_steps is None:
             turns, live = np.int32(self.most), self.num_steps
         elif self.cohort.in_step:
-            turns, live = self.cohort.everywhere(turns), self.num_steps
+            turns, live = self.cohort.everywhere(self.num_steps), self.num_steps
         return self.cohort.loop(body, carry, turns, self.most or 0, live)
