@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import hlo
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -195,7 +196,7 @@ def _flops(jaxpr: Any) -> float:
             kernel = equation.invars[1].aval
             outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * out.size * kernel.size / outputs
-        inside = sum(map(_flops, jax.core.jaxprs_in_params(equation.params)))
+        inside = sum(map(_flops, jax.extend.core.jaxprs_in_params(equation.params)))
         total += equation.params.get("length", 1) * inside
     return total
 
@@ -226,6 +227,7 @@ def measure(name: str, chip: str, width: int, profiles: str | None, keep: str | 
         "hlo": program.cycles(step) / width,
         "copies": program.copies(step) / max(1, program.cycles(step)),
         "largest": program.largest_copy(),
+        "made": program.largest_in_loops(),
         "flops": 3 * forward_flops(case),
     }
 
