@@ -86,6 +86,7 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None) -
             failed = _first_failure(running)
             if failed is not None:
                 _wait(running, GRACE)
+            alike = all(failed is not None and process.poll() == failed[1] for process in running)
         finally:
             for process in reversed(running):  # the first, to which the others are connected, last
                 process.kill()
@@ -96,9 +97,9 @@ def launch(command: Sequence[str], processes: int, devices: int | None = None) -
     if failed is None:
         return 0
     number, code = failed
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    if processes > 1 and code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):  # those are asked for
-        print(f"Process {number} of {processes} ended by {name}, and so all were ended.", file=sys.stderr)
+    if not alike:  # else each has said why it ended
+        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        print(f"Process {number} of {processes} ended by {how}, and so all were ended.", file=sys.stderr)
     return 128 - code if code < 0 else code
 
 
@@ -181,10 +182,11 @@ def _passing_signals_to(running: Sequence[subprocess.Popen[str]]) -> Iterator[No
 
 def _copy(source: TextIO, sink: TextIO, number: int, lock: threading.Lock) -> None:
     """Copies a process's lines, with its number in front of each."""
-    for line in source:
-        with lock, contextlib.suppress(OSError, ValueError):  # nobody may read any more
-            sink.write(f"[{number}] {line}")
-            sink.flush()
+    with source:
+        for line in source:
+            with lock, contextlib.suppress(OSError, ValueError):  # nobody may read any more
+                sink.write(f"[{number}] {line}")
+                sink.flush()
 
 
 def _count(most: int) -> Callable[[str], int]:

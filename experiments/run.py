@@ -23,6 +23,7 @@ from fedjax_clip.core import tree
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.training import identity
+from fedjax_clip.training.processes import Processes
 
 FLAGS = flags.FLAGS
 
@@ -36,34 +37,42 @@ IDENTITY = (
 def main() -> None:
     """Builds the run of the flags, trains it, and writes its run directory."""
     problem.check_numbers()
-    binary.configure_jax(FLAGS.devices)
-    outside.load()
-    asked = problem.read()
-    task, uplink, epsilons = asked.task, asked.uplink, asked.epsilons
-    rounds = FLAGS.rounds if epsilons is None else len(epsilons)
-    algorithm = problem.build_algorithm(task, uplink, asked.cohort_size)
+    binary.configure_jax(FLAGS.devices, FLAGS.distributed)
+    devices = problem.devices()
+    processes = Processes(devices)
+    processes.agree(problem.told())
+    with processes.together():
+        outside.load()
+        asked = problem.read()
+        task, uplink, epsilons = asked.task, asked.uplink, asked.epsilons
+        rounds = FLAGS.rounds if epsilons is None else len(epsilons)
+        algorithm = problem.build_algorithm(task, uplink, asked.cohort_size)
 
-    withheld = FLAGS.delta is not None and FLAGS.private_metrics == "withheld"
-    claim = None if FLAGS.delta is None else claimed(asked, algorithm, withheld)
-    config = configuration(uplink)
-    sets = {name: data for name, data in task.evaluation.items() if not withheld or strangers(data, task.data)}
-    held_out = {name: identity.fingerprint(data) for name, data in sets.items()}
-    workdir = FLAGS.workdir or rundir.default_path(config)
-    directory = rundir.RunDirectory(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out, claim)
+        withheld = FLAGS.delta is not None and FLAGS.private_metrics == "withheld"
+        claim = None if FLAGS.delta is None else claimed(asked, algorithm, withheld)
+        config = configuration(uplink)
+        sets = {name: data for name, data in task.evaluation.items() if not withheld or strangers(data, task.data)}
+        held_out = {name: identity.fingerprint(data) for name, data in sets.items()}
+        workdir = FLAGS.workdir or rundir.default_path(config)
+        opened = rundir.Follower if processes.number else rundir.RunDirectory
+        directory = opened(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out, claim, processes)
 
-    devices = problem.local_devices()
-    params = problem.initial(task, FLAGS.seed)
-    tree.flatten_with_names(params)  # fails now if params.npz could not hold them
-    directory.about = terminal.describe(task, asked.cohort_size, params, devices, withheld)
+        params = problem.initial(task, FLAGS.seed)
+        tree.flatten_with_names(params)  # fails now if params.npz could not hold them
+        directory.about = terminal.describe(task, asked.cohort_size, params, devices, withheld)
     for line in (directory.about, directory.extends):
         if line:
             print(line, file=sys.stderr)
     problem.say_what_clips_bound()
     stopping = binary.Stopping()
     with directory:
-        if directory.sealed:
-            print(f"Complete already ({len(directory.rows())} rounds); remove {directory.path} to run it again.")
-            end(directory, uplink)
+        if processes.first(directory.sealed):
+            with processes.together():
+                if processes.number == 0:
+                    print(
+                        f"Complete already ({len(directory.rows())} rounds); remove {directory.path} to run it again."
+                    )
+                    end(directory, uplink)
             return
         progress = terminal.Progress(rounds)
         shown = privacy.publishable(FLAGS.uplink) if withheld else lambda name: True
@@ -90,7 +99,7 @@ def main() -> None:
                 eval_every=FLAGS.eval_every,
                 checkpoints=directory.checkpoints,
                 checkpoint_every=FLAGS.checkpoint_every,
-                on_round=on_round,
+                on_round=on_round if processes.number == 0 else None,
                 should_stop=stopping,
                 devices=devices,
                 clients_per_chunk=FLAGS.clients_per_chunk,
@@ -101,17 +110,39 @@ def main() -> None:
         finally:
             progress.close()
 
-        rows = directory.rows()
-        if stopping.signal and rows[-1]["round"] < rounds:
-            directory.draw()
-            page.write(directory.path / "report.html", [directory.path])
-            print(f"Stopped after round {rows[-1]['round']:.0f} of {rounds}; the same command goes on from there.")
-            sys.exit(128 + stopping.signal)
-        if not result.history:
-            print(f"Complete already ({rows[-1]['round']:.0f} rounds); remove {directory.path} to run it again.")
-        scores = {} if withheld else client_scores(task, algorithm, result)
-        directory.finish(tree.flatten_with_names(result.params), scores)
-        end(directory, uplink)
+        done = int(result.history[-1]["round"]) if result.history else rounds
+        stopped = int(processes.most(stopping.signal or 0))  # a process that had no signal stops with the others
+        scores = {} if withheld or done < rounds else client_scores(task, algorithm, result)
+        with processes.together():
+            if processes.number == 0:
+                finish(directory, uplink, result, scores, done, rounds)
+        if done < rounds:
+            sys.exit(128 + stopped)
+
+
+def finish(
+    directory: rundir.RunDirectory,
+    uplink: fc.uplink.Uplink,
+    result: fc.Result,
+    scores: dict[str, np.ndarray],
+    done: int,
+    rounds: int,
+) -> None:
+    """Writes what a run leaves when it is complete, or when it was stopped after ``done`` of its ``rounds``."""
+    if done < rounds:
+        directory.draw()
+        page.write(directory.path / "report.html", [directory.path])
+        print(f"Stopped after round {done} of {rounds}; the same command goes on from there.")
+        return
+    if not result.history:
+        say_complete(directory)
+    directory.finish(tree.flatten_with_names(result.params), scores)
+    end(directory, uplink)
+
+
+def say_complete(directory: rundir.RunDirectory) -> None:
+    """Says that no round was left."""
+    print(f"Complete already ({len(directory.rows())} rounds); remove {directory.path} to run it again.")
 
 
 def end(directory: rundir.RunDirectory, uplink: fc.uplink.Uplink) -> None:

@@ -32,6 +32,7 @@ from fedjax_clip.core import checks, files
 from fedjax_clip.core.keys import seeded
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.training import sweeping
+from fedjax_clip.training.processes import Processes
 from fedjax_clip.training.sweeping import Range, Trial
 
 FLAGS = flags.FLAGS
@@ -107,43 +108,53 @@ def main() -> None:
     problem.check_numbers()
     check_numbers()
     points = read_points()
-    binary.configure_jax(FLAGS.devices)
-    outside.load()
-    task = spec.one(FLAGS.task, registry.TASKS, "--task")
-    first = {name: float(values[0]) for name, values in points.items()}
-    seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
-    folds = getattr(fc.data.folds, FLAGS.fold_over)(task.data, FLAGS.folds) if FLAGS.folds else []
-    smallest = min((fold.split(task.data)[0] for fold in folds), key=lambda d: d.num_clients, default=task.data)
-    cohort_size = problem.cohort_size(dataclasses.replace(task, data=smallest))
-    if cohort_size != (whole := problem.cohort_size(task)):
-        print(
-            f"The smallest fold trains {cohort_size} clients: cohorts are of {cohort_size}, not {whole}.",
-            file=sys.stderr,
-        )
-    sampler = problem.sampler(cohort_size)
-    if not isinstance(sampler, fc.data.sampling.Sampler):
-        raise InvalidInput(f"--sampler={FLAGS.sampler} is a clock, and a sweep has none: leave it to experiments.run.")
+    binary.configure_jax(FLAGS.devices, FLAGS.distributed)
+    processes = Processes(jax.devices())
+    processes.agree(problem.told())
+    with processes.together():
+        outside.load()
+        task = spec.one(FLAGS.task, registry.TASKS, "--task")
+        first = {name: float(values[0]) for name, values in points.items()}
+        seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
+        folds = getattr(fc.data.folds, FLAGS.fold_over)(task.data, FLAGS.folds) if FLAGS.folds else []
+        smallest = min((fold.split(task.data)[0] for fold in folds), key=lambda d: d.num_clients, default=task.data)
+        cohort_size = problem.cohort_size(dataclasses.replace(task, data=smallest))
+        if cohort_size != (whole := problem.cohort_size(task)):
+            print(
+                f"The smallest fold trains {cohort_size} clients: cohorts are of {cohort_size}, not {whole}.",
+                file=sys.stderr,
+            )
+        sampler = problem.sampler(cohort_size)
+        if not isinstance(sampler, fc.data.sampling.Sampler):
+            raise InvalidInput(
+                f"--sampler={FLAGS.sampler} is a clock, and a sweep has none: leave it to experiments.run."
+            )
 
-    def build(hyper: Mapping[str, Any]) -> fc.extend.Algorithm:
-        uplink = privacy.chain(FLAGS.uplink, None, hyper)
-        return problem.build_algorithm(task, uplink, cohort_size, hyper)
+        def build(hyper: Mapping[str, Any]) -> fc.extend.Algorithm:
+            uplink = privacy.chain(FLAGS.uplink, None, hyper)
+            return problem.build_algorithm(task, uplink, cohort_size, hyper)
 
-    build(first)  # fails now if the flags are wrong
-    metric = chosen_metric(task)
-    config = problem.config(IDENTITY) | {"cohort_size": cohort_size}
-    directory = SweepDirectory(FLAGS.workdir or f"{rundir.default_path(config)}-sweep", config)
+        build(first)  # fails now if the flags are wrong
+        metric = chosen_metric(task)
+        config = problem.config(IDENTITY) | {"cohort_size": cohort_size}
+        opened = SweepFollower if processes.number else SweepDirectory
+        directory = opened(FLAGS.workdir or f"{rundir.default_path(config)}-sweep", config, processes=processes)
 
-    devices = problem.local_devices()
-    stops, kept = sweeping.rungs(FLAGS.rounds, len(points[next(iter(points))]), FLAGS.halving)
-    lanes = len(seeds) * max(1, len(folds))
-    todo = sum(n * (b - a) for n, a, b in zip(kept, [0, *stops], stops)) * lanes
-    about = terminal.describe(task, cohort_size, problem.initial(task, 0), devices)
+        devices = problem.local_devices()
+        stops, kept = sweeping.rungs(FLAGS.rounds, len(points[next(iter(points))]), FLAGS.halving)
+        lanes = len(seeds) * max(1, len(folds))
+        todo = sum(n * (b - a) for n, a, b in zip(kept, [0, *stops], stops)) * lanes
+        about = terminal.describe(task, cohort_size, problem.initial(task, 0), devices)
+    if processes.count > 1:
+        about += f" in each of {processes.count} processes"
     print(f"{about}, {kept[0] * lanes} trainings", file=sys.stderr)
     problem.say_what_clips_bound()
-    stopping = binary.Stopping()
+    stopping = binary.Stopping(told=True)
     with directory:
-        done = directory.trials()
-        progress = Progress(todo, sum(_gained(t, stops) for t in done))
+        with processes.together():
+            done = directory.trials() if processes.number == 0 else []
+        done = [Trial(*trial) for trial in processes.first(done)]
+        progress = Progress(todo // processes.count, sum(_gained(t, stops) for t in done) // processes.count)
         trials = fc.sweep(
             build,
             points,
@@ -166,12 +177,18 @@ def main() -> None:
             points_per_chunk=FLAGS.points_per_chunk,
         )
         progress.close()
-        if trials:
-            directory.report(points, trials, metric)
-        if stopping.signal:
-            print(f"Stopped after {len(trials)} trainings; the same command goes on from there.")
-            sys.exit(128 + stopping.signal)
-        print(summary(points, trials, metric, directory))
+        stopped = int(processes.most(stopping.signal or 0))
+        with processes.together():
+            if processes.number == 0:
+                directory.trials()
+                if trials:
+                    directory.report(points, trials, metric)
+                if stopped:
+                    print(f"Stopped after {len(trials)} trainings; the same command goes on from there.")
+                else:
+                    print(summary(points, trials, metric, directory))
+        if stopped:
+            sys.exit(128 + stopped)
 
 
 def check_numbers() -> None:
@@ -236,10 +253,12 @@ class SweepDirectory(rundir.RunDirectory):
     """A run directory whose rows are trainings, each of them one line of ``results.jsonl``."""
 
     def trials(self) -> list[Trial]:
-        """All whole lines on disk."""
-        file = self.path / "results.jsonl"
-        text = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
-        whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line short
+        """All whole lines on disk; those that other processes wrote move to ``results.jsonl``."""
+        file, others = self.path / "results.jsonl", sorted(self.path.glob("results.*.jsonl"))
+        found = file.read_bytes().decode("utf-8", "replace") if file.exists() else ""
+        texts = [found, *(other.read_bytes().decode("utf-8", "replace") for other in others)]
+        # A kill may have cut a last line short, or left what has moved already.
+        whole = "".join(dict.fromkeys(x for text in texts for x in text.splitlines(keepends=True) if x.endswith("\n")))
         try:
             entries = [json.loads(line) for line in whole.splitlines()]
             trials = [Trial(int(e["point"]), int(e["seed"]), int(e["fold"]), _restored(e["metrics"])) for e in entries]
@@ -249,16 +268,19 @@ class SweepDirectory(rundir.RunDirectory):
             raise InvalidInput(
                 f"{file} is damaged: put it back, or remove {self.path} to train all points anew."
             ) from None
-        if whole != text:
+        if whole != found:
             files.write(file, whole)
+        for other in others:
+            other.unlink()
         return trials
 
     def add_trial(self, trial: Trial, points: Mapping[str, np.ndarray]) -> None:
-        """Appends a training."""
+        """Appends a training, in several processes to a file of this process's."""
         self.record()
         metrics = {name: x if math.isfinite(x) else None for name, x in trial.metrics.items()}
         entry = trial._asdict() | {"values": _point(points, trial.point), "metrics": metrics}
-        with rundir.appending(self.path / "results.jsonl") as file:
+        name = f"results.{self.processes.number}.jsonl" if self.processes.number else "results.jsonl"
+        with rundir.appending(self.path / name) as file:
             file.write(json.dumps(entry) + "\n")
 
     def report(self, points: Mapping[str, np.ndarray], trials: list[Trial], metric: str) -> None:
@@ -276,6 +298,10 @@ class SweepDirectory(rundir.RunDirectory):
             if value not in (None, ""):
                 lines.append(f"--{name}={_filled(value, best) if name in SWEPT else value}")
         files.write(self.path / "best.flags", "\n".join(lines) + "\n")
+
+
+class SweepFollower(rundir.Follower, SweepDirectory):
+    """The directory as the other processes have it: their trainings come from here, and nothing else."""
 
 
 def table(points: Mapping[str, np.ndarray], trials: list[Trial], metric: str) -> str:

@@ -129,13 +129,13 @@ def binaries(tmp_path, monkeypatch, capsys, unrendered):
     from experiments.config import binary, registry
 
     options = {
-        "audit": (audit, {"notes": registry.describe}),
+        "audit": (audit, {"notes": registry.describe, "without": ("distributed",)}),
         "run": (run, {"notes": registry.describe}),
         "sweep": (sweep, {"notes": sweep.describe, "without": sweep.UNUSED}),
         "report": (report, {"operands": True}),
     }
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(binary, "configure_jax", lambda count: None)  # the number is fixed in a process
+    monkeypatch.setattr(binary, "configure_jax", lambda *arguments: None)  # the number is fixed in a process
 
     def call(name, *arguments):
         module, how = options[name]

@@ -7,13 +7,14 @@ import re
 import signal
 import sys
 import textwrap
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
 
-from experiments.config import outside
+from experiments.config import distributed, outside
 from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput
 
@@ -62,22 +63,21 @@ def run(
         try:
             main(*argv[1:])
             sys.stdout.flush()
-        except InvalidInput as error:
-            _fail(str(error))
         except KeyboardInterrupt:
             print("\nInterrupted before the first round was done; nothing was lost.", file=sys.stderr)
-            sys.exit(130)
+            distributed.leave(130)
         except BrokenPipeError:
             raise
-        except OSError as error:
-            what = f"{error.filename}: " if error.filename else ""
-            _fail(f"{what}{error.strerror or error}.")
-        except (MemoryError, OverflowError) as error:
-            _fail(_too_much(error))
         except Exception as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if distributed.lost(error):
+                print(f"error: {distributed.LOST}", file=distributed.stderr())
+                distributed.leave(1)
+            if (sentence := _sentence(error)) is not None:
+                _fail(sentence)
+            if distributed.alone():
                 raise
-            _fail(_too_much(error))
+            traceback.print_exc(file=distributed.stderr())
+            distributed.leave(1)
 
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see experiments/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -94,14 +94,21 @@ def run(
 
 
 class Stopping:
-    """Turns SIGINT and SIGTERM into a flag that the driver checks after each round; a second Ctrl-C ends at once."""
+    """Turns SIGINT and SIGTERM into a flag that the driver checks after each round; a second Ctrl-C ends at once.
 
-    def __init__(self) -> None:
+    Args:
+      told: whether other processes are told, and tell this one, where no driver makes them agree.
+    """
+
+    def __init__(self, told: bool = False) -> None:
         self.signal: int | None = None
+        self.told = told and not distributed.alone()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def __call__(self) -> bool:
+        if self.told:
+            self.signal = distributed.stopped(self.signal)
         return self.signal is not None
 
     def leave(self) -> None:
@@ -115,22 +122,24 @@ class Stopping:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def configure_jax(cpu_devices: int | None) -> None:
+def configure_jax(cpu_devices: int | None, join: str | None = None) -> None:
     """Sets the number of XLA devices on a CPU (by default one for each core), and caches compiled programs.
+
+    With ``join``, the value of ``--distributed``, this process becomes one of several (``distributed.join``).
 
     The cache is in ``$FEDJAX_CLIP_CACHE``, or ``~/.cache/fedjax_clip``. Call this before JAX computes anything. JAX's
     own environment variables take precedence: ``$JAX_COMPILATION_CACHE_DIR``, and ``$JAX_NUM_CPU_DEVICES`` unless
     ``cpu_devices`` is given. Only ``$JAX_TRANSFER_GUARD`` is overridden, because a binary's transfers are intended. XLA
-    aborts if one CPU device waits 40 seconds for another, as it may with clients of unequal size. Here it waits a day,
-    unless ``$XLA_FLAGS`` sets another limit.
+    aborts if one CPU device waits 40 seconds for another, as it may with clients of unequal size, or half an hour for
+    another process. Here it waits a day, unless ``$XLA_FLAGS`` sets another limit.
 
     Raises:
-      InvalidInput: no device of the platforms that ``$JAX_PLATFORMS`` names.
+      InvalidInput: no device of the platforms that ``$JAX_PLATFORMS`` names, or other processes cannot be joined.
     """
     import jax
 
-    waits = "terminate_timeout", "warn_stuck_timeout"
-    patience = [f"--xla_cpu_collective_call_{name}_seconds={24 * 3600}" for name in waits]
+    waits = "call_terminate_timeout", "call_warn_stuck_timeout", "timeout"  # the last one for other processes
+    patience = [f"--xla_cpu_collective_{name}_seconds={24 * 3600}" for name in waits]
     if jax.__version_info__ < (0, 13):  # an unknown flag would end the process
         os.environ["XLA_FLAGS"] = " ".join([*patience, os.environ.get("XLA_FLAGS", "")])  # the last setting counts
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -146,6 +155,7 @@ def configure_jax(cpu_devices: int | None) -> None:
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     jax.config.update("jax_transfer_guard", "allow")
+    distributed.join(join)
     try:
         jax.local_devices()
     except Exception as error:  # JAX raises various types, for cuda an AssertionError without a message
@@ -153,6 +163,7 @@ def configure_jax(cpu_devices: int | None) -> None:
             f"JAX finds no device for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r}: leave it unset, or "
             "install what the device needs, such as pip install 'fedjax_clip[cuda]'."
         ) from error
+    distributed.silence()
 
 
 def _flags_help(without: Collection[str]) -> str:
@@ -214,6 +225,17 @@ def _foreign(argument: str) -> str | None:
     return None
 
 
+def _sentence(error: Exception) -> str | None:
+    """What to say of an error; ``None`` for a fault of the program's, which shows its traceback."""
+    if isinstance(error, InvalidInput):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: " * bool(error.filename) + f"{error.strerror or error}."
+    if isinstance(error, (MemoryError, OverflowError)) or "RESOURCE_EXHAUSTED" in str(error):
+        return _too_much(error)
+    return None
+
+
 def _too_much(error: BaseException) -> str:
     detail = " ".join(str(error).split())[:200].rstrip(".")
     return f"this needs more memory than there is, or a number is too large{detail and f': {detail}'}."
@@ -226,5 +248,7 @@ def _reworded(complaint: str) -> str:
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    """Ends with one sentence, which of several processes that fail alike only the first says."""
+    if not distributed.follows() or not distributed.fail_together():
+        print(f"error: {sentence}", file=distributed.stderr())
+    distributed.leave(2)

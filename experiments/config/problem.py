@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments.config import binary, optimisers, outside, privacy, registry, spec, terminal
+from experiments.config import binary, distributed, optimisers, outside, privacy, registry, spec, terminal
 from fedjax_clip import tasks
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.keys import seeded
@@ -107,9 +107,10 @@ flags.DEFINE_integer(
     "rounds_per_dispatch", None, "Rounds sent to the devices at once; by default as many as take 0.1 seconds."
 )
 flags.DEFINE_integer(
-    "clients_per_chunk", None, "Clients that a device trains at once; by default the number measured to be fastest."
+    "clients_per_chunk", None, "Clients that a device trains at once; by default by the model's size and the platform."
 )
 flags.DEFINE_integer("devices", None, "Devices to use; by default all (on a CPU, one for each core).")
+distributed.define_flag()
 outside.define_flag()
 
 MOST: Mapping[str, int] = {  # larger numbers need rows and plans that do not fit in memory
@@ -273,11 +274,28 @@ def on_grid(uplink: fc.uplink.Uplink, task: tasks.Task) -> Callable[..., Any]:
 
 
 def local_devices() -> list[jax.Device]:
-    """``--devices`` devices, or all."""
+    """``--devices`` devices of this process, or all."""
     found = jax.local_devices()
     if (FLAGS.devices or 0) > len(found):
         raise InvalidInput(f"--devices={FLAGS.devices} is more than there are: {len(found)} of {found[0].platform}.")
     return found[: FLAGS.devices]
+
+
+def devices() -> list[jax.Device]:
+    """The ``local_devices`` of all processes, in their order."""
+    if distributed.alone():
+        return local_devices()
+    own = [jax.local_devices().index(device) for device in local_devices()]
+    everyone = [[d for d in jax.devices() if d.process_index == p] for p in range(jax.process_count())]
+    return [found[i] for found in everyone for i in own if i < len(found)]
+
+
+def told() -> dict[str, str]:
+    """What all processes must have been told alike: their flags."""
+    own = {"distributed", "devices"}  # of each process; the devices' numbers are compared elsewhere
+    project = flags.FLAGS.flags_by_module_dict()
+    names = [f.name for module in (__name__, outside.__name__, sys.argv[0]) for f in project.get(module, [])]
+    return {f"--{name}": str(FLAGS[name].value) for name in names if name not in own}
 
 
 def initial(task: tasks.Task, seed: int) -> Params:

@@ -12,20 +12,18 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 import jax
 import numpy as np
 
 import fedjax_clip as fc
+from experiments.config import lock
 from fedjax_clip.core import files
 from fedjax_clip.core import secret as secrets
 from fedjax_clip.core.types import InvalidInput
-
-try:
-    import fcntl
-except ImportError:  # Windows, where a run's directory cannot be locked; RunDirectory refuses it with a sentence
-    fcntl = None  # type: ignore[assignment]
+from fedjax_clip.training import agreement
+from fedjax_clip.training.processes import Processes
 
 KEY = "secret.key"
 
@@ -43,6 +41,7 @@ class RunDirectory:
       explicit: whether the user gave the number of rounds; only then a run with another number is continued.
       held_out: a hash of each held-out set, by name; checkpoints hold that of the training data.
       claim: its privacy claim (``privacy.claim``), if any. Then ``secret`` keeps a key here until ``seal``.
+      processes: those that train together, if there are several; each of them opens and enters the directory.
 
     Attributes:
       about: a line on the problem, for ``config.json``; set it before the first row.
@@ -61,7 +60,9 @@ class RunDirectory:
         explicit: bool = True,
         held_out: Mapping[str, str] | None = None,
         claim: Mapping[str, Any] | None = None,
+        processes: Processes | None = None,
     ):
+        self.processes = processes or Processes(jax.local_devices()[:1])
         self.path = files.expanded(path)
         self.config = dict(config)
         self.rounds, self.explicit, self.held_out = rounds, explicit, dict(held_out or {})
@@ -81,7 +82,7 @@ class RunDirectory:
         existing = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(p))
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise InvalidInput(f"--workdir: {self.path} cannot be written, since {existing} is no writable directory.")
-        if existing != self.path.absolute() or {p.name for p in self.path.iterdir()} <= {".lock", KEY, f"{KEY}.new"}:
+        if existing != self.path.absolute() or not self._begun():
             return
         for folder, folders, names in os.walk(self.path):
             if links := [name for name in (*folders, *names) if os.path.islink(os.path.join(folder, name))]:
@@ -110,6 +111,12 @@ class RunDirectory:
         if self.rounds is not None:
             self._check_rounds(record.get("rounds"))
 
+    def _begun(self) -> bool:
+        """Whether there is more than a run leaves that is killed before its first row."""
+        names = {p.name for p in self.path.iterdir() if not p.name.startswith(".shared-")}
+        kept = any(not p.name.startswith(".shared-") for p in (self.path / "checkpoints").glob("*"))
+        return kept or not names <= {".lock", KEY, f"{KEY}.new", "checkpoints"}
+
     def _check_sealed(self, planned: Any) -> None:
         """Refuses to resume without the key of all rounds so far."""
         kept = len(self.rows())
@@ -126,7 +133,7 @@ class RunDirectory:
 
     def _check_rounds(self, planned: Any) -> None:
         """Refuses to drop finished rounds, and to add rounds without an explicit --rounds."""
-        kept, saved = len(self.rows()), self.checkpoints.newest() or 0
+        kept, saved = len(self.rows()), self._saved()
         if kept < saved:
             raise InvalidInput(
                 f"--workdir: {self.path / 'metrics.jsonl'} lacks the rows of rounds {kept + 1} to {saved}, which are "
@@ -150,15 +157,27 @@ class RunDirectory:
             f"be those of round {self.rounds}."
         )
 
-    def __enter__(self) -> "RunDirectory":
-        if fcntl is None:
-            raise InvalidInput(
-                "A run locks its directory with fcntl, which Windows lacks: run it on Linux or macOS, or in WSL."
-            )
+    def _saved(self) -> int:
+        """Rounds done at the newest checkpoint, by its name: Orbax would wait for all processes."""
+        folder = self.path / "checkpoints"
+        return max((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), default=0) if folder.exists() else 0
+
+    def __enter__(self) -> Self:
+        with self.processes.together():
+            self._enter()
+        try:
+            agreement.share(self.processes, self.path)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _enter(self) -> None:
+        lock.check()
         made = [p for p in (self.path.absolute(), *self.path.absolute().parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._locked()
+            self._lock = lock.taken(self.path / ".lock")
         except BlockingIOError:
             raise InvalidInput(f"--workdir: {self.path} is in use by another run.") from None
         except OSError as error:
@@ -169,27 +188,6 @@ class RunDirectory:
             os.close(self._lock)
             raise
         self._made = made
-        return self
-
-    def _locked(self) -> int:
-        """The open lock file, once no other process has it.
-
-        A process that ends removes the file while it still holds the lock. A waiting process must therefore open the
-        new file.
-        """
-        path = self.path / ".lock"
-        while True:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if path.exists() and os.path.samestat(os.fstat(lock), os.lstat(path)):
-                    return lock
-            except FileNotFoundError:  # removed in between
-                pass
-            except BaseException:
-                os.close(lock)
-                raise
-            os.close(lock)
 
     def __exit__(self, kind: Any, exception: Any, traceback: Any) -> None:
         try:
@@ -200,6 +198,8 @@ class RunDirectory:
             if self._keeps_key and not (self.path / "config.json").exists():  # it did not start
                 secrets.remove(self.path / KEY)
             (self.path / ".lock").unlink()
+            with contextlib.suppress(OSError):  # of a run that did not start, it is empty
+                (self.path / "checkpoints").rmdir()
             if not any(self.path.iterdir()):
                 for path in self._made:
                     path.rmdir()
@@ -215,6 +215,9 @@ class RunDirectory:
 
     def secret(self) -> secrets.Secret:
         """The secret of the run's noise and cohorts, kept here until ``seal``, because a resume needs it."""
+        with self.processes.together():  # the first makes it, and the others read it
+            if self.processes.number == 0:
+                secrets.Secret.kept(self.path / KEY)
         return secrets.Secret.kept(self.path / KEY)
 
     @property
@@ -304,6 +307,18 @@ class RunDirectory:
         if self._rows is not None:
             self._rows.close()
             self._events.close()
+
+
+class Follower(RunDirectory):
+    """The run directory as all processes but the first have it: they share its checkpoints, and write nothing else."""
+
+    def _check(self) -> None: ...
+
+    def _enter(self) -> None: ...
+
+    def __exit__(self, kind: Any, exception: Any, traceback: Any) -> None: ...
+
+    def record(self) -> None: ...
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:

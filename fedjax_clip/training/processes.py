@@ -44,13 +44,14 @@ class Processes:
         if self.count > 1:
             self.number = jax.process_index()
             self.own = [i for i, driver in enumerate(drivers) if driver == self.number]
-            numbers = {p: drivers.count(p) for p in range(jax.process_count())}
-            if len(set(numbers.values())) > 1:
-                told = ", ".join(f"{n} of process {p}" for p, n in numbers.items())
-                raise InvalidInput(
-                    f"Processes that train together have equally many devices each, not {told}: give jax.devices(), or "
-                    "start every process with as many devices."
-                )
+            for counted in (drivers, [device.process_index for device in jax.devices()]):
+                numbers = {process: counted.count(process) for process in range(jax.process_count())}
+                if len(set(numbers.values())) > 1:
+                    told = ", ".join(f"{n} of process {process}" for process, n in numbers.items())
+                    raise InvalidInput(
+                        f"Processes that train together have equally many devices each, not {told}: give jax.devices() "
+                        "and start every process with as many devices."
+                    )
         elif drivers and drivers[0] != jax.process_index():
             raise InvalidInput("The devices belong to another process: give jax.local_devices(), or jax.devices().")
 
@@ -63,27 +64,19 @@ class Processes:
         arrays = jax.tree.map(np.asarray, values)
         if self.count == 1:
             return jax.tree.map(lambda x: x[None], arrays)
-        from jax.experimental import multihost_utils
-
         # As bytes in one message: JAX would round doubles to floats.
         leaves, structure = jax.tree.flatten(arrays)
-        sent = np.concatenate(
-            [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves] or [np.zeros(0, "u1")]
-        )
-        came = multihost_utils.process_allgather(sent)
+        sent = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves]
+        came = _gathered(np.concatenate([np.zeros(0, np.uint8), *sent]), tiled=False)
         parts = np.split(came, np.cumsum([x.nbytes for x in leaves])[:-1], axis=1)
-        return jax.tree.unflatten(
-            structure,
-            [np.ascontiguousarray(part).view(x.dtype).reshape(self.count, *x.shape) for part, x in zip(parts, leaves)],
-        )
+        arrays = [np.ascontiguousarray(p).view(x.dtype).reshape(self.count, *x.shape) for p, x in zip(parts, leaves)]
+        return jax.tree.unflatten(structure, arrays)
 
     def whole(self, values: PyTree) -> PyTree:
         """Arrays ``[D, ...]`` with a slice on each device, of all processes, on the host."""
         if self.count == 1 or not jax.tree.leaves(values):
             return jax.tree.map(np.asarray, values)
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(values, tiled=True)
+        return _gathered(values, tiled=True)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
@@ -148,6 +141,13 @@ class Processes:
                 raise InvalidInput(f"The processes differ in {name}: {_grouped(values)}. {cure}")
 
 
+def _gathered(values: PyTree, tiled: bool) -> PyTree:
+    from jax.experimental import multihost_utils
+
+    with jax.disable_jit(False):  # fc.train(..., debug=True) disables it
+        return multihost_utils.process_allgather(values, tiled)
+
+
 def _grouped(values: Sequence[str]) -> str:
     """Who has what: ``1 (processes 0 and 2), 3 (process 1)``."""
     holders: dict[str, list[str]] = {}
@@ -165,7 +165,7 @@ def _grouped(values: Sequence[str]) -> str:
 ALONE = Processes(())
 
 
-def together(devices: Any) -> Processes:
+def joined(devices: Any) -> Processes:
     """Those that train together on what ``fc.train`` was given as ``devices``, before anything is checked."""
     if jax.process_count() == 1:
         return ALONE

@@ -1,6 +1,7 @@
 """Many trainings that differ in float hyper-parameters, seeds and folds, as one compiled program."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from fedjax_clip.data.population import FederatedData, check_fields, check_sets
 from fedjax_clip.training import placement
 from fedjax_clip.training.lanes import Build, Lane, Lanes, plan
 from fedjax_clip.training.loop import Row
+from fedjax_clip.training.processes import Processes
 
 Points = Mapping[str, Sequence[float] | np.ndarray]
 
@@ -131,6 +133,10 @@ def sweep(
     the same cohorts, batches and keys. The program trains a chunk of points side by side; devices work
     on chunks of their own, and chunks follow each other.
 
+    After ``jax.distributed.initialize``, the trials are dealt to the processes, which are to be given the same
+    arguments. Each process trains its own trials on its local devices. At each rung and at the end they wait for each
+    other, and then all have all trials.
+
     Args:
       build: ``hyper -> algorithm``. ``hyper`` has a point's values by name, traced, and ``num_clients``, the size of
         the population trained on.
@@ -148,9 +154,10 @@ def sweep(
       score: the metric whose mean over seeds and folds ranks the points; see ``fc.extend.metrics.higher_is_better``.
       cohort_size, sampler, batch_size, local_epochs, local_steps, shuffle, devices: as ``fc.train``.
       done: trials of an earlier call that was stopped; they are not run again.
-      on_trial: called with each trial once it is done.
+      on_trial: called with each trial once it is done, by the process that trained it.
       on_rounds: called after each dispatch with the number of rounds that were trained, summed over its trials.
-      should_stop: asked after each dispatch; if true, the trials done so far are returned.
+      should_stop: asked after each dispatch; if true, the trials done so far are returned. Of several processes, each
+        goes on with its own trials up to the next rung, unless it is told to stop, too.
       points_per_chunk: points that a device trains at once. By default, on a CPU: one, or more while their parameters
         fit into 32 KiB. On other devices: as many as fit into a quarter of the memory.
 
@@ -194,32 +201,49 @@ def sweep(
         raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
     work = LocalWork(batch_size, local_epochs, local_steps, shuffle)
     devices = placement.local(devices)
+    processes = Processes(jax.devices())
     stops, kept = rungs(rounds, num_points, halving)
     plans = plan(data, folds, seeds, params, sampler, work, stops, begins)
     if points_per_chunk is not None:
         points_per_chunk = checks.count("points_per_chunk", points_per_chunk)
     widest = points_per_chunk or _widest(next(iter(plans.values())).stream.params, devices)
-    width = _width(widest, len(plans), kept, len(devices))
+    width = _width(widest, len(plans), [-(-count // processes.count) for count in kept], len(devices))
     running = Lanes(build, columns, plans, data, per_example_loss, evaluation or {}, devices, width)
 
     known = {(*t[:3], t.metrics["round"]): t for t in done}
     lanes = [Lane(*lane) for lane in itertools.product(range(num_points), seeds, range(max(1, len(folds))))]
+    own = set(_dealt(lanes, num_points, processes))
     trials: list[Trial] = []
     states: dict[Lane, PyTree] = {}
     for rung, stop in enumerate(stops):
-        ended = [known[*lane, stop] for lane in lanes if (*lane, stop) in known]
-        for group in running.deal([lane for lane in lanes if (*lane, stop) not in known]):
-            rows = running.run(group, states, stop, stop < rounds, on_rounds, should_stop)
-            for lane, row in (rows or {}).items():
-                ended.append(Trial(*lane, {"round": float(stop), **row}))
-                on_trial(ended[-1])
-            if rows is None or should_stop():
-                return sorted(trials + ended, key=_order)
-        trials += ended
+        left = [lane for lane in lanes if (*lane, stop) not in known]
+        ended, stopped = [], False
+        with processes.together():
+            for group in running.deal([lane for lane in left if lane in own]):
+                rows = running.run(group, states, stop, stop < rounds, on_rounds, should_stop)
+                for lane, row in (rows or {}).items():
+                    ended.append(Trial(*lane, {"round": float(stop), **row}))
+                    on_trial(ended[-1])
+                if stopped := rows is None or should_stop():
+                    break
+        ended = [Trial(*trial) for told in processes.tell(json.dumps(ended)) for trial in json.loads(told)]
+        trials += [known[*lane, stop] for lane in lanes if (*lane, stop) in known] + ended
+        if processes.any(stopped):
+            break
         if stop < rounds:
-            best = set(rank(ended, score)[: kept[rung + 1]])
+            best = set(rank([t for t in trials if t.metrics["round"] == stop], score)[: kept[rung + 1]])
             lanes = [lane for lane in lanes if lane.point in best]
     return sorted(trials, key=_order)
+
+
+def _dealt(lanes: Sequence[Lane], num_points: int, processes: Processes) -> list[Lane]:
+    """The lanes of this process: as many points with each seed and fold as any other process has.
+
+    Points are dealt at random, or halving might leave only those of one process.
+    """
+    place = np.random.default_rng(0).permutation(num_points)
+    turn = {stream: i for i, stream in enumerate(dict.fromkeys(lane[1:] for lane in lanes))}
+    return [lane for lane in lanes if (place[lane.point] + turn[lane[1:]]) % processes.count == processes.number]
 
 
 def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int], list[int]]:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import fedjax_clip as fc
-from experiments.config import rundir
+from experiments.config import lock, rundir
 from fedjax_clip.core import files, tree
 from fedjax_clip.training.checkpoint import Checkpoints
 
 
 def test_a_system_that_locks_no_files_is_told_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(rundir, "fcntl", None)  # as it is on Windows
+    monkeypatch.setattr(lock, "fcntl", None)  # as it is on Windows
     with pytest.raises(fc.InvalidInput, match="Linux or macOS"), rundir.RunDirectory(tmp_path / "run", {}):
         pass
     assert not (tmp_path / "run").exists()
