@@ -45,6 +45,11 @@ def work(clients: int, size: int, cohort: int, rounds: int, directory: str, on_d
         return 0.5 * (x @ params["w"] - x[:, 0]) ** 2 / size
 
     sampler, ends = fc.data.sampling.uniform(cohort), [time.perf_counter()]
+
+    def on_round(row):
+        ends.append(time.perf_counter())
+        print(end=".", file=sys.stderr, flush=True)
+
     result = fc.train(
         *(fc.scaffold(loss, optax.sgd(0.1)), data, {"w": np.zeros(size, np.float32)}),
         rounds=rounds,
@@ -52,7 +57,7 @@ def work(clients: int, size: int, cohort: int, rounds: int, directory: str, on_d
         batch_size=1,
         checkpoints=directory,
         checkpoint_every=EVERY,
-        on_round=lambda row: ends.append(time.perf_counter()),
+        on_round=on_round,
     )
     found, kept = hashlib.sha256(), states.of(result.state.clients)
     for leaf in jax.tree.leaves(result.state.server):
@@ -96,15 +101,17 @@ def disk_mib(directory: pathlib.Path) -> float:
     return sum(512 * path.stat().st_blocks for path in directory.rglob("*")) / 2**20
 
 
-def killed(kills: int, rng: random.Random, seconds: float, *arguments: object) -> dict:
+def killed(kills: int, rng: random.Random, *arguments: object) -> dict:
     """The same training, killed at random moments and begun again until it is done."""
     for i in range(kills):
         process = start(*arguments)
-        time.sleep(rng.uniform(0, seconds))
+        assert process.stderr is not None
+        rounds = len(process.stderr.read(rng.randrange(2 * EVERY)))  # comes when so many rounds are done
+        time.sleep(rng.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         saved = [int(p.name) for p in pathlib.Path(str(arguments[4])).glob("*") if p.name.isdigit()]
-        print(f"kill {i + 1}: checkpoints {sorted(saved)}", flush=True)
+        print(f"kill {i + 1} after {rounds} rounds: checkpoints {sorted(saved)}", flush=True)
     return finished(*arguments)
 
 
@@ -130,8 +137,7 @@ def main() -> None:
             flush=True,
         )
         if asked.kills:
-            # From the start of the process on: a third of the run a time, so that it is killed on its way.
-            again = killed(asked.kills, random.Random(0), took / 3, *shape, pathlib.Path(root) / "killed", True)
+            again = killed(asked.kills, random.Random(0), *shape, pathlib.Path(root) / "killed", True)
             print(f"after {asked.kills} kills: {'the same bits' if again['hash'] == whole['hash'] else 'DIFFERENT'}")
             assert again["hash"] == whole["hash"]
         laps: dict[bool, list[dict]] = {True: [], False: []}

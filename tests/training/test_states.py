@@ -114,6 +114,14 @@ def test_a_temporary_file_is_as_good_and_leaves_nothing(in_memory, tmp_path, mon
         train()
 
 
+@pytest.mark.usefixtures("on_disk")
+def test_a_full_disk_ends_a_run_with_a_sentence(monkeypatch):
+    with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(fc.InvalidInput) as error:
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda buffering: full)
+        train()
+    assert "the clients' states cannot be written there: No space left on device. Set TMPDIR, or" in str(error.value)
+
+
 class KilledError(Exception):
     pass
 
