@@ -85,8 +85,8 @@ class Mesh(Sequence[jax.Device]):
 
         Example:
           >>> mesh = fc.placement.mesh(clients=1)
-          >>> mesh.lie({"momentum": params}, params, 0)["momentum"]["w"].spec
-          PartitionSpec('clients',)
+          >>> tuple(mesh.lie({"momentum": params}, params, 0)["momentum"]["w"].spec)
+          ('clients',)
         """
         skip = min(axes, 1)
         known = {}
@@ -106,8 +106,8 @@ class Mesh(Sequence[jax.Device]):
         """Where parameters without rows lie: split over ``"model"``, and the same in all rows. ``NamedSharding`` each.
 
         Example:
-          >>> fc.placement.mesh(clients=1).whole(params)["w"].spec
-          PartitionSpec()
+          >>> tuple(fc.placement.mesh(clients=1).whole(params)["w"].spec)
+          ()
         """
         named = [NamedSharding(self.devices, self._spec(name, np.shape(x))) for name, x in tree.named_leaves(params)]
         return jax.tree.unflatten(jax.tree.structure(params), named)
@@ -140,8 +140,8 @@ def largest_axis(shape: tuple[int, ...], model: int) -> PartitionSpec:
       model: devices to split it over.
 
     Example:
-      >>> largest_axis((128, 512), 2), largest_axis((512,), 2)
-      (PartitionSpec(None, 'model'), PartitionSpec())
+      >>> tuple(largest_axis((128, 512), 2)), tuple(largest_axis((512,), 2))
+      ((None, 'model'), ())
     """
     sizes = [(size, axis) for axis, size in enumerate(shape) if size % model == 0]
     if not sizes or math.prod(shape) < SMALL:

@@ -107,7 +107,7 @@ flags.DEFINE_integer(
     "rounds_per_dispatch", None, "Rounds sent to the devices at once; by default as many as take 0.1 seconds."
 )
 flags.DEFINE_integer(
-    "clients_per_chunk", None, "Clients that a device trains at once; by default the number measured to be fastest."
+    "clients_per_chunk", None, "Clients that a device trains at once; by default by the model's size and the platform."
 )
 flags.DEFINE_integer("devices", None, "Devices to use; by default all (on a CPU, one for each core).")
 distributed.define_flag()

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedjax_clip.core import checks
 from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.loops import WASTE, Loops, buckets
 from fedjax_clip.core.types import ClientState, InvalidInput, PyTree
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
@@ -153,6 +154,7 @@ def plan_rounds(
     population: PyTree | None = None,
     state: PyTree = ClientState((), ()),  # noqa: B008 (it is immutable)
     staleness: Sequence[np.ndarray] | None = None,
+    loops: Loops = Loops(),  # noqa: B008 (it is immutable)
     only: Sequence[int] | None = None,
 ) -> Cohort:
     """``plan`` for several rounds at once, for ``fc.extend.placement.pmap_rounds``.
@@ -164,6 +166,8 @@ def plan_rounds(
         cost no step.
       data, work, seed, num_devices, width, population, state: see ``plan``.
       staleness: of the clients of each round, ``[K_r]``.
+      loops: how a round's loops are compiled. Its ``buckets`` are those of an earlier plan, or ``()`` for any. This
+        plan has the same if they waste at most 5% of its steps, else others, or ``None``.
       only: L places of the devices whose batches are wanted, such as those of one process; all by default. Clients are
         assigned to all D devices in any case.
 
@@ -225,6 +229,11 @@ def plan_rounds(
         out[device, round, slot] = values
         return out
 
+    if loops.buckets is not None:
+        chunks = slots(num_steps, 0, np.int64).reshape(num_devices, length, -1, width).max(-1)
+        longest = chunks.sum(-1).max(0).sum() / len(cohorts)  # what loops that end with the last client take
+        loops = loops._replace(buckets=buckets(chunks.max((0, 1)), (1 + WASTE) * longest, loops.buckets))
+
     slot_ids = slots(ids, -1, np.int32)
     return Cohort(
         ids=slot_ids,
@@ -237,6 +246,7 @@ def plan_rounds(
         population=population,
         width=width,
         staleness=None if staleness is None else slots(np.concatenate(staleness)[order], 0, np.int32),
+        loops=loops,
         num_clients=np.full((num_devices, length), data.num_clients, np.int32),
         total_weight=np.full((num_devices, length), data.client_weights.sum(dtype=np.float64), np.float32),
     )
@@ -278,11 +288,15 @@ def _batches(
 def wasted_steps(cohort: Cohort) -> np.ndarray:
     """Fraction of the devices' steps in a round that train no client; ``[R]`` for several rounds (``plan_rounds``).
 
-    A device waits for the device with the most work, and a client of a chunk for the longest client of its chunk.
+    A device waits for the device with the most work, and a client of a chunk for the longest client of its chunk, or
+    for the end of its bucket.
     """
     num_steps = np.asarray(cohort.num_steps)
     chunks = num_steps.reshape(*num_steps.shape[:-1], -1, cohort.width)
-    busy = cohort.width * chunks.max(-1).sum(-1).max(0) * len(num_steps)
+    longest = chunks.max(-1).sum(-1).max(0)
+    if cohort.loops.buckets:
+        longest = np.where(longest > 0, sum(count * turns for count, turns in cohort.loops.buckets), 0)
+    busy = cohort.width * longest * len(num_steps)
     return 1 - np.where(busy > 0, num_steps.sum((0, -1)) / np.maximum(busy, 1), 1)
 
 

@@ -285,7 +285,7 @@ def _minus(messages: PyTree, v: PyTree) -> PyTree:
 
 
 def _row_sums(x: Array) -> Array:
-    """``[N]`` sums over all axes but the first, vectorised on a CPU: see ``tree.by_columns``."""
+    """``[N]`` sums over all axes but the first, vectorised on a CPU: see ``tree.reduced``."""
     x = x.reshape(len(x), -1, x.shape[-1] if x.ndim > 1 else 1)
     return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x, axis=1)), axis=1)
 

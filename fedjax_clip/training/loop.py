@@ -80,7 +80,7 @@ def train(
     for stops all. Give ``devices=jax.local_devices()`` to train in one process alone.
 
     The result is a function of (algorithm, data, params, seed, secret). Resuming changes no bit of it. Client order,
-    chunks and the number of devices change it by rounding only.
+    chunks and the number of devices change it by rounding only; ``fc.reduce.exact_mean`` says with what they do not.
 
     Args:
       algorithm: ``fc.fedavg(...)`` or any other.
@@ -112,8 +112,8 @@ def train(
       should_stop: asked after each dispatch; if true, the state is saved and training ends early.
       devices: devices to use, or ``fc.placement.mesh(...)``; by default all, of all processes.
       clients_per_chunk: clients that a device trains at once. By default, on a CPU: 1, or up to all of them if the
-        model is smaller than 64 KiB. On a GPU or TPU a short trial before the first round finds the fastest number. A
-        resumed run keeps the number that it began with.
+        model is smaller than 64 KiB. On a GPU or TPU up to 16, as many as fit in the memory on the chip; 1 for a
+        model with convolutions on a GPU. A resumed run keeps the number that it began with.
       rounds_per_dispatch: how many rounds are sent to the devices at once. By default, from the second dispatch on, as
         many as take 0.1 seconds. A dispatch ends where an evaluation or a checkpoint is due. ``on_round`` and
         ``should_stop`` are called after each dispatch: give 1 to have them called after every round. The number changes
@@ -147,7 +147,7 @@ def train(
     eagerly = jax.disable_jit() if debug else contextlib.nullcontext()
     # A user may forbid implicit transfers; the driver's own transfers are intended.
     with jax.transfer_guard("allow"), failures.Explained(data, debug), eagerly:
-        with processes.together(devices).together():
+        with processes.joined(devices).together():
             run = settings.checked(
                 *(algorithm, data, params),
                 rounds=rounds,
@@ -193,6 +193,7 @@ def train(
                 saver.save(done, dispatcher, stop)
                 if stop:
                     break
+        owned.finish(dispatcher.clients)
         state = saver.state(dispatcher)
         return Result(state.server.params, state, history)
 
@@ -201,11 +202,12 @@ def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None, 
     """The dispatcher of this run's rounds, from this state on. A resumed run keeps the width that it began with."""
     alone = run.debug or bool(jax.tree.leaves(state.clients))
     length = 1 if alone else run.rounds_per_dispatch
-    planner = Planner(run.data, run.sampler, run.work, run.devices, run.seed, length, run.non_finite, secret)
+    beside = 4 * sum(x.nbytes for x in jax.tree.leaves(state.server))  # it before and after, a client's and its update
+    planner = Planner(run.data, run.sampler, run.work, run.devices, run.seed, length, run.non_finite, secret, beside)
     clients = owned.shared(states.of(state.clients), run.processes)
     dispatcher = Dispatcher(run.algorithm, planner, state.server, clients, run.debug)
     wanted = 1 if run.debug else run.clients_per_chunk or int(state.run.get("width", 0))
-    planner.width = min(wanted, run.data.num_clients) if wanted else width.choose(dispatcher, run.params, start)
+    planner.width = min(wanted, run.data.num_clients) if wanted else width.choose(planner, run.params, start)
     if start == 0 and run.algorithm.start is not None:
         for columns in dispatcher.start():
             watch.check(columns, range(1))

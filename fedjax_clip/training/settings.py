@@ -155,6 +155,8 @@ def checked(
     local_work, devices = LocalWork(*work), placement.chosen(devices)
     if debug and Processes(devices).count > 1:
         raise InvalidInput("debug=True runs in one process: give devices=jax.local_devices().")
+    if isinstance(checkpoints, Checkpoints) and (processes := Processes(devices)).count > 1:
+        checkpoints = checkpoints.shared_by(processes)
     with placement.beginning(devices):
         meet = algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work)
     if meet:

@@ -15,7 +15,9 @@ class State(NamedTuple):
 
     Attributes:
       server: from the algorithm's ``init``; its rounds update it.
-      clients: ``[M, ...]`` on the host, from ``init_client`` for each of the M clients.
+      clients: ``[M, ...]`` on the host, from ``init_client`` for each of the M clients. States beyond 1 GiB lie on
+        disk, beside the checkpoints or else in a temporary file. A leaf then reads like an array: ``leaf[ids]`` reads
+        the states of these clients, and ``np.asarray(leaf)`` those of all.
       run: the identity that a checkpoint must agree with (see ``fc.train``), if there are checkpoints; and the width.
 
     Example:

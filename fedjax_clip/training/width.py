@@ -1,80 +1,53 @@
-"""How many clients a device trains at once: by a rule on a CPU, by a short trial on other devices."""
+"""How many clients a device trains at once, by a rule: nothing is compiled or timed to find it.
+
+A step of a small model is bound by the latency of its operations, and clients trained at once share it. They must not
+outgrow the memory on the chip. ``benchmarks/README.md`` has the cycles behind the numbers for a TPU. No GPU was
+measured: there the rule is cautious.
+"""
 
 import math
-import time
-import weakref
-from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from fedjax_clip.core.types import Params
 from fedjax_clip.data.speeds import BatchSizes
-from fedjax_clip.training import placement
-from fedjax_clip.training.dispatch import Dispatcher
 from fedjax_clip.training.planner import Planner
 
 WIDE_BYTES = 2**16  # on a CPU, smaller models train several clients at once: per-operation overhead dominates
-WIDE = 16  # clients trained at once; more if all take equally many steps, because then no lane idles
+WIDE = 16  # clients trained at once; more on a CPU if all take equally many steps, because then no lane idles
 ALL_BYTES = 2**20  # then as many clients as have parameters of this size in all
 
-# Weak keys: widths go with their round function.
-_WIDTHS: weakref.WeakKeyDictionary[Callable, dict[tuple, int]] = weakref.WeakKeyDictionary()
+ON_CHIP = {"TPU v5 lite": 2**27, "TPU v5e": 2**27, "TPU v6 lite": 2**27, "TPU v6e": 2**27}  # bytes of a TPU's VMEM
+LEAST_ON_CHIP = 2**24  # of other TPUs, and of a GPU's cache
+COPIES = 6  # a step holds a client's parameters, gradient, update and maps at the same time
 
 
-def choose(dispatcher: Dispatcher, params: Params, round: int) -> int:
-    """The width of a run that begins with this round.
-
-    The trial begins with all of a device's clients and divides by 4 as long as that is faster. Its result is remembered
-    for the life of the process.
-    """
-    planner = dispatcher.planner
+def choose(planner: Planner, params: Params, round: int) -> int:
+    """The width of a run that begins with this round: at most a device's share of the round's cohort."""
     most = max(1, math.ceil(len(planner.turns[round].ids) / len(planner.devices)))
-    if planner.on_cpu:
-        return by_rule(planner, params, most)
-    shapes = tuple((x.shape, str(x.dtype)) for x in planner.data.fields().values())
-    tried = _WIDTHS.setdefault(dispatcher.algorithm.round, {})
-    key = tuple(planner.devices), planner.work, shapes, most
-    if key not in tried:
-        tried[key] = fastest(most, lambda width: seconds(dispatcher, width, round))
-    return tried[key]
+    return min(most, on_cpu(planner, params) if planner.on_cpu else on_accelerator(planner.devices[0], params))
 
 
-def by_rule(planner: Planner, params: Params, most: int) -> int:
-    """On a CPU: 1 for larger models, else up to ``most``."""
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
+def on_cpu(planner: Planner, params: Params) -> int:
+    """1 for larger models, else 16, or more if no client waits for another."""
+    size = _nbytes(params)
     steps = planner.work.steps
     own = callable(steps) or isinstance(planner.work.batch_size, BatchSizes)
     even = not own and (steps is not None or np.ptp(planner.data.sizes) == 0)
-    return 1 if size > WIDE_BYTES else min(most, max(WIDE, ALL_BYTES // max(1, size)) if even else WIDE)
+    return 1 if size > WIDE_BYTES else max(WIDE, ALL_BYTES // max(1, size)) if even else WIDE
 
 
-def fastest(widest: int, seconds: Callable[[int], float]) -> int:
-    """Tries ``widest``, a quarter of it, ..., 1; stops at the width after which the next gains less than 5%."""
-    best, least = widest, seconds(widest)
-    while best > 1:
-        narrower = max(1, best // 4)
-        took = seconds(narrower)
-        if took > 0.95 * least:
-            break
-        best, least = narrower, took
-    return best
+def on_accelerator(device: jax.Device, params: Params) -> int:
+    """Up to 16 clients whose steps fit in the memory on the chip.
+
+    On a GPU 1 for a model with convolutions (a parameter of three or more axes), which under ``vmap`` would be grouped.
+    """
+    if device.platform != "tpu" and any(np.ndim(x) > 2 for x in jax.tree.leaves(params)):
+        return 1
+    room = ON_CHIP.get(device.device_kind, LEAST_ON_CHIP)
+    return min(WIDE, max(1, room // (COPIES * max(1, _nbytes(params)))))
 
 
-def seconds(dispatcher: Dispatcher, width: int, round: int) -> float:
-    """Seconds of a round at this width, which leaves the run's state as it is; infinite if it does not fit."""
-    planner, took = dispatcher.planner, []
-    planner.width, planner.least = width, (0, 0)
-    block = planner.plan(range(round, round + 1))
-    server = placement.first_replica(dispatcher.server)
-    for _ in range(3):  # the first one compiles
-        own = placement.send_server(server, planner.devices)
-        began = time.perf_counter()
-        try:
-            dispatcher.run(own, block, keep=False)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" in str(error):
-                return math.inf
-            raise
-        took.append(time.perf_counter() - began)
-    return min(took[1:])
+def _nbytes(params: Params) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(params))

@@ -10,6 +10,7 @@ from problems import COHORTS, ENTRIES, OUTSIDE, assert_close, assert_identical, 
 
 import fedjax_clip as fc
 from fedjax_clip.core.metrics import check_names
+from fedjax_clip.training import states
 
 # One worker for each entry, where there are several: its laws share compiled rounds.
 pytestmark = pytest.mark.parametrize("name", [pytest.param(n, id=f"@{n}") for n in ENTRIES])
@@ -85,12 +86,13 @@ def test_the_second_round_does_not_compile(run):
     assert jax.tree.map(jax.typeof, before) == jax.tree.map(jax.typeof, jax.tree.map(jnp.asarray, server))
 
 
-def test_a_checkpointed_run_goes_on_to_the_same_bits(run, tmp_path):
+def test_a_checkpointed_run_goes_on_to_the_same_bits(run, tmp_path, monkeypatch):
     def train(rounds, **options):
         work = {"cohort_size": 4, "batch_size": 4, "local_steps": 5}  # steps, so that all rounds have one shape
         return fc.train(run.algorithm, run.data, parameters(), rounds=rounds, seed=5, **work, **options)
 
     straight = train(5)
+    monkeypatch.setattr(states, "MEMORY_BYTES", 0)  # the clients' states lie on disk
     train(3, checkpoints=fc.extend.Checkpoints(tmp_path))
     resumed = train(5, checkpoints=fc.extend.Checkpoints(tmp_path))
     assert [row["round"] for row in resumed.history] == [4, 5]

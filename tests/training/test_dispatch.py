@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import types
 import warnings
 import weakref
 
@@ -17,7 +18,6 @@ from problems import ENTRIES, assert_close, assert_identical, entry, parameters,
 import fedjax_clip as fc
 from fedjax_clip.training import width
 from fedjax_clip.training.dispatch import Dispatcher
-from fedjax_clip.training.placement import first_replica
 from fedjax_clip.training.planner import Planner
 from fedjax_clip.training.states import InMemory
 
@@ -33,52 +33,35 @@ def started(run):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "best"),
+    ("platform", "kind", "shapes", "chosen"),
     [
-        ({64: 1.0, 16: 2.0}, 64),
-        ({64: 4.0, 16: 2.0, 4: 1.0, 1: 3.0}, 4),
-        ({64: 4.0, 16: 3.0, 4: 2.0, 1: 1.0}, 1),
-        ({64: math.inf, 16: 3.0, 4: 3.0}, 16),  # does not fit; and a tie keeps the wider
+        ("tpu", "TPU v5 lite", [(784, 200), (200, 200), (200, 10)], 16),  # task M's
+        ("tpu", "TPU v5 lite", [(3, 3, 32, 64), (9216, 128)], 4),  # the EMNIST CNN
+        ("tpu", "TPU v6 lite", [(3, 3, 32, 64), (9216, 128)], 4),
+        ("tpu", "TPU v4", [(3, 3, 32, 64), (9216, 128)], 1),
+        ("tpu", "TPU v5 lite", [(3, 3, 512, 512)] * 5, 1),
+        ("gpu", "NVIDIA H100", [(784, 200), (200, 200), (200, 10)], 3),
+        ("gpu", "NVIDIA H100", [(3, 3, 1, 8)], 1),
+        ("gpu", "NVIDIA H100", [], 16),
     ],
 )
-def test_the_width_goes_down_while_that_is_faster(seconds, best):
-    assert width.fastest(64, seconds.__getitem__) == best  # and tries nothing further
+def test_the_width_of_an_accelerator_goes_by_the_model_s_size(platform, kind, shapes, chosen):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    params = [np.broadcast_to(np.float32(0), shape) for shape in shapes]
+    assert width.on_accelerator(device, params) == chosen
 
 
-def test_widths_tried_need_not_be_powers_of_two():
-    tried = []
-    assert width.fastest(50, lambda wide: tried.append(wide) or wide) == 1
-    assert tried == [50, 12, 3, 1]
-
-
-def test_a_trial_leaves_the_run_as_it_was(monkeypatch):
-    run = entry("fedavg, stateful link")
-    server, clients = run.start(parameters())
-    before = jax.tree.map(np.copy, (server, clients))
-    dispatcher = Dispatcher(run.algorithm, planner(run), server, InMemory(clients))
-    dispatcher.planner.on_cpu = False  # so the width is tried
-    chosen = width.choose(dispatcher, parameters(), 0)
-    assert chosen in (4, 1)
-    assert_identical((first_replica(dispatcher.server), dispatcher.clients.tree), before)
-    monkeypatch.delattr(width, "seconds")
-    assert width.choose(dispatcher, parameters(), 0) == chosen  # remembered
-
-
-def test_a_width_that_does_not_fit_is_passed_over(monkeypatch):
-    run = entry("fedavg")
-    dispatcher = Dispatcher(run.algorithm, planner(run), *started(run))
-
-    def too_large(*args):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-
-    monkeypatch.setattr(dispatcher, "_run_rounds", too_large)
-    assert width.seconds(dispatcher, 4, 0) == math.inf
+def test_no_device_trains_more_clients_at_once_than_it_has():
+    ours = planner(entry("fedavg"), cohort_size=3)
+    assert width.choose(ours, parameters(), 0) == 3
+    ours.on_cpu = False
+    assert width.choose(ours, parameters(), 0) == 3
 
 
 def test_small_models_train_all_clients_at_once_where_none_waits():
     def chosen(sizes, model=parameters(), **work):  # noqa: B008
         run = dataclasses.replace(entry("fedavg"), data=population(sizes))
-        return width.by_rule(planner(run, work=fc.extend.LocalWork(4, **work)), model, 20)
+        return width.choose(planner(run, 20, work=fc.extend.LocalWork(4, **work)), model, 0)
 
     uneven = [3, 5] * 10
     assert chosen([4] * 20) == chosen(uneven, steps=3) == 20
@@ -120,10 +103,8 @@ def test_an_algorithm_that_is_gone_leaves_nothing_behind(compilations):
     gone = weakref.ref(algorithm.round), weakref.ref(build)
     run = entry("fedavg")
     dispatcher = Dispatcher(algorithm, planner(run), *started(run))
-    dispatcher.planner.on_cpu = False  # so the width is tried, and remembered
-    chosen = width.choose(dispatcher, parameters(), 0)
     for devices in (None, fc.placement.mesh(clients=1)):
-        fc.train(algorithm, run.data, parameters(), rounds=2, cohort_size=4, clients_per_chunk=chosen, devices=devices)
+        fc.train(algorithm, run.data, parameters(), rounds=2, cohort_size=4, devices=devices)
     fc.sweep(build, {"lr": np.float32([0.1])}, run.data, parameters(), softmax_loss, rounds=1)
     assert compilations
     del algorithm, build, dispatcher
