@@ -186,7 +186,7 @@ def main() -> int:
     largest = max((x for x in numbers if isinstance(x, float)), default=0.0)
     refused = sum(x == "both refuse" for x in numbers)
     print(
-        f"\n{len(found)} cases: {sum(good) - refused} of {len(good) - refused} comparisons within {limit:g}, the largest "
+        f"\n{len(found)} cases: {sum(good) - refused} of {len(good) - refused} comparisons within {limit:g}, largest "
         f"{largest:.1e}; {refused} refused by both"
     )
     return 0 if all(good) else 1
