@@ -81,7 +81,7 @@ def train(
     for stops all. Give ``devices=jax.local_devices()`` to train in one process alone.
 
     The result is a function of (algorithm, data, params, seed, secret). Resuming changes no bit of it. Client order,
-    chunks and the number of devices change it by rounding only.
+    chunks and the number of devices change it by rounding only; ``fc.reduce.exact_mean`` says with what they do not.
 
     Args:
       algorithm: ``fc.fedavg(...)`` or any other.
