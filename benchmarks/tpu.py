@@ -95,7 +95,7 @@ def cases() -> dict[str, Case]:
         return of_model(fc.models.CNN(62), classifier, zeros(1, 28, 28, 1, of=real), emnist, make=make)
 
     def private(loss: Callable, cohort: int) -> fc.extend.Algorithm:
-        link = fc.uplink.chain(fc.uplink.quantile_clip(0.5), fc.uplink.gaussian(1.0))
+        link = fc.uplink.chain(fc.uplink.quantile_clip(0.5, bits_noise=1.0), fc.uplink.gaussian(1.0))
         return fc.fedavg(loss, CLIPPED, uplink=link, reducer=fc.reduce.fixed_mean(cohort))
 
     def on_grid(loss: Callable, cohort: int) -> fc.extend.Algorithm:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fedjax_clip.core import tree
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import Algorithm, Params, Row
 from fedjax_clip.data import clock, sampling, speeds
@@ -202,7 +203,7 @@ def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None, 
     """The dispatcher of this run's rounds, from this state on. A resumed run keeps the width that it began with."""
     alone = run.debug or bool(jax.tree.leaves(state.clients))
     length = 1 if alone else run.rounds_per_dispatch
-    beside = 4 * sum(x.nbytes for x in jax.tree.leaves(state.server))  # it before and after, a client's and its update
+    beside = 4 * tree.nbytes(state.server)  # it before and after, a client's and its update
     planner = Planner(run.data, run.sampler, run.work, run.devices, run.seed, length, run.non_finite, secret, beside)
     clients = owned.shared(states.of(state.clients), run.processes)
     dispatcher = Dispatcher(run.algorithm, planner, state.server, clients, run.debug)
