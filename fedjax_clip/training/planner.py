@@ -50,6 +50,8 @@ class Planner:
 
     Attributes:
       processes: those that drive the devices.
+      homes: the processes that have the clients' examples ``[M]``, and those of the devices ``[D]``; ``None`` if all
+        have all.
       turns: the clients of each round.
       resident: whether the population lives on the devices; blocks are then example numbers only.
       length: the most rounds in a block.
@@ -71,6 +73,7 @@ class Planner:
     ):
         self.data, self.work, self.devices, self.seed, self.non_finite = data, work, devices, seed, non_finite
         self.processes = Processes(devices)
+        self.homes = None if data.own is None else self.processes.homes(data.own)
         hidden = None if secret is None else secret.seed()
         self.turns = Timeline(
             sampler, World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed, hidden)
@@ -81,7 +84,7 @@ class Planner:
         own = devices[self.processes.own[0]]
         memory = (own.memory_stats() or {}).get("bytes_limit", 4 * RESIDENT_BYTES)
         most = RESIDENT_BYTES if self.on_cpu else memory // 4
-        large = sum(x.nbytes for x in data.fields().values()) > most
+        large = data.own is not None or sum(x.nbytes for x in data.fields().values()) > most
         self.resident = not self.processes.any(large)
         rows = Resident.of(data.examples, devices[0].platform) if self.resident else None
         self.population = placement.replicate(rows, devices)
@@ -147,6 +150,7 @@ class Planner:
             staleness=[turn.staleness for turn in turns if turn.staleness is not None] or None,
             loops=Loops(packed=True, buckets=known, whole=whole) if self.launches else Loops(),
             only=self.processes.own,
+            homes=self.homes,
         )
         secret = None if self.words is None else np.tile(self.words, (len(self.devices), self.length, 1))
         return dataclasses.replace(planned, non_finite=self.non_finite, secret=secret)
