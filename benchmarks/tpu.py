@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import hlo
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -94,7 +95,7 @@ def cases() -> dict[str, Case]:
         return of_model(fc.models.CNN(62), classifier, zeros(1, 28, 28, 1, of=real), emnist, make=make)
 
     def private(loss: Callable, cohort: int) -> fc.extend.Algorithm:
-        link = fc.uplink.chain(fc.uplink.quantile_clip(0.5), fc.uplink.gaussian(1.0))
+        link = fc.uplink.chain(fc.uplink.quantile_clip(0.5, bits_noise=1.0), fc.uplink.gaussian(1.0))
         return fc.fedavg(loss, CLIPPED, uplink=link, reducer=fc.reduce.fixed_mean(cohort))
 
     def on_grid(loss: Callable, cohort: int) -> fc.extend.Algorithm:
@@ -195,7 +196,7 @@ def _flops(jaxpr: Any) -> float:
             kernel = equation.invars[1].aval
             outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * out.size * kernel.size / outputs
-        inside = sum(map(_flops, jax.core.jaxprs_in_params(equation.params)))
+        inside = sum(map(_flops, jax.extend.core.jaxprs_in_params(equation.params)))
         total += equation.params.get("length", 1) * inside
     return total
 
@@ -226,6 +227,7 @@ def measure(name: str, chip: str, width: int, profiles: str | None, keep: str | 
         "hlo": program.cycles(step) / width,
         "copies": program.copies(step) / max(1, program.cycles(step)),
         "largest": program.largest_copy(),
+        "made": program.largest_in_loops(),
         "flops": 3 * forward_flops(case),
     }
 

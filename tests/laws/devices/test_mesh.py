@@ -68,15 +68,19 @@ def test_a_transformer_split_in_two_trains_and_resumes_like_a_whole_one(texts, p
         options |= {"evaluate": evaluate, "eval_every": 2, "cohort_size": 4, "batch_size": 4, "rounds": rounds}
         return fc.train(algorithm, texts, params, devices=devices, clients_per_chunk=1, **options)
 
-    whole = train(jax.local_devices()[:4], fc.evaluator(next_token_loss, {"train": texts}))
+    judged = fc.evaluator(next_token_loss, {"train": texts})
+    whole = train(jax.local_devices()[:4], judged)
     in_two = train(split)
     assert_close(in_two.state.server, whole.state.server, rtol=1e-5, atol=1e-5)
     for one, two in zip(whole.history, in_two.history, strict=True):
         names = {"loss", "eval/train/loss"} & one.keys()
         assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-5)
     assert len(names) == 2
-    train(split, rounds=2, checkpoints=tmp_path)
-    assert_identical(train(split, checkpoints=tmp_path).state[:2], in_two.state[:2])
+    for name in ("split", "whole"):
+        train(split, rounds=2, checkpoints=tmp_path / name)
+    assert_identical(train(split, checkpoints=tmp_path / "split").state[:2], in_two.state[:2])
+    resumed = train(jax.local_devices()[:4], judged, checkpoints=tmp_path / "whole")
+    assert_close(resumed.state.server, in_two.state.server, rtol=1e-5, atol=1e-5)
 
 
 def test_each_device_holds_half_of_the_model_and_of_what_follows_it(texts, params):
@@ -145,6 +149,8 @@ def test_rows_with_unequal_work_wait_for_each_other():
 def test_what_no_mesh_can_do_is_refused():
     with pytest.raises(fc.InvalidInput, match="A mesh of 5 x 2 needs 10 devices, and there are 8"):
         fc.placement.mesh(clients=5, model=2)
+    with pytest.raises(fc.InvalidInput, match="model=3 must divide the number of devices, 8"):
+        fc.placement.mesh(model=3)
     run = entry("fedavg")
     for shard, said in (
         ({"w": PartitionSpec(None, "model")}, r"cannot split parameter 'w' of shape \(4, 3\) over model=2 devices"),
