@@ -211,7 +211,8 @@ def measure(name: str, chip: str, width: int, profiles: str | None, keep: str | 
     case, began = cases()[name], time.perf_counter()
     if not (gathers := not (profiles and chip.startswith("v5e"))):
         without_gathers()
-    width = width or on_accelerator(devices[0], jax.eval_shape(case.init, jax.random.key(0)))
+    params = jax.tree.map(lambda x: zeros(*x.shape, of=x.dtype), jax.eval_shape(case.init, jax.random.key(0)))
+    width = width or on_accelerator(devices[0], params)
     compiled = lowered(case, devices[:1] if chip in SMALLEST else devices, width, gathers=gathers).compile()
     seconds, memory, text = time.perf_counter() - began, compiled.memory_analysis(), compiled.as_text()
     program = hlo.Program(text)
