@@ -49,6 +49,7 @@ LINKS = (
     "power_sgd(4)",
     "count_sketch(5, 5000, k=1000)",
     "sign_flip((0,))",
+    "& exact_mean()",
     "& median()",
     "& trimmed_mean(2)",
     "& krum(2)",

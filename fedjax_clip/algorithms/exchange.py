@@ -151,8 +151,9 @@ def exchange(
             message, weight, state, bad, report = jax.tree.map(lambda x: x[None], out)
         else:
             message, weight, state, bad, report = jax.vmap(functools.partial(one_client, most))(*clients)
-        return message, weight, state, bad, jax.tree.map(lambda x: jnp.sum(x, 0), report)
+        return message, weight, state, bad, adder.chunk(report)
 
+    adder = metrics.adder(reducer.exact, len(cohort.ids))
     traced = [tree.traced(functools.partial(chunk, most), 0, cohort.state) for _, most in cohort.buckets]
     _, (messages, _, _, _, report) = traced[0]
 
@@ -164,13 +165,13 @@ def exchange(
             lambda xs, x: jax.lax.dynamic_update_slice_in_dim(xs, x, index * cohort.width, 0), states, state
         )
         bad = _most(bad, new_bad) if cohort.non_finite == "stop" else bad
-        return reducer.add(acc, message, weight), states, bad, metrics.add(report, new_report)
+        return reducer.add(acc, message, weight), states, bad, adder.add(report, new_report)
 
     message = jax.tree.map(lambda m: m[0], messages)
     roster = Roster(jnp.asarray(cohort.ids), jax.random.fold_in(key, 3))  # the key beside the three it was split into
     acc = reducer.zero(message, roster)
     num_chunks = cohort.everywhere(-(-tree.count(cohort.ids >= 0) // cohort.width))
-    carry, done = (acc, cohort.state, jnp.full(NAMED, -1, jnp.int32), report), 0
+    carry, done = (acc, cohort.state, jnp.full(NAMED, -1, jnp.int32), adder.zero(report)), 0
     for (turns, _), (chunk, _) in zip(cohort.buckets, traced, strict=True):
         count = turns if cohort.loops.buckets else num_chunks
         carry = cohort.loop(functools.partial(body, chunk, done), carry, count, turns)
@@ -178,8 +179,7 @@ def exchange(
     acc, client_states, bad, report = carry
 
     aggregate = reducer.finish(acc, cohort.axis_name)
-    if cohort.axis_name is not None:
-        report = jax.lax.psum(report, cohort.axis_name)
+    report = adder.finish(report, cohort.axis_name)
     fewest = reducer.fewest if reducer.threshold is None else reducer.threshold
     too_few = report["clients"] < fewest  # the aggregate is zero, so no state changes
     if fewest > 1:

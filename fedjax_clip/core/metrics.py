@@ -1,13 +1,13 @@
 """Client metrics: sums and means that add up over steps, clients and devices."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fedjax_clip.core import tree
+from fedjax_clip.core import exact, tree
 from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
 
 # Names, and prefixes of names, that the library itself uses in a row of a run's history.
@@ -179,6 +179,59 @@ def add(x: PyTree, y: PyTree) -> PyTree:
       3.0
     """
     return jax.tree.map(jnp.add, x, y)
+
+
+class Adder(NamedTuple):
+    """How a round's reports are summed over clients, chunks and devices.
+
+    Attributes:
+      chunk: ``reports [w, ...] -> part``, of one chunk.
+      zero: ``zeros like a part -> total``.
+      add: ``(total, part) -> total``.
+      finish: ``(total, axis_name) -> report``, over all devices of the mapped axis, if there is one.
+    """
+
+    chunk: Callable[[PyTree], PyTree]
+    zero: Callable[[PyTree], PyTree]
+    add: Callable[[PyTree, PyTree], PyTree]
+    finish: Callable[[PyTree, str | None], PyTree]
+
+
+def adder(exactly: bool, clients: int) -> Adder:
+    """Sums of reports in floating point, or to the same bits in any order (``core/exact.py``).
+
+    Args:
+      exactly: whether in any order.
+      clients: how many there are room for on a device.
+    """
+    if not exactly:
+        return Adder(
+            lambda reports: jax.tree.map(lambda x: jnp.sum(x, 0), reports),
+            lambda zeros: zeros,
+            add,
+            lambda total, axis_name: total if axis_name is None else jax.lax.psum(total, axis_name),
+        )
+
+    def zero(x):
+        like = x[0]
+        return exact.zero(like, clients, each=True) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.sum(x, 0)
+
+    def plus(x, total):
+        return exact.add(total, x) if isinstance(total, exact.Sum) else total + jnp.sum(x, 0)
+
+    def finish(total, axis_name):
+        if isinstance(total, exact.Sum):
+            return exact.rounded(total, axis_name)
+        return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+    return Adder(
+        lambda reports: reports,
+        lambda zeros: jax.tree.map(zero, zeros),
+        lambda total, part: jax.tree.map(plus, part, total),
+        lambda total, axis_name: jax.tree.map(
+            lambda x: finish(x, axis_name), total, is_leaf=lambda x: isinstance(x, exact.Sum)
+        ),
+    )
 
 
 def finish(report: PyTree) -> PyTree:

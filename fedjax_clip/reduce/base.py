@@ -43,6 +43,8 @@ class Reducer(NamedTuple):
       weighted: whether a client counts by its weight; otherwise all clients count equally.
       hides: its name, if it is a secure sum: nobody may read a single message.
       forges: its name, if it replaces messages after the uplink by functions of other clients' messages.
+      exact: whether a round's client metrics, too, are summed to the same bits in any order, as ``exact_mean`` sums
+        messages; ``reducer._replace(exact=True)`` asks it of any reducer.
 
     Example:
       >>> algorithm = fc.fedavg(per_example_loss, optax.sgd(0.1), reducer=fc.reduce.uniform_mean())
@@ -59,6 +61,7 @@ class Reducer(NamedTuple):
     weighted: bool = False
     hides: str = ""
     forges: str = ""
+    exact: bool = False
 
 
 def weighted_mean() -> Reducer:
@@ -120,7 +123,7 @@ def _mean(weigh: Callable[[Array], Array], denominator: float | Array | None = N
         def plus(t, m):
             if exact(t):
                 return t + jnp.sum(m * weights.reshape(-1, *[1] * (m.ndim - 1)).astype(m.dtype), 0, jnp.int32)
-            return t + jnp.tensordot(weights.astype(t.dtype), m.astype(t.dtype), 1)
+            return t + tree.weighted_sum(weights, m.astype(t.dtype))
 
         return jax.tree.map(plus, acc[0], messages), acc[1] + jnp.sum(weights)
 
@@ -185,6 +188,7 @@ def together(*reducers: Reducer) -> Reducer:
         finish=finish,
         linear=all(r.linear for r in reducers),
         weighted=any(r.weighted for r in reducers),
+        exact=all(r.exact for r in reducers),
         fewest=max(r.fewest for r in reducers),
         hides=next((r.hides for r in reducers if r.hides), ""),
         forges=next((r.forges for r in reducers if r.forges), ""),

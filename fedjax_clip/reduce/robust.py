@@ -274,10 +274,7 @@ def _of_their_sum(shares: Array) -> Array:
 
 def _combine(shares: Array, messages: PyTree) -> PyTree:
     """``sum_i shares_i messages_i``."""
-    exact = jax.lax.Precision.HIGHEST  # the default of a GPU or TPU is narrower than float32
-    return jax.tree.map(
-        lambda x: jnp.tensordot(shares.astype(tree.wide_type(x)), tree.wide(x), 1, precision=exact), messages
-    )
+    return jax.tree.map(lambda x: tree.weighted_sum(shares, tree.wide(x)), messages)
 
 
 def _minus(messages: PyTree, v: PyTree) -> PyTree:

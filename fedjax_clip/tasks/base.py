@@ -171,7 +171,7 @@ def hits(logits: Array, labels: Array) -> Array:
     The first of several, or the first NaN, counts as the largest: ``jnp.argmax``, of reductions that a GPU fuses.
     """
     largest = (logits == jnp.max(logits, axis=-1, keepdims=True)) | jnp.isnan(logits)
-    number = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    number = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     first = jnp.min(jnp.where(largest, number, logits.shape[-1]), axis=-1)
     return (first == labels.astype(jnp.int32)).astype(jnp.float32)
 

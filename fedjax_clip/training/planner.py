@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,11 +20,11 @@ from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.training import placement
 from fedjax_clip.training.processes import Processes
 
-RESIDENT_BYTES = 2**29  # populations up to this size live on every CPU device, on others up to a quarter of its memory
+RESIDENT_BYTES = 2**29  # populations up to this size live on every CPU device; on others, see ``room``
 LONGEST = 64  # rounds in a block at most, by default
 PLAN_BYTES = 2**20  # a block's example numbers take no more bytes than this
 LAUNCHES = {"gpu"}  # platforms that start a kernel for each operation, so that loops of known length pay
-MOST_LAYOUTS = 3  # of loops of known length in a run; each is compiled
+MOST_LAYOUTS = 2  # of loops of known length in a run; each is compiled
 BLOCK_SECONDS = 0.1  # a block takes no longer: so metrics and a stop come in time
 
 
@@ -47,9 +48,12 @@ class Planner:
       length: the most rounds in a block; by default as many as take 0.1 seconds at the pace of earlier rounds.
       non_finite: see ``Cohort``.
       secret: the source of noise and cohorts in place of the seed.
+      beside: bytes of a device's memory that the run takes for other arrays, such as the model; see ``room``.
 
     Attributes:
       processes: those that drive the devices.
+      homes: the processes that have the clients' examples ``[M]``, and those of the devices ``[D]``; ``None`` if all
+        have all.
       turns: the clients of each round.
       resident: whether the population lives on the devices; blocks are then example numbers only.
       length: the most rounds in a block.
@@ -68,9 +72,11 @@ class Planner:
         length: int | None = None,
         non_finite: str = "drop",
         secret: Secret | None = None,
+        beside: int = 0,
     ):
         self.data, self.work, self.devices, self.seed, self.non_finite = data, work, devices, seed, non_finite
         self.processes = Processes(devices)
+        self.homes = None if data.own is None else self.processes.homes(data.own)
         hidden = None if secret is None else secret.seed()
         self.turns = Timeline(
             sampler, World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed, hidden)
@@ -79,10 +85,14 @@ class Planner:
         self.on_cpu, self.launches = devices[0].platform == "cpu", devices[0].platform in LAUNCHES
         self._layouts: dict[int, list[Buckets | None]] = {}  # of loops of known length, by width, as they were found
         own = devices[self.processes.own[0]]
-        memory = (own.memory_stats() or {}).get("bytes_limit", 4 * RESIDENT_BYTES)
-        most = RESIDENT_BYTES if self.on_cpu else memory // 4
-        large = sum(x.nbytes for x in data.fields().values()) > most
-        self.resident = not self.processes.any(large)
+        takes, free = Resident.nbytes(data.examples, own.platform), room(own, beside)
+        self.resident = not self.processes.any(takes > free or data.own is not None)
+        if not (self.resident or self.on_cpu or data.own is not None):
+            warnings.warn(
+                f"The examples would take {takes / 2**30:.1f} GiB of a device's memory, and {free / 2**30:.1f} GiB are "
+                "free for them: the host packs each round's examples and sends them, which may be slower.",
+                stacklevel=2,
+            )
         rows = Resident.of(data.examples, devices[0].platform) if self.resident else None
         self.population = placement.replicate(rows, devices)
         self.width, self.least, self.seconds = 1, (0, 0), math.inf
@@ -147,6 +157,7 @@ class Planner:
             staleness=[turn.staleness for turn in turns if turn.staleness is not None] or None,
             loops=Loops(packed=True, buckets=known, whole=whole) if self.launches else Loops(),
             only=self.processes.own,
+            homes=self.homes,
         )
         secret = None if self.words is None else np.tile(self.words, (len(self.devices), self.length, 1))
         return dataclasses.replace(planned, non_finite=self.non_finite, secret=secret)
@@ -161,3 +172,16 @@ class Planner:
     def _longest(self) -> int:
         cohort = self._cohorts([self.turns[0]], 0)
         return min(LONGEST, max(1, PLAN_BYTES // (cohort.batches.nbytes + cohort.example_weight.nbytes)))
+
+
+def room(device: jax.Device, beside: int = 0) -> int:
+    """Bytes of a device's memory that a population may take: half of what is free once the run has ``beside`` more.
+
+    A resident population takes its rows and no more: programs gather from them and copy none (``core/resident.py``).
+    The other half is for batches, activations, messages and the clients' states.
+    """
+    if device.platform == "cpu":
+        return RESIDENT_BYTES
+    stats = device.memory_stats() or {}
+    free = stats.get("bytes_limit", 2 * RESIDENT_BYTES + beside) - stats.get("bytes_in_use", 0)
+    return max(0, free - beside) // 2

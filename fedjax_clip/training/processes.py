@@ -13,6 +13,7 @@ import numpy as np
 
 from fedjax_clip.core.types import InvalidInput, PyTree
 from fedjax_clip.training import identity
+from fedjax_clip.training.transfers import own_rows
 
 CURE = "Start all processes with the same code, data and settings."
 
@@ -29,6 +30,7 @@ class Processes:
       count: P, the number of processes.
       number: of this process, from 0.
       own: places among ``devices`` of those that this process drives.
+      drivers: ``[D]`` the process that drives each device.
 
     Raises:
       InvalidInput: devices of some of several processes only, or unequally many.
@@ -40,6 +42,7 @@ class Processes:
 
     def __init__(self, devices: Sequence[jax.Device]):
         drivers = [device.process_index for device in devices]
+        self.drivers = np.array(drivers, int)
         self.count, self.number, self.own = max(1, len(set(drivers))), 0, list(range(len(drivers)))
         if self.count > 1:
             self.number = jax.process_index()
@@ -64,19 +67,28 @@ class Processes:
         arrays = jax.tree.map(np.asarray, values)
         if self.count == 1:
             return jax.tree.map(lambda x: x[None], arrays)
+        from jax.experimental import multihost_utils
+
         # As bytes in one message: JAX would round doubles to floats.
         leaves, structure = jax.tree.flatten(arrays)
         sent = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves]
-        came = _gathered(np.concatenate([np.zeros(0, np.uint8), *sent]), tiled=False)
+        with jax.disable_jit(False):  # fc.train(..., debug=True) disables it
+            came = multihost_utils.process_allgather(np.concatenate([np.zeros(0, np.uint8), *sent]))
         parts = np.split(came, np.cumsum([x.nbytes for x in leaves])[:-1], axis=1)
         arrays = [np.ascontiguousarray(p).view(x.dtype).reshape(self.count, *x.shape) for p, x in zip(parts, leaves)]
         return jax.tree.unflatten(structure, arrays)
 
     def whole(self, values: PyTree) -> PyTree:
         """Arrays ``[D, ...]`` with a slice on each device, of all processes, on the host."""
-        if self.count == 1 or not jax.tree.leaves(values):
-            return jax.tree.map(np.asarray, values)
-        return _gathered(values, tiled=True)
+        own = own_rows(values)
+        if self.count == 1 or not jax.tree.leaves(own):
+            return own
+        places, rows = self.gather((np.array(self.own), own))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[np.argsort(places.ravel())], rows)
+
+    def homes(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The process ``[M]`` that has each client's examples, from ``own [M]`` of each, and that of each device."""
+        return self.gather(own).argmax(0), self.drivers if self.count > 1 else np.zeros(len(self.own), int)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
@@ -139,13 +151,6 @@ class Processes:
             values = [told.get(name, "none") for told in all_facts]
             if len(set(values)) > 1:
                 raise InvalidInput(f"The processes differ in {name}: {_grouped(values)}. {cure}")
-
-
-def _gathered(values: PyTree, tiled: bool) -> PyTree:
-    from jax.experimental import multihost_utils
-
-    with jax.disable_jit(False):  # fc.train(..., debug=True) disables it
-        return multihost_utils.process_allgather(values, tiled)
 
 
 def _grouped(values: Sequence[str]) -> str:
