@@ -24,7 +24,7 @@ RESIDENT_BYTES = 2**29  # populations up to this size live on every CPU device; 
 LONGEST = 64  # rounds in a block at most, by default
 PLAN_BYTES = 2**20  # a block's example numbers take no more bytes than this
 LAUNCHES = {"gpu"}  # platforms that start a kernel for each operation, so that loops of known length pay
-MOST_LAYOUTS = 3  # of loops of known length in a run; each is compiled
+MOST_LAYOUTS = 2  # of loops of known length in a run; each is compiled
 BLOCK_SECONDS = 0.1  # a block takes no longer: so metrics and a stop come in time
 
 
