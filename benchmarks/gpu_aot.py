@@ -93,7 +93,7 @@ def parameters(module: Any, sample: jax.Array) -> PyTree:
 
 
 def mlp() -> Model:
-    return images(fc.models.MLP((128,), 10), (8, 8, 1), np.float32, 1500)
+    return images(fc.models.MLP((128,), 10), (8, 8, 1), np.float32, 15_000)
 
 
 def cnn() -> Model:

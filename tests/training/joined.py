@@ -50,6 +50,26 @@ def train(directory):
     return found
 
 
+def parts(directory):
+    """A population of which each process opens the clients that are not in the other's part."""
+    whole, number = population(SIZES), jax.process_index()
+    clients = np.flatnonzero(np.arange(len(SIZES)) % 3 == 0 if number else np.arange(len(SIZES)) % 3)
+    examples = whole.select(clients).examples
+    part, algorithm = fc.data.parts.opened(examples, clients, SIZES), ENTRIES["fedavg"]()
+    twice = fc.data.parts.opened(whole.select([0, *clients[1:]]).examples, [0, *clients[1:]], SIZES)
+    wrong = population(SIZES)
+    wrong.examples["y"][wrong.offsets[3]] = 99  # of client 3, whom process 1 opens
+    wrong = fc.data.parts.opened(wrong.select(clients).examples, clients, SIZES)
+    common = problem(algorithm)[1]
+    return {
+        "trained": seen(fc.train(algorithm, part, parameters(), **common)),
+        "twice": tried(algorithm=algorithm, data=twice),
+        "label": tried(algorithm=algorithm, data=wrong, cohort_size=len(SIZES)),
+        "whole": tried(algorithm=algorithm, data=part if number else whole),
+        "alone": tried(algorithm=algorithm, data=part, devices=jax.local_devices()),
+    }
+
+
 def tried(**options):
     """What became of a short training: the rounds done, or the error's sentence."""
     try:
