@@ -16,7 +16,7 @@ import fedjax_clip as fc
 from fedjax_clip.training import agreement, planner, states
 
 SIZES = tuple(3 + 5 * c % 17 for c in range(23))
-TRAINED = ("fedavg, every clip", "scaffold, robust", "episode_plus", "partially_private")
+TRAINED = ("fedavg, stateful link", "episode_plus", "partially_private")
 ON_DISK = TRAINED[-2:]  # whose clients' states lie in a file of each process
 
 

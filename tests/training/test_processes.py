@@ -14,7 +14,7 @@ from problems import ENTRIES, assert_close, assert_identical, parameters
 import fedjax_clip as fc
 
 PROCESSES = 2
-SECONDS = 200  # until a run that hangs has failed; it takes 20 on two idle cores
+SECONDS = 480  # until a run that hangs has failed; it takes 20 on two idle cores
 
 
 def run(scenario, directory):
