@@ -44,16 +44,21 @@ def buckets(steps: Sequence[int] | np.ndarray, most: float, like: Buckets = ()) 
     Args:
       steps: ``[K]`` of each chunk of clients, the longest first.
       most: the number of steps that all buckets together may have.
-      like: buckets of an earlier plan, which are taken again if they serve, so that nothing is compiled.
+      like: buckets of an earlier plan, which are taken again if they serve, so that nothing is compiled. If they do
+        not, the result serves both plans where it may: so the plans of a run soon share their buckets.
 
     Example:
       >>> buckets([5, 5, 5, 4, 1], most=21)
       ((4, 5), (1, 1))
     """
-    bound = np.repeat([turns for _, turns in like], [chunks for chunks, _ in like])[: len(steps)]
-    padded = np.pad(bound, (0, len(steps) - len(bound)))
-    if like and _size(like) <= most and np.all(padded >= steps):
+    before = np.array([turns for chunks, turns in like for _ in range(chunks)], int)
+    before = np.pad(before[: len(steps)], (0, max(0, len(steps) - len(before))))
+    if like and _size(like) == before.sum() <= most and np.all(before >= steps):
         return like
+    return _joined(np.maximum(before, steps), most) or _joined(steps, most)
+
+
+def _joined(steps: Sequence[int] | np.ndarray, most: float) -> Buckets | None:
     found = [(1, int(turns)) for turns in steps if turns > 0]
     while len(found) > 1:
         added = [(a[1] - b[1]) * b[0] for a, b in itertools.pairwise(found)]  # by joining a bucket with the next

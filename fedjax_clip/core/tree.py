@@ -164,7 +164,7 @@ def reduced(reduce: Callable[..., Array], join: Callable[[Sequence[Array]], Arra
 
     def elsewhere(*arrays: Array) -> Array:
         small = [x.ravel() for x in arrays if x.size <= SMALL]
-        if len(small) <= FEW:
+        if len(small) <= FEW or len({x.dtype for x in small}) > 1:
             return join([reduce(x) for x in arrays])
         together = jax.lax.optimization_barrier(jnp.concatenate(small))  # or XLA reduces its parts again
         return join([reduce(x) for x in (together, *(x for x in arrays if x.size > SMALL))])

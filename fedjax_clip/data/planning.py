@@ -156,6 +156,7 @@ def plan_rounds(
     staleness: Sequence[np.ndarray] | None = None,
     loops: Loops = Loops(),  # noqa: B008 (it is immutable)
     only: Sequence[int] | None = None,
+    homes: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Cohort:
     """``plan`` for several rounds at once, for ``fc.extend.placement.pmap_rounds``.
 
@@ -170,6 +171,8 @@ def plan_rounds(
         plan has the same if they waste at most 5% of its steps, else others, or ``None``.
       only: L places of the devices whose batches are wanted, such as those of one process; all by default. Clients are
         assigned to all D devices in any case.
+      homes: int ``[M]`` of clients and ``[D]`` of devices, 0, 1, ..., equally many devices of each: a client trains on
+        a device of its own home. By default every client may train on every device.
 
     Returns:
       A ``Cohort`` of NumPy arrays ``[D, R, C, ...]`` and ``[L, R, T, B, ...]``, each round padded to the largest.
@@ -193,8 +196,14 @@ def plan_rounds(
     per_epoch = -(-data.sizes[ids] // batch_size)
     num_steps = work.num_steps(ids, data.sizes, seed)
 
-    capacity = width * max(-(-least[0] // width), _round_up(-(-int(counts.max()) // (num_devices * width))))
-    device, slot = _deal(num_steps, counts, num_devices, capacity)
+    places, turn = np.arange(num_devices)[None], round  # the devices of each home; clients of a turn are dealt together
+    if homes is not None:
+        places = np.argsort(homes[1], kind="stable").reshape(int(homes[1].max()) + 1, -1)
+        turn = round * len(places) + homes[0][ids]
+    counts = np.bincount(turn, minlength=len(cohorts) * len(places))
+    capacity = width * max(-(-least[0] // width), _round_up(-(-int(counts.max()) // (places.shape[1] * width))))
+    device, slot = _deal(num_steps, turn, counts, places.shape[1], capacity)
+    device = places[turn % len(places), device]
     order = np.lexsort((slot, round, device))  # clients in the order of their rows
     ids, round, batch_size, per_epoch, num_steps, device, slot = (
         x[order] for x in (ids, round, batch_size, per_epoch, num_steps, device, slot)
@@ -306,9 +315,11 @@ def _places(counts: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
-def _deal(num_steps: np.ndarray, counts: np.ndarray, num_devices: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Deals clients longest first in each round: ``(device[K], slot[K])``, at most ``capacity`` clients on a device."""
-    order = np.lexsort((-num_steps, np.repeat(np.arange(len(counts)), counts)))
+def _deal(
+    num_steps: np.ndarray, turn: np.ndarray, counts: np.ndarray, num_devices: int, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deals clients longest first in each turn: ``(device[K], slot[K])``, at most ``capacity`` clients on a device."""
+    order = np.lexsort((-num_steps, turn))
     device, slot = np.empty((2, len(num_steps)), np.int64)
     slot[order], device[order] = np.divmod(_places(counts), num_devices)
     if num_devices == 1 or np.unique(num_steps).size < 2:

@@ -70,7 +70,9 @@ def local_steps(
         return y, opt_state, add(carry[2], raw), add(carry[3], pack(report))
 
     y, opt_state, total, report = client.loop(body, (params, opt_state, zero, pack(nothing)))
-    report = jax.tree.map(jnp.sum, unpack(report)) if packed else report
+    report = unpack(report)
+    if gradient is gradient_and_terms:
+        report = jax.tree.map(jnp.sum, report)
     mean = jax.tree.map(lambda g: tree.divided(g, jnp.maximum(client.num_steps, 1)), total)
     if "clipped_steps" in report:
         any_clipped = (report["clipped_steps"].total > 0).astype(jnp.float32)

@@ -181,7 +181,8 @@ def train(
             while (block := dispatcher.next()) is not None:  # rounds whose cohorts are sampled and planned
                 dispatcher.send(block)  # and plan the next block while the devices work
                 columns = dispatcher.wait()
-                watch.check(columns, block.rounds)
+                with run.processes.together():  # of labels, each process sees those that it has
+                    watch.check(columns, block.rounds)
                 rows, done = _rows(block.rounds, columns), block.rounds.stop
                 if run.evaluated_after(done):
                     rows[-1] |= run.scores(placement.first_replica(dispatcher.server.params), dispatcher.clients.tree)

@@ -24,7 +24,7 @@ RESIDENT_BYTES = 2**29  # populations up to this size live on every CPU device; 
 LONGEST = 64  # rounds in a block at most, by default
 PLAN_BYTES = 2**20  # a block's example numbers take no more bytes than this
 LAUNCHES = {"gpu"}  # platforms that start a kernel for each operation, so that loops of known length pay
-MOST_LAYOUTS = 3  # of loops of known length in a run; each is compiled
+MOST_LAYOUTS = 2  # of loops of known length in a run; each is compiled
 BLOCK_SECONDS = 0.1  # a block takes no longer: so metrics and a stop come in time
 
 
@@ -52,6 +52,8 @@ class Planner:
 
     Attributes:
       processes: those that drive the devices.
+      homes: the processes that have the clients' examples ``[M]``, and those of the devices ``[D]``; ``None`` if all
+        have all.
       turns: the clients of each round.
       resident: whether the population lives on the devices; blocks are then example numbers only.
       length: the most rounds in a block.
@@ -74,6 +76,7 @@ class Planner:
     ):
         self.data, self.work, self.devices, self.seed, self.non_finite = data, work, devices, seed, non_finite
         self.processes = Processes(devices)
+        self.homes = None if data.own is None else self.processes.homes(data.own)
         hidden = None if secret is None else secret.seed()
         self.turns = Timeline(
             sampler, World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed, hidden)
@@ -83,8 +86,8 @@ class Planner:
         self._layouts: dict[int, list[Buckets | None]] = {}  # of loops of known length, by width, as they were found
         own = devices[self.processes.own[0]]
         takes, free = Resident.nbytes(data.examples, own.platform), room(own, beside)
-        self.resident = not self.processes.any(takes > free)
-        if not (self.resident or self.on_cpu):
+        self.resident = not self.processes.any(takes > free or data.own is not None)
+        if not (self.resident or self.on_cpu or data.own is not None):
             warnings.warn(
                 f"The examples would take {takes / 2**30:.1f} GiB of a device's memory, and {free / 2**30:.1f} GiB are "
                 "free for them: the host packs each round's examples and sends them, which may be slower.",
@@ -154,6 +157,7 @@ class Planner:
             staleness=[turn.staleness for turn in turns if turn.staleness is not None] or None,
             loops=Loops(packed=True, buckets=known, whole=whole) if self.launches else Loops(),
             only=self.processes.own,
+            homes=self.homes,
         )
         secret = None if self.words is None else np.tile(self.words, (len(self.devices), self.length, 1))
         return dataclasses.replace(planned, non_finite=self.non_finite, secret=secret)

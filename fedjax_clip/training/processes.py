@@ -30,6 +30,7 @@ class Processes:
       count: P, the number of processes.
       number: of this process, from 0.
       own: places among ``devices`` of those that this process drives.
+      drivers: ``[D]`` the process that drives each device.
 
     Raises:
       InvalidInput: devices of some of several processes only, or unequally many.
@@ -41,6 +42,7 @@ class Processes:
 
     def __init__(self, devices: Sequence[jax.Device]):
         drivers = [device.process_index for device in devices]
+        self.drivers = np.array(drivers, int)
         self.count, self.number, self.own = max(1, len(set(drivers))), 0, list(range(len(drivers)))
         if self.count > 1:
             self.number = jax.process_index()
@@ -83,6 +85,10 @@ class Processes:
             return own
         places, rows = self.gather((np.array(self.own), own))
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[np.argsort(places.ravel())], rows)
+
+    def homes(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The process ``[M]`` that has each client's examples, from ``own [M]`` of each, and that of each device."""
+        return self.gather(own).argmax(0), self.drivers if self.count > 1 else np.zeros(len(self.own), int)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""

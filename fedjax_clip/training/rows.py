@@ -232,7 +232,7 @@ class OnDisk:
         assert self.directory is not None
         parts = sorted(self.directory.glob(f"{step}.*index"))
         names = [f"{step}.{number}-of-{len(parts)}.index" for number in range(len(parts))]
-        if {part.name for part in parts} not in ({f"{step}.index"}, set(names)):
+        if not parts or {part.name for part in parts} not in ({f"{step}.index"}, set(names)):
             raise ValueError("a part of the index is missing")
         index = np.zeros_like(self.index)
         for part in parts:

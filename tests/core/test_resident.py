@@ -132,10 +132,10 @@ def test_no_loop_over_clients_copies_the_packed_batches(name, width):
     assert list(copies(traced.jaxpr, rows)) == []
 
 
-def test_a_compiled_tpu_program_neither_copies_nor_pads_the_population():
+def test_a_compiled_tpu_program_neither_copies_nor_pads_the_population(monkeypatch):
     pytest.importorskip("libtpu", reason="make tpu installs it")
-    command = [sys.executable, "benchmarks/tpu.py", "--child=mlp", "--chips=v5e"]
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    command = [sys.executable, "benchmarks/tpu.py", "--child=mlp", "--chips=v5e", "--width=1"]
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
     from tpu import ENVIRONMENT, cases
 
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=ENVIRONMENT, check=True)

@@ -86,4 +86,6 @@ def test_buckets_waste_little_and_stay():
     assert buckets([9, 7, 5, 3, 1], most=26) is None  # more loops than are worth their compilation
     assert buckets([5, 5, 4, 4], most=20, like=((4, 5),)) == ((4, 5),)
     assert buckets([6, 5, 5, 4], most=21, like=((4, 5),)) == ((1, 6), (3, 5))
+    assert buckets([6, 6, 5, 5], most=23, like=((3, 6), (1, 2))) == ((3, 6), (1, 5))  # serves both
+    assert buckets([6, 6, 5, 5], most=22, like=((3, 6), (1, 2))) == ((2, 6), (2, 5))
     assert buckets([], most=0) is None
