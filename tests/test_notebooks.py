@@ -31,8 +31,12 @@ def test_notebook_agrees_with_its_script(script):
     assert not any(cell.outputs or cell.execution_count for cell in code), "Clear the outputs: they do not diff."
 
 
-@notebooks
-def test_notebook_runs(script, tmp_path, monkeypatch):
+# on_tpu also runs on one chip and on four; each notebook says how many host devices it wants.
+DEVICES = [(script, "") for script in SCRIPTS] + [(ROOT / "colab/on_tpu.py", count) for count in ("1", "4")]
+
+
+@pytest.mark.parametrize(("script", "devices"), DEVICES, ids=lambda x: getattr(x, "stem", x))
+def test_notebook_runs(script, devices, tmp_path, monkeypatch):
     kernel = tmp_path / "jupyter" / "kernels" / "this"
     kernel.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -44,6 +48,8 @@ def test_notebook_runs(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # an accelerator may be held by the tests themselves
     monkeypatch.setenv("FEDJAX_CLIP_SHORT", "1")
+    if devices:
+        monkeypatch.setenv("CPU_DEVICES", devices)
     (tmp_path / "work").mkdir()
 
     notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)

@@ -101,6 +101,8 @@ def exchange(
             f"non_finite={cohort.non_finite!r} shows that a client's update is not finite, which the uplink's noise or "
             "the secure sum hides: leave it at 'drop', and such clients send zeros."
         )
+    places = len(cohort.ids)
+    cohort = _roomy(cohort) if reducer.exact else cohort
     key = keys.threefry(key)
     work_key, link_key, decode_key = jax.random.split(key, 3)
     own_links = link_key
@@ -184,6 +186,8 @@ def exchange(
     too_few = report["clients"] < fewest  # the aggregate is zero, so no state changes
     if fewest > 1:
         client_states = optax.tree.where(too_few, cohort.state, client_states)
+    if len(cohort.ids) > places:
+        client_states = jax.tree.map(lambda x: x[:places], client_states)
     ctx = Context(
         *(decode_key, link_key, jnp.full((), -1, jnp.int32), report["clients"], reducer.denominator),
         threshold=reducer.threshold,
@@ -213,6 +217,26 @@ def exchange(
             }
         ),
     )
+
+
+def _roomy(cohort: Cohort) -> Cohort:
+    """The cohort with places for two chunks and two rows at least.
+
+    Of a single one XLA knows where it begins, compiles other loops, and a client's result may round differently.
+    """
+
+    def padded(x, count, empty=0):
+        return jnp.concatenate([jnp.asarray(x), jnp.full((count, *x.shape[1:]), empty, x.dtype)])
+
+    def more(count, *names):
+        return jax.tree.map(lambda x: padded(x, count), {name: getattr(cohort, name) for name in names})
+
+    if len(cohort.ids) == cohort.width:
+        fields = more(cohort.width, "weight", "first", "num_steps", "state", "staleness")
+        cohort = dataclasses.replace(cohort, ids=padded(cohort.ids, cohort.width, -1), **fields)
+    if len(cohort.example_weight) == 1:
+        cohort = dataclasses.replace(cohort, **more(1, "batches", "example_weight"))
+    return cohort
 
 
 def population_share(reducer: Reducer, cohort: Cohort, metrics: Metrics) -> Array:
