@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.core import tree
-from fedjax_clip.core.types import Array, InvalidInput
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 BITS = 13  # of a bin
 MOST = 2**17  # numbers in a sum: their digits, of up to 2^13 each, fit into int32
@@ -102,6 +102,15 @@ def rounded(total: Sum, axis_name: str | None = None) -> Array:
     lowest = top - count + 1
     levels = [_chosen((lowest + level) % count, limbs) for level in range(count)]  # in the order of their bins
     return jnp.where(top < NOT_FINITE, _rounded(levels, total.dtype) * _unit(lowest, total.dtype), jnp.nan)
+
+
+def finished(totals: PyTree, axis_name: str | None = None) -> PyTree:
+    """A pytree of sums over all devices: each ``Sum`` as ``rounded``, the other arrays added up as they are."""
+    leaves, structure = jax.tree.flatten(totals, is_leaf=lambda x: isinstance(x, Sum))
+    arrays = [x for x in leaves if not isinstance(x, Sum)]
+    rest = iter(arrays if axis_name is None else jax.lax.psum(arrays, axis_name))
+    done = [rounded(x, axis_name) if isinstance(x, Sum) else next(rest) for x in leaves]
+    return jax.tree.unflatten(structure, done)
 
 
 def _limbs(dtype: np.dtype) -> int:

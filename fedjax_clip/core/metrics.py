@@ -205,32 +205,23 @@ def adder(exactly: bool, clients: int) -> Adder:
       clients: how many there are room for on a device.
     """
     if not exactly:
-        return Adder(
-            lambda reports: jax.tree.map(lambda x: jnp.sum(x, 0), reports),
-            lambda zeros: zeros,
-            add,
-            lambda total, axis_name: total if axis_name is None else jax.lax.psum(total, axis_name),
-        )
+
+        def chunk(reports):
+            return jax.tree.map(lambda x: jnp.sum(x, 0), reports)
+
+        return Adder(chunk, lambda zeros: zeros, add, exact.finished)
 
     def zero(x):
-        like = x[0]
-        return exact.zero(like, clients, each=True) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.sum(x, 0)
+        return exact.zero(x[0], clients, each=True) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.sum(x, 0)
 
     def plus(x, total):
         return exact.add(total, x) if isinstance(total, exact.Sum) else total + jnp.sum(x, 0)
-
-    def finish(total, axis_name):
-        if isinstance(total, exact.Sum):
-            return exact.rounded(total, axis_name)
-        return total if axis_name is None else jax.lax.psum(total, axis_name)
 
     return Adder(
         lambda reports: reports,
         lambda zeros: jax.tree.map(zero, zeros),
         lambda total, part: jax.tree.map(plus, part, total),
-        lambda total, axis_name: jax.tree.map(
-            lambda x: finish(x, axis_name), total, is_leaf=lambda x: isinstance(x, exact.Sum)
-        ),
+        exact.finished,
     )
 
 

@@ -82,12 +82,7 @@ def exact_mean(*, weighted: bool = True, denominator: float | Array | None = Non
         return jax.tree.map(plus, messages, acc[0]), weight
 
     def finish(acc, axis_name):
-        def over_devices(total):
-            if isinstance(total, exact.Sum):
-                return exact.rounded(total, axis_name)
-            return total if axis_name is None else jax.lax.psum(total, axis_name)
-
-        totals, weight = jax.tree.map(over_devices, acc, is_leaf=lambda x: isinstance(x, exact.Sum))
+        totals, weight = exact.finished(acc, axis_name)
         weight = weight if denominator is None else jnp.asarray(denominator)
 
         def mean(total):
