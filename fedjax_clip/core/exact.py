@@ -2,8 +2,9 @@
 
 The bits of a number fall into bins of 13 at fixed exponents, and a sum keeps its top bins only: three for float32. When
 a larger number comes, the lowest bins go. A digit of a number depends on the number and its bin alone, so it does not
-matter in which order the numbers come. This is the binned sum of Demmel and Nguyen (2015), "Parallel Reproducible
-Summation", with integers for bins. ``fc.reduce.exact_mean`` states the formula.
+matter in which order the numbers come. The top bin of a number is the lowest in which it is less than half a unit of
+the next bin, so that rounding carries nothing into a bin that is not kept yet. This is the binned sum of Demmel and
+Nguyen (2015), "Parallel Reproducible Summation", with integers for bins. ``fc.reduce.exact_mean`` states the formula.
 """
 
 import dataclasses
@@ -126,11 +127,14 @@ def _word(dtype: np.dtype, unsigned: bool = False) -> np.dtype:
 
 
 def _bin(largest: Array) -> Array:
-    """The bin of a number's first bit, int32; no lower than one with L - 1 bins below that floats can scale."""
+    """The lowest bin in which a number is less than half a unit of the next bin, int32.
+
+    It is no lower than one with L - 1 bins below that floats can scale.
+    """
     dtype = largest.dtype
     bits = jax.lax.bitcast_convert_type(largest, _word(dtype))  # without a sign
     exponent = (bits >> jnp.finfo(dtype).nmant).astype(jnp.int32)  # from 0
-    return jnp.where(exponent > 2 * _bias(dtype), NOT_FINITE, jnp.maximum(exponent // BITS, _limbs(dtype)))
+    return jnp.where(exponent > 2 * _bias(dtype), NOT_FINITE, jnp.maximum((exponent + 1) // BITS, _limbs(dtype)))
 
 
 def _bins(top: Array, count: int) -> Array:

@@ -28,7 +28,7 @@ def _sums(p, dtype):
     largest = max((abs(Fraction(float(x))) for x in p.ravel()), default=Fraction(0))
     if largest == 0:
         return np.zeros(p.shape[1], dtype)
-    bin_number = max((_floor_log2(largest) + bias) // 13 - below, 1)
+    bin_number = max((_floor_log2(largest) + bias + 1) // 13 - below, 1)
     u = Fraction(2) ** (13 * bin_number - bias)
     sums = [u * sum(round(Fraction(float(x)) / u) for x in column) for column in p.T]  # round: half to even
     return np.array([_fl(s, dtype) for s in sums], dtype)
