@@ -7,6 +7,7 @@
 #   make test PYTHON=python3.12 VENV=.venv-3.12            with another Python
 #   make strict                                            every pair of parts under x64, strict types and debug_nans
 #   make tpu                                               compiles rounds for TPUs, without one: benchmarks/README.md
+#   make gpu-aot                                           compiles rounds for an H100, without one: the same page
 #   make docs                                              the site: build/docs/index.html, in a minute or two
 #   make docs FULL=1                                       with tutorials as long as a reader's: half an hour
 #
@@ -19,7 +20,7 @@ pins := pyproject.toml $(wildcard constraints/*.txt)
 install = $(python) -m pip install --quiet --disable-pip-version-check \
   -c "$$($(python) -c 'import sys; print(f"constraints/py3{min(sys.version_info[1], 12)}.txt")')"
 
-.PHONY: demo texts test strict tpu docs lint format wheel clean
+.PHONY: demo texts test strict tpu gpu-aot docs lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(python) -m experiments.run $(ARGS)
@@ -39,6 +40,11 @@ tpu:
 	@$(MAKE) --no-print-directory VENV=.venv-tpu .venv-tpu/.tpu
 	.venv-tpu/bin/python benchmarks/tpu.py $(ARGS)
 
+# No GPU is needed: the CUDA plugin compiles for one from shapes. NVIDIA's wheels are 5 GB.
+gpu-aot:
+	@$(MAKE) --no-print-directory VENV=.venv-gpu .venv-gpu/.gpu
+	.venv-gpu/bin/python benchmarks/gpu_aot.py $(ARGS)
+
 # A warning is an error: a link that leads nowhere, a docstring that does not parse, a cell that fails.
 docs: $(VENV)/.docs
 	$(python) -m sphinx --fail-on-warning --keep-going --quiet -c docs . build/docs $(ARGS)
@@ -57,7 +63,7 @@ wheel: $(VENV)/.dev
 	$(python) -m build --wheel
 
 clean:
-	rm -rf $(VENV) .venv-tpu build dist docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-tpu .venv-gpu build dist docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -85,6 +91,11 @@ $(VENV)/.dev: $(VENV)/.python $(pins)
 $(VENV)/.tpu: $(VENV)/.python $(pins)
 	@echo "Installing what compiles for TPUs into $(VENV) (once)"
 	@$(install) -e '.[experiments,tpu]'
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.gpu: $(VENV)/.python $(pins)
+	@echo "Installing what compiles for NVIDIA's GPUs into $(VENV) (once)"
+	@$(install) -e '.[experiments]' 'jax[cuda12]'
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.docs: $(VENV)/.python $(pins)

@@ -169,6 +169,7 @@ REDUCERS = {
     "centered_mean": {"reducer": "centered_mean(0.1)"},
     "centered_mean_relative": {"reducer": "centered_mean(0.1)", "uplink": "relative_to_last()"},
     "ckks_mean": {"reducer": "ckks_mean()", "uplink": CLIP},
+    "exact_mean": {"reducer": "exact_mean()"},
     "fixed_mean": {"reducer": "fixed_mean(5)"},
     "fltrust": {"reducer": "fltrust(4)"},
     "geometric_median": {"reducer": "geometric_median()"},

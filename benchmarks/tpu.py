@@ -11,10 +11,11 @@ It needs ``pip install 'libtpu==0.0.42.*'`` beside JAX 0.10.2, and no TPU: only 
   LLO   libtpu's static profile of the final instruction bundles of the same step: finer, 30 to 170 seconds
 
 Both are estimates; compare them with themselves only. Cycles are of one client's step: those of a step of ``--width``
-clients divided by the width. "Copies" are the share of HLO cycles that only move data from one layout to another. The
-share of peak is the model's arithmetic (3 times the forward pass) over what the chip could do in as many LLO cycles, or
-HLO cycles where there is no profile. The profile aborts at a v5e's gathers, so there it is of a program without them
-(on a v6e those of the MLP take 4,300 LLO cycles). Every program runs in a process of its own with a time limit.
+clients, by default as many as ``fc.train`` takes, divided by the width. "Copies" are the share of HLO cycles that only
+move data from one layout to another. The share of peak is the model's arithmetic (3 times the forward pass) over what
+the chip could do in as many LLO cycles, or HLO cycles where there is no profile. The profile aborts at a v5e's gathers,
+so there it is of a program without them (on a v6e those of the MLP take 4,300 LLO cycles at width 1). Every program
+runs in a process of its own with a time limit.
 """
 
 import argparse
@@ -35,12 +36,14 @@ from typing import Any, NamedTuple
 
 import hlo
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import fedjax_clip as fc
 from fedjax_clip.core.resident import Resident
+from fedjax_clip.training.width import on_accelerator
 
 ENVIRONMENT = {  # or libtpu asks a metadata server who it is
     "JAX_PLATFORMS": "cpu",
@@ -94,7 +97,7 @@ def cases() -> dict[str, Case]:
         return of_model(fc.models.CNN(62), classifier, zeros(1, 28, 28, 1, of=real), emnist, make=make)
 
     def private(loss: Callable, cohort: int) -> fc.extend.Algorithm:
-        link = fc.uplink.chain(fc.uplink.quantile_clip(0.5), fc.uplink.gaussian(1.0))
+        link = fc.uplink.chain(fc.uplink.quantile_clip(0.5, bits_noise=1.0), fc.uplink.gaussian(1.0))
         return fc.fedavg(loss, CLIPPED, uplink=link, reducer=fc.reduce.fixed_mean(cohort))
 
     def on_grid(loss: Callable, cohort: int) -> fc.extend.Algorithm:
@@ -195,7 +198,7 @@ def _flops(jaxpr: Any) -> float:
             kernel = equation.invars[1].aval
             outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
             total += 2 * out.size * kernel.size / outputs
-        inside = sum(map(_flops, jax.core.jaxprs_in_params(equation.params)))
+        inside = sum(map(_flops, jax.extend.core.jaxprs_in_params(equation.params)))
         total += equation.params.get("length", 1) * inside
     return total
 
@@ -208,6 +211,8 @@ def measure(name: str, chip: str, width: int, profiles: str | None, keep: str | 
     case, began = cases()[name], time.perf_counter()
     if not (gathers := not (profiles and chip.startswith("v5e"))):
         without_gathers()
+    params = jax.tree.map(lambda x: zeros(*x.shape, of=x.dtype), jax.eval_shape(case.init, jax.random.key(0)))
+    width = width or on_accelerator(devices[0], params)
     compiled = lowered(case, devices[:1] if chip in SMALLEST else devices, width, gathers=gathers).compile()
     seconds, memory, text = time.perf_counter() - began, compiled.memory_analysis(), compiled.as_text()
     program = hlo.Program(text)
@@ -220,12 +225,14 @@ def measure(name: str, chip: str, width: int, profiles: str | None, keep: str | 
     return {
         "round": name,
         "chip": chip,
+        "width": width,
         "seconds": seconds,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "hlo": program.cycles(step) / width,
         "copies": program.copies(step) / max(1, program.cycles(step)),
         "largest": program.largest_copy(),
+        "made": program.largest_in_loops(),
         "flops": 3 * forward_flops(case),
     }
 
@@ -268,7 +275,7 @@ def in_process(name: str, chip: str, arguments: argparse.Namespace, profile: boo
         return json.loads(done.stdout.splitlines()[-1])
 
 
-COLUMNS = "round", "chips", "compile, s", "arguments, MiB", "temporaries, MiB"
+COLUMNS = "round", "chips", "width", "compile, s", "arguments, MiB", "temporaries, MiB"
 COLUMNS += "HLO cycles", "LLO cycles", "copies", "peak", "largest copy in a loop, MiB"
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
@@ -276,11 +283,18 @@ HEAD = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     if "error" in row:
-        return f"| {row['round']} | {row['chip']} | {row['error']} |" + " |" * (len(COLUMNS) - 3)
+        return f"| {row['round']} | {row['chip']} | | {row['error']} |" + " |" * (len(COLUMNS) - 4)
     mib = {k: f"{row[k] / 2**20:,.1f}" for k in ("arguments", "temporaries", "largest")}
     peak = row["flops"] / (row.get("llo") or row["hlo"]) / PEAK[row["chip"].split(":")[0]]
     llo = f"{row['llo']:,.0f}" if "llo" in row else ""
-    cells = [row["round"], row["chip"], f"{row['seconds']:.0f}", mib["arguments"], mib["temporaries"]]
+    cells = [
+        row["round"],
+        row["chip"],
+        str(row["width"]),
+        f"{row['seconds']:.0f}",
+        mib["arguments"],
+        mib["temporaries"],
+    ]
     cells += [f"{row['hlo']:,.0f}", llo, f"{row['copies']:.0%}", f"{peak:.0%}", mib["largest"]]
     return f"| {' | '.join(cells)} |"
 
@@ -297,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="rounds by name, joined by commas; by default all, and the table is written")
     parser.add_argument("--chips", default=",".join(CHIPS), help="v4, v5e, v6e: one chip; v5e:2x2, v5e:2x4 ...: slices")
-    parser.add_argument("--width", type=int, default=1, help="clients that a device trains at once")
+    parser.add_argument("--width", type=int, default=0, help="clients trained at once; by default as fc.train")
     parser.add_argument("--profile", action="store_true", help="take the LLO profile of all rounds, not of a few")
     parser.add_argument("--seconds", type=int, default=600, help="the longest that one compilation may take")
     parser.add_argument("--keep", help="a directory for the text of the compiled programs")
@@ -323,7 +337,7 @@ def main() -> None:
             profile = arguments.profile or (not arguments.only and (name, chip) in PROFILED)
             rows.append(line(row_of(name, chip, arguments, profile)))
             print(rows[-1], flush=True)
-    if not arguments.only and chips == list(CHIPS) and arguments.width == 1:
+    if not arguments.only and chips == list(CHIPS) and not arguments.width:
         write(rows)
 
 

@@ -10,8 +10,10 @@ the same command resumes it.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -19,13 +21,14 @@ import fedjax_clip as fc
 from experiments.config import binary, outside, privacy, problem, registry, rundir, terminal
 from experiments.page import page
 from fedjax_clip import tasks
-from fedjax_clip.core import tree
+from fedjax_clip.core import checks, tree
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.training import identity
 from fedjax_clip.training.processes import Processes
 
 FLAGS = flags.FLAGS
+flags.DEFINE_integer("model_parallel", 1, "Devices over which each model is split, if it is too large for one.")
 
 # What the results depend on. More rounds only make a run longer.
 IDENTITY = (
@@ -37,12 +40,14 @@ IDENTITY = (
 def main() -> None:
     """Builds the run of the flags, trains it, and writes its run directory."""
     problem.check_numbers()
+    checks.count("--model_parallel", FLAGS.model_parallel, most=binary.MOST_DEVICES)
     binary.configure_jax(FLAGS.devices, FLAGS.distributed)
     devices = problem.devices()
     processes = Processes(devices)
     processes.agree(problem.told())
     with processes.together():
         outside.load()
+        split = splitting(devices)
         asked = problem.read()
         task, uplink, epsilons = asked.task, asked.uplink, asked.epsilons
         rounds = FLAGS.rounds if epsilons is None else len(epsilons)
@@ -59,7 +64,7 @@ def main() -> None:
 
         params = problem.initial(task, FLAGS.seed)
         tree.flatten_with_names(params)  # fails now if params.npz could not hold them
-        directory.about = terminal.describe(task, asked.cohort_size, params, devices, withheld)
+        directory.about = terminal.describe(task, asked.cohort_size, params, split or devices, withheld)
     for line in (directory.about, directory.extends):
         if line:
             print(line, file=sys.stderr)
@@ -85,7 +90,7 @@ def main() -> None:
             directory.add(row)
             progress(row)
 
-        evaluate = problem.evaluator(task, algorithm, sets)
+        evaluate = problem.evaluator(task, algorithm, sets, split)
         try:
             result = fc.train(
                 algorithm,
@@ -101,7 +106,7 @@ def main() -> None:
                 checkpoint_every=FLAGS.checkpoint_every,
                 on_round=on_round if processes.number == 0 else None,
                 should_stop=stopping,
-                devices=devices,
+                devices=split or devices,
                 clients_per_chunk=FLAGS.clients_per_chunk,
                 rounds_per_dispatch=FLAGS.rounds_per_dispatch,
                 non_finite=FLAGS.non_finite,
@@ -112,7 +117,7 @@ def main() -> None:
 
         done = int(result.history[-1]["round"]) if result.history else rounds
         stopped = int(processes.most(stopping.signal or 0))  # a process that had no signal stops with the others
-        scores = {} if withheld or done < rounds else client_scores(task, algorithm, result)
+        scores = {} if withheld or done < rounds else client_scores(task, algorithm, result, split)
         with processes.together():
             if processes.number == 0:
                 finish(directory, uplink, result, scores, done, rounds)
@@ -185,15 +190,29 @@ def secret(directory: rundir.RunDirectory) -> Secret | None:
     return directory.secret() if FLAGS.private_seed is None else Secret.of_seed(FLAGS.private_seed)
 
 
+def splitting(devices: Sequence[jax.Device]) -> fc.placement.Mesh | None:
+    """The mesh that ``--model_parallel`` asks for; ``None`` if every device has a whole model."""
+    if FLAGS.model_parallel == 1:
+        return None
+    if len(devices) % FLAGS.model_parallel:
+        raise InvalidInput(
+            f"--model_parallel={FLAGS.model_parallel} must divide the number of devices, {len(devices)}: give another "
+            "number, or other --devices."
+        )
+    return fc.placement.mesh(model=FLAGS.model_parallel, devices=devices)
+
+
 def strangers(held_out: fc.FederatedData, training: fc.FederatedData) -> bool:
     """Whether no client of a held-out set trains, by their names."""
     names = {training.name(c) for c in range(training.num_clients)}
     return names.isdisjoint(held_out.name(c) for c in range(held_out.num_clients))
 
 
-def client_scores(task: tasks.Task, algorithm: fc.extend.Algorithm, result: fc.Result) -> dict[str, np.ndarray]:
+def client_scores(
+    task: tasks.Task, algorithm: fc.extend.Algorithm, result: fc.Result, split: fc.placement.Mesh | None
+) -> dict[str, np.ndarray]:
     """``{"set/metric": [M]}`` of each held-out set; ``set/client`` are the names, ``set/examples`` the sizes."""
-    evaluate = problem.evaluator(task, algorithm, task.evaluation)
+    evaluate = problem.evaluator(task, algorithm, task.evaluation, split)
     scores = evaluate.per_client(result.params, result.state.clients)
     for name, data in task.evaluation.items():
         scores[f"{name}/client"] = np.array([data.name(c) for c in range(data.num_clients)])

@@ -313,7 +313,7 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
 
     def forge(stack, honest):
         is_target = honest & (stack.ids == target)
-        return jax.tree.map(lambda x: jnp.tensordot(is_target.astype(x.dtype), x, 1), stack.messages)
+        return jax.tree.map(lambda x: tree.weighted_sum(is_target, x), stack.messages)
 
     attacked = colluding(reducer, clients, forge)
     return attacked._replace(population=max(attacked.population, target + 1))
@@ -321,7 +321,7 @@ def mimic(reducer: Reducer, clients: Clients, target: int) -> Reducer:
 
 def _honest_mean(messages: PyTree, honest: Array) -> PyTree:
     shares = _share(honest, tree.count(honest))
-    return jax.tree.map(lambda x: jnp.tensordot(shares.astype(x.dtype), x, 1), messages)
+    return jax.tree.map(lambda x: tree.weighted_sum(shares, x), messages)
 
 
 def _share(part: Array, whole: Array) -> Array:

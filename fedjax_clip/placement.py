@@ -174,7 +174,7 @@ def mesh(
       by rounding only.
 
     Raises:
-      InvalidInput: more devices than there are, or rows of devices of two processes.
+      InvalidInput: more devices than there are, some that would be left over, or rows of devices of two processes.
 
     Example:
       >>> result = fc.train(algorithm, data, params, rounds=1, devices=fc.placement.mesh(clients=1))
@@ -185,11 +185,12 @@ def mesh(
     """
     model = checks.count("mesh: model", model)
     given = sorted(jax.devices(), key=lambda d: d.process_index) if devices is None else list(devices)
+    if clients is None and (not given or len(given) % model):
+        raise InvalidInput(f"model={model} must divide the number of devices, {len(given)}, or say how many clients=.")
     clients = len(given) // model if clients is None else checks.count("mesh: clients", clients)
-    if not 0 < clients * model <= len(given):
+    if clients * model > len(given):
         raise InvalidInput(
-            f"A mesh of {clients} x {model} needs {max(1, clients) * model} devices, and there are {len(given)}: ask "
-            "for fewer."
+            f"A mesh of {clients} x {model} needs {clients * model} devices, and there are {len(given)}: ask for fewer."
         )
     rows = np.array(given[: clients * model]).reshape(clients, model)
     if any(len({device.process_index for device in row}) > 1 for row in rows):

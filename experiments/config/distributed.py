@@ -18,8 +18,8 @@ HELP = (
     "starts them, or ADDRESS:PORT,PROCESSES,NUMBER with the address of process 0 and the number of this one."
 )
 FORMS = "auto, or ADDRESS:PORT,PROCESSES,NUMBER such as 10.0.0.1:9876,4,0"
-HEARTBEAT = 25  # seconds after which a process that is silent counts as dead, and all end
-JOIN = 45  # seconds in which all processes must have come; $FEDJAX_CLIP_JOIN_SECONDS takes its place
+HEARTBEAT = 40  # seconds after which a process that is silent counts as dead, and all end
+JOIN = 40  # seconds in which all processes must have come; $FEDJAX_CLIP_JOIN_SECONDS takes its place
 LEAVE = 5  # seconds in which all processes fail, if they fail alike
 SILENT = r"gloo|nccl|coordination service|heartbeat|barrier|connection (closed|reset|refused)|socket closed"
 LOST = (

@@ -321,7 +321,13 @@ def say_what_clips_bound() -> None:
             )
 
 
-def evaluator(task: tasks.Task, algorithm: fc.extend.Algorithm, sets: Mapping[str, fc.FederatedData]) -> Evaluator:
+def evaluator(
+    task: tasks.Task,
+    algorithm: fc.extend.Algorithm,
+    sets: Mapping[str, fc.FederatedData],
+    split: fc.placement.Mesh | None = None,
+) -> Evaluator:
     """An evaluator on these held-out sets, with the task's own scores; each client uses its own model."""
     own: dict[str, Any] = {"algorithm": algorithm, "population": task.data, "summarise": task.summarise}
+    own["devices"] = split
     return fc.evaluator(task.per_example_loss, sets, **own)

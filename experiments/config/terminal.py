@@ -23,10 +23,11 @@ def describe(
     data, size, frozen = task.data, tree.size(trained(task, params)), ""
     if task.frozen is not None:
         frozen = f" beside {tree.size(params) - size:,} that stay as they are"
+    count = len(devices) * getattr(devices, "model", 1)
     sizes = "" if withheld else f" with {data.sizes.min()} to {data.sizes.max()} examples"
     return (
         f"{FLAGS.task}: {data.num_clients} clients{sizes}, {cohort_size} a round, "
-        f"{size:,} parameters{frozen}, {len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+        f"{size:,} parameters{frozen}, {count} {devices[0].platform} device{'s' * (count > 1)}"
     )
 
 

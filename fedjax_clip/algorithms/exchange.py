@@ -1,6 +1,7 @@
 """One round trip between the server and a cohort: the only place where clients are mapped and reduced."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -108,11 +109,11 @@ def exchange(
     if cohort.secret is not None:  # secret noise; randomness that all share stays on the public key
         work_key, own_links, decode_key = jax.random.split(keys.folded(keys.chacha(cohort.secret), key), 3)
 
-    def one_client(id, weight, first, num_steps, state, staleness):
+    def one_client(most, id, weight, first, num_steps, state, staleness):
         present = id >= 0
         number = jnp.maximum(id, 0)
         staleness = jnp.zeros((), jnp.int32) if staleness is None else staleness
-        client = Client(id, weight, first, num_steps, state, staleness, cohort)
+        client = Client(id, weight, first, num_steps, state, staleness, cohort, most=most)
         update, own, report, *private = _worked(client_fn, shared, client, jax.random.fold_in(work_key, number))
         norm = tree.norm(update)  # detects every NaN and infinity, in the pass that the histogram needs anyway
         if hidden:  # nobody may see that the update is not finite
@@ -145,19 +146,21 @@ def exchange(
             | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), (nbytes, entropy_bytes))},  # dropped or not
         )
 
-    def chunk(index, states):
+    def chunk(most, index, states):
         clients = dataclasses.replace(cohort, state=states).clients(index * cohort.width)
         if cohort.width == 1:  # not a vmap of one: convolutions would become grouped ones
-            out = one_client(*jax.tree.map(lambda x: x[0], clients))
+            out = one_client(most, *jax.tree.map(lambda x: x[0], clients))
             message, weight, state, bad, report = jax.tree.map(lambda x: x[None], out)
         else:
-            message, weight, state, bad, report = jax.vmap(one_client)(*clients)
+            message, weight, state, bad, report = jax.vmap(functools.partial(one_client, most))(*clients)
         return message, weight, state, bad, adder.chunk(report)
 
     adder = metrics.adder(reducer.exact, len(cohort.ids))
-    chunk, (messages, _, _, _, report) = tree.traced(chunk, 0, cohort.state)
+    traced = [tree.traced(functools.partial(chunk, most), 0, cohort.state) for _, most in cohort.buckets]
+    _, (messages, _, _, _, report) = traced[0]
 
-    def body(index, carry):
+    def body(chunk, done, index, carry):
+        index = done + index
         acc, states, bad, report = carry
         message, weight, state, new_bad, new_report = chunk(index, states)  # read and written in place: one copy
         states = jax.tree.map(
@@ -170,8 +173,12 @@ def exchange(
     roster = Roster(jnp.asarray(cohort.ids), jax.random.fold_in(key, 3))  # the key beside the three it was split into
     acc = reducer.zero(message, roster)
     num_chunks = cohort.everywhere(-(-tree.count(cohort.ids >= 0) // cohort.width))
-    start = acc, cohort.state, jnp.full(NAMED, -1, jnp.int32), adder.zero(report)
-    acc, client_states, bad, report = cohort.loop(body, start, num_chunks, len(cohort.ids) // cohort.width)
+    carry, done = (acc, cohort.state, jnp.full(NAMED, -1, jnp.int32), adder.zero(report)), 0
+    for (turns, _), (chunk, _) in zip(cohort.buckets, traced, strict=True):
+        count = turns if cohort.loops.buckets else num_chunks
+        carry = cohort.loop(functools.partial(body, chunk, done), carry, count, turns)
+        done += turns
+    acc, client_states, bad, report = carry
 
     aggregate = reducer.finish(acc, cohort.axis_name)
     report = adder.finish(report, cohort.axis_name)

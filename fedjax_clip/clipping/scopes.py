@@ -1,7 +1,8 @@
 """The scope of a clip: which numbers share one norm."""
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -110,19 +111,21 @@ def element() -> Scope:
 def measure(scope: Scope, norm: Norm, updates: PyTree) -> Norms:
     """The norm of every group, in float32 or better."""
     totals: Norms = {}
+    whole: dict[str, list[Array]] = {}
     for name, x in tree.named_leaves(updates):
-        mapped = norm.map(tree.wide(x))
+        mapped, label = norm.map(tree.wide(x)), scope.label(name)
         if scope.keep == "everything":
-            total = mapped
+            totals[label] = mapped
         elif scope.keep == "units" and (axes := unit_axes(x.shape)):
-            total = norm.reduce(mapped, axis=axes)
+            totals[label] = norm.reduce(mapped, axis=axes)
         else:
-            total = norm.reduce(tree.by_columns(norm.reduce, mapped)) if x.size else jnp.zeros((), mapped.dtype)
-        label = scope.label(name)
-        if label in totals:
-            dtype = tree.common_type(totals[label], total)
-            total = norm.join(totals[label].astype(dtype), total.astype(dtype))
-        totals[label] = total
+            whole.setdefault(label, []).append(mapped if x.size else jnp.zeros(1, mapped.dtype))
+
+    def join(parts: Sequence[Array]) -> Array:
+        dtype = tree.common_type(*parts)
+        return functools.reduce(norm.join, [x.astype(dtype) for x in parts])
+
+    totals |= {label: tree.reduced(norm.reduce, join, parts) for label, parts in whole.items()}
     return {label: norm.finish(total) for label, total in totals.items()}
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjax_clip.core.loops import Loops, packing
 from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
 
@@ -29,7 +30,7 @@ from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
         "total_weight",
         "secret",
     ],
-    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around", "in_step"],
+    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around", "in_step", "loops"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cohort:
@@ -61,6 +62,7 @@ class Cohort:
         ``fc.partially_private`` set inside a round; ``None`` without wrappers.
       in_step: whether all devices of the mapped axis take equally many turns of each loop. A model that is split over
         devices needs it, because they exchange parts of it in each turn.
+      loops: how the loops of a round are compiled, which does not change its results.
 
     Example:
       >>> ids = np.array([3, 1, 4])
@@ -86,6 +88,7 @@ class Cohort:
     non_finite: str = "drop"
     around: Callable[[Callable], Callable] | None = None
     in_step: bool = False
+    loops: Loops = Loops()  # noqa: RUF009 (it is immutable)
 
     def differentiable(self) -> "Cohort":
         """The same clients in loops of a fixed length, so that ``jax.grad`` can differentiate a round.
@@ -104,15 +107,35 @@ class Cohort:
         """
         return dataclasses.replace(self, most_steps=int(np.max(self.num_steps, initial=0)))
 
-    def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree, count: Array, most: int) -> PyTree:
-        """``carry = body(i, carry)`` for ``i < count``, which is at most ``most``; differentiable if the cohort is."""
+    @property
+    def buckets(self) -> tuple[tuple[int, int | None], ...]:
+        """``((chunks, steps), ...)`` of the loops over clients, ``None`` for steps that are not known."""
+        return self.loops.buckets or ((len(self.ids) // self.width, self.most_steps),)
+
+    def loop(
+        self,
+        body: Callable[[Array, PyTree], PyTree],
+        carry: PyTree,
+        count: Array | np.int32 | int,
+        most: int,
+        live: Array | None = None,
+    ) -> PyTree:
+        """``carry = body(i, carry)`` for ``i < count``, which is at most ``most``; differentiable if the cohort is.
+
+        Turns from ``live`` on, for other devices' sake or because the length is known, change nothing.
+        """
+        pack, unpack = packing(carry) if self.loops.packed else (lambda x: x, lambda x: x)
+
+        def turn(i: Array, old: PyTree) -> PyTree:
+            new = pack(body(i, unpack(old)))
+            return new if live is None else optax.tree.where(i < live, new, old)
+
+        def or_not(old: PyTree, i: Array) -> tuple[PyTree, None]:
+            return jax.lax.cond(i < count, lambda c: turn(i, c), lambda c: c, old), None
+
         if self.most_steps is None:
-            return jax.lax.fori_loop(0, count, body, carry)
-
-        def turn(carry: PyTree, i: Array) -> tuple[PyTree, None]:
-            return jax.lax.cond(i < count, lambda c: body(i, c), lambda c: c, carry), None
-
-        return jax.lax.scan(turn, carry, jnp.arange(most, dtype=jnp.int32))[0]
+            return unpack(jax.lax.fori_loop(0, np.int32(count) if type(count) is int else count, turn, pack(carry)))
+        return unpack(jax.lax.scan(or_not, pack(carry), jnp.arange(most, dtype=jnp.int32))[0])
 
     def everywhere(self, count: Array) -> Array:
         """The turns of a loop with ``count`` turns here: the most of all devices, if they go in step."""
@@ -155,6 +178,7 @@ class Client:
       num_steps: int32 scalar, the number of its batches.
       state: its ``ClientState`` between rounds.
       cohort: the cohort that holds its batches.
+      most: the number of turns of its loop, at least ``num_steps``, if that is known when the round is compiled.
 
     Example:
       >>> def client_fn(params, client, key):  # sends the sum of its examples' weights
@@ -169,6 +193,7 @@ class Client:
     state: PyTree
     staleness: Array
     cohort: Cohort
+    most: int | None = dataclasses.field(default=None, kw_only=True)
 
     def batch(self, step: Array) -> tuple[Batch, Array]:
         """The batch ``[B, ...]`` of a local step and its example weights ``[B]`` (0 where padded)."""
@@ -176,19 +201,21 @@ class Client:
 
     def only(self, steps: int) -> "Client":
         """This client with its first ``steps`` batches."""
-        return dataclasses.replace(self, num_steps=jnp.minimum(self.num_steps, steps))
+        most = None if self.most is None else min(self.most, steps)
+        return dataclasses.replace(self, num_steps=jnp.minimum(self.num_steps, steps), most=most)
 
     def after(self, steps: int) -> "Client":
         """This client without its first ``steps`` batches."""
         skipped = jnp.minimum(self.num_steps, steps)
-        return dataclasses.replace(self, first=self.first + skipped, num_steps=self.num_steps - skipped)
+        most = None if self.most is None else max(self.most - steps, 0)
+        return dataclasses.replace(self, first=self.first + skipped, num_steps=self.num_steps - skipped, most=most)
 
     def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree) -> PyTree:
         """``carry = body(i, carry)`` for each local step i."""
-        turns, run = self.cohort.everywhere(self.num_steps), body
-        if self.cohort.in_step:  # a turn for other devices' sake changes nothing here
-
-            def run(i: Array, carry: PyTree) -> PyTree:
-                return optax.tree.where(i < self.num_steps, body(i, carry), carry)
-
-        return self.cohort.loop(run, carry, turns, self.cohort.most_steps or 0)
+        turns: Array | np.int32 = self.num_steps
+        live = None
+        if self.most is not None and self.cohort.most_steps is None:
+            turns, live = np.int32(self.most), self.num_steps
+        elif self.cohort.in_step:
+            turns, live = self.cohort.everywhere(self.num_steps), self.num_steps
+        return self.cohort.loop(body, carry, turns, self.most or 0, live)

@@ -2,8 +2,9 @@
 
 The bits of a number fall into bins of 13 at fixed exponents, and a sum keeps its top bins only: three for float32. When
 a larger number comes, the lowest bins go. A digit of a number depends on the number and its bin alone, so it does not
-matter in which order the numbers come. This is the binned sum of Demmel and Nguyen (2015), "Parallel Reproducible
-Summation", with integers for bins. ``fc.reduce.exact_mean`` states the formula.
+matter in which order the numbers come. The top bin of a number is the lowest in which it is less than half a unit of
+the next bin, so that rounding carries nothing into a bin that is not kept yet. This is the binned sum of Demmel and
+Nguyen (2015), "Parallel Reproducible Summation", with integers for bins. ``fc.reduce.exact_mean`` states the formula.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from fedjax_clip.core import tree
 from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 BITS = 13  # of a bin
-MOST = 2**18  # numbers in a sum: their digits, of up to 2^12 each, fit into int32
+MOST = 2**17  # numbers in a sum: their digits, of up to 2^12 each, and carries fit into int32
 NOT_FINITE = 2**20  # the bin of NaN and infinity, above all others
 
 
@@ -114,7 +115,7 @@ def finished(totals: PyTree, axis_name: str | None = None) -> PyTree:
 
 
 def _limbs(dtype: np.dtype) -> int:
-    return 1 + -(-jnp.finfo(dtype).nmant // BITS)  # 3 for float32, 5 for float64
+    return 1 + -(-jnp.finfo(dtype).nmant // BITS)  # 3 for float32, 5 for float64: the top bin may hold one bit only
 
 
 def _bias(dtype: np.dtype) -> int:
@@ -126,9 +127,9 @@ def _word(dtype: np.dtype, unsigned: bool = False) -> np.dtype:
 
 
 def _bin(largest: Array) -> Array:
-    """The lowest bin in which a number's digit is at most 2^12, and with L - 1 bins below that floats can scale; int32.
+    """The lowest bin in which a number is less than half a unit of the next bin, int32.
 
-    So a number that is rounded to a higher bin rounds to 0, as if its own bin had gone before it came.
+    It is no lower than one with L - 1 bins below that floats can scale.
     """
     dtype = largest.dtype
     bits = jax.lax.bitcast_convert_type(largest, _word(dtype))  # without a sign

@@ -30,9 +30,16 @@ def batch_loss(
     Raises:
       InvalidInput: a loss that is not one number for each example.
     """
+    report = jax.tree.map(jnp.sum, batch_terms(per_example_loss, params, batch, weights, key))
+    return report["loss"].total, report
+
+
+def batch_terms(
+    per_example_loss: PerExampleLoss, params: Params, batch: Batch, weights: Array, key: Array | None
+) -> Metrics:
+    """The report of ``batch_loss`` before it is summed over the examples: ``[B]`` in place of each number."""
     values = example_values(per_example_loss, params, batch, key, len(weights))
-    report = {name: Mean.of(x, weights) for name, x in values.items()}
-    return report["loss"].total, report | {"examples": jnp.sum(weights > 0).astype(jnp.float32)}
+    return {name: Mean.each(x, weights) for name, x in values.items()} | {"examples": (weights > 0).astype(jnp.float32)}
 
 
 def example_values(
@@ -134,13 +141,21 @@ def batch_gradient(
       >>> start = jax.tree.map(jnp.asarray, params)
       >>> gradient, report = fc.local.batch_gradient(per_example_loss, start, batch, jnp.ones(20), key)
     """
+    gradient, terms = gradient_and_terms(per_example_loss, params, batch, weights, key)
+    return gradient, jax.tree.map(jnp.sum, terms)
 
+
+def gradient_and_terms(
+    per_example_loss: PerExampleLoss, params: Params, batch: Batch, weights: Array, key: Array
+) -> tuple[PyTree, Metrics]:
+    """``batch_gradient`` with the report of ``batch_terms``, so that a loop can sum over the examples at its end."""
     check_parameters(params)
 
     def mean_loss(params):
-        total, report = batch_loss(per_example_loss, params, batch, weights, key)
+        terms = batch_terms(per_example_loss, params, batch, weights, key)
+        total, weight = (jnp.sum(x) for x in terms["loss"])
         # A batch of padding alone weighs 0: its gradient is then 0, not NaN.
-        return total / tree.or_one(report["loss"].weight), report
+        return total / tree.or_one(weight), terms
 
     return jax.grad(mean_loss, has_aux=True)(params)
 

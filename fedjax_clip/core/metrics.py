@@ -128,9 +128,14 @@ class Mean(NamedTuple):
     @classmethod
     def of(cls, values: Array, weights: Array) -> "Mean":
         """The mean of ``values`` [B] with ``weights`` [B]; values of weight 0 are ignored, even NaN."""
+        return jax.tree.map(jnp.sum, cls.each(values, weights))
+
+    @classmethod
+    def each(cls, values: Array, weights: Array) -> "Mean":
+        """The terms ``[B]`` of the two sums of ``Mean.of``."""
         values = tree.wide(jnp.asarray(values))
         weights = jnp.asarray(weights).astype(values.dtype)
-        return cls(jnp.sum(jnp.where(weights > 0, values, 0) * weights), jnp.sum(weights))
+        return cls(jnp.where(weights > 0, values, 0) * weights, weights)
 
 
 class Histogram(NamedTuple):

@@ -45,6 +45,12 @@ class Resident:
         make = functools.partial(_tiled, tile=TILES[platform]) if platform in TILES else _flat
         return cls(jax.tree.map(make, examples), like)
 
+    @classmethod
+    def nbytes(cls, examples: PyTree, platform: str = "cpu") -> int:
+        """Bytes that these examples take on a device of the platform, padding included; nothing is copied."""
+        rows = jax.eval_shape(lambda x: cls.of(x, platform), examples)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows))
+
     def __getitem__(self, index: Array | np.ndarray) -> Batch:
         """The examples of these numbers, ``[*index.shape, ...]``."""
         rows, treedef = jax.tree.flatten(self.rows)

@@ -25,6 +25,9 @@ from jax.extend.core import jaxpr_as_fun
 from fedjax_clip.core import checks
 from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
+SMALL = 512  # elements of an array that an accelerator may handle together with others
+FEW = 10  # so many small arrays stay apart
+
 
 def traced(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], PyTree]:
     """``function`` traced for arguments like ``args``, and zeros like its result, to start a loop with.
@@ -82,6 +85,14 @@ def divided(x: Array, by: Array) -> Array:
     return (wide(x) / by.astype(wide_type(x))).astype(x.dtype)
 
 
+def weighted_sum(weights: Array | np.ndarray, x: Array) -> Array:
+    """``sum_i weights_i x_i`` over the first axis, as exact as ``x``'s type whatever ``jax_default_matmul_precision``.
+
+    A product that names no precision is one pass of bfloat16 on a TPU.
+    """
+    return jnp.tensordot(weights.astype(x.dtype), x, 1, precision=jax.lax.Precision.HIGHEST)
+
+
 def count(condition: Array | np.ndarray) -> Array:
     """The number of true values, int32."""
     return jnp.sum(condition, dtype=jnp.int32)
@@ -89,7 +100,7 @@ def count(condition: Array | np.ndarray) -> Array:
 
 def norm(tree: PyTree) -> Array:
     """Euclidean norm over all leaves, in float32 or better; its gradient at zero is zero."""
-    return safe_sqrt(total([jnp.sum(by_columns(jnp.sum, jnp.square(jnp.abs(wide(x))))) for x in jax.tree.leaves(tree)]))
+    return safe_sqrt(reduced(jnp.sum, total, [jnp.square(jnp.abs(wide(x))) for x in jax.tree.leaves(tree)]))
 
 
 def total(parts: Sequence[Array]) -> Array:
@@ -128,7 +139,7 @@ def stays_finite(new: PyTree, old: PyTree) -> Array:
         if jnp.issubdtype(x.dtype, jnp.inexact):
             # NaN where a number is lost: a sum detects it, and is vectorised.
             zeros = jnp.where(jnp.isfinite(y), x * 0, 0)
-            ok &= jnp.sum(by_columns(jnp.sum, zeros)) == 0
+            ok &= reduced(jnp.sum, total, [zeros]) == 0
     return ok
 
 
@@ -137,12 +148,28 @@ def safe_sqrt(x: Array) -> Array:
     return jnp.where(x == 0, x, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
-def by_columns(reduce: Callable[..., Array], x: Array) -> Array:
-    """Reduces all axes but the last one, behind a barrier.
+def reduced(reduce: Callable[..., Array], join: Callable[[Sequence[Array]], Array], arrays: Sequence[Array]) -> Array:
+    """``join([reduce(x), reduce(y), ...])`` over all axes of each array, which is ``reduce`` over all of them.
 
-    On a CPU, XLA's loop over all elements has one accumulator and is not vectorised; its loop over columns is.
+    On a CPU, XLA's loop over all elements has one accumulator and is not vectorised; its loop over columns is. So a CPU
+    reduces to columns first, behind a barrier. Other devices reduce small arrays together, in one kernel.
     """
-    return x if x.ndim < 2 else jax.lax.optimization_barrier(reduce(x.reshape(-1, x.shape[-1]), axis=0))
+
+    def by_columns(x: Array) -> Array:
+        columns = reduce(x.reshape(-1, x.shape[-1]), axis=0)
+        return reduce(jax.lax.optimization_barrier(columns))
+
+    def on_cpu(*arrays: Array) -> Array:
+        return join([reduce(x) if x.ndim < 2 else by_columns(x) for x in arrays])
+
+    def elsewhere(*arrays: Array) -> Array:
+        small = [x.ravel() for x in arrays if x.size <= SMALL]
+        if len(small) <= FEW or len({x.dtype for x in small}) > 1:
+            return join([reduce(x) for x in arrays])
+        together = jax.lax.optimization_barrier(jnp.concatenate(small))  # or XLA reduces its parts again
+        return join([reduce(x) for x in (together, *(x for x in arrays if x.size > SMALL))])
+
+    return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
 
 
 def sorted_rows(x: Array) -> list[Array]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedjax_clip.core import checks
 from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.loops import WASTE, Loops, buckets
 from fedjax_clip.core.types import ClientState, InvalidInput, PyTree
 from fedjax_clip.data import draws
 from fedjax_clip.data.population import FederatedData
@@ -153,7 +154,9 @@ def plan_rounds(
     population: PyTree | None = None,
     state: PyTree = ClientState((), ()),  # noqa: B008 (it is immutable)
     staleness: Sequence[np.ndarray] | None = None,
+    loops: Loops = Loops(),  # noqa: B008 (it is immutable)
     only: Sequence[int] | None = None,
+    homes: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Cohort:
     """``plan`` for several rounds at once, for ``fc.extend.placement.pmap_rounds``.
 
@@ -164,8 +167,12 @@ def plan_rounds(
         cost no step.
       data, work, seed, num_devices, width, population, state: see ``plan``.
       staleness: of the clients of each round, ``[K_r]``.
+      loops: how a round's loops are compiled. Its ``buckets`` are those of an earlier plan, or ``()`` for any. This
+        plan has the same if they waste at most 5% of its steps, else others, or ``None``.
       only: L places of the devices whose batches are wanted, such as those of one process; all by default. Clients are
         assigned to all D devices in any case.
+      homes: int ``[M]`` of clients and ``[D]`` of devices, 0, 1, ..., equally many devices of each: a client trains on
+        a device of its own home. By default every client may train on every device.
 
     Returns:
       A ``Cohort`` of NumPy arrays ``[D, R, C, ...]`` and ``[L, R, T, B, ...]``, each round padded to the largest.
@@ -189,8 +196,14 @@ def plan_rounds(
     per_epoch = -(-data.sizes[ids] // batch_size)
     num_steps = work.num_steps(ids, data.sizes, seed)
 
-    capacity = width * max(-(-least[0] // width), _round_up(-(-int(counts.max()) // (num_devices * width))))
-    device, slot = _deal(num_steps, counts, num_devices, capacity)
+    places, turn = np.arange(num_devices)[None], round  # the devices of each home; clients of a turn are dealt together
+    if homes is not None:
+        places = np.argsort(homes[1], kind="stable").reshape(int(homes[1].max()) + 1, -1)
+        turn = round * len(places) + homes[0][ids]
+    counts = np.bincount(turn, minlength=len(cohorts) * len(places))
+    capacity = width * max(-(-least[0] // width), _round_up(-(-int(counts.max()) // (places.shape[1] * width))))
+    device, slot = _deal(num_steps, turn, counts, places.shape[1], capacity)
+    device = places[turn % len(places), device]
     order = np.lexsort((slot, round, device))  # clients in the order of their rows
     ids, round, batch_size, per_epoch, num_steps, device, slot = (
         x[order] for x in (ids, round, batch_size, per_epoch, num_steps, device, slot)
@@ -225,6 +238,11 @@ def plan_rounds(
         out[device, round, slot] = values
         return out
 
+    if loops.buckets is not None:
+        chunks = slots(num_steps, 0, np.int64).reshape(num_devices, length, -1, width).max(-1)
+        longest = chunks.sum(-1).max(0).sum() / len(cohorts)  # what loops that end with the last client take
+        loops = loops._replace(buckets=buckets(chunks.max((0, 1)), (1 + WASTE) * longest, loops.buckets))
+
     slot_ids = slots(ids, -1, np.int32)
     return Cohort(
         ids=slot_ids,
@@ -237,6 +255,7 @@ def plan_rounds(
         population=population,
         width=width,
         staleness=None if staleness is None else slots(np.concatenate(staleness)[order], 0, np.int32),
+        loops=loops,
         num_clients=np.full((num_devices, length), data.num_clients, np.int32),
         total_weight=np.full((num_devices, length), data.client_weights.sum(dtype=np.float64), np.float32),
     )
@@ -278,11 +297,15 @@ def _batches(
 def wasted_steps(cohort: Cohort) -> np.ndarray:
     """Fraction of the devices' steps in a round that train no client; ``[R]`` for several rounds (``plan_rounds``).
 
-    A device waits for the device with the most work, and a client of a chunk for the longest client of its chunk.
+    A device waits for the device with the most work, and a client of a chunk for the longest client of its chunk, or
+    for the end of its bucket.
     """
     num_steps = np.asarray(cohort.num_steps)
     chunks = num_steps.reshape(*num_steps.shape[:-1], -1, cohort.width)
-    busy = cohort.width * chunks.max(-1).sum(-1).max(0) * len(num_steps)
+    longest = chunks.max(-1).sum(-1).max(0)
+    if cohort.loops.buckets:
+        longest = np.where(longest > 0, sum(count * turns for count, turns in cohort.loops.buckets), 0)
+    busy = cohort.width * longest * len(num_steps)
     return 1 - np.where(busy > 0, num_steps.sum((0, -1)) / np.maximum(busy, 1), 1)
 
 
@@ -292,9 +315,11 @@ def _places(counts: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
-def _deal(num_steps: np.ndarray, counts: np.ndarray, num_devices: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Deals clients longest first in each round: ``(device[K], slot[K])``, at most ``capacity`` clients on a device."""
-    order = np.lexsort((-num_steps, np.repeat(np.arange(len(counts)), counts)))
+def _deal(
+    num_steps: np.ndarray, turn: np.ndarray, counts: np.ndarray, num_devices: int, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Deals clients longest first in each turn: ``(device[K], slot[K])``, at most ``capacity`` clients on a device."""
+    order = np.lexsort((-num_steps, turn))
     device, slot = np.empty((2, len(num_steps)), np.int64)
     slot[order], device[order] = np.divmod(_places(counts), num_devices)
     if num_devices == 1 or np.unique(num_steps).size < 2:

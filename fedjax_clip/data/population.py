@@ -45,6 +45,7 @@ class FederatedData:
     offsets: np.ndarray
     names: Sequence[str] | None = None
     weights: np.ndarray | None = None
+    own: np.ndarray | None = dataclasses.field(default=None, init=False)  # bool [M]; see data/parts.py
 
     def __post_init__(self) -> None:
         offsets = _integers("offsets", self.offsets)
@@ -165,6 +166,8 @@ class FederatedData:
 
     def client(self, client: int) -> PyTree:
         """The examples of one client, as views."""
+        if self.own is not None and not self.own[client]:
+            raise InvalidInput(f"Client {self.name(client)!r} is opened by another process.")
         start, stop = self.offsets[client], self.offsets[client + 1]
         return jax.tree.map(lambda x: x[start:stop], self.examples)
 
@@ -192,6 +195,7 @@ class FederatedData:
           index: ``[n]`` example numbers.
           clients: the clients that own them, in order; all clients if ``None``.
         """
+        check_whole("What is selected or split", self)
         index = _integers("index", index)
         clients = np.arange(self.num_clients) if clients is None else _integers("clients", clients)
         if index.size and (index.min() < 0 or index.max() >= self.num_examples):
@@ -288,6 +292,12 @@ def check_alike(data: FederatedData) -> None:
         )
 
 
+def check_whole(name: str, data: FederatedData) -> None:
+    """Refuses a population of which this process has opened a part."""
+    if data.own is not None and not data.own.all():
+        raise InvalidInput(f"{name} must be a whole population, and of this one a part is open (fc.data.parts.opened).")
+
+
 def check_fields(data: FederatedData) -> None:
     """Refuses examples that a device cannot hold, or would store as other numbers.
 
@@ -319,6 +329,7 @@ def check_sets(name: str, sets: Any) -> None:
     checks.kind(name, sets, Mapping, "FederatedData in a dict by name")
     for key, data in sets.items():
         checks.kind(f"{name}[{key!r}]", data, FederatedData, "a FederatedData")
+        check_whole(f"{name}[{key!r}]", data)
         check_fields(data)
 
 

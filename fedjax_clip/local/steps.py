@@ -9,7 +9,8 @@ import optax
 from fedjax_clip import clipping
 from fedjax_clip.core import checks, optimiser, tree
 from fedjax_clip.core.cohort import Client
-from fedjax_clip.core.loss import Gradient, batch_gradient, batch_loss, check_parameters
+from fedjax_clip.core.loops import packing
+from fedjax_clip.core.loss import Gradient, batch_gradient, batch_loss, check_parameters, gradient_and_terms
 from fedjax_clip.core.metrics import Mean, add
 from fedjax_clip.core.types import Array, ClientTx, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
 
@@ -48,6 +49,9 @@ def local_steps(
       ...   return jax.tree.map(jnp.subtract, y, params), client.state.own, report
     """
     client_tx = optax.with_extra_args_support(client_tx)
+    packed = client.cohort.loops.packed
+    if packed and gradient is batch_gradient:
+        gradient = gradient_and_terms  # the report is summed over the examples after the loop
     opt_state = optimiser.init(client_tx, params) if opt_state is None else opt_state
     opt_state = optimiser.reseeded(opt_state, jax.random.fold_in(key, 2**31 - 1))  # no step has this number
 
@@ -58,13 +62,17 @@ def local_steps(
         updates, opt_state = optimiser.update(client_tx, direction, opt_state, y, anchor=params)
         return tree.apply_updates(y, updates), opt_state, raw if collect else (), report | _step_report(opt_state)
 
-    step, (_, _, *zeros) = tree.traced(step, 0, params, opt_state)
+    step, (_, _, zero, nothing) = tree.traced(step, 0, params, opt_state)
+    pack, unpack = packing(nothing, params) if packed else (lambda x: x, lambda x: x)
 
     def body(i, carry):
         y, opt_state, raw, report = step(i, *carry[:2])
-        return y, opt_state, add(carry[2], raw), add(carry[3], report)
+        return y, opt_state, add(carry[2], raw), add(carry[3], pack(report))
 
-    y, opt_state, total, report = client.loop(body, (params, opt_state, *zeros))
+    y, opt_state, total, report = client.loop(body, (params, opt_state, zero, pack(nothing)))
+    report = unpack(report)
+    if gradient is gradient_and_terms:
+        report = jax.tree.map(jnp.sum, report)
     mean = jax.tree.map(lambda g: tree.divided(g, jnp.maximum(client.num_steps, 1)), total)
     if "clipped_steps" in report:
         any_clipped = (report["clipped_steps"].total > 0).astype(jnp.float32)

@@ -12,6 +12,7 @@ import optax
 
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.keys import seeded
+from fedjax_clip.core.tree import weighted_sum
 from fedjax_clip.core.types import Algorithm, Array, Metrics, Params, PyTree
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
@@ -232,7 +233,7 @@ def read_by_server(contrast: Array) -> Reducer:
     def add(acc, messages, weights):
         total, counts, place = acc
         here = jax.lax.dynamic_slice_in_dim(counts, place, len(weights))
-        total = jax.tree.map(lambda t, m: t + jnp.tensordot(here, m.astype(jnp.float32), 1), total, messages)
+        total = jax.tree.map(lambda t, m: t + weighted_sum(here, m.astype(jnp.float32)), total, messages)
         return total, counts, place + len(weights)
 
     def finish(acc, axis_name):

@@ -123,7 +123,7 @@ def _mean(weigh: Callable[[Array], Array], denominator: float | Array | None = N
         def plus(t, m):
             if exact(t):
                 return t + jnp.sum(m * weights.reshape(-1, *[1] * (m.ndim - 1)).astype(m.dtype), 0, jnp.int32)
-            return t + jnp.tensordot(weights.astype(t.dtype), m.astype(t.dtype), 1)
+            return t + tree.weighted_sum(weights, m.astype(t.dtype))
 
         return jax.tree.map(plus, acc[0], messages), acc[1] + jnp.sum(weights)
 

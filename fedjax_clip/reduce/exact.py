@@ -24,13 +24,14 @@ def exact_mean(*, weighted: bool = True, denominator: float | Array | None = Non
 
     and the mean is ``fl(S fl(1 / W))``, with W from the ``w_i`` as S from the ``p_i``; zero without clients. So u is
     between 2^-37 and 2^-25 of ``2^e``, and at least 2^-114. A client's message is rounded by at most 2^-26 of the
-    array's largest element. The range is that of float32: nothing is clipped.
+    array's largest element. The range is that of float32: nothing is clipped. Where a device takes subnormal numbers
+    for zero, as XLA does on a CPU, so does the mean.
 
-    bfloat16 and integer messages are converted to float32, and the mean is float32. For float64 messages fl is float64,
-    with 1023 for 127, 1024 for 128 and 4 for 2, so u is at most 2^-51 of ``2^e``. W has the widest type of the message.
-    With ``non_finite="keep"`` an array is NaN if any element of a client is not finite. The sums of a round's client
-    metrics are exact in the same way, each with bins of its own (``Reducer.exact``), and so is what links compute from
-    them.
+    bfloat16 and integer messages are converted to float32, and the mean is float32. For float64 messages fl is
+    float64, with 1024 for 128, 1023 for 127 and 4 for 2, so u is at most 2^-51 of ``2^e``; W has the widest type of the
+    message. With ``non_finite="keep"`` an array is NaN if any element of a client is not finite. The sums of a round's
+    client metrics are exact in the same way, each with bins of its own (``Reducer.exact``), and so is what links
+    compute from them.
 
     A device holds 12 bytes for each float32 parameter (``weighted_mean``: 4), and sends as many. There is no derivative
     through it.
@@ -47,7 +48,7 @@ def exact_mean(*, weighted: bool = True, denominator: float | Array | None = Non
       denominator: n, a fixed divisor in place of ``sum_i w_i``, with ``w_i = 1``; as in ``fixed_mean``, for noise.
 
     Raises:
-      InvalidInput: a denominator that is not positive; (when traced) a round with room for more than 262,144 clients on
+      InvalidInput: a denominator that is not positive; (when traced) a round with room for more than 131,072 clients on
         all devices together, or a derivative.
 
     Example:

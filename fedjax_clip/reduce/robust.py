@@ -274,10 +274,7 @@ def _of_their_sum(shares: Array) -> Array:
 
 def _combine(shares: Array, messages: PyTree) -> PyTree:
     """``sum_i shares_i messages_i``."""
-    exact = jax.lax.Precision.HIGHEST  # the default of a GPU or TPU is narrower than float32
-    return jax.tree.map(
-        lambda x: jnp.tensordot(shares.astype(tree.wide_type(x)), tree.wide(x), 1, precision=exact), messages
-    )
+    return jax.tree.map(lambda x: tree.weighted_sum(shares, tree.wide(x)), messages)
 
 
 def _minus(messages: PyTree, v: PyTree) -> PyTree:
@@ -285,7 +282,7 @@ def _minus(messages: PyTree, v: PyTree) -> PyTree:
 
 
 def _row_sums(x: Array) -> Array:
-    """``[N]`` sums over all axes but the first, vectorised on a CPU: see ``tree.by_columns``."""
+    """``[N]`` sums over all axes but the first, vectorised on a CPU: see ``tree.reduced``."""
     x = x.reshape(len(x), -1, x.shape[-1] if x.ndim > 1 else 1)
     return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x, axis=1)), axis=1)
 

@@ -166,8 +166,14 @@ def scaled(x: Array) -> Array:
 
 
 def hits(logits: Array, labels: Array) -> Array:
-    """1.0 where the largest of the logits ``[..., classes]`` is the label's ``[...]``, else 0.0."""
-    return (jnp.argmax(logits, -1).astype(jnp.int32) == labels.astype(jnp.int32)).astype(jnp.float32)
+    """1.0 where the largest of the logits ``[..., classes]`` is the label's ``[...]``, else 0.0.
+
+    The first of several, or the first NaN, counts as the largest: ``jnp.argmax``, of reductions that a GPU fuses.
+    """
+    largest = (logits == jnp.max(logits, axis=-1, keepdims=True)) | jnp.isnan(logits)
+    number = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    first = jnp.min(jnp.where(largest, number, logits.shape[-1]), axis=-1)
+    return (first == labels.astype(jnp.int32)).astype(jnp.float32)
 
 
 def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:

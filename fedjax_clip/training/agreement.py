@@ -35,10 +35,21 @@ def check(run: Settings, known: identity.Identity) -> None:
         return
     known = known or identity.identify(run.algorithm, run.data, run.sampler, run.work, run.seed)
     run.processes.agree(facts(run) | known)
+    if run.data.own is not None:
+        check_parts(run)
     if (directory := getattr(run.checkpoints, "directory", None)) is not None:
         share(run.processes, directory, getattr(run.checkpoints, "mode", 0o777))
     if (newest := getattr(run.checkpoints, "newest", None)) is not None:
         run.processes.agree({"the round of the newest checkpoint": str(newest())}, ONE_DIRECTORY)
+
+
+def check_parts(run: Settings) -> None:
+    """Ends all processes with one sentence unless each client is opened by one of them."""
+    held = run.processes.gather(run.data.own)
+    if (wrong := np.flatnonzero(held.sum(0) != 1)).size:
+        who = np.flatnonzero(held[:, wrong[0]]).tolist()
+        told = f"by processes {', '.join(map(str, who))}" if who else "by no process"
+        raise InvalidInput(f"Client {run.data.name(int(wrong[0]))!r} is opened {told}: each must be opened by one.")
 
 
 def facts(run: Settings) -> dict[str, str]:
@@ -51,6 +62,7 @@ def facts(run: Settings) -> dict[str, str]:
         "rounds_per_dispatch": run.rounds_per_dispatch,
         "non_finite": run.non_finite,
         "jax_enable_x64": bool(jax.config.jax_enable_x64),  # type: ignore[attr-defined]
+        "whether data is opened in parts": run.data.own is not None,
         "devices": ", ".join(map(str, run.devices)),
         "evaluate": _told(run.evaluate),
     }

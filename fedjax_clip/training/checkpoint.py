@@ -1,5 +1,6 @@
 """Saving and resuming a run, through Orbax."""
 
+import copy
 import hashlib
 import json
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 from fedjax_clip.core import checks, files
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.training import identity, states
+from fedjax_clip.training.processes import ALONE, Processes
 from fedjax_clip.training.state import State
 
 
@@ -41,6 +43,13 @@ class Checkpoints:
                 f"{str(self.directory)!a} is not UTF-8: choose another name for the directory."
             ) from None
         self._manager: Any = None
+        self.processes = ALONE
+
+    def shared_by(self, processes: Processes) -> "Checkpoints":
+        """The same checkpoints, of a run of several processes."""
+        shared = copy.copy(self)
+        shared._manager, shared.processes = None, processes
+        return shared
 
     def newest(self) -> int | None:
         """Rounds done at the newest checkpoint, or ``None`` if there is none."""
@@ -97,11 +106,13 @@ class Checkpoints:
                 raise InvalidInput(self._damaged(step, name))
         server, found = jax.tree.unflatten(jax.tree.structure(template[:2]), arrays)
         if on_disk:
-            rows = states.OnDisk(clients, self.place())
-            try:
-                rows.restore(step, self._steps())
-            except (OSError, ValueError) as error:
-                raise InvalidInput(self._damaged(step)) from error
+            rows = states.OnDisk(clients, self.place(), self.processes)
+            kept = self._steps()
+            with self.processes.together():
+                try:
+                    rows.restore(step, kept)
+                except (OSError, ValueError) as error:
+                    raise InvalidInput(self._damaged(step)) from error
             found = rows.tree
         return step, template._replace(server=server, clients=found, run=run)
 

@@ -64,7 +64,8 @@ class Dispatcher:
         assert self.algorithm.start is not None
         run_rounds = self._make(self.algorithm._replace(round=self.algorithm.start))
         for block in self.planner.everyone():
-            self.server, columns = self.run(self.server, block, run_rounds)
+            self.server, finish = self._dispatch(self.server, block, run_rounds)
+            _, columns = finish()
             self._started.append(columns)
         self.planner.seconds = math.inf  # the start is not a round, so its time says nothing about one
         return self._started
@@ -96,13 +97,6 @@ class Dispatcher:
         seconds = self.planner.processes.most((time.perf_counter() - self._began) / len(block.rounds))
         return columns | {"seconds": np.full(len(block.rounds), seconds)}
 
-    def run(
-        self, server: PyTree, block: Block, run_rounds: Callable[..., Any] | None = None, keep: bool = True
-    ) -> tuple[PyTree, Columns]:
-        """Runs one block from the given server's state and returns ``(server, metrics)``; a trial keeps no states."""
-        server, finish = self._dispatch(server, block, run_rounds or self._run_rounds, keep)
-        return server, finish()[1]
-
     def _plan_next(self) -> Callable[[], Block] | None:
         """The next block, if there is one: planned here if that is quick, else packed by a thread."""
         if not self._left:
@@ -115,7 +109,7 @@ class Dispatcher:
         return lambda: block
 
     def _dispatch(
-        self, server: PyTree, block: Block, run_rounds: Callable[..., Any], keep: bool = True
+        self, server: PyTree, block: Block, run_rounds: Callable[..., Any]
     ) -> tuple[PyTree, Callable[[], tuple[Block, Columns]]]:
         """The server's state after the block (not yet computed), and a function that waits for it."""
         cohorts = dataclasses.replace(block.cohorts, state=self.clients.gather(block.ids))
@@ -125,8 +119,7 @@ class Dispatcher:
         def finish() -> tuple[Block, Columns]:
             # Two dispatches must not be in flight at once: their collectives deadlock on CPU devices.
             columns = placement.first_replica(report)
-            if keep:
-                self.clients.scatter(block.ids, states)
+            self.clients.scatter(block.ids, states)
             self.planner.took((time.perf_counter() - began) / len(block.rounds))
             return block, columns | block.columns
 

@@ -17,6 +17,7 @@ from fedjax_clip.core.loss import batch_loss, example_values
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree, Row
 from fedjax_clip.data.population import FederatedData, check_sets
 from fedjax_clip.placement import Mesh
+from fedjax_clip.training import owned
 from fedjax_clip.training.processes import ALONE, Processes
 from fedjax_clip.training.states import of as states_of
 
@@ -140,12 +141,11 @@ class Evaluator:
         data = self.sets[name]
         size = min(self.batch_size, max(data.num_examples for data in self.sets.values()))
         params, parts = self._sent(params), []  # once, not with each batch
-        states = self._states(data, params, clients)
-        turn = size * processes.count  # each process takes one batch in turn
-        for start in range(0, data.num_examples, turn):
-            index = start + size * processes.number + np.arange(size)
-            index = np.minimum(index, data.num_examples - 1)  # the last one fills the batch
-            batch = jax.tree.map(lambda x, index=index: x[index], data.examples)
+        states = self._states(data, params, clients, processes)
+        turn = np.arange(processes.count * size).reshape(processes.count, size)  # each process takes one batch in turn
+        for start in range(0, data.num_examples, turn.size):
+            index = np.minimum(start + turn, data.num_examples - 1)  # the last one fills the batch
+            batch = jax.tree.map(lambda x, index=index: x[index[processes.number]], data.examples)
             parts.append(jax.device_get(self._batch(params, states(index), batch)))
         found = {name: processes.gather(np.stack([part[name] for part in parts])) for name in parts[0]}
         return {name: np.swapaxes(x, 0, 1).ravel()[: data.num_examples] for name, x in found.items()}
@@ -156,8 +156,10 @@ class Evaluator:
             return jax.device_put(params)
         return jax.tree.map(jax.device_put, params, self.devices.whole(params))
 
-    def _states(self, data: FederatedData, params: Params, clients: PyTree) -> Callable[[np.ndarray], PyTree]:
-        """The states of the clients that own some examples, by the examples' numbers."""
+    def _states(
+        self, data: FederatedData, params: Params, clients: PyTree, processes: Processes
+    ) -> Callable[[np.ndarray], PyTree]:
+        """The states of the clients that own this process's of some examples, by the numbers ``[P, B]`` of all."""
         if self.algorithm is None or self.population is None:
             return lambda index: ()
         number = {self.population.name(c): c for c in range(self.population.num_clients)}
@@ -166,13 +168,13 @@ class Evaluator:
         kept, new = states_of(clients), self.algorithm.init_client(params)
 
         def states(index: np.ndarray) -> PyTree:
-            client = client_of[index]
+            client = client_of[index[processes.number]]
 
             def state(own: Any, begin: Any) -> np.ndarray:
                 known = (client >= 0).reshape(-1, *[1] * np.ndim(begin))
                 return np.where(known, own, begin)
 
-            return jax.tree.map(state, kept.gather(client), new)
+            return jax.tree.map(state, owned.look_up(kept, client_of[index], processes), new)
 
         return states
 

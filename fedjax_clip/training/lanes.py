@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.training import failures, placement
 from fedjax_clip.training.evaluation import Rows, measure, rows
+from fedjax_clip.training.planner import room
 from fedjax_clip.training.rounds import one_round, run_rounds
 from fedjax_clip.training.state import init_state
 
@@ -189,14 +191,23 @@ class Lanes:
         with _while_tracing():
             state = jax.eval_shape(lambda *args: init_state(build(args[0]), args[1], num_kept), hyper, first.params)
         self.fresh = jax.tree.map(lambda x: np.zeros((len(devices), width, *x.shape), x.dtype), state)
-
-        def resident(data: FederatedData) -> Resident:
-            return Resident.of(data.examples, devices[0].platform)
-
-        sets = {name: (resident(held), rows(held, np.arange(held.num_examples))) for name, held in evaluation.items()}
-        everywhere = jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *x.shape)), (resident(data), sets))
-        self.population, self.sets = placement.split(everywhere, devices)
+        self.population, self.sets = self._resident(evaluation)
         self.program = program(build, per_example_loss, num_kept, tuple(devices))
+
+    def _resident(self, evaluation: Mapping[str, FederatedData]) -> tuple[Resident, dict]:
+        """The examples to train and to evaluate on, on every device, if there is room for them."""
+        device, beside = self.devices[0], 2 * sum(x[0].nbytes for x in jax.tree.leaves(self.fresh))
+        takes = sum(Resident.nbytes(x.examples, device.platform) for x in (self.data, *evaluation.values()))
+        if device.platform != "cpu" and takes > (free := room(device, beside)):
+            raise InvalidInput(
+                f"A sweep keeps all examples on each device: they take {takes / 2**30:.1f} GiB of its memory, and "
+                f"{free / 2**30:.1f} GiB are free for them. Sweep over fewer examples or fewer points at a time."
+            )
+        of = functools.partial(Resident.of, platform=device.platform)
+        sets = {k: (of(held.examples), rows(held, np.arange(held.num_examples))) for k, held in evaluation.items()}
+        both = of(self.data.examples), sets
+        everywhere = jax.tree.map(lambda x: np.broadcast_to(x, (len(self.devices), *x.shape)), both)
+        return placement.split(everywhere, self.devices)
 
     def deal(self, lanes: Sequence[Lane]) -> list[list[list[Lane]]]:
         """The lanes in groups, one for each dispatch: for each device up to ``width`` lanes of one seed and fold."""

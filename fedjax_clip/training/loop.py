@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fedjax_clip.core import tree
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import Algorithm, Params, Row
 from fedjax_clip.data import clock, sampling, speeds
@@ -147,7 +148,7 @@ def train(
     eagerly = jax.disable_jit() if debug else contextlib.nullcontext()
     # A user may forbid implicit transfers; the driver's own transfers are intended.
     with jax.transfer_guard("allow"), failures.Explained(data, debug), eagerly:
-        with processes.together(devices).together():
+        with processes.joined(devices).together():
             run = settings.checked(
                 *(algorithm, data, params),
                 rounds=rounds,
@@ -180,7 +181,8 @@ def train(
             while (block := dispatcher.next()) is not None:  # rounds whose cohorts are sampled and planned
                 dispatcher.send(block)  # and plan the next block while the devices work
                 columns = dispatcher.wait()
-                watch.check(columns, block.rounds)
+                with run.processes.together():  # of labels, each process sees those that it has
+                    watch.check(columns, block.rounds)
                 rows, done = _rows(block.rounds, columns), block.rounds.stop
                 if run.evaluated_after(done):
                     rows[-1] |= run.scores(placement.first_replica(dispatcher.server.params), dispatcher.clients.tree)
@@ -193,6 +195,7 @@ def train(
                 saver.save(done, dispatcher, stop)
                 if stop:
                     break
+        owned.finish(dispatcher.clients)
         state = saver.state(dispatcher)
         return Result(state.server.params, state, history)
 
@@ -201,7 +204,8 @@ def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None, 
     """The dispatcher of this run's rounds, from this state on. A resumed run keeps the width that it began with."""
     alone = run.debug or bool(jax.tree.leaves(state.clients))
     length = 1 if alone else run.rounds_per_dispatch
-    planner = Planner(run.data, run.sampler, run.work, run.devices, run.seed, length, run.non_finite, secret)
+    beside = 4 * tree.nbytes(state.server)  # it before and after, a client's and its update
+    planner = Planner(run.data, run.sampler, run.work, run.devices, run.seed, length, run.non_finite, secret, beside)
     clients = owned.shared(states.of(state.clients), run.processes)
     dispatcher = Dispatcher(run.algorithm, planner, state.server, clients, run.debug)
     wanted = 1 if run.debug else run.clients_per_chunk or int(state.run.get("width", 0))

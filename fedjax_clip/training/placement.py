@@ -245,21 +245,25 @@ def _mesh_rounds(play: Callable[..., Any], devices: Mesh) -> Callable[..., Any]:
 
     compiled = jax.jit(program, donate_argnums=(0, 1))
 
-    def arguments(server: PyTree, cohorts: Cohort, key: Array, count: int) -> tuple[PyTree, ...]:
+    def run(server: PyTree, cohorts: Cohort, key: Array, count: int):
         states = split_states(cohorts.state, server, devices)
-        rest = split(dataclasses.replace(cohorts, state=(), population=None), devices)
-        return server, states, rest, split(cohorts.population, devices), key, np.int32(count)
-
-    def call(*args: Any) -> tuple[PyTree, PyTree, Metrics]:
+        rest, population = split((dataclasses.replace(cohorts, state=(), population=None), cohorts.population), devices)
         try:
-            return compiled(*arguments(*args))
+            return compiled(server, states, rest, population, key, np.int32(count))
         except NotImplementedError as error:
             if devices.model > 1 and "callback" in str(error):
                 raise InvalidInput(NO_CALLBACKS) from error
             raise
 
-    run: Any = call
-    run.lower = lambda *args: compiled.lower(*arguments(*args))  # for its memory analysis
+    def lower(server: PyTree, cohorts: Cohort, key: Array, count: int) -> jax.stages.Lowered:
+        def shapes(values: PyTree, axes: int) -> PyTree:  # nothing is sent, so the devices need not exist
+            lie = devices.lie(values, server.params, axes)
+            return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), values, lie)
+
+        rest, population = shapes((dataclasses.replace(cohorts, state=(), population=None), cohorts.population), 1)
+        return compiled.lower(shapes(server, 1), shapes(cohorts.state, 3), rest, population, key, np.int32(count))
+
+    run.lower = lower  # type: ignore[attr-defined]
     return run
 
 

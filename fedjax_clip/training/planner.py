@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from fedjax_clip.core.cohort import Cohort
+from fedjax_clip.core.loops import Buckets, Loops
 from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.data.clock import Clock, Timeline, Turn, World
@@ -18,9 +20,11 @@ from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.training import placement
 from fedjax_clip.training.processes import Processes
 
-RESIDENT_BYTES = 2**29  # populations up to this size live on every CPU device, on others up to a quarter of its memory
+RESIDENT_BYTES = 2**29  # populations up to this size live on every CPU device; on others, see ``room``
 LONGEST = 64  # rounds in a block at most, by default
 PLAN_BYTES = 2**20  # a block's example numbers take no more bytes than this
+LAUNCHES = {"gpu"}  # platforms that start a kernel for each operation, so that loops of known length pay
+MOST_LAYOUTS = 2  # of loops of known length in a run; each is compiled
 BLOCK_SECONDS = 0.1  # a block takes no longer: so metrics and a stop come in time
 
 
@@ -44,9 +48,12 @@ class Planner:
       length: the most rounds in a block; by default as many as take 0.1 seconds at the pace of earlier rounds.
       non_finite: see ``Cohort``.
       secret: the source of noise and cohorts in place of the seed.
+      beside: bytes of a device's memory that the run takes for other arrays, such as the model; see ``room``.
 
     Attributes:
       processes: those that drive the devices.
+      homes: the processes that have the clients' examples ``[M]``, and those of the devices ``[D]``; ``None`` if all
+        have all.
       turns: the clients of each round.
       resident: whether the population lives on the devices; blocks are then example numbers only.
       length: the most rounds in a block.
@@ -65,20 +72,27 @@ class Planner:
         length: int | None = None,
         non_finite: str = "drop",
         secret: Secret | None = None,
+        beside: int = 0,
     ):
         self.data, self.work, self.devices, self.seed, self.non_finite = data, work, devices, seed, non_finite
         self.processes = Processes(devices)
+        self.homes = None if data.own is None else self.processes.homes(data.own)
         hidden = None if secret is None else secret.seed()
         self.turns = Timeline(
             sampler, World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed, hidden)
         )
         self.words = None if secret is None else secret.words()
-        self.on_cpu = devices[0].platform == "cpu"
+        self.on_cpu, self.launches = devices[0].platform == "cpu", devices[0].platform in LAUNCHES
+        self._layouts: dict[int, list[Buckets | None]] = {}  # of loops of known length, by width, as they were found
         own = devices[self.processes.own[0]]
-        memory = (own.memory_stats() or {}).get("bytes_limit", 4 * RESIDENT_BYTES)
-        most = RESIDENT_BYTES if self.on_cpu else memory // 4
-        large = sum(x.nbytes for x in data.fields().values()) > most
-        self.resident = not self.processes.any(large)
+        takes, free = Resident.nbytes(data.examples, own.platform), room(own, beside)
+        self.resident = not self.processes.any(takes > free or data.own is not None)
+        if not (self.resident or self.on_cpu or data.own is not None):
+            warnings.warn(
+                f"The examples would take {takes / 2**30:.1f} GiB of a device's memory, and {free / 2**30:.1f} GiB are "
+                "free for them: the host packs each round's examples and sends them, which may be slower.",
+                stacklevel=2,
+            )
         rows = Resident.of(data.examples, devices[0].platform) if self.resident else None
         self.population = placement.replicate(rows, devices)
         self.width, self.least, self.seconds = 1, (0, 0), math.inf
@@ -99,7 +113,12 @@ class Planner:
 
     def plan(self, rounds: range) -> Block:
         """These rounds, on the devices or on their way."""
-        return self._block(rounds, [self.turns[r] for r in rounds])
+        found = self._layouts.setdefault(self.width, [()])
+        known = found[-1] if None not in found and len(found) <= MOST_LAYOUTS else None
+        block = self._block(rounds, [self.turns[r] for r in rounds], known)
+        if block.cohorts.loops.buckets not in found:
+            found.append(block.cohorts.loops.buckets)
+        return block
 
     def everyone(self) -> Iterator[Block]:
         """All clients in cohorts as large as the first round's, for an algorithm's ``start``."""
@@ -108,8 +127,8 @@ class Planner:
             ids = np.arange(first, min(first + size, self.data.num_clients))
             yield self._block(range(1), [Turn(ids, None, {})])
 
-    def _block(self, rounds: range, turns: Sequence[Turn]) -> Block:
-        cohorts = self._cohorts(turns, rounds.start)
+    def _block(self, rounds: range, turns: Sequence[Turn], known: Buckets | None = None) -> Block:
+        cohorts = self._cohorts(turns, rounds.start, known)
         self.least = cohorts.ids.shape[-1], cohorts.example_weight.shape[2]
         ids = np.asarray(cohorts.ids)
         columns = {name: np.array([turn.metrics[name] for turn in turns]) for name in turns[0].metrics}
@@ -121,7 +140,9 @@ class Planner:
             cohorts = placement.split(cohorts, self.devices)
         return Block(rounds, ids, columns, cohorts)
 
-    def _cohorts(self, turns: Sequence[Turn], first_round: int) -> Cohort:
+    def _cohorts(self, turns: Sequence[Turn], first_round: int, known: Buckets | None = None) -> Cohort:
+        # The length of the loop over rounds is known if all blocks are meant to be as long as this one.
+        whole = len(turns) == self.length and (self.fixed or self.length == 1)
         planned = plan_rounds(
             self.data,
             [turn.ids for turn in turns],
@@ -134,7 +155,9 @@ class Planner:
             width=self.width,
             population=self.population,
             staleness=[turn.staleness for turn in turns if turn.staleness is not None] or None,
+            loops=Loops(packed=True, buckets=known, whole=whole) if self.launches else Loops(),
             only=self.processes.own,
+            homes=self.homes,
         )
         secret = None if self.words is None else np.tile(self.words, (len(self.devices), self.length, 1))
         return dataclasses.replace(planned, non_finite=self.non_finite, secret=secret)
@@ -149,3 +172,16 @@ class Planner:
     def _longest(self) -> int:
         cohort = self._cohorts([self.turns[0]], 0)
         return min(LONGEST, max(1, PLAN_BYTES // (cohort.batches.nbytes + cohort.example_weight.nbytes)))
+
+
+def room(device: jax.Device, beside: int = 0) -> int:
+    """Bytes of a device's memory that a population may take: half of what is free once the run has ``beside`` more.
+
+    A resident population takes its rows and no more: programs gather from them and copy none (``core/resident.py``).
+    The other half is for batches, activations, messages and the clients' states.
+    """
+    if device.platform == "cpu":
+        return RESIDENT_BYTES
+    stats = device.memory_stats() or {}
+    free = stats.get("bytes_limit", 2 * RESIDENT_BYTES + beside) - stats.get("bytes_in_use", 0)
+    return max(0, free - beside) // 2

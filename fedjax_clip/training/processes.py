@@ -13,6 +13,7 @@ import numpy as np
 
 from fedjax_clip.core.types import InvalidInput, PyTree
 from fedjax_clip.training import identity
+from fedjax_clip.training.transfers import own_rows
 
 CURE = "Start all processes with the same code, data and settings."
 
@@ -29,6 +30,7 @@ class Processes:
       count: P, the number of processes.
       number: of this process, from 0.
       own: places among ``devices`` of those that this process drives.
+      drivers: ``[D]`` the process that drives each device.
 
     Raises:
       InvalidInput: devices of some of several processes only, or unequally many.
@@ -40,17 +42,19 @@ class Processes:
 
     def __init__(self, devices: Sequence[jax.Device]):
         drivers = [device.process_index for device in devices]
+        self.drivers = np.array(drivers, int)
         self.count, self.number, self.own = max(1, len(set(drivers))), 0, list(range(len(drivers)))
         if self.count > 1:
             self.number = jax.process_index()
             self.own = [i for i, driver in enumerate(drivers) if driver == self.number]
-            numbers = {p: drivers.count(p) for p in range(jax.process_count())}
-            if len(set(numbers.values())) > 1:
-                told = ", ".join(f"{n} of process {p}" for p, n in numbers.items())
-                raise InvalidInput(
-                    f"Processes that train together have equally many devices each, not {told}: give jax.devices(), or "
-                    "start every process with as many devices."
-                )
+            for counted in (drivers, [device.process_index for device in jax.devices()]):
+                numbers = {process: counted.count(process) for process in range(jax.process_count())}
+                if len(set(numbers.values())) > 1:
+                    told = ", ".join(f"{n} of process {process}" for process, n in numbers.items())
+                    raise InvalidInput(
+                        f"Processes that train together have equally many devices each, not {told}: give jax.devices() "
+                        "and start every process with as many devices."
+                    )
         elif drivers and drivers[0] != jax.process_index():
             raise InvalidInput("The devices belong to another process: give jax.local_devices(), or jax.devices().")
 
@@ -67,23 +71,24 @@ class Processes:
 
         # As bytes in one message: JAX would round doubles to floats.
         leaves, structure = jax.tree.flatten(arrays)
-        sent = np.concatenate(
-            [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves] or [np.zeros(0, "u1")]
-        )
-        came = multihost_utils.process_allgather(sent)
+        sent = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in leaves]
+        with jax.disable_jit(False):  # fc.train(..., debug=True) disables it
+            came = multihost_utils.process_allgather(np.concatenate([np.zeros(0, np.uint8), *sent]))
         parts = np.split(came, np.cumsum([x.nbytes for x in leaves])[:-1], axis=1)
-        return jax.tree.unflatten(
-            structure,
-            [np.ascontiguousarray(part).view(x.dtype).reshape(self.count, *x.shape) for part, x in zip(parts, leaves)],
-        )
+        arrays = [np.ascontiguousarray(p).view(x.dtype).reshape(self.count, *x.shape) for p, x in zip(parts, leaves)]
+        return jax.tree.unflatten(structure, arrays)
 
     def whole(self, values: PyTree) -> PyTree:
         """Arrays ``[D, ...]`` with a slice on each device, of all processes, on the host."""
-        if self.count == 1 or not jax.tree.leaves(values):
-            return jax.tree.map(np.asarray, values)
-        from jax.experimental import multihost_utils
+        own = own_rows(values)
+        if self.count == 1 or not jax.tree.leaves(own):
+            return own
+        places, rows = self.gather((np.array(self.own), own))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[np.argsort(places.ravel())], rows)
 
-        return multihost_utils.process_allgather(values, tiled=True)
+    def homes(self, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The process ``[M]`` that has each client's examples, from ``own [M]`` of each, and that of each device."""
+        return self.gather(own).argmax(0), self.drivers if self.count > 1 else np.zeros(len(self.own), int)
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
@@ -165,7 +170,7 @@ def _grouped(values: Sequence[str]) -> str:
 ALONE = Processes(())
 
 
-def together(devices: Any) -> Processes:
+def joined(devices: Any) -> Processes:
     """Those that train together on what ``fc.train`` was given as ``devices``, before anything is checked."""
     if jax.process_count() == 1:
         return ALONE

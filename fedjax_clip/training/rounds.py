@@ -105,7 +105,8 @@ def run_rounds(
         state, metrics = one(state, index)
         return state, _write_round(reports, index, cohorts, metrics)
 
-    return jax.lax.fori_loop(0, count, body, (state, reports))
+    planned = int(cohorts.ids.shape[0])
+    return cohorts.loop(body, (state, reports), planned if cohorts.loops.whole else count, planned)
 
 
 def one_round(

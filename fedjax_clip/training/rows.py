@@ -17,12 +17,14 @@ import numpy as np
 
 from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput, PyTree
+from fedjax_clip.training.processes import ALONE, Processes
 
 try:
     import fcntl
 except ImportError:  # Windows, where nothing keeps two runs out of one directory
     fcntl = None  # type: ignore[assignment]
 
+FILE = 2**40  # a place in the index is the number of a file times this, plus the number of a row, from 1
 READ_BYTES = 2**24  # of rows that are read at a time for an array of many clients
 
 
@@ -33,19 +35,26 @@ class OnDisk:
     it that is checked whenever the row is read. A row that a kept checkpoint refers to is never overwritten: the
     client's new state goes to a free row. So a checkpoint is a copy of the index, and nothing written later harms it.
 
+    Of P processes, number p keeps the states of the clients c with ``c % P == p``: it writes a file and an index of its
+    own, and reads all files. So other processes, of another number, can go on from its checkpoints.
+
     Args:
       alike: the states in which all clients begin, ``[M, ...]``; views of one state will do.
       directory: where the rows lie, beside the indices of checkpoints; by default a temporary file.
+      processes: those that keep the states.
 
     Attributes:
       begin: the row of a client without one, uint8 ``[bytes]``.
-      index: uint64 ``[M, 2]``: the number of each client's row, counted from 1 and 0 if it has none, and its hash.
+      index: uint64 ``[M, 2]``: the place of each client's row (``FILE``), 0 if it has none, and its hash.
+      processes: those that keep the states.
+      complete: whether the index has all clients, and not only this process's.
 
     Raises:
       InvalidInput: here and later, files that cannot be written, and a row that is not what was written.
     """
 
-    def __init__(self, alike: PyTree, directory: pathlib.Path | None = None):
+    def __init__(self, alike: PyTree, directory: pathlib.Path | None = None, processes: Processes = ALONE):
+        self.processes, self.complete = processes, processes.count == 1
         leaves, self._structure = jax.tree.flatten(alike)
         self._leaves = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
         self.begin = _packed([x[:1] for x in leaves])[0]
@@ -54,10 +63,11 @@ class OnDisk:
         self._saved: dict[int, np.ndarray] = {}  # the rows that each kept checkpoint refers to
         self._spared, self._free, self._count = np.zeros(1, bool), np.zeros(0, np.int64), 0
         try:
-            self._file = tempfile.TemporaryFile(buffering=0) if directory is None else _opened(directory / "rows")  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(buffering=0) if directory is None else _opened(self._rows())  # noqa: SIM115
         except OSError as error:
             self._unwritable(error)
-        weakref.finalize(self, self._file.close)
+        self._files = {processes.number: self._file}
+        weakref.finalize(self, _close, self._files)
         self._changed = os.fstat(self._file.fileno()).st_mtime_ns
 
     def __str__(self) -> str:
@@ -80,7 +90,7 @@ class OnDisk:
         here = ids >= 0
         for client, row in zip(ids[here].tolist(), _packed([np.asarray(x)[here] for x in jax.tree.leaves(new)])):
             place = self._place(client)
-            self.index[client] = place, _hash(row)
+            self.index[client] = self.processes.number * FILE + place, _hash(row)
             try:
                 self._file.seek((place - 1) * len(row))
                 if self._file.write(row.data) != len(row):
@@ -94,10 +104,18 @@ class OnDisk:
         for row, client in zip(rows, ids.tolist()):
             place, expected = self.index[client].tolist() if client >= 0 else (0, 0)
             if not place:
+                if not self.complete and client >= 0 and client % self.processes.count != self.processes.number:
+                    raise InvalidInput(
+                        f"The state of client {client} is kept by process {client % self.processes.count}, and not "
+                        f"readable in process {self.processes.number}: give checkpoints, in a directory that all share."
+                    )
                 row[:] = self.begin
                 continue
-            self._file.seek((place - 1) * len(row))
-            if self._file.readinto(row.data) != len(row) or _hash(row) != expected:
+            number, place = divmod(place, FILE)
+            if number not in self._files:
+                self._files[number] = self._rows(number).open("rb", buffering=0)
+            self._files[number].seek((place - 1) * len(row))
+            if self._files[number].readinto(row.data) != len(row) or _hash(row) != expected:
                 raise InvalidInput(
                     f"{self._where()}: the state of client {client} is not what was written, so the file is damaged or "
                     "another run went on with it. Train anew in another directory."
@@ -111,22 +129,36 @@ class OnDisk:
             yield
             return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidInput(f"{self.directory.parent} is in use by another run.") from None
-        try:
-            if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:  # after the index was read
-                raise InvalidInput(f"{self.directory.parent} was in use by another run until now: start again.")
-            self._file.truncate((len(self._spared) - 1) * len(self.begin))  # no checkpoint refers to what is beyond
+            with self.processes.together():
+                self._lock(self.directory.parent)
             yield
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
+    def _lock(self, place: pathlib.Path) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(f"{place} is in use by another run.") from None
+        if os.fstat(self._file.fileno()).st_mtime_ns != self._changed:  # after the index was read
+            raise InvalidInput(f"{place} was in use by another run until now: start again.")
+        self._file.truncate((len(self._spared) - 1) * len(self.begin))  # no checkpoint refers to what is beyond
+
     def save(self, step: int) -> None:
         """Writes the index of a checkpoint to disk, after its rows."""
         assert self.directory is not None
-        for path in set(self.directory.glob("*.index")) - set(map(self._index, self._saved)):
-            path.unlink()  # of a checkpoint that is gone, or that was never finished
+        with self.processes.together():
+            if self.processes.number == 0:
+                for path in self.directory.glob("*.index"):
+                    if int(path.name.split(".")[0]) not in self._saved:
+                        path.unlink()  # of a checkpoint that is gone, or that was never finished
+        with self.processes.together():
+            self._write(step)
+        # All processes' indices: a client may have moved to another process, and left its row in this one's file.
+        places = self.processes.gather(self.index[:, 0]).sum(0, dtype=np.uint64)
+        self._saved[step] = self._own(places)
+
+    def _write(self, step: int) -> None:
         known = np.flatnonzero(self.index[:, 0])
         content = np.column_stack([known.astype(np.uint64), self.index[known]]).tobytes()
         try:
@@ -134,10 +166,9 @@ class OnDisk:
             with files.replacing(self._index(step)) as file:
                 file.write(self._seal(step, content) + content)
             files.sync(self._index(step))
-            files.sync(self.directory)
+            files.sync(self._index(step).parent)
         except OSError as error:
             self._unwritable(error)
-        self._saved[step] = self.index[:, 0].copy()
 
     def restore(self, step: int, kept: Collection[int]) -> None:
         """Makes these the states of a checkpoint, and spares the rows of all checkpoints that are ``kept``.
@@ -146,12 +177,20 @@ class OnDisk:
           ValueError: an index that is damaged, or rows that are missing.
         """
         self.index = self._read_index(step)
-        if os.fstat(self._file.fileno()).st_size < int(self.index[:, 0].max(initial=0)) * len(self.begin):
-            raise ValueError("rows are missing")
+        for number in np.unique(self.index[:, 0] // FILE).tolist():
+            rows = int(self._own(self.index[:, 0], number).max(initial=0))
+            if rows and self._rows(number).stat().st_size < rows * len(self.begin):
+                raise ValueError("rows are missing")
         for other in kept:
             with contextlib.suppress(ValueError, OSError):  # a damaged checkpoint cannot be restored either
-                self._saved[other] = self._read_index(other)[:, 0]
+                self._saved[other] = self._own(self._read_index(other)[:, 0])
         self.spare(kept)
+        self.index[np.arange(len(self.index)) % self.processes.count != self.processes.number] = 0
+
+    def share(self) -> None:
+        """Completes the index, so that the states of all clients can be read from the directory."""
+        if not self.complete and self.directory is not None:
+            self.index, self.complete = self.processes.gather(self.index).sum(0, dtype=np.uint64), True
 
     def spare(self, kept: Collection[int]) -> None:
         """Spares the rows of all checkpoints that are ``kept``, and frees all others. The last one saved is kept."""
@@ -164,8 +203,8 @@ class OnDisk:
 
     def _place(self, client: int) -> int:
         """The row for a client's new state: its own, if no checkpoint refers to that, or a free one."""
-        place = int(self.index[client, 0])
-        if place and not (place < len(self._spared) and self._spared[place]):
+        number, place = divmod(int(self.index[client, 0]), FILE)
+        if place and number == self.processes.number and not (place < len(self._spared) and self._spared[place]):
             return place
         if len(self._free):
             place, self._free = int(self._free[0]), self._free[1:]
@@ -173,18 +212,36 @@ class OnDisk:
         self._count += 1
         return self._count
 
+    def _own(self, places: np.ndarray, number: int | None = None) -> np.ndarray:
+        """The rows ``[M]`` in this process's file, or in that of another, and 0 for clients whose row is elsewhere."""
+        files, rows = np.divmod(places, np.uint64(FILE))
+        return np.where(files == (self.processes.number if number is None else number), rows, np.uint64(0))
+
+    def _rows(self, number: int | None = None) -> pathlib.Path:
+        assert self.directory is not None
+        number = self.processes.number if number is None else number
+        return self.directory / (f"rows.{number}" if number else "rows")
+
     def _index(self, step: int) -> pathlib.Path:
         assert self.directory is not None
-        return self.directory / f"{step}.index"
+        number, count = self.processes.number, self.processes.count
+        return self.directory / (f"{step}.{number}-of-{count}.index" if count > 1 else f"{step}.index")
 
     def _read_index(self, step: int) -> np.ndarray:
-        sealed = self._index(step).read_bytes()
-        seal, content = sealed[:16], sealed[16:]
-        if seal != self._seal(step, content):
-            raise ValueError("the index is not what was written")
-        known = np.frombuffer(content, np.uint64).reshape(-1, 3)
+        """The index of a checkpoint, which one process wrote, or several in parts."""
+        assert self.directory is not None
+        parts = sorted(self.directory.glob(f"{step}.*index"))
+        names = [f"{step}.{number}-of-{len(parts)}.index" for number in range(len(parts))]
+        if not parts or {part.name for part in parts} not in ({f"{step}.index"}, set(names)):
+            raise ValueError("a part of the index is missing")
         index = np.zeros_like(self.index)
-        index[known[:, 0]] = known[:, 1:]
+        for part in parts:
+            sealed = part.read_bytes()
+            seal, content = sealed[:16], sealed[16:]
+            if seal != self._seal(step, content):
+                raise ValueError("the index is not what was written")
+            known = np.frombuffer(content, np.uint64).reshape(-1, 3)
+            index[known[:, 0]] = known[:, 1:]
         return index
 
     def _seal(self, step: int, content: bytes) -> bytes:
@@ -193,7 +250,7 @@ class OnDisk:
         return hashlib.blake2b(told + content, digest_size=16).digest()
 
     def _where(self) -> str:
-        return tempfile.gettempdir() if self.directory is None else str(self.directory / "rows")
+        return tempfile.gettempdir() if self.directory is None else str(self._rows())
 
     def _unwritable(self, error: OSError) -> NoReturn:
         cure = "" if self.directory else " Set TMPDIR, or give checkpoints, in whose directory they then lie."
@@ -250,6 +307,11 @@ def _packed(leaves: list[np.ndarray]) -> np.ndarray:
     count = len(leaves[0])
     flat = [np.ascontiguousarray(x).reshape(count, -1).view(np.uint8) for x in leaves if x.size]
     return np.concatenate(flat, axis=1) if flat else np.zeros((count, 0), np.uint8)
+
+
+def _close(files: dict[int, Any]) -> None:
+    for file in files.values():
+        file.close()
 
 
 def _hash(row: np.ndarray) -> int:

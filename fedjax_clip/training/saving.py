@@ -49,7 +49,8 @@ class Saver:
         state = State(server, alike, self.identity)
         found = None if run.checkpoints is None else run.checkpoints.restore(state)
         if found is None:
-            found = 0, state._replace(clients=states.begun(alike, getattr(run.checkpoints, "place", None)).tree)
+            clients = states.begun(alike, getattr(run.checkpoints, "place", None), run.processes)
+            found = 0, state._replace(clients=clients.tree)
         start, state = found
         identity.check("The checkpoint", state.run, self.identity)
         if start > run.rounds:

@@ -15,7 +15,7 @@ from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PyTree, Row, check_named
 from fedjax_clip.data import clock, sampling
 from fedjax_clip.data.planning import LocalWork
-from fedjax_clip.data.population import FederatedData, check_alike, check_fields
+from fedjax_clip.data.population import FederatedData, check_alike, check_fields, check_whole
 from fedjax_clip.training import placement, watch
 from fedjax_clip.training.checkpoint import Checkpoints
 from fedjax_clip.training.evaluation import Evaluator
@@ -153,8 +153,15 @@ def checked(
     if algorithm.parts is not None and isinstance(sampler, sampling.Sampler):
         reduce.check_cohort(algorithm.parts.reducer, sampler.cohort_size)
     local_work, devices = LocalWork(*work), placement.chosen(devices)
-    if debug and Processes(devices).count > 1:
+    processes = Processes(devices)
+    if debug and processes.count > 1:
         raise InvalidInput("debug=True runs in one process: give devices=jax.local_devices().")
+    if isinstance(checkpoints, Checkpoints) and processes.count > 1:
+        checkpoints = checkpoints.shared_by(processes)
+    if processes.count == 1:
+        check_whole("data, in one process,", data)
+    if data.own is not None and others["secret"] is not None:
+        raise InvalidInput("A secret draws other noise for other data, and data opened in parts cannot be compared.")
     with placement.beginning(devices):
         meet = algorithm.loss is not None and watch.examples_meet(algorithm.loss, data, params, local_work)
     if meet:

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedjax_clip.core import tree as trees
 from fedjax_clip.core.types import Algorithm, Params, PyTree
+from fedjax_clip.training.processes import ALONE, Processes
 from fedjax_clip.training.rows import Leaf, OnDisk, layout
 
 MEMORY_BYTES = 2**30  # states up to this size lie in memory, larger ones in a file
@@ -74,13 +75,14 @@ def alike(algorithm: Algorithm, params: Params, num_clients: int) -> PyTree:
     return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (num_clients, *np.shape(x))), state)
 
 
-def begun(alike: PyTree, place: Callable[[], pathlib.Path] | None = None) -> ClientStates:
+def begun(alike: PyTree, place: Callable[[], pathlib.Path] | None = None, processes: Processes = ALONE) -> ClientStates:
     """The states before round 0: in memory, or on disk if they are too large for that.
 
     Args:
       alike: from the function of this name.
       place: names the directory of states on disk; by default they lie in a temporary file.
+      processes: those that train together.
     """
     if sum(x.nbytes for x in jax.tree.leaves(alike)) > MEMORY_BYTES:
-        return OnDisk(alike, place and place())
+        return OnDisk(alike, place and place(), processes)
     return InMemory(jax.tree.map(lambda x: np.array(x, order="C"), alike))

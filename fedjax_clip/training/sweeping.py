@@ -15,7 +15,7 @@ from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PerExampleLo
 from fedjax_clip.data import sampling, speeds
 from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork
-from fedjax_clip.data.population import FederatedData, check_fields, check_sets
+from fedjax_clip.data.population import FederatedData, check_fields, check_sets, check_whole
 from fedjax_clip.training import placement
 from fedjax_clip.training.lanes import Build, Lane, Lanes, plan
 from fedjax_clip.training.loop import Row
@@ -179,6 +179,7 @@ def sweep(
     Optimization", Algorithm 1.
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
+    check_whole("data", data)
     check_fields(data)
     check_sets("evaluation", evaluation or {})
     checks.kind("sampler", sampler, sampling.Sampler | None, "one of fc.data.sampling (a sweep has no clock)")

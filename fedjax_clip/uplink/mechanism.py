@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.core import checks
+from fedjax_clip.core.tree import weighted_sum
 from fedjax_clip.core.types import InvalidInput, Params, PyTree
 
 
@@ -180,7 +181,7 @@ def inverse_toeplitz(coefficients: Sequence[float] | np.ndarray) -> Mechanism:
 
     def step(noise, state):
         before = jax.tree.map(lambda z, zs: jnp.concatenate([z[None], zs]), noise, state)
-        row = jax.tree.map(lambda zs: jnp.tensordot(jnp.asarray(c, zs.dtype), zs, 1), before)
+        row = jax.tree.map(lambda zs: weighted_sum(c, zs), before)
         return row, jax.tree.map(lambda zs: zs[:-1], before)
 
     def strategy(total):

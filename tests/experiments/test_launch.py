@@ -44,7 +44,7 @@ def program(text):
 
 
 def test_process_0_has_the_terminal_and_the_lines_of_others_their_number():
-    code, out, err = ended(launched(*program("print('here', me); print('there', file=sys.stderr)"), processes=3))
+    code, out, err = ended(launched(*program("os.write(1, b'here %d\\n' % me); os.write(2, b'there\\n')"), processes=3))
     assert code == 0
     assert sorted(out.splitlines()) == ["[1] here 1", "[2] here 2", "here 0"]
     assert sorted(err.splitlines()) == ["[1] there", "[2] there", "there"]
@@ -71,7 +71,7 @@ def test_processes_that_fail_alike_have_said_so_themselves(capfd):
 
 
 def test_a_signal_goes_to_all():
-    waits = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('ready', flush=True); time.sleep(99)"
+    waits = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); os.write(1, b'ready\\n'); time.sleep(99)"
     process = launched(*program(waits))
     assert sorted(process.stdout.readline() for _ in range(2)) == ["[1] ready\n", "ready\n"]
     process.send_signal(signal.SIGTERM)

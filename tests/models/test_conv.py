@@ -200,7 +200,7 @@ def test_it_runs_under_shard_map_with_its_checks():
     ("kernel", "options"),
     [
         ((3, 3), {}),
-        ((4, 3), {"padding": ((2, 1), (-1, 3)), "use_bias": False}),
+        ((4, 3), {"padding": ((2, 1), (1, 3)), "use_bias": False}),
         ((3, 3), {"padding": "CIRCULAR", "strides": (1, 2), "mask": np.ones((3, 3, 2, 5), np.float32)}),  # never blocks
     ],
 )

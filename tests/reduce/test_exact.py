@@ -123,7 +123,7 @@ def test_the_ends_of_the_range():
 
 def test_as_many_clients_as_the_limbs_hold():
     """Each with the digits that are the largest; and one more is refused."""
-    worst = np.float32([2 - 2.0**-23, -(2 - 2.0**-23), 1 + 2.0**-12 - 2.0**-23])  # 2^13 times 2^-1 in a lower bin
+    worst = np.float32([2 - 2.0**-23, -(2 - 2.0**-23), 1 + 2.0**-12 - 2.0**-23])  # the largest digits of both signs
     for exponent in range(13):
         x = np.float32(np.ldexp(worst, exponent))
 
@@ -132,7 +132,7 @@ def test_as_many_clients_as_the_limbs_hold():
             return exact.rounded(acc)
 
         np.testing.assert_array_equal(jax.jit(total)(), x * np.float32(exact.MOST))
-    with pytest.raises(fc.InvalidInput, match="at most 262,144 clients, and this round has room for 262,145"):
+    with pytest.raises(fc.InvalidInput, match="at most 131,072 clients, and this round has room for 131,073"):
         exact.rounded(exact.zero(jnp.zeros(3), exact.MOST + 1))
 
 

@@ -13,10 +13,11 @@ import numpy as np
 from problems import ENTRIES, parameters, population, softmax_loss
 
 import fedjax_clip as fc
-from fedjax_clip.training import agreement, planner
+from fedjax_clip.training import agreement, planner, states
 
 SIZES = tuple(3 + 5 * c % 17 for c in range(23))
-TRAINED = ("fedavg, every clip", "scaffold, robust", "fedavg, on a grid", "episode_plus", "partially_private")
+TRAINED = ("fedavg, stateful link", "episode_plus", "partially_private")
+ON_DISK = TRAINED[-2:]  # whose clients' states lie in a file of each process
 
 
 def problem(algorithm):
@@ -38,7 +39,8 @@ def train(directory):
         algorithm = ENTRIES[name]()
         data, common = problem(algorithm)
         planner.RESIDENT_BYTES = 0 if name == TRAINED[0] else 2**29
-        whole = fc.train(algorithm, data, parameters(), **common)
+        states.MEMORY_BYTES = 0 if name in ON_DISK else 2**30
+        whole = fc.train(algorithm, data, parameters(), checkpoints=directory / f"{name}, whole", **common)
         place = directory / name
         half = fc.train(algorithm, data, parameters(), checkpoints=place, **common | {"rounds": 6})
         if jax.process_index() == 0:
@@ -46,6 +48,26 @@ def train(directory):
         resumed = fc.train(algorithm, data, parameters(), checkpoints=place, **common)
         found[name] = seen(whole), seen(half), seen(resumed)
     return found
+
+
+def parts(directory):
+    """A population of which each process opens the clients that are not in the other's part."""
+    whole, number = population(SIZES), jax.process_index()
+    clients = np.flatnonzero(np.arange(len(SIZES)) % 3 == 0 if number else np.arange(len(SIZES)) % 3)
+    examples = whole.select(clients).examples
+    part, algorithm = fc.data.parts.opened(examples, clients, SIZES), ENTRIES["fedavg"]()
+    twice = fc.data.parts.opened(whole.select([0, *clients[1:]]).examples, [0, *clients[1:]], SIZES)
+    wrong = population(SIZES)
+    wrong.examples["y"][wrong.offsets[3]] = 99  # of client 3, whom process 1 opens
+    wrong = fc.data.parts.opened(wrong.select(clients).examples, clients, SIZES)
+    common = problem(algorithm)[1]
+    return {
+        "trained": seen(fc.train(algorithm, part, parameters(), **common)),
+        "twice": tried(algorithm=algorithm, data=twice),
+        "label": tried(algorithm=algorithm, data=wrong, cohort_size=len(SIZES)),
+        "whole": tried(algorithm=algorithm, data=part if number else whole),
+        "alone": tried(algorithm=algorithm, data=part, devices=jax.local_devices()),
+    }
 
 
 def tried(**options):

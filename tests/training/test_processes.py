@@ -14,7 +14,7 @@ from problems import ENTRIES, assert_close, assert_identical, parameters
 import fedjax_clip as fc
 
 PROCESSES = 2
-SECONDS = 200  # until a run that hangs has failed; it takes 20 on two idle cores
+SECONDS = 480  # until a run that hangs has failed; it takes 20 on two idle cores
 
 
 def run(scenario, directory):
@@ -80,7 +80,7 @@ def test_what_processes_do_not_agree_on_ends_all_of_them_with_a_sentence(tmp_pat
     for name, sentence in SENTENCES.items():
         assert sentence in first[name], first[name]
         assert first[name].startswith("InvalidInput: ")
-        assert second[name] == first[name]
+        assert second[name] == first[name].replace(f"{tmp_path}/0", f"{tmp_path}/1")
     for name, error, sentence in (
         ("rounds", "InvalidInput", "rounds must be a whole number of at least 1, not 0."),
         ("on_round", "ValueError", "the disk is full"),
@@ -94,3 +94,18 @@ def test_what_processes_do_not_agree_on_ends_all_of_them_with_a_sentence(tmp_pat
     assert first["resumed"] == second["resumed"] == 3
     assert (first["alone"], second["alone"]) == (1, 2)
     assert first["rows"] == second["rows"] == 2
+
+
+def test_a_population_is_opened_in_parts(tmp_path):
+    first, second = run("parts", tmp_path)
+    assert_identical(second["trained"], first["trained"])
+    algorithm = ENTRIES["fedavg"]()
+    data, common = joined.problem(algorithm)
+    alone = fc.train(algorithm, data, parameters(), **common)
+    assert_close(joined.seen(alone)[0], first["trained"][0])
+    assert first["twice"] == second["twice"]
+    assert "Client '0' is opened by processes 0, 1: each must be opened by one." in first["twice"]
+    assert "Client '3' has y=99" in second["label"]
+    assert "Process 1 of 2 ended: Client '3' has y=99" in first["label"]
+    assert "differ in whether data is opened in parts: False (process 0), True (process 1)" in first["whole"]
+    assert "must be a whole population" in first["alone"]

@@ -68,15 +68,19 @@ def test_a_transformer_split_in_two_trains_and_resumes_like_a_whole_one(texts, p
         options |= {"evaluate": evaluate, "eval_every": 2, "cohort_size": 4, "batch_size": 4, "rounds": rounds}
         return fc.train(algorithm, texts, params, devices=devices, clients_per_chunk=1, **options)
 
-    whole = train(jax.local_devices()[:4], fc.evaluator(next_token_loss, {"train": texts}))
+    judged = fc.evaluator(next_token_loss, {"train": texts})
+    whole = train(jax.local_devices()[:4], judged)
     in_two = train(split)
     assert_close(in_two.state.server, whole.state.server, rtol=1e-5, atol=1e-5)
     for one, two in zip(whole.history, in_two.history, strict=True):
         names = {"loss", "eval/train/loss"} & one.keys()
         assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-5)
     assert len(names) == 2
-    train(split, rounds=2, checkpoints=tmp_path)
-    assert_identical(train(split, checkpoints=tmp_path).state[:2], in_two.state[:2])
+    for name in ("split", "whole"):
+        train(split, rounds=2, checkpoints=tmp_path / name)
+    assert_identical(train(split, checkpoints=tmp_path / "split").state[:2], in_two.state[:2])
+    resumed = train(jax.local_devices()[:4], judged, checkpoints=tmp_path / "whole")
+    assert_close(resumed.state.server, in_two.state.server, rtol=1e-5, atol=1e-5)
 
 
 def test_each_device_holds_half_of_the_model_and_of_what_follows_it(texts, params):
@@ -98,20 +102,20 @@ def test_each_device_holds_half_of_the_model_and_of_what_follows_it(texts, param
         server, _, _ = step(server, cohorts, jax.random.key(0), 1)
 
 
-def test_a_frozen_base_and_what_clients_keep_are_split_too(texts, params):
-    tuned = fc.lora(next_token_loss, params, rank=2)
+def test_a_frozen_base_is_split_too(texts, params):
+    tuned, split = fc.lora(next_token_loss, params, rank=2), fc.placement.mesh(clients=4, model=2)
     algorithm = fc.partially_frozen(fc.scaffold(tuned.per_example_loss, optax.sgd(0.1)), tuned.frozen)
-    split = fc.placement.mesh(clients=4, model=2, shard={r"adapters/.*up/kernel/b$": PartitionSpec(None, "model")})
     start = tuned.init(jax.random.key(1))
-    server = send_server(algorithm.init(start), fc.placement.mesh(clients=4, model=2))
+    server = send_server(algorithm.init(start), split)
     base = sum(x.nbytes for x in jax.tree.leaves(params))
     assert held(server.params["base"], jax.devices()[0]) < 0.55 * base
 
     def train(devices):
         return fc.train(algorithm, texts, start, rounds=2, cohort_size=4, batch_size=4, devices=devices)
 
-    assert_close(train(split).state[:2], train(jax.local_devices()[:4]).state[:2], rtol=1e-5, atol=1e-5)
-    assert_identical(train(split).params["base"], jax.tree.map(np.asarray, params))
+    in_two = train(split)
+    assert_close(in_two.state[:2], train(jax.local_devices()[:4]).state[:2], rtol=1e-5, atol=1e-5)
+    assert_identical(in_two.params["base"], jax.tree.map(np.asarray, params))
 
 
 def test_every_part_of_a_rounds_state_follows_the_parameters_of_its_name():
@@ -122,7 +126,7 @@ def test_every_part_of_a_rounds_state_follows_the_parameters_of_its_name():
     lie = split.lie(server, server.params, 0)
     assert {x.spec for x in (lie.params["w"], lie.opt_state[0].trace["w"])} == {PartitionSpec("clients", "model")}
     assert lie.params["b"].spec == PartitionSpec("clients")
-    assert jax.tree.leaves(split.lie(kept.own, server.params, 0))
+    assert PartitionSpec("clients", "model") in {x.spec for x in jax.tree.leaves(split.lie(kept.own, server.params, 0))}
 
     def train(devices):
         return fc.train(algorithm, data, parameters(), rounds=3, cohort_size=4, batch_size=4, devices=devices)
@@ -145,6 +149,8 @@ def test_rows_with_unequal_work_wait_for_each_other():
 def test_what_no_mesh_can_do_is_refused():
     with pytest.raises(fc.InvalidInput, match="A mesh of 5 x 2 needs 10 devices, and there are 8"):
         fc.placement.mesh(clients=5, model=2)
+    with pytest.raises(fc.InvalidInput, match="model=3 must divide the number of devices, 8"):
+        fc.placement.mesh(model=3)
     run = entry("fedavg")
     for shard, said in (
         ({"w": PartitionSpec(None, "model")}, r"cannot split parameter 'w' of shape \(4, 3\) over model=2 devices"),
