@@ -9,6 +9,8 @@ pairs of rounds, and a 95% interval of it from their order; last, the link's sha
 """
 
 import argparse
+import pathlib
+import sys
 
 import jax
 import optax
@@ -16,6 +18,9 @@ import turns
 from workers.fedjax_clip import loss
 
 import fedjax_clip as fc
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from experiments.config import privacy, registry, spec
 
 CLIP = "clip_by_global_norm(1.0)"

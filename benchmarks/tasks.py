@@ -9,6 +9,8 @@ override the preset's.
 
 import functools
 import inspect
+import pathlib
+import sys
 import time
 from collections.abc import Callable
 
@@ -17,6 +19,9 @@ import numpy as np
 from absl import app, flags
 
 import fedjax_clip as fc
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
 from experiments.config import binary, privacy, registry, spec
 from experiments.config import problem as flagged
 

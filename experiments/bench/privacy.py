@@ -125,7 +125,7 @@ def bench(
     command.check_names("--mechanisms", "mechanism", names, MECHANISMS)
     if not epsilons or not all(e > 0 for e in epsilons):
         raise InvalidInput("--epsilons must be positive numbers, inf among them if you like.")
-    (track,) = sized([problem(quick)], trials)
+    (track,) = sized(map(problem, [quick]), trials)  # which looks at the number of trials before it reads the data
     results = Results(workdir)
     delta = float(f"{track.data.num_clients**-1.1:.0e}")
     cells: list[grid.Cell] = []

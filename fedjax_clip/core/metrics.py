@@ -189,6 +189,10 @@ class Adder(NamedTuple):
       zero: ``zeros like a part -> total``.
       add: ``(total, part) -> total``.
       finish: ``(total, axis_name) -> report``, over all devices of the mapped axis, if there is one.
+
+    Example:
+      >>> fc.extend.metrics.adder(False, 10).chunk({"steps": jnp.array([1.0, 2.0])})["steps"]
+      Array(3., dtype=float32)
     """
 
     chunk: Callable[[PyTree], PyTree]
@@ -203,6 +207,15 @@ def adder(exactly: bool, clients: int) -> Adder:
     Args:
       exactly: whether in any order.
       clients: how many there are room for on a device.
+
+    Example:
+      >>> adder = fc.extend.metrics.adder(True, clients=10)
+      >>> parts = [adder.chunk({"loss": jnp.array([x])}) for x in (1e8, 1.0, -1e8)]
+      >>> total = adder.zero(parts[0])
+      >>> for part in parts:
+      ...   total = adder.add(total, part)
+      >>> float(adder.finish(total, None)["loss"])  # in float32 it would be 0
+      1.0
     """
     if not exactly:
 

@@ -50,14 +50,14 @@ class Conv(nn.Conv):
 
         def pixels(x, kernel, bias):
             y = conv_general_dilated(x, kernel, (1, 1), padding, None, None, _NUMBERS, precision=self.precision)
-            return self._finished(y if bias is None else y + bias)
+            return self._finished(_plus(y, bias))
 
         def in_blocks(x, kernel, bias):
             y = blocks.convolution(blocks.split(x), kernel, padding, self.precision)
             if self.max_pool and activation in _INCREASING:  # the same, on a quarter of the numbers
                 y = blocks.max_pool(y)
-                return activation(y if bias is None else y + bias)
-            y = activation(y if bias is None else y + blocks.per_channel(bias))
+                return activation(_plus(y, bias))
+            y = activation(_plus(y, None if bias is None else blocks.per_channel(bias)))
             return blocks.max_pool(y) if self.max_pool else blocks.join(y)
 
         return jax.lax.platform_dependent(*args, tpu=in_blocks, default=pixels)
@@ -78,6 +78,11 @@ class Conv(nn.Conv):
             padding = jax.lax.padtype_to_pads(shape[1:3], size, (1, 1), padding)
         padding = tuple((int(low), int(high)) for low, high in padding)
         return padding if blocks.pays(shape, (*size, shape[-1], self.features), padding) else None
+
+
+def _plus(y: Array, bias: Array | None) -> Array:
+    """``y [..., C] + bias [C]``, of equal ranks."""
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def max_pool_2x2(x: Array) -> Array:

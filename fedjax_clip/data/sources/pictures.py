@@ -58,7 +58,8 @@ def fashion_mnist(split: Literal["train", "test"] = "train", directory: PathLike
       InvalidInput: an unknown split, files that are missing or damaged.
 
     Example:
-      >>> data = fc.data.partition.dirichlet(fc.data.sources.fashion_mnist(), num_clients=100, alpha=0.1)
+      >>> examples = fc.data.sources.fashion_mnist()  # doctest: +SKIP
+      >>> data = fc.data.partition.dirichlet(examples, num_clients=100, alpha=0.1)  # doctest: +SKIP
 
     Source: Xiao, Rasul and Vollgraf (2017); the idx format is described on the pages of MNIST.
     """
