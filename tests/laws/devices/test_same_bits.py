@@ -47,14 +47,6 @@ def test_the_bits_are_the_same_on_any_number_of_devices_in_any_order(name):
     assert len(set(shas.values())) == 1, shas
 
 
-def test_noise_at_the_server_and_what_clients_keep_have_the_same_bits():
-    noised = fc.uplink.chain(fc.uplink.quantile_clip(0.2, bits_noise=0.5), fc.uplink.gaussian(0.1))
-    fed_back = fc.uplink.error_feedback(fc.uplink.clip_by_global_norm(0.2), fc.uplink.compress(fc.compression.qsgd(4)))
-    for link, reducer in ((noised, fc.reduce.exact_mean(denominator=9)), (fed_back, EXACT)):
-        algorithm = fc.fedavg(softmax_loss, clipped_sgd, uplink=link, reducer=reducer)
-        assert trained(algorithm, 1) == trained(algorithm, 8, backwards=True)
-
-
 def test_a_mean_of_floats_has_other_bits():
     """Or the laws above would hold of anything."""
     algorithm = fc.fedavg(softmax_loss, clipped_sgd)
