@@ -169,7 +169,8 @@ def configure_jax(cpu_devices: int | None, join: str | None = None) -> None:
 def _flags_help(without: Collection[str]) -> str:
     """The project's flags in the order of their definition, each with its default."""
     modules = flags.FLAGS.flags_by_module_dict()
-    project = str(flags.FLAGS.find_module_defining_flag("workdir")), outside.__name__, sys.argv[0]
+    workdir = str(flags.FLAGS.find_module_defining_flag("workdir"))
+    project = workdir, outside.__name__, distributed.__name__, sys.argv[0]
     own = [f for name in dict.fromkeys(project) for f in modules.get(name, []) if f.name not in without]
     rows = [
         (f"  --{f.name}" + ("" if f.default in (None, []) else f"={f.default}"), (f.help or "").split(";\n")[0])

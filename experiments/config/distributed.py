@@ -17,7 +17,7 @@ HELP = (
     "Train in several processes together: auto, if Slurm, Open MPI, Kubernetes, a Cloud TPU or experiments.launch "
     "starts them, or ADDRESS:PORT,PROCESSES,NUMBER with the address of process 0 and the number of this one."
 )
-FORMS = "auto, or ADDRESS:PORT,PROCESSES,NUMBER such as 10.0.0.1:9876,4,0"
+ADDRESSED = "ADDRESS:PORT,PROCESSES,NUMBER such as 10.0.0.1:9876,4,0"
 HEARTBEAT = 40  # seconds after which a process that is silent counts as dead, and all end
 JOIN = 40  # seconds in which all processes must have come; $FEDJAX_CLIP_JOIN_SECONDS takes its place
 LEAVE = 5  # seconds in which all processes fail, if they fail alike
@@ -48,7 +48,7 @@ def join(asked: str | None) -> None:
       InvalidInput: no such value, nobody who started several processes, or an address that cannot be used.
     """
     global _joined
-    if not asked:
+    if asked is None:
         return
     import jax
 
@@ -162,7 +162,7 @@ def _read(asked: str) -> tuple[str | None, int | None, int | None]:
         return None, None, None
     found = re.fullmatch(r"([^,\s]+:(\d{1,5})),(\d{1,6}),(\d{1,6})", asked)
     if found is None or not 0 < int(found[2]) < 65536:
-        raise InvalidInput(f"--distributed={asked} is not understood: write {FORMS}.")
+        raise InvalidInput(f"--distributed={asked} is not understood: write auto, or {ADDRESSED}. Ports end at 65535.")
     count, number = int(found[3]), int(found[4])
     if number >= count:
         raise InvalidInput(
@@ -220,6 +220,6 @@ def _why_not(asked: str, error: Exception) -> str:
     if isinstance(error, ValueError):  # JAX found no address or number
         return (
             "--distributed=auto: nothing here started several processes, neither Slurm nor Open MPI, Kubernetes, a "
-            f"Cloud TPU or experiments.launch: start them with one of those, or write {FORMS}."
+            f"Cloud TPU or experiments.launch: start them with one of those, or write {ADDRESSED}."
         )
     return f"--distributed={asked}: the processes cannot reach each other: {' '.join(str(error).split())[:200]}."

@@ -113,6 +113,7 @@ def test_a_binary_is_told_to_join_the_others_and_a_slurm_allocation_is_not_asked
     [
         ("4", "--distributed=4 is not understood: write auto, or ADDRESS:PORT,PROCESSES,NUMBER such as"),
         ("host:0,2,1", "is not understood"),
+        ("", "--distributed= is not understood"),  # as of a variable that is not set
         ("host:1,0,0", "the number of processes must be 1 or more"),
         ("host:1,2,2", "of 2 processes there is no number 2: they count from 0"),
         ("auto", "nothing here started several processes, neither Slurm nor Open MPI, Kubernetes, a Cloud TPU"),

@@ -228,8 +228,9 @@ def test_what_is_not_ones_own_or_no_component_is_one_sentence(cli, case, tmp_pat
     assert not (tmp_path / "here").exists()
 
 
-def test_help_says_that_an_import_runs_code(cli):
+def test_help_has_the_flags_of_imported_modules_and_says_that_an_import_runs_code(cli):
     _, out, _ = cli("--help")
+    assert "--distributed" in out
     assert "--import" in out
     assert "runs their code" in " ".join(out.split())
 
