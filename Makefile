@@ -8,6 +8,7 @@
 #   make strict                                            every pair of parts under x64, strict types and debug_nans
 #   make tpu                                               compiles rounds for TPUs, without one: benchmarks/README.md
 #   make gpu-aot                                           compiles rounds for an H100, without one: the same page
+#   make flower                                            real clients, by Flower: docs/real-clients.md
 #   make docs                                              the site: build/docs/index.html, in a minute or two
 #   make docs FULL=1                                       with tutorials as long as a reader's: half an hour
 #
@@ -20,7 +21,7 @@ pins := pyproject.toml $(wildcard constraints/*.txt)
 install = $(python) -m pip install --quiet --disable-pip-version-check \
   -c "$$($(python) -c 'import sys; print(f"constraints/py3{min(sys.version_info[1], 12)}.txt")')"
 
-.PHONY: demo texts test strict tpu gpu-aot docs lint format wheel clean
+.PHONY: demo texts test strict flower tpu gpu-aot docs lint format wheel clean
 
 demo: $(VENV)/.demo
 	$(python) -m experiments.run $(ARGS)
@@ -33,7 +34,13 @@ test: $(VENV)/.dev
 	$(python) -m pytest -q -n $(WORKERS) $(ARGS)
 
 strict: $(VENV)/.dev
-	FEDJAX_CLIP_STRICT=all $(python) -m pytest -q -n $(WORKERS) tests/laws/test_strict.py $(ARGS)
+	FEDJAX_CLIP_STRICT=all $(python) -m pytest -q -n $(WORKERS) tests/laws/test_devices.py tests/laws/test_strict.py \
+	  tests/laws/test_pairs.py $(ARGS)
+
+# Flower needs an older protobuf than the pinned one, so it has an environment of its own, without pins.
+flower:
+	@$(MAKE) --no-print-directory VENV=.venv-flower .venv-flower/.flower
+	FEDJAX_CLIP_FLOWER=all FEDJAX_CLIP_TEST_XLA=optimized .venv-flower/bin/python -m pytest -q tests/deploy/test_flower.py $(ARGS)
 
 # No TPU is needed: libtpu compiles for one from shapes. It is 700 MB, and has an environment of its own.
 tpu:
@@ -63,7 +70,7 @@ wheel: $(VENV)/.dev
 	$(python) -m build --wheel
 
 clean:
-	rm -rf $(VENV) .venv-tpu .venv-gpu build dist docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-flower .venv-tpu .venv-gpu build dist docs/api .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -87,6 +94,11 @@ $(VENV)/.dev: $(VENV)/.python $(pins)
 	@echo "Installing what the tests need into $(VENV) (once)"
 	@$(install) -e '.[dev]'
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.flower: $(VENV)/.python pyproject.toml
+	@echo "Installing Flower and what its clients need into $(VENV) (once)"
+	@$(python) -m pip install --quiet --disable-pip-version-check -e '.[data,deploy]' flwr==1.41.0 chex pytest
+	@touch $@
 
 $(VENV)/.tpu: $(VENV)/.python $(pins)
 	@echo "Installing what compiles for TPUs into $(VENV) (once)"

@@ -19,19 +19,60 @@
 # rule is tuned by the same number of trials, and then measured on other seeds. `python -m experiments.bench.clip` does
 # the same for all rules, with more trials. `docs/choosing-a-clip.md` draws the conclusions.
 #
-# No line after the installation names a kind of device; two CPU cores take about two minutes.
+# No line after the installation names a kind of device.
 
 # %%
 import glob
+import importlib.metadata
 import importlib.util
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
-if importlib.util.find_spec("fedjax_clip") is None:
-    # Where a clone of the repository lies, seen from here: a notebook in its colab/ folder sees it as "..".
-    clone = ".."
-    tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-    accelerator = ",cuda" if shutil.which("nvidia-smi") else ",tpu" if tpu else ""
-    # %pip install -q "{clone}[experiments{accelerator}]"
+REPOSITORY = ""  # the address of the git repository, if neither the package nor a clone nor a wheel is here
+
+
+def there(module):
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None  # a folder of the same name has no origin
+
+
+def jax_here():
+    """What pip needs for the accelerator of this machine; nothing if JAX has it already, as on Colab."""
+    versions = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(asked, capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else ""
+    if driver[:3].isdigit():
+        plugins, extra = ["jax-cuda12-plugin", "jax-cuda13-plugin"], "cuda13" if int(driver[:3]) >= 580 else "cuda12"
+    elif glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+        plugins, extra = ["libtpu"], "tpu"
+    else:
+        return []
+    recent = [int(part) for part in versions.get("jax", "0.0").split(".")[:2]] >= [0, 10]
+    return [] if recent and set(plugins) & set(versions) else [f"jax[{extra}]>=0.10"]
+
+
+wheels = sorted(glob.glob("fedjax_clip-*.whl"))
+clones = [d for d in ["..", ".", *glob.glob("*/")] if os.path.isfile(os.path.join(d, "fedjax_clip/__init__.py"))]
+if not there("fedjax_clip") or not there("optax"):
+    if REPOSITORY and not wheels + clones:
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, "clone"], check=True)
+        clones = ["clone"]
+    if not wheels + clones:
+        raise RuntimeError("Upload a wheel of fedjax_clip, or write the repository's address into REPOSITORY.")
+    address = pathlib.Path((wheels or clones)[-1]).resolve().as_uri()
+    wanted = [f"fedjax_clip[experiments] @ {address}", *jax_here()]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    importlib.invalidate_caches()
+sys.path += [os.path.abspath(clone) for clone in clones]  # the benchmarks are in the repository, not in the package
+
+# %%
+if not there("experiments"):
+    raise RuntimeError(
+        "This notebook runs ClipBench, which is in the repository only: write its address into REPOSITORY."
+    )
 
 # %%
 import dataclasses
@@ -39,6 +80,7 @@ import os
 
 import jax
 import matplotlib.pyplot as plt  # noqa: F401 (it lets a notebook show figures)
+import numpy as np
 import optax
 
 import fedjax_clip as fc
@@ -113,11 +155,20 @@ compare(tracks.three_numbers(), ["celgc", "clip21", "clipped_minibatch"])
 compare(tracks.quartic(4.0), ["celgc", "episode", "fedavg", "clip21", "scaffold_clip"])
 
 # %% [markdown]
-# At the paper's rate of 0.01 `fedavg` drifts, and ends at a gap of 0.38. Tuned, it takes a rate a hundred times smaller,
-# and the drift is all but gone: **a comparison at one learning rate compares learning rates.** What remains on the right
-# side is the bias of `celgc`. With small thresholds it gets nowhere: both clients are clipped to the same length, pull in
-# opposite directions, and cancel. `episode` and `scaffold_clip` decide on corrected gradients whether to clip, and
-# arrive at every threshold. They pay for it with a second upload in each round.
+# The paper's rate is 0.01. Where does `fedavg` end with it?
+
+# %%
+track = tracks.quartic(4.0).quick() if SHORT else tracks.quartic(4.0)
+untuned = dataclasses.replace(RULES["fedavg"], points=[{"client_lr": 0.01}])
+gaps = np.array(play(track, untuned, Banks())["measured"]["gap"])
+print(f"fedavg at a rate of 0.01: gap {np.exp(np.log(gaps).mean()):.2g}")
+
+# %% [markdown]
+# It drifts. Tuned, it takes a far smaller rate, and the drift is all but gone: **a comparison at one learning rate
+# compares learning rates.** What remains on the right side is the bias of `celgc`. With small thresholds it gets nowhere:
+# both clients are clipped to the same length, pull in opposite directions, and cancel. `episode` and `scaffold_clip`
+# decide on corrected gradients whether to clip, and arrive at every threshold. They pay for it with a second upload in
+# each round.
 #
 # ## A far start: where unclipped steps overflow
 #

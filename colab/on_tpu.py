@@ -23,15 +23,50 @@
 
 # %%
 import glob
+import importlib.metadata
 import importlib.util
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
-tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
-if importlib.util.find_spec("fedjax_clip") is None:
-    # Where a clone of the repository lies, seen from here: a notebook in its colab/ folder sees it as "..".
-    clone = ".."
-    accelerator = ",cuda" if shutil.which("nvidia-smi") else ",tpu" if tpu else ""
-    # %pip install -q "{clone}[experiments{accelerator}]"
+REPOSITORY = ""  # the address of the git repository, if neither the package nor a clone nor a wheel is here
+
+
+def there(module):
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None  # a folder of the same name has no origin
+
+
+def jax_here():
+    """What pip needs for the accelerator of this machine; nothing if JAX has it already, as on Colab."""
+    versions = {d.name.lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(asked, capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else ""
+    if driver[:3].isdigit():
+        plugins, extra = ["jax-cuda12-plugin", "jax-cuda13-plugin"], "cuda13" if int(driver[:3]) >= 580 else "cuda12"
+    elif glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+        plugins, extra = ["libtpu"], "tpu"
+    else:
+        return []
+    recent = [int(part) for part in versions.get("jax", "0.0").split(".")[:2]] >= [0, 10]
+    return [] if recent and set(plugins) & set(versions) else [f"jax[{extra}]>=0.10"]
+
+
+wheels = sorted(glob.glob("fedjax_clip-*.whl"))
+clones = [d for d in ["..", ".", *glob.glob("*/")] if os.path.isfile(os.path.join(d, "fedjax_clip/__init__.py"))]
+if not there("fedjax_clip") or not there("optax"):
+    if REPOSITORY and not wheels + clones:
+        subprocess.run(["git", "clone", "--quiet", "--depth=1", REPOSITORY, "clone"], check=True)
+        clones = ["clone"]
+    if not wheels + clones:
+        raise RuntimeError("Upload a wheel of fedjax_clip, or write the repository's address into REPOSITORY.")
+    address = pathlib.Path((wheels or clones)[-1]).resolve().as_uri()
+    wanted = [f"fedjax_clip[experiments] @ {address}", *jax_here()]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *wanted], check=True)
+    importlib.invalidate_caches()
+sys.path += [os.path.abspath(clone) for clone in clones]  # the benchmarks are in the repository, not in the package
 
 # %%
 import hashlib

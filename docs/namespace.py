@@ -1,5 +1,6 @@
 """What the examples in docstrings and on these pages use without defining it: a small federated problem on digits."""
 
+import contextlib
 import functools
 
 import flax.linen as nn
@@ -32,4 +33,7 @@ server = algorithm.init(params)
 uplink, reducer = fc.uplink.identity(), fc.reduce.weighted_mean()
 cohorts = fc.extend.plan(data, np.array([3, 1, 4]), fc.extend.LocalWork(batch_size=20), seed=0, round=0)
 cohort = jax.tree.map(lambda x: x[0], cohorts)  # of the first device
+halves = fc.deploy.Halves(algorithm, fc.deploy.Population(data.num_clients, float(data.client_weights.sum())))
+with contextlib.suppress(fc.InvalidInput):  # the examples of fc.deploy alone need flatbuffers: fedjax_clip[deploy]
+    artefact = fc.deploy.exported(halves, params, data.examples, fc.extend.LocalWork(batch_size=20))
 result = fc.train(algorithm, data, params, rounds=2, cohort_size=10)

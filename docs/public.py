@@ -1,7 +1,7 @@
 """What is public: the names that the API reference shows, and whose examples the tests run.
 
-Public is what ``fc.__all__`` names, what the modules among that name in theirs, and so on. Each thing counts once,
-under its shortest name.
+Public is what ``fc.__all__`` names, the rooms beside it, what these modules name in theirs, and so on. Each thing
+counts once, under its shortest name.
 """
 
 import ast
@@ -14,11 +14,20 @@ from typing import Any
 
 import fedjax_clip as fc
 
+ROOMS = (
+    "clusters",
+    "drift",
+    "export",
+    "fair",
+    "personal",
+    "sinks",
+)  # modules that ``fc`` has without naming them in ``__all__``, which stays small
+
 
 @functools.cache
 def modules() -> dict[str, types.ModuleType]:
     """``{"fc": ..., "fc.uplink": ...}``: ``fc`` and the modules that it names, directly or through others."""
-    found, new = {}, deque([("fc", fc)])
+    found, new = {}, deque([("fc", fc), *((f"fc.{room}", getattr(fc, room)) for room in ROOMS)])
     while new:
         path, module = new.popleft()
         if module not in found.values():

@@ -156,4 +156,4 @@ def audit_mutants(path: str) -> bool:
 
 
 if __name__ == "__main__":
-    binary.run(main, __doc__ or "", registry.describe, without=("distributed",))
+    binary.run(main, __doc__ or "", registry.describe, without=("distributed", "metric", "scores"))

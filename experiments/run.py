@@ -18,17 +18,28 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments.config import binary, outside, privacy, problem, registry, rundir, terminal
+from experiments.config import binary, origin, outside, privacy, problem, registry, rundir, terminal, tracking
 from experiments.page import page
 from fedjax_clip import tasks
+from fedjax_clip.algorithms.averaging import average_of
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import InvalidInput
-from fedjax_clip.training import identity
+from fedjax_clip.training import identity, metric
+from fedjax_clip.training.best import enough
 from fedjax_clip.training.processes import Processes
 
 FLAGS = flags.FLAGS
+flags.DEFINE_integer(
+    "patience", None, "Needs --metric. Training ends after so many evaluations in a row without a better value."
+)
 flags.DEFINE_integer("model_parallel", 1, "Devices over which each model is split, if it is too large for one.")
+flags.DEFINE_string(
+    "sinks",
+    "",
+    "Where rows go besides the run directory, joined by |: wandb('project'), mlflow('sqlite:///mlflow.db'), "
+    "tensorboard('directory').",
+)
 
 # What the results depend on. More rounds only make a run longer.
 IDENTITY = (
@@ -39,8 +50,7 @@ IDENTITY = (
 
 def main() -> None:
     """Builds the run of the flags, trains it, and writes its run directory."""
-    problem.check_numbers()
-    checks.count("--model_parallel", FLAGS.model_parallel, most=binary.MOST_DEVICES)
+    check_flags()
     binary.configure_jax(FLAGS.devices, FLAGS.distributed)
     devices = problem.devices()
     processes = Processes(devices)
@@ -48,11 +58,17 @@ def main() -> None:
     with processes.together():
         outside.load()
         split = splitting(devices)
+        sinks = tracking.read(FLAGS.sinks)
         asked = problem.read()
         task, uplink, epsilons = asked.task, asked.uplink, asked.epsilons
         rounds = FLAGS.rounds if epsilons is None else len(epsilons)
         algorithm = problem.build_algorithm(task, uplink, asked.cohort_size)
 
+        params = problem.initial(task, FLAGS.seed)
+        tree.flatten_with_names(params)  # fails now if params.npz could not hold them
+        best, begin = keeping(task), origin.read(algorithm, params)
+        if best is not None:
+            metric.named(best.metric, problem.scores(task, task.evaluation, algorithm))
         withheld = FLAGS.delta is not None and FLAGS.private_metrics == "withheld"
         claim = None if FLAGS.delta is None else claimed(asked, algorithm, withheld)
         config = configuration(uplink)
@@ -60,10 +76,8 @@ def main() -> None:
         held_out = {name: identity.fingerprint(data) for name, data in sets.items()}
         workdir = FLAGS.workdir or rundir.default_path(config)
         opened = rundir.Follower if processes.number else rundir.RunDirectory
-        directory = opened(workdir, config, rounds, FLAGS["rounds"].present > 0, held_out, claim, processes)
-
-        params = problem.initial(task, FLAGS.seed)
-        tree.flatten_with_names(params)  # fails now if params.npz could not hold them
+        explicit = FLAGS["rounds"].present > 0
+        directory = opened(workdir, config, rounds, explicit, held_out, claim, processes, begin.record, begin.rows)
         directory.about = terminal.describe(task, asked.cohort_size, params, split or devices, withheld)
     for line in (directory.about, directory.extends):
         if line:
@@ -79,7 +93,8 @@ def main() -> None:
                     )
                     end(directory, uplink)
             return
-        progress = terminal.Progress(rounds)
+        progress = fc.sinks.progress(rounds, FLAGS.metric)
+        tracked = tracking.Tracking({} if processes.number else sinks, directory, late=withheld)
         shown = privacy.publishable(FLAGS.uplink) if withheld else lambda name: True
         spent = "epsilon" if claim is None or claim["deployment"] is None else "deployment_epsilon"
 
@@ -87,15 +102,18 @@ def main() -> None:
             if epsilons is not None:
                 row[spent] = float(epsilons[int(row["round"]) - 1])
             row = {name: value for name, value in row.items() if shown(name)}
+            if "went_on_from" in row:
+                print(begin.sentence(row), file=sys.stderr)
             directory.add(row)
+            tracked(row)
             progress(row)
 
         evaluate = problem.evaluator(task, algorithm, sets, split)
-        try:
+        with progress, tracked:
             result = fc.train(
                 algorithm,
                 task.data,
-                params,
+                begin.params,
                 rounds=rounds,
                 sampler=asked.sampler,
                 **problem.local_work(),
@@ -111,17 +129,19 @@ def main() -> None:
                 rounds_per_dispatch=FLAGS.rounds_per_dispatch,
                 non_finite=FLAGS.non_finite,
                 secret=secret(directory),
+                state=begin.state,
+                best=best,
             )
-        finally:
-            progress.close()
 
-        done = int(result.history[-1]["round"]) if result.history else rounds
+        done = result.state.rounds
+        ended = done == rounds or enough(best, result.state.best)
         stopped = int(processes.most(stopping.signal or 0))  # a process that had no signal stops with the others
-        scores = {} if withheld or done < rounds else client_scores(task, algorithm, result, split)
+        scores = {} if withheld or not ended else client_scores(task, algorithm, result, split)
         with processes.together():
             if processes.number == 0:
-                finish(directory, uplink, result, scores, done, rounds)
-        if done < rounds:
+                model = task.predictor if algorithm.personal is None else None  # else each client has its own
+                finish(directory, uplink, result, scores, rounds if ended else done, rounds, model)
+        if not ended:
             sys.exit(128 + stopped)
 
 
@@ -132,6 +152,7 @@ def finish(
     scores: dict[str, np.ndarray],
     done: int,
     rounds: int,
+    model: tasks.Predictor | None = None,
 ) -> None:
     """Writes what a run leaves when it is complete, or when it was stopped after ``done`` of its ``rounds``."""
     if done < rounds:
@@ -141,8 +162,46 @@ def finish(
         return
     if not result.history:
         say_complete(directory)
-    directory.finish(tree.flatten_with_names(result.params), scores)
+    directory.finish(tree.flatten_with_names(result.params), scores, *beside(result), model)
+    if model is not None:
+        fc.export.safetensors(tasks.Model(model, result.params), directory.path / "model.safetensors")
     end(directory, uplink)
+
+
+def check_flags() -> None:
+    """Refuses flags that contradict each other, before the data is read."""
+    problem.check_numbers()
+    origin.check()
+    checks.count("--model_parallel", FLAGS.model_parallel, most=binary.MOST_DEVICES)
+    if FLAGS.patience is not None:
+        checks.count("--patience", FLAGS.patience)
+        if FLAGS.metric is None:
+            raise InvalidInput("--patience waits for a better value of a metric: give --metric, too.")
+    if FLAGS.metric is not None and FLAGS.delta is not None:
+        raise InvalidInput(
+            "--metric: which round is best, and when training ends, tells of held-out data, which the epsilon of "
+            "--delta does not cover: leave one of them out."
+        )
+
+
+def keeping(task: tasks.Task) -> fc.extend.Best | None:
+    """The best model to keep, as ``--metric`` and ``--patience`` ask."""
+    if FLAGS.metric is None:
+        return None
+    if not task.evaluation:
+        raise InvalidInput(f"--metric: {FLAGS.task} holds nothing out, so no model can be compared: leave it out.")
+    return fc.extend.Best(FLAGS.metric, FLAGS.patience)
+
+
+def beside(result: fc.Result) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any] | None]:
+    """The best and the average model, by the names of their files, and what the best one is."""
+    found, told = {}, None
+    if result.best is not None:
+        found["best"] = tree.flatten_with_names(result.best.params)
+        told = {"metric": FLAGS.metric, "value": float(result.best.value), "round": int(result.best.round)}
+    if average_of(result.state.server) is not None:
+        found["average"] = tree.flatten_with_names(fc.fedopt.averaged(result.state.server))
+    return found, told
 
 
 def say_complete(directory: rundir.RunDirectory) -> None:
@@ -162,6 +221,7 @@ def configuration(uplink: fc.uplink.Uplink) -> dict[str, Any]:
     config = problem.config(IDENTITY)
     if FLAGS.non_finite != "drop":
         config["non_finite"] = FLAGS.non_finite
+    config |= {name: FLAGS[name].value for name in ("init", "init_params", "metric") if FLAGS[name].value is not None}
     if FLAGS.delta is not None:
         config |= {"delta": FLAGS.delta, "private_metrics": FLAGS.private_metrics}
         config |= {} if FLAGS.private_seed is None else {"private_seed": FLAGS.private_seed}

@@ -16,7 +16,7 @@ import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,9 +29,10 @@ import fedjax_clip as fc
 from experiments.config import binary, outside, privacy, problem, registry, rundir, spec, terminal
 from fedjax_clip import tasks
 from fedjax_clip.core import checks, files
-from fedjax_clip.core.keys import seeded
 from fedjax_clip.core.types import InvalidInput
+from fedjax_clip.data.folds import Fold
 from fedjax_clip.training import sweeping
+from fedjax_clip.training.metric import named
 from fedjax_clip.training.processes import Processes
 from fedjax_clip.training.sweeping import Range, Trial
 
@@ -46,9 +47,6 @@ flags.DEFINE_enum(
     "fold_over", "clients", ["clients", "examples"], "What is held out in a fold: clients, or examples of all."
 )
 flags.DEFINE_integer("halving", None, "Successive halving: after a few rounds the best 1/halving of the points go on.")
-flags.DEFINE_string(
-    "metric", None, "What points are compared by; by default the accuracy, if there is one, or the loss."
-)
 flags.DEFINE_integer("points_per_chunk", None, "Points that a device trains at once; by default what fits.")
 
 MOST_POINTS = 10_000
@@ -113,7 +111,7 @@ def main() -> None:
     processes.agree(problem.told())
     with processes.together():
         outside.load()
-        task = spec.one(FLAGS.task, registry.TASKS, "--task")
+        task = problem.read_task()
         first = {name: float(values[0]) for name, values in points.items()}
         seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.seeds)
         folds = getattr(fc.data.folds, FLAGS.fold_over)(task.data, FLAGS.folds) if FLAGS.folds else []
@@ -134,8 +132,7 @@ def main() -> None:
             uplink = privacy.chain(FLAGS.uplink, None, hyper)
             return problem.build_algorithm(task, uplink, cohort_size, hyper)
 
-        build(first)  # fails now if the flags are wrong
-        metric = chosen_metric(task)
+        metric = chosen_metric(task, folds, build(first))  # fails now if the flags are wrong
         config = problem.config(IDENTITY) | {"cohort_size": cohort_size}
         opened = SweepFollower if processes.number else SweepDirectory
         directory = opened(FLAGS.workdir or f"{rundir.default_path(config)}-sweep", config, processes=processes)
@@ -167,6 +164,7 @@ def main() -> None:
             folds=folds,
             halving=FLAGS.halving,
             score=metric,
+            summarise=task.summarise,
             sampler=sampler,
             **problem.local_work(),
             done=done,
@@ -220,16 +218,16 @@ def read_points() -> dict[str, np.ndarray]:
     return points
 
 
-def chosen_metric(task: tasks.Task) -> str:
+def chosen_metric(task: tasks.Task, folds: Sequence[Fold], algorithm: fc.extend.Algorithm) -> str:
     """``--metric``, or the accuracy if the loss reports one, on the fold or the task's first held-out set."""
-    batch = jax.tree.map(lambda x: x[:1], task.data.examples)
-    shape = jax.eval_shape(lambda key: task.per_example_loss(task.init(key), batch, None), seeded(0))
-    reported = ["loss", *(shape[1] if isinstance(shape, tuple) else ())]
-    sets = (["fold"] if FLAGS.folds else []) + list(task.evaluation)
-    names = [f"eval/{where}/{what}" for where in sets for what in reported]
-    if FLAGS.metric is not None and FLAGS.metric not in names:
-        raise InvalidInput(f"--metric={FLAGS.metric} is not measured; there is {', '.join(names)}.")
-    return FLAGS.metric or f"eval/{sets[0]}/{'accuracy' if 'accuracy' in reported else 'loss'}"
+    sets = {"fold": folds[0].split(task.data)[1]} if folds else {}
+    if not (sets := sets | dict(task.evaluation)):
+        raise InvalidInput(f"--task: {FLAGS.task} holds nothing out to compare points on: give --folds.")
+    names = problem.scores(task, sets, algorithm)
+    if FLAGS.metric is not None:
+        return named(FLAGS.metric, names).name
+    first = f"eval/{next(iter(sets))}"
+    return f"{first}/accuracy" if f"{first}/accuracy" in names else f"{first}/loss"
 
 
 class Progress:
@@ -293,8 +291,8 @@ class SweepDirectory(rundir.RunDirectory):
         best, score = _point(points, first), _interval(values[first])
         lines = [f"# {command(self.path)}"]
         lines.append(f"# The best of {len(values)} points by {metric}, {score}: {_shown(best)}.")
-        for name in PROBLEM:
-            value = self.config[name]
+        for name in (*PROBLEM, "scores"):
+            value = self.config.get(name)
             if value not in (None, ""):
                 lines.append(f"--{name}={_filled(value, best) if name in SWEPT else value}")
         files.write(self.path / "best.flags", "\n".join(lines) + "\n")
@@ -306,7 +304,8 @@ class SweepFollower(rundir.Follower, SweepDirectory):
 
 def table(points: Mapping[str, np.ndarray], trials: list[Trial], metric: str) -> str:
     """The points, best first, in Markdown: mean and 95% interval of each evaluated metric over seeds and folds."""
-    names = [metric, *sorted(n for n in trials[0].metrics if n.startswith("eval/") and n != metric)]
+    measured = sorted(n for n in trials[0].metrics if n.startswith("eval/") and n.count("/") == 2)
+    names = [metric, *(n for n in measured if n != metric)]  # of more parts, it is one client's
     columns = {name: sweeping.values(trials, name) for name in names}
     reached = sweeping.values(trials, "round")
     lines = ["| " + " | ".join([*points, "rounds", *names]) + " |", "|" + "---|" * (len(points) + 1 + len(names))]

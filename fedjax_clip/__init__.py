@@ -25,6 +25,22 @@ from fedjax_clip.training.sweeping import sweep
 
 __version__ = "0.1.0"
 
+# Not imported with the library: most programs need none of them.
+_ROOMS = (
+    "clusters",
+    "deploy",
+    "drift",
+    "export",
+    "fair",
+    "models",
+    "personal",
+    "plots",
+    "privacy",
+    "secure",
+    "sinks",
+    "tasks",
+)
+
 __all__ = [
     "FederatedData",
     "InvalidInput",
@@ -65,6 +81,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("models", "plots", "privacy", "secure", "tasks"):  # these import what the library itself does not need
+    # These import what the library itself does not need.
+    if name in _ROOMS:
         return importlib.import_module(f"fedjax_clip.{name}")
     raise AttributeError(f"module 'fedjax_clip' has no attribute {name!r}")

@@ -11,16 +11,20 @@ from fedjax_clip.data.planning import LocalWork, plan, plan_rounds
 from fedjax_clip.local.steps import local_steps
 from fedjax_clip.local.worker import Worker
 from fedjax_clip.training import placement
+from fedjax_clip.training.best import Best, Kept
 from fedjax_clip.training.checkpoint import Checkpoints
+from fedjax_clip.training.going_on import grown
 from fedjax_clip.training.state import State
 
 __all__ = [
     "Algorithm",
     "Answer",
+    "Best",
     "Checkpoints",
     "Client",
     "ClientState",
     "Cohort",
+    "Kept",
     "LocalWork",
     "Lora",
     "Parts",
@@ -31,6 +35,7 @@ __all__ = [
     "Worker",
     "algorithm",
     "exchange",
+    "grown",
     "init_server",
     "local_steps",
     "metrics",

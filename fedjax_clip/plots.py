@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +39,8 @@ _LOGARITHMIC = ("loss", "norm of the server's update")
 def curves(rows: Sequence[Row], title: str = "") -> Figure:
     """Plots loss, accuracy, update norm and clipped fraction over rounds, if the rows have them.
 
-    With a clock (``fc.data.clock``), accuracy over simulated time too.
+    With a clock (``fc.data.clock``), accuracy over simulated time too. A dashed line marks where a run went on from
+    another one.
 
     Args:
       rows: rows of ``fc.train``'s history.
@@ -144,6 +146,9 @@ def _panel(axes: Any, title: str, rows: Sequence[Row], lines: Sequence[tuple[str
     axes.set_title(title, fontsize=10, loc="left", pad=8 + 12 * -(-len(axes.lines) // columns))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    for before, row in itertools.pairwise(rows):
+        if "went_on_from" in row:
+            axes.axvline(before["round"], color="0.4", lw=0.9, ls="--")
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:

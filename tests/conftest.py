@@ -24,7 +24,7 @@ collect_ignore = [] if DEVICES > 1 else ["laws/devices"]
 def pytest_addoption(parser):
     parser.addoption(
         "--laws-over",
-        metavar="MODULE:NAME",
+        metavar="MODULE.NAME",
         help="Run tests/laws over algorithms, links or clips of your own, joined by commas, in place of the library's.",
     )
 
@@ -32,9 +32,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if names := config.getoption("--laws-over"):
         sys.path.insert(0, os.getcwd())
-        import problems
+        import outside
 
-        problems.only_outside(names)
+        try:
+            outside.only_outside(names)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -125,14 +128,16 @@ def unrendered(monkeypatch):
 @pytest.fixture
 def binaries(tmp_path, monkeypatch, capsys, unrendered):
     """Runs a binary in this process, in an empty directory: ``("run", *flags) -> (exit code, stdout, stderr)``."""
-    from experiments import audit, report, run, sweep
+    from experiments import audit, export, predict, report, run, sweep
     from experiments.config import binary, registry
 
     options = {
-        "audit": (audit, {"notes": registry.describe, "without": ("distributed",)}),
+        "audit": (audit, {"notes": registry.describe, "without": ("distributed", "metric", "scores")}),
         "run": (run, {"notes": registry.describe}),
         "sweep": (sweep, {"notes": sweep.describe, "without": sweep.UNUSED}),
         "report": (report, {"operands": True}),
+        "predict": (predict, {"operands": True}),
+        "export": (export, {"operands": True}),
     }
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(binary, "configure_jax", lambda *arguments: None)  # the number is fixed in a process

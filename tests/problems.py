@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
-import inspect
 from collections.abc import Callable
 
 import chex
@@ -43,10 +41,38 @@ def softmax_loss(params, batch, key):
     return losses, {"accuracy": (logits.argmax(-1) == batch["y"]).astype(jnp.float32)}
 
 
+def calibrated_loss(params, batch, key):
+    logits = fc.drift.calibrated(batch["x"] @ params["w"] + params["b"], batch)
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return losses, {"accuracy": (logits.argmax(-1) == batch["y"]).astype(jnp.float32)}
+
+
+def penalised_loss(params, batch, key):
+    """A loss whose gradient has every direction of w; a softmax's lacks one, and FedMuon would fill it with rounding."""
+    losses, values = softmax_loss(params, batch, key)
+    return losses + 0.5 * jnp.sum(jnp.square(params["w"])), values
+
+
 def noisy_loss(params, batch, key):
     """A loss that draws random numbers: dropout on the inputs."""
     keep = jax.random.bernoulli(key, 0.8, batch["x"].shape)
     return softmax_loss(params, {**batch, "x": batch["x"] * keep / 0.8}, key)
+
+
+def centred_loss(params, batch, weights, key):
+    """Logits less their mean over the batch, whose running mean is the state b."""
+    logits, b = batch["x"] @ params["w"], params["b"]
+    if weights is not None:
+        real = (weights > 0).astype(logits.dtype)
+        mean = real @ logits / jnp.maximum(real.sum(), 1)
+        b, logits = 0.9 * b + 0.1 * mean, logits - mean
+    else:
+        logits = logits - b
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return losses, {"accuracy": (logits.argmax(-1) == batch["y"]).astype(jnp.float32)}, {**params, "b": b}
+
+
+stateful_loss = fc.local.with_state(centred_loss, state="^b$")
 
 
 def leaky_error_feedback(bound: float) -> Uplink:
@@ -145,6 +171,14 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
         uplink=fc.uplink.chain(fc.uplink.clip_by_global_norm(0.2), fc.attacks.noise([4], 0.1)),
         reducer=fc.reduce.bucketing(fc.reduce.norm_bounded(0.1, fc.reduce.geometric_median(3, 1e-3)), 2),
     ),
+    "fedavg, clipped and mixed": lambda: fc.fedavg(
+        softmax_loss,
+        clipped_sgd,
+        reducer=fc.attacks.optimal_ipm(fc.reduce.arc(1, fc.reduce.nnm(1, fc.reduce.caf(1))), [4], candidates=2),
+    ),
+    "scaffold, filtered": lambda: fc.scaffold(
+        softmax_loss, clipped_sgd, reducer=fc.reduce.arc(1, fc.reduce.dnc(1, iterations=2, coordinates=5))
+    ),
     "scaffold, robust": lambda: fc.scaffold(softmax_loss, clipped_sgd, reducer=fc.attacks.ipm(fc.reduce.krum(0), [4])),
     "fedsgd, memory": lambda: fc.fedsgd(
         softmax_loss, clipped_sgd, uplink=fc.uplink.memory(fc.clipping.clip_by_global_norm(0.2), 0.7, 0.9)
@@ -165,6 +199,10 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
     "partially_private": lambda: fc.partially_private(
         fc.fedavg(softmax_loss, clipped_sgd, optax.adam(0.03, eps=1e-3), uplink=fc.uplink.quantile_clip(0.3)), "^b$"
     ),
+    "fedavg, model with state": lambda: fc.fedavg(
+        stateful_loss, clipped_sgd, optax.adam(0.03, eps=1e-3), uplink=fc.uplink.clip_by_global_norm(0.2)
+    ),
+    "scaffold, own state": lambda: fc.partially_private(fc.scaffold(stateful_loss, clipped_sgd), "^b$"),
     "scaffold": lambda: fc.scaffold(softmax_loss, clipped_sgd),
     "episode": lambda: fc.episode(softmax_loss, optax.sgd(0.2), threshold=0.5),
     "episode_plus": lambda: fc.episode_plus(softmax_loss, optax.sgd(0.2), threshold=0.3),
@@ -183,6 +221,27 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
     ),
     "mime": lambda: fc.mime(softmax_loss, clipped_sgd),
     "mime, lite": lambda: fc.mime(softmax_loss, clipped_sgd, lite=True),
+    "ditto": lambda: fc.personal.ditto(softmax_loss, clipped_sgd, strength=0.3),
+    "mr_mtl": lambda: fc.personal.mr_mtl(softmax_loss, clipped_sgd, strength=0.3),
+    "pfedme": lambda: fc.personal.pfedme(softmax_loss, clipped_sgd, strength=5.0, rate=0.1, inner_steps=2),
+    "apfl": lambda: fc.personal.apfl(softmax_loss, clipped_sgd, alpha=0.4, alpha_rate=0.1),
+    "fedala": lambda: fc.personal.fedala(softmax_loss, clipped_sgd, mix_steps=2),
+    "per_fedavg": lambda: fc.personal.per_fedavg(softmax_loss, clipped_sgd, rate=0.1, hessian="exact"),
+    "reptile": lambda: fc.personal.reptile(softmax_loss, clipped_sgd, optax.sgd(0.7)),
+    "fedrep": lambda: fc.personal.fedrep(softmax_loss, clipped_sgd, head="^b$", head_passes=2),
+    "fedbabu": lambda: fc.personal.fedbabu(softmax_loss, clipped_sgd, head="^b$"),
+    "fedbn": lambda: fc.personal.fedbn(softmax_loss, clipped_sgd, norms="^b$"),
+    "ifca": lambda: fc.clusters.ifca(softmax_loss, clipped_sgd, clusters=2),
+    "q_ffl": lambda: fc.fair.q_ffl(softmax_loss, clipped_sgd, q=1.0, rate=0.2),
+    "afl": lambda: fc.fair.afl(softmax_loss, clipped_sgd, clients=6, rate=0.1),
+    "term": lambda: fc.fair.term(softmax_loss, clipped_sgd, t=1.0),
+    "fedcm": lambda: fc.drift.fedcm(softmax_loss, clipped_sgd, alpha=0.3, rate=0.2),
+    "scaffnew": lambda: fc.drift.scaffnew(softmax_loss, clipped_sgd, p=0.4, rate=0.2),
+    "fedadamw": lambda: fc.drift.fedadamw(softmax_loss, clipped_sgd, rate=0.2, eps=1e-3),
+    "fedmuon": lambda: fc.drift.fedmuon(penalised_loss, clipped_sgd, rate=0.2),
+    "fedavg, sharpness aware": lambda: fc.fedavg(softmax_loss, clipped_sgd, gradient=fc.local.sharpness_aware(0.1)),
+    "fedlc": lambda: fc.drift.fedlc(fc.fedavg(calibrated_loss, clipped_sgd), 0.5, classes=3),
+    "power_of_choice": lambda: fc.drift.power_of_choice(fc.scaffold(softmax_loss, clipped_sgd), 2),
 }
 
 
@@ -198,40 +257,26 @@ MAKERS: dict[str, Callable[..., fc.extend.Algorithm]] = {
     "mime": fc.mime,
     "mime, lite": functools.partial(fc.mime, lite=True),
     "scaffold": fc.scaffold,
+    "ditto": functools.partial(fc.personal.ditto, strength=0.3),
+    "mr_mtl": functools.partial(fc.personal.mr_mtl, strength=0.3),
+    "pfedme": functools.partial(fc.personal.pfedme, strength=5.0, rate=0.1, inner_steps=2),
+    "apfl": fc.personal.apfl,
+    "fedala": functools.partial(fc.personal.fedala, mix_steps=2),
+    "per_fedavg": fc.personal.per_fedavg,
+    "reptile": fc.personal.reptile,
+    "fedrep": functools.partial(fc.personal.fedrep, head="^b$"),
+    "fedbabu": functools.partial(fc.personal.fedbabu, head="^b$"),
+    "fedbn": functools.partial(fc.personal.fedbn, norms="^b$"),
+    "ifca": functools.partial(fc.clusters.ifca, clusters=2),
+    "q_ffl": functools.partial(fc.fair.q_ffl, q=1.0, rate=0.1),
+    "afl": functools.partial(fc.fair.afl, clients=6, rate=0.1),
+    "term": functools.partial(fc.fair.term, t=1.0),
+    "fedcm": functools.partial(fc.drift.fedcm, alpha=0.3, rate=0.1),
+    "scaffnew": functools.partial(fc.drift.scaffnew, p=0.4, rate=0.1),
+    "fedadamw": functools.partial(fc.drift.fedadamw, rate=0.1, decay=0.0),
+    "fedmuon": functools.partial(fc.drift.fedmuon, rate=0.1),
 }
-OUTSIDE: set[str] = set()  # entries from outside of the repository, see ``only_outside``
-
-
-def only_outside(names: str) -> None:
-    """Makes the laws run over others' algorithms, links and clips in place of ours: ``"module:name,module:name"``.
-
-    A name is a function ``(per_example_loss, client_tx, server_tx=None, **parts) -> Algorithm``, such as ``fc.fedavg``,
-    or one without arguments that gives a link, or a clip of local steps. What it needs besides belongs into a
-    ``functools.partial``.
-    """
-    ENTRIES.clear()
-    MAKERS.clear()
-    for name in names.split(","):
-        module, _, attribute = name.partition(":")
-        thing = getattr(importlib.import_module(module), attribute)
-        made = thing() if takes_nothing(thing) else None
-        if isinstance(made, Uplink):
-            ENTRIES[name] = functools.partial(fc.fedavg, softmax_loss, clipped_sgd, uplink=made)
-        elif made is not None:
-            ENTRIES[name] = functools.partial(fc.fedavg, softmax_loss, optax.chain(made, optax.sgd(0.2)))
-        else:
-            MAKERS[name] = thing
-            ENTRIES[name] = functools.partial(thing, softmax_loss, clipped_sgd)
-            link = fc.uplink.chain(leaky_error_feedback(0.05), fc.uplink.clip_by_global_norm(0.2))
-            adam = optax.adam(0.03, eps=1e-3)
-            ENTRIES[f"{name}, stateful link"] = functools.partial(thing, softmax_loss, clipped_sgd, adam, uplink=link)
-    OUTSIDE.update(ENTRIES)
-
-
-def takes_nothing(function: Callable) -> bool:
-    """Whether a function can be called without arguments."""
-    parameters = inspect.signature(function).parameters.values()
-    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+OUTSIDE: set[str] = set()  # entries from outside of the repository, see ``outside.py``
 
 
 @dataclasses.dataclass
@@ -323,6 +368,7 @@ READERS = {
     *("fedavg", "fedavg, dropout", "fedavgm, adam locally", "fedavg, every clip"),
     *("fedavg, private for records and clients", "fedsgd", "partially_private", "scaffold", "episode", "episode_plus"),
     *("fednova, few by leaf", "feddyn", "fedbuff", "mime", "mime, lite"),
+    *("apfl", "fedala", "per_fedavg", "ifca", "scaffnew", "fedavg, sharpness aware", "power_of_choice"),
 }
 
 

@@ -23,8 +23,8 @@ LAYERS = [
     {"attacks", "local"},
     {"algorithms", "models"},
     {"secure", "training"},
-    {"privacy", "tasks", "plots"},
-    {"extend"},
+    {"deploy", "privacy", "tasks", "plots", "sinks"},
+    {"clusters", "drift", "export", "extend", "fair", "personal"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -74,7 +74,7 @@ def test_every_public_name_has_a_docstring():
 
 
 def test_importing_is_light_and_touches_no_device():
-    heavy = ("flax", "matplotlib", "orbax", "sklearn", "tensorflow", "tensorflow_datasets", "torch")
+    heavy = ("flax", "matplotlib", "orbax", "scipy", "sklearn", "tensorflow", "tensorflow_datasets", "torch")
     code = f"""
 import sys, fedjax_clip
 from jax._src import xla_bridge

@@ -7,7 +7,8 @@
 
 A rule of your own is a function in a module of your own, named with a dot: an algorithm ``(loss, client_tx)``, or
 ``(loss, client_tx, server_tx)``; an algorithm ``(loss, point)`` of the knobs ``point["client_lr"]`` and
-``point["threshold"]``; or ``(threshold)``, which returns an optax transform for each local step, or a link.
+``point["threshold"]``; or ``(threshold)``, which returns an optax transform for each local step, or a link. Further
+arguments are written behind the name, ``my_module.fedexp(epsilon=0.01)``; a threshold that is given is not tuned.
 
 The working directory gets results.jsonl (a line for each track and rule, with all its trials), report.md, and a picture
 of each track. If a benchmark is stopped in any way, the same command continues it. A changed pair runs again: a rule
@@ -31,7 +32,6 @@ from experiments.bench.core.standing import QUARTERS, Standing, ranks
 from experiments.bench.core.table import table
 from experiments.bench.rules import RULES, named
 from experiments.bench.tracks import TRACKS
-from experiments.config import outside
 
 KNOBS = "client_lr", "threshold", "server_lr"
 
@@ -39,9 +39,8 @@ KNOBS = "client_lr", "threshold", "server_lr"
 def define_flags() -> None:
     """Defines the flags."""
     command.define_flags("runs/clipbench", "Few rounds, seeds and trials")
-    outside.define_flag()
     flags.DEFINE_list("tracks", None, "Problems to compare on; by default all whose data are here.")
-    flags.DEFINE_list("rules", None, "Rules to compare, functions of --import's among them; by default all.")
+    command.define_names("rules", None, "Rules to compare, functions of --import's among them; by default all.")
     flags.DEFINE_integer(
         "trials", None, "Points of its knobs that each rule may try, an even number; by default the track's."
     )
@@ -51,7 +50,6 @@ def main(values: flags.FlagValues, should_stop: command.ShouldStop) -> None:
     """Runs what the flags say."""
     # Otherwise a second run would report the time to read a cached program, not to compile it.
     jax.config.update("jax_enable_compilation_cache", False)
-    outside.load()
     rules = list(RULES) if values.rules is None else values.rules
     bench(values.tracks, rules, values.trials, values.workdir, values.quick, should_stop)
 

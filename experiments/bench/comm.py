@@ -3,12 +3,14 @@
   python -m experiments.bench.comm --quick --families=none,top_k
   python -m experiments.bench.comm --tracks=digits
   python -m experiments.bench.comm
+  python -m experiments.bench.comm --import=my_module --families="none,error_feedback(my_module.coarse())"
 
 Each entry has the same number of trials for its learning rate, on folds of the clients, and is measured on other
 clients. The working directory gets results.jsonl (a line for each track and entry), report.md, and a picture of each
 track. If the benchmark is stopped in any way, the same command continues it. Bytes are counted from real codes.
 """
 
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,7 +88,11 @@ def define_flags() -> None:
     """Defines the flags."""
     command.define_flags("runs/commbench", "Few rounds, seeds and trials")
     flags.DEFINE_list("tracks", ["digits", "fashion_mnist"], "Problems to compare on.")
-    flags.DEFINE_list("families", None, "Families of compressors to compare; by default all.")
+    command.define_names(
+        "families",
+        None,
+        "Families of compressors to compare, and --uplinks with functions of --import's; by default all.",
+    )
     flags.DEFINE_integer("trials", TRIALS, "Learning rates that each entry may try, an even number.")
 
 
@@ -116,7 +122,8 @@ def bench(
     """
     command.check_names("--tracks", "track", tracks, TRACKS)
     command.check_names("--families", "family", families, FAMILIES)
-    entries = {text or NOTHING: rule(text) for family in dict.fromkeys(families) for text in FAMILIES[family]}
+    texts = [text for family in dict.fromkeys(families) for text in FAMILIES.get(family, (family,))]
+    entries = {text or NOTHING: rule(text) for text in texts}
     chosen = problems.build(None, {name: TRACKS[name] for name in dict.fromkeys(tracks)})
     chosen = sized(chosen, trials, quick)
     return grid.compare(chosen, entries, workdir, lambda found: report(found, quick), draw, should_stop)
@@ -192,9 +199,11 @@ def draw(track: Track, rows: Sequence[Standing]) -> Figure:
     """Accuracy against the bytes that a client sends in a round."""
     figure = picture.figure(10, 6)
     axes = figure.add_subplot()
-    families = [name for name in FAMILIES if name != "downlink"]
-    for colour, family in zip(picture.colours(), families):
-        mine = sorted((r for r in rows if r.rule.note in FAMILIES[family]), key=lambda r: r.traffic("bytes_up"))
+    listed = {text for texts in FAMILIES.values() for text in texts}
+    families = {name: texts for name, texts in FAMILIES.items() if name != "downlink"}
+    families |= {row.rule.note: (row.rule.note,) for row in rows if row.rule.note not in listed}  # from outside
+    for colour, (family, texts) in zip(itertools.cycle(picture.colours()), families.items()):
+        mine = sorted((r for r in rows if r.rule.note in texts), key=lambda r: r.traffic("bytes_up"))
         for remembered, style in ((False, "o-"), (True, "s--")):
             some = [r for r in mine if r.name.startswith(("error_feedback", "ef21")) == remembered and not r.diverged]
             if not some:

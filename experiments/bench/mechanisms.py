@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,11 +10,15 @@ from typing import Any
 import optax
 
 import fedjax_clip as fc
+from experiments.bench.core import command
 from experiments.bench.core.problem import Track
 from experiments.bench.core.rule import STEP, Rule
 from experiments.bench.core.tuning import Point, Range
+from experiments.config import outside, spec
+from experiments.config.components import Components, Make, later
+from experiments.config.registry import IN_UPLINKS
 from fedjax_clip.core.loss import batch_gradient
-from fedjax_clip.core.types import PerExampleLoss
+from fedjax_clip.core.types import InvalidInput, PerExampleLoss
 
 BITS = 0.05  # share of a round's privacy cost for quantile_clip's bits; updates get the rest
 GROUPS = 3  # of cyclic samples, and the bands that go with them
@@ -194,6 +199,54 @@ MECHANISMS: dict[str, Private] = {
         gradient=lambda bound, z: fc.local.private_gradient(bound, z),
     ),
 }
+
+
+def named(names: Sequence[str]) -> dict[str, Private]:
+    """The mechanisms of these names; one with a dot is made of a function of ``--import``'s, see ``from_outside``.
+
+    Raises:
+      InvalidInput: a name that no mechanism has, or no name at all.
+    """
+    command.check_names("--mechanisms", "mechanism", names, MECHANISMS)
+    own = Components(Private, {}, from_outside)
+    return {n: MECHANISMS[n] if n in MECHANISMS else spec.one(n, own, "--mechanisms", IN_UPLINKS) for n in names}
+
+
+def from_outside(make: Make) -> Callable[..., Private]:
+    """``(own arguments) -> mechanism`` of a function from outside of the repository, by its first argument.
+
+    ``(rounds, ...)``: a ``Mechanism`` of the noise on the sum, for clients in turn. ``(threshold, ...)``: a clip of the
+    update, as an optax transform or a link that promises a bound; independent Gaussian noise follows it.
+    """
+    name, takes = make.__name__, list(inspect.signature(make).parameters)
+    note, *_ = (inspect.getdoc(make) or "–").splitlines()
+    if not takes:
+        raise InvalidInput(f"--mechanisms: {name} must take (rounds) or (threshold), and it takes nothing.")
+    own = later(make, 1)
+
+    def private(*args: Any, **kwargs: Any) -> Private:
+        build = own(*args, **kwargs)
+
+        def mechanism(track: Track) -> fc.uplink.mechanism.Mechanism:
+            return outside.checked(build(track.rounds), fc.uplink.mechanism.Mechanism, name)
+
+        def link(bound: Any, z: Any, track: Track) -> fc.uplink.Uplink:
+            clip = outside.checked(build(bound), (optax.GradientTransformation, fc.uplink.Uplink), name)
+            clip = clip if isinstance(clip, fc.uplink.Uplink) else fc.uplink.at_client(clip)
+            if clip.promises.noise is not None:
+                raise InvalidInput(
+                    f"--mechanisms: {name} adds noise of its own: give the clip alone, noise follows it."
+                )
+            return fc.uplink.chain(clip, fc.uplink.gaussian(z))
+
+        if takes[0] == "rounds":
+            outside.checked(build(8), fc.uplink.mechanism.Mechanism, name)
+            return _central(TURNS, note, mechanism)
+        probe: Any = None
+        link(1.0, 1.0, probe)  # says now what is wrong
+        return Private(link, _solve, POISSON, f"{SERVER}, if the bound holds that it promises", note)
+
+    return functools.wraps(own)(private)
 
 
 def sampled_by(track: Track, private: Private) -> Track:

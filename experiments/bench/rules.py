@@ -1,5 +1,6 @@
 """The rules that ClipBench compares: clips, and algorithms that clip, each one line."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,20 +9,24 @@ import optax
 
 import fedjax_clip as fc
 from experiments.bench.core import command
-from experiments.bench.core.rule import PLAIN, RATE, RATES, SERVER, Build, Rule
+from experiments.bench.core.rule import PLAIN, RATE, RATES, SERVER, STEP, Build, Rule
 from experiments.bench.core.tuning import Range
-from experiments.config import outside
+from experiments.config import outside, spec
+from experiments.config.algorithms import ALGORITHMS, Maker, maker
+from experiments.config.components import Components, Make, later, signed
+from experiments.config.registry import IN_UPLINKS
 from fedjax_clip import clipping, uplink
 from fedjax_clip.core.types import InvalidInput
 
 Clip = Callable[[Any], optax.GradientTransformation]
+TUNED = type("Tuned", (), {"__repr__": lambda self: "tuned"})()  # stands for an argument that is a knob
 
 
 def _stepwise(make: Clip, keep: bool = False) -> Build:
     """FedAvg whose local steps go through ``make(threshold)``; ``keep``: clients keep its state between rounds."""
 
     def build(loss, point):
-        tx = optax.chain(make(point["threshold"]), optax.sgd(point["client_lr"]))
+        tx = optax.chain(make(point.get("threshold")), optax.sgd(point["client_lr"]))
         return fc.fedavg(loss, tx, keep_opt_state=keep)
 
     return build
@@ -34,7 +39,7 @@ def _linked(make: Callable[[Any], fc.uplink.Uplink], scaled: bool = True) -> Bui
     """
 
     def build(loss, point):
-        link = make(point["threshold"] * (point["client_lr"] if scaled else 1))
+        link = make(point["threshold"] * (point["client_lr"] if scaled else 1) if "threshold" in point else None)
         return fc.fedavg(loss, _sgd(point), _server(point), uplink=link)
 
     return build
@@ -168,46 +173,71 @@ def named(names: Sequence[str], rules: Mapping[str, Rule]) -> dict[str, Rule]:
     Raises:
       InvalidInput: a name that no rule has, or no name at all.
     """
-    own = [name for name in names if "." not in name]
-    if own or not names:
-        command.check_names("--rules", "rule", own, rules)
-    return {name: from_outside(name) if "." in name else rules[name] for name in names}
+    command.check_names("--rules", "rule", names, rules)
+    own = Components(Rule, {}, from_outside)
+    nested = {**ALGORITHMS, **IN_UPLINKS}
+    return {name: rules[name] if name in rules else spec.one(name, own, "--rules", nested) for name in names}
 
 
-def from_outside(name: str) -> Rule:
-    """The rule of a function from outside of the repository, by what the function takes.
+def from_outside(make: Make) -> Callable[..., Rule]:
+    """``(own arguments) -> rule`` of a function from outside of the repository, by what the function takes.
 
     ``(loss, client_tx, ...)``: an algorithm. Its knob is the clients' rate, and the server's if it takes ``server_tx``.
-    ``(loss, point)``: an algorithm that takes the numbers ``client_lr`` and ``threshold`` from the point itself.
-    ``(threshold)``: a clip of each local step if it returns an optax transform, or of the update if it returns a link.
-
-    Args:
-      name: such as ``"my_module.fedexp"``, of a module that ``--import`` names.
+    ``(loss, point, ...)``: an algorithm that takes the numbers ``client_lr`` and ``threshold`` from the point itself.
+    ``(threshold, ...)``: a clip of each local step if it returns an optax transform, or of the update if it returns a
+    link. The threshold is tuned, unless a flag gives it: then only rates are.
 
     Raises:
-      InvalidInput: see ``outside.find``; a function of something else.
+      InvalidInput: a function of something else.
     """
-    name = name.removesuffix("()")
-    make = outside.find(name, "--rules")
-    takes = list(inspect.signature(make).parameters)
-    note = (inspect.getdoc(make) or "–").splitlines()[0]
-    if takes[1:2] == ["client_tx"]:
-        knobs, served = (RATES, True) if "server_tx" in takes else (RATE, False)
-
-        def build(loss, p):
-            options = {"server_tx": _server(p)} if served else {}
-            return outside.checked(make(loss, _sgd(p), **options), fc.extend.Algorithm, name)
-
-        return Rule(build, knobs, note=note)
-    if takes[1:2] == ["point"]:
-        return Rule(lambda loss, p: outside.checked(make(loss, p), fc.extend.Algorithm, name), note=note)
-    needed = [p for p in inspect.signature(make).parameters.values() if p.default is p.empty]
-    if len(takes) == 0 or len(needed) > 1:
+    takes, name = inspect.signature(make).parameters, make.__name__
+    note, *_ = (inspect.getdoc(make) or "–").splitlines()
+    if list(takes)[1:2] == ["client_tx"]:
+        return _wrapped(maker(make), lambda algorithm: _of_algorithm(algorithm, "server_tx" in takes, note))
+    if list(takes)[1:2] == ["point"]:
+        return _wrapped(
+            later(make, 2),
+            lambda build: Rule(lambda loss, p: outside.checked(build(loss, p), fc.extend.Algorithm, name), note=note),
+        )
+    if not takes or [p for p in list(takes.values())[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]:
         raise InvalidInput(
             f"--rules: {name} must take (loss, client_tx), (loss, point) or (threshold), not ({', '.join(takes)})."
         )
-    made = make(1.0)
-    outside.checked(made, (optax.GradientTransformation, fc.uplink.Uplink), name)
-    if isinstance(made, fc.uplink.Uplink):
-        return Rule(_linked(make), SERVER, note=note)
-    return Rule(_stepwise(make), note=note)
+    return _of_clip(make, note)
+
+
+def _wrapped(make: Make, convert: Callable[[Any], Rule]) -> Callable[..., Rule]:
+    build = functools.wraps(make)(lambda *args, **kwargs: convert(make(*args, **kwargs)))
+    return signed(build, inspect.signature(make))
+
+
+def _of_algorithm(algorithm: Maker, served: bool, note: str) -> Rule:
+    def build(loss, p):
+        return algorithm(loss, _sgd(p), _server(p) if served else None)
+
+    return Rule(build, RATES if served else RATE, note=note)
+
+
+def _of_clip(make: Make, note: str) -> Callable[..., Rule]:
+    """A clip's rule: its first argument is the threshold."""
+    signature = inspect.signature(make)
+    first, *rest = signature.parameters.values()
+    shown = signature.replace(parameters=[first.replace(default=TUNED), *rest])
+
+    @functools.wraps(make)
+    def rule(*args: Any, **kwargs: Any) -> Rule:
+        given = shown.bind(*args, **kwargs)
+        tuned = given.arguments.pop(first.name, TUNED) is TUNED
+
+        def clip(threshold: Any) -> Any:
+            if not tuned:
+                return make(*args, **kwargs)
+            return make(threshold, *given.args, **given.kwargs)
+
+        made = clip(1.0)
+        outside.checked(made, (optax.GradientTransformation, fc.uplink.Uplink), make.__name__)
+        if isinstance(made, fc.uplink.Uplink):
+            return Rule(_linked(clip), SERVER if tuned else RATES, note=note)
+        return Rule(_stepwise(clip), STEP if tuned else RATE, note=note)
+
+    return signed(rule, shown)

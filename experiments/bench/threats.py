@@ -1,7 +1,9 @@
 """The problems, attacks and defences that the robustness benchmark compares."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +13,9 @@ import numpy as np
 import optax
 
 import fedjax_clip as fc
+from experiments.config import outside, spec
+from experiments.config.components import Components, Make, filled, later
+from experiments.config.registry import REDUCERS
 from fedjax_clip import attacks, models, reduce, tasks
 from fedjax_clip.core.keys import seeded
 from fedjax_clip.core.types import Params, PerExampleLoss
@@ -86,6 +91,11 @@ ATTACKS: dict[str, Attack] = {
         link=lambda p: attacks.scaling(p.bad, p.data.num_clients / len(p.bad)),
     ),
 }
+COMPARED = tuple(ATTACKS)  # by default; those below cost a call of the defence for each factor that they try
+ATTACKS |= {
+    "optimal ALIE": Attack("mean - z std, z as harms most", collude=lambda p, r: attacks.optimal_alie(r, p.bad)),
+    "optimal IPM": Attack("-z mean, z as harms most", collude=lambda p, r: attacks.optimal_ipm(r, p.bad)),
+}
 
 
 class Defence(NamedTuple):
@@ -132,10 +142,72 @@ DEFENCES: dict[str, Defence] = {
     "RFA": Defence(lambda p, root: reduce.geometric_median(8, 0.1 * p.client_lr)),
     "centered": Defence(lambda p, root: reduce.centered_mean(10 * p.client_lr, 3), relative=True),
     "FLTrust": Defence(lambda p, root: reduce.fltrust(root), trusted=True),
+    "NNM trimmed mean": Defence(lambda p, root: reduce.nnm(len(p.bad), reduce.trimmed_mean(len(p.bad)))),
+    "ARC NNM trimmed mean": Defence(
+        lambda p, root: reduce.arc(len(p.bad), reduce.nnm(len(p.bad), reduce.trimmed_mean(len(p.bad))))
+    ),
+    "MDA": Defence(lambda p, root: reduce.mda(len(p.bad))),
+    "SMEA": Defence(lambda p, root: reduce.smea(len(p.bad))),
+    "CAF": Defence(lambda p, root: reduce.caf(len(p.bad))),
+    "Bulyan": Defence(lambda p, root: reduce.bulyan(len(p.bad))),
+    "DnC": Defence(lambda p, root: reduce.dnc(len(p.bad), iterations=3)),
+    "FLAME": Defence(lambda p, root: reduce.flame()),
     "Krum squared": Defence(lambda p, root: _krum_squared()),
 }
 BUCKETED = ("mean", "median", "Krum", "RFA", "centered", "Krum squared")
 DEFENCES |= {f"bucketed {name}": _bucketed(name) for name in BUCKETED}
+
+
+def attacks_named(names: Sequence[str], problem: Problem) -> dict[str, Attack]:
+    """The attacks of these names; one with a dot is a function of ``--import``'s.
+
+    ``(clients, ...)`` returns the link through which these malicious clients send; ``(reducer, clients, ...)`` returns
+    the reducer that they deceive together. See ``fc.attacks`` for both.
+    """
+
+    def fit(make: Make) -> Callable[..., Attack]:
+        takes, (note, *_) = list(inspect.signature(make).parameters), (inspect.getdoc(make) or "–").splitlines()
+        together = takes[:1] == ["reducer"]
+
+        def attack(*args: Any, **kwargs: Any) -> Attack:
+            build = own(*args, **kwargs)
+            if together:
+                return Attack(
+                    note, collude=lambda p, r: outside.checked(build(r, p.bad), fc.reduce.Reducer, make.__name__)
+                )
+            return Attack(note, link=lambda p: outside.checked(build(p.bad), fc.uplink.Uplink, make.__name__))
+
+        own = later(make, 2 if together else 1)
+        return functools.wraps(own)(attack)
+
+    found = _named(names, ATTACKS, Components(Attack, {}, fit), "--attacks")
+    for attack in found.values():
+        attack.link(problem)
+        attack.collude(problem, reduce.uniform_mean())
+    return found
+
+
+def defences_named(names: Sequence[str], problem: Problem) -> dict[str, Defence]:
+    """The defences of these names; one with a dot is a function of ``--import``'s that returns a reducer.
+
+    It is given, if it has arguments of these names, ``cohort_size`` and ``num_bad``.
+    """
+
+    def fit(make: Make) -> Callable[..., Defence]:
+        known = {"cohort_size": problem.data.num_clients, "num_bad": len(problem.bad)}
+        own = filled(make, **known)
+
+        def defence(*args: Any, **kwargs: Any) -> Defence:
+            reducer = outside.checked(own(*args, **kwargs), reduce.Reducer, make.__name__)
+            return Defence(lambda p, root: reducer)
+
+        return functools.wraps(own)(defence)
+
+    return _named(names, DEFENCES, Components(Defence, {}, fit), "--defences")
+
+
+def _named(names: Sequence[str], valid: Mapping[str, Any], own: Components, flag: str) -> dict[str, Any]:
+    return {name: valid[name] if name in valid else spec.one(name, own, flag, REDUCERS) for name in names}
 
 
 def digits() -> Problem:
@@ -154,7 +226,7 @@ def digits() -> Problem:
         rounds=100,
         work=fc.extend.LocalWork(batch_size=20),
         clips=(np.inf, 0.2),
-        attacks=tuple(ATTACKS),
+        attacks=COMPARED,
     )
 
 
@@ -176,7 +248,7 @@ def mnist(directory: str) -> Problem:
         rounds=40,
         work=fc.extend.LocalWork(batch_size=32, steps=5),
         clips=(np.inf, 0.2),
-        attacks=tuple(ATTACKS),
+        attacks=COMPARED,
         wide=False,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import fedjax_clip as fc
 from experiments.config import outside
-from experiments.config.components import Components, Make, defaulted, read
+from experiments.config.components import Components, Make, defaulted, read, signed
 from fedjax_clip.core import checks
 from fedjax_clip.core.types import Algorithm
 
@@ -33,7 +33,7 @@ class Maker:
         return outside.checked(made, Algorithm, self.make.__name__)
 
 
-def _maker(make: Make) -> Make:
+def maker(make: Make) -> Make:
     """``make`` with the algorithm's own arguments only, by name or in order."""
     rest = list(inspect.signature(make).parameters.values())[2:]  # without the loss and the clients' optimiser
     own = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in rest if p.name not in FILLED and p.kind != p.VAR_KEYWORD]
@@ -43,8 +43,7 @@ def _maker(make: Make) -> Make:
     def build(*args: Any, **kwargs: Any) -> Maker:
         return Maker(make, signature.bind(*args, **kwargs).arguments)
 
-    build.__signature__ = signature  # type: ignore[attr-defined]
-    return build
+    return signed(build, signature)
 
 
 ALGORITHMS = Components(
@@ -52,23 +51,42 @@ ALGORITHMS = Components(
     {
         # Left out: wrappers that a task or --downlink sets, and functions of an algorithm.
         **read(fc, Algorithm, without=("partially_frozen", "compressed_broadcast", "partially_private")),
+        **{name: make for room in (fc.personal, fc.clusters, fc.fair) for name, make in read(room, Algorithm).items()},
+        **read(fc.drift, Algorithm, without=("fedlc", "power_of_choice")),
         "fedbuff": defaulted(fc.fedbuff, max_staleness=10),
         "feddyn": defaulted(fc.feddyn, alpha=0.1),
     },
-    _maker,
+    maker,
 )
 
 
-def _partially_private(private: str, algorithm: Maker | None = None) -> Maker:
-    """Any algorithm, FedAvg by default, for the shared parameters; each client keeps its own private ones."""
+def _wrapped(algorithm: Maker | None, wrapper: Make, *args: Any, **kwargs: Any) -> Maker:
+    """The maker of a wrapped algorithm, by default of FedAvg."""
     inner = ALGORITHMS["fedavg"]() if algorithm is None else algorithm
     checks.kind("algorithm", inner, Maker, "an algorithm, such as scaffold()")
 
     @functools.wraps(inner.make)
-    def make(*args: Any, **parts: Any) -> Algorithm:
-        return fc.partially_private(inner(*args, **parts), private)
+    def make(*given: Any, **parts: Any) -> Algorithm:
+        return wrapper(inner(*given, **parts), *args, **kwargs)
 
     return Maker(make, {})
 
 
+def _partially_private(private: str, algorithm: Maker | None = None) -> Maker:
+    """Any algorithm, FedAvg by default, for the shared parameters; each client keeps its own private ones."""
+    return _wrapped(algorithm, fc.partially_private, private)
+
+
+def _fedlc(temperature: float, classes: int, algorithm: Maker | None = None) -> Maker:
+    """Any algorithm, FedAvg by default, whose clients calibrate their logits by their counts of the classes."""
+    return _wrapped(algorithm, fc.drift.fedlc, temperature, classes=classes)
+
+
+def _power_of_choice(clients: int, algorithm: Maker | None = None) -> Maker:
+    """Any algorithm, FedAvg by default, in whose rounds the candidates with the largest losses train."""
+    return _wrapped(algorithm, fc.drift.power_of_choice, clients)
+
+
 ALGORITHMS["partially_private"] = _partially_private
+ALGORITHMS["fedlc"] = _fedlc
+ALGORITHMS["power_of_choice"] = _power_of_choice

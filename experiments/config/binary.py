@@ -234,7 +234,7 @@ def _sentence(error: Exception) -> str | None:
         return f"{error.filename}: " * bool(error.filename) + f"{error.strerror or error}."
     if isinstance(error, (MemoryError, OverflowError)) or "RESOURCE_EXHAUSTED" in str(error):
         return _too_much(error)
-    return None
+    return outside.fault(error)
 
 
 def _too_much(error: BaseException) -> str:

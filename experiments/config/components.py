@@ -57,6 +57,12 @@ def read(module: Any, kind: type, without: Collection[str] = ()) -> dict[str, Ma
     return found
 
 
+def signed(make: Make, signature: inspect.Signature) -> Make:
+    """``make`` itself, which then says that it takes the arguments of ``signature``."""
+    vars(make)["__signature__"] = signature
+    return make
+
+
 def filled(make: Make, **known: Any) -> Make:
     """``make`` with the arguments that the binary fills in, which a flag cannot give."""
     signature = inspect.signature(make)
@@ -69,8 +75,20 @@ def filled(make: Make, **known: Any) -> Make:
         whole = inspect.BoundArguments(signature, ordered)
         return make(*whole.args, **whole.kwargs)
 
-    build.__signature__ = left  # type: ignore[attr-defined]
-    return build
+    return signed(build, left)
+
+
+def later(make: Make, count: int) -> Make:
+    """``make`` whose first ``count`` arguments come later: ``(own arguments) -> (first arguments) -> thing``."""
+    signature = inspect.signature(make)
+    own = signature.replace(parameters=list(signature.parameters.values())[count:])
+
+    @functools.wraps(make)
+    def build(*args: Any, **kwargs: Any) -> Make:
+        given = own.bind(*args, **kwargs)
+        return lambda *first: make(*first, *given.args, **given.kwargs)
+
+    return signed(build, own)
 
 
 def defaulted(make: Make, **defaults: Any) -> Make:
@@ -78,5 +96,4 @@ def defaulted(make: Make, **defaults: Any) -> Make:
     signature = inspect.signature(make)
     build = functools.wraps(make)(lambda *args, **kwargs: make(*args, **(defaults | kwargs)))
     shown = [p.replace(default=defaults.get(p.name, p.default)) for p in signature.parameters.values()]
-    build.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-    return build
+    return signed(build, signature.replace(parameters=shown))

@@ -113,11 +113,18 @@ OPTIMIZERS = Components(
 
 def server_tx(text: str, values: Mapping[str, Any] = spec.NO_VALUES) -> optax.GradientTransformation:
     """``"adam(0.01)"``: the server's optimiser; a schedule counts rounds."""
+    if "average" in [call.name for call in spec.parse(text, "--server")][:-1]:
+        raise InvalidInput('--server: average comes last, behind the optimiser: "sgd(1.0)|average(0.99)".')
     return optax.chain(*_optimizers(text, "--server", SCHEDULES, values))
 
 
 def client_tx(text: str, values: Mapping[str, Any] = spec.NO_VALUES) -> Callable[[Any], optax.GradientTransformation]:
     """``"clip_by_global_norm(1.0)|sgd(cosine(0.1, 100))"``: a client's optimiser; a schedule counts rounds."""
+
+    if "average" in [call.name for call in spec.parse(text, "--client")]:
+        raise InvalidInput(
+            '--client: average keeps a mean of the server\'s parameters: give it as --server="sgd(1.0)|average(0.99)".'
+        )
 
     def at(round: Any) -> optax.GradientTransformation:
         rates = Components(object, SCHEDULES, lambda make: _at_round(make, round))

@@ -107,9 +107,16 @@ def checked(thing: Any, kind: Any, name: str) -> Any:
     return thing
 
 
+def fault(error: BaseException) -> str | None:
+    """An error that an imported module raised while it ran, in one sentence; ``None`` if it is not from there."""
+    return f"{_said(error)}{where}." if (where := place(error)) else None
+
+
 def place(error: BaseException) -> str:
     """``" (my_module.py, line 7)"``: the last line of an imported module that an error passed; else nothing."""
-    frames = [(f, line) for f, line in traceback.walk_tb(error.__traceback__) if f.f_globals["__name__"] in modules()]
+    frames = [
+        (f, line) for f, line in traceback.walk_tb(error.__traceback__) if f.f_globals.get("__name__") in modules()
+    ]
     return f" ({pathlib.Path(frames[-1][0].f_code.co_filename).name}, line {frames[-1][1]})" if frames else ""
 
 

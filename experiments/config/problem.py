@@ -10,8 +10,9 @@ import numpy as np
 from absl import flags
 
 import fedjax_clip as fc
-from experiments.config import binary, distributed, optimisers, outside, privacy, registry, spec, terminal
+from experiments.config import binary, distributed, optimisers, outside, own_scores, privacy, registry, spec, terminal
 from fedjax_clip import tasks
+from fedjax_clip.algorithms import averaging
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.keys import seeded
 from fedjax_clip.core.types import InvalidInput, Params
@@ -90,6 +91,12 @@ flags.DEFINE_integer("cohort_size", None, "Clients in a round; by default 8, or 
 flags.DEFINE_enum(
     "compute_dtype", "float32", ["float32", "bfloat16"], "Type of the clients' forward and backward passes."
 )
+flags.DEFINE_string(
+    "scores",
+    "",
+    "Scores of held-out sets by functions of --import's, (values, data) -> {name: number}: my_module.gini(), joined by "
+    "|.",
+)
 flags.DEFINE_integer("rounds", 150, "Number of rounds.")
 flags.DEFINE_enum(
     "non_finite",
@@ -101,6 +108,12 @@ flags.DEFINE_integer(
     "seed", 0, "Seed of the initial parameters, the cohorts, the batches and all noise that need not be private."
 )
 flags.DEFINE_string("workdir", None, "Run directory; by default one under runs/ named after the configuration.")
+flags.DEFINE_string(
+    "metric",
+    None,
+    "The score that decides, such as examples/auroc_worst. A run keeps the model that is best by it in best.npz. A "
+    "sweep compares points by it; by default by the accuracy, if there is one, or the loss.",
+)
 flags.DEFINE_integer("eval_every", 10, "Rounds between evaluations.")
 flags.DEFINE_integer("checkpoint_every", 25, "Rounds between checkpoints.")
 flags.DEFINE_integer(
@@ -141,7 +154,7 @@ class Problem(NamedTuple):
 
 def read() -> Problem:
     """The problem that the flags describe."""
-    task = spec.one(FLAGS.task, registry.TASKS, "--task")
+    task = read_task()
     size = cohort_size(task)
     drawn = sampler(size)
     uplink, epsilons = privacy.build_uplink(
@@ -149,6 +162,11 @@ def read() -> Problem:
         lambda uplink: on_grid(uplink, task),
     )
     return Problem(task, size, drawn, uplink, epsilons)
+
+
+def read_task() -> tasks.Task:
+    """The task of ``--task``, with the scores of ``--scores``."""
+    return own_scores.added(spec.one(FLAGS.task, registry.TASKS, "--task"), FLAGS.scores)
 
 
 def check_numbers() -> None:
@@ -170,6 +188,7 @@ def config(names: Iterable[str]) -> dict[str, Any]:
     found = {name: FLAGS[name].value for name in names}
     if FLAGS.local_steps is None:
         found["local_epochs"] = FLAGS.local_epochs or 1
+    found |= {"scores": FLAGS.scores} if FLAGS.scores else {}
     return found | ({"import": ",".join(outside.modules())} if outside.modules() else {})
 
 
@@ -331,3 +350,15 @@ def evaluator(
     own: dict[str, Any] = {"algorithm": algorithm, "population": task.data, "summarise": task.summarise}
     own["devices"] = split
     return fc.evaluator(task.per_example_loss, sets, **own)
+
+
+def scores(
+    task: tasks.Task, sets: Mapping[str, fc.FederatedData], algorithm: fc.extend.Algorithm | None = None
+) -> list[str]:
+    """The names of the scores on these held-out sets, as rows have them; those of the server's average model, too."""
+    params = jax.eval_shape(task.init, seeded(0))
+    evaluate = fc.evaluator(task.per_example_loss, sets, summarise=task.summarise)
+    names = [f"eval/{name}" for name in evaluate.names(params)]
+    server = None if algorithm is None else jax.eval_shape(algorithm.init, params)
+    averaged = averaging.average_of(server) is not None
+    return names + [averaging.renamed(name) for name in names] * averaged

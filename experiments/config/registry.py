@@ -10,17 +10,32 @@ import optax
 
 import fedjax_clip as fc
 from experiments.config.algorithms import ALGORITHMS
-from experiments.config.components import Components, Make, filled, read
+from experiments.config.components import Components, Make, filled, later, read
 from experiments.config.optimisers import OPTIMIZERS, SCHEDULES, clip_by_layer_norm
-from fedjax_clip import attacks, clipping, compression, reduce, tasks, uplink
+from fedjax_clip import attacks, clipping, compression, reduce, sinks, tasks, uplink
 from fedjax_clip.compression import Compressor
 from fedjax_clip.core.types import Algorithm, InvalidInput
-from fedjax_clip.data import clock, sampling, speeds
+from fedjax_clip.data import clock, sampling, speeds, stream
 from fedjax_clip.reduce import Reducer
 from fedjax_clip.uplink import Uplink, mechanism
 
+
+@functools.wraps(tasks.stream)
+def _stream(*args: Any, **kwargs: Any) -> tasks.Task:
+    return tasks.stream(*args, **kwargs)
+
+
+SINKS = Components(  # a bar of progress is there anyway
+    Callable, read(sinks, sinks.Sink, without=("several", "progress")), functools.partial(filled, config=None)
+)
+
 # Left out: functions of data, which no flag can write.
-TASKS = Components(tasks.Task, read(tasks, tasks.Task, without=("classification", "ratings")))
+_TASKS = read(tasks, tasks.Task, without=("classification", "ratings", "stream"))
+TASKS = Components(tasks.Task, {**_TASKS, "stream": _stream})
+RULES = Components(
+    Callable, read(stream, fc.FederatedData, without=("between", "drift")), functools.partial(later, count=1)
+)
+vars(_stream)["nested"] = Components((tasks.Task, Callable), {**TASKS, **RULES})
 
 
 # Samplers and clocks
@@ -185,7 +200,7 @@ SECURE: Mapping[str, Make] = {
 REDUCERS: Mapping[str, Make] = {
     # Left out: functions of a function, and internal ones of the algorithms.
     **read(reduce, Reducer, without=("on_host", "restacked", "stacking", "together")),
-    **read(attacks, Reducer, without=("colluding",)),
+    **read(attacks, Reducer, without=("colluding", "strongest")),
     **SECURE,
     "fixed_mean": _fixed_mean,
 }
@@ -209,6 +224,7 @@ def describe() -> str:
     """Every component with its arguments and a description, for ``--help``."""
     groups: dict[str, Mapping[str, Make]] = {
         "--task": TASKS,
+        "rules, in --task=stream(digits(), [...])": RULES,
         "--algorithm": ALGORITHMS,
         "--client, --server": OPTIMIZERS,
         "schedules, in place of a learning rate": SCHEDULES,
@@ -221,6 +237,7 @@ def describe() -> str:
         "speeds, in samplers and budgets": SPEEDS,
         "in place of a number in --local_steps": STEPS,
         "in place of a number in --batch_size": BATCH_SIZES,
+        "--sinks": SINKS,
     }
     lines = ["Components:"]
     for group, makers in groups.items():

@@ -11,7 +11,7 @@ import sys
 import threading
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
 import jax
@@ -22,6 +22,7 @@ from experiments.config import lock
 from fedjax_clip.core import files
 from fedjax_clip.core import secret as secrets
 from fedjax_clip.core.types import InvalidInput
+from fedjax_clip.tasks import Predictor
 from fedjax_clip.training import agreement
 from fedjax_clip.training.processes import Processes
 
@@ -42,6 +43,8 @@ class RunDirectory:
       held_out: a hash of each held-out set, by name; checkpoints hold that of the training data.
       claim: its privacy claim (``privacy.claim``), if any. Then ``secret`` keeps a key here until ``seal``.
       processes: those that train together, if there are several; each of them opens and enters the directory.
+      origin: what the run begins with, if that is another run: for ``config.json``.
+      earlier: the rows of that run's rounds, which become this one's.
 
     Attributes:
       about: a line on the problem, for ``config.json``; set it before the first row.
@@ -61,7 +64,10 @@ class RunDirectory:
         held_out: Mapping[str, str] | None = None,
         claim: Mapping[str, Any] | None = None,
         processes: Processes | None = None,
+        origin: Mapping[str, Any] | None = None,
+        earlier: Sequence[fc.extend.Row] = (),
     ):
+        self.origin, self.earlier = dict(origin or {}), list(earlier)
         self.processes = processes or Processes(jax.local_devices()[:1])
         self.path = files.expanded(path)
         self.config = dict(config)
@@ -99,13 +105,21 @@ class RunDirectory:
                 has = f"no --{name}" if held is None else f"--{name}={held!r}"
                 wants = "without" if asked is None else repr(asked)
                 raise InvalidInput(
-                    f"--workdir: {self.path} holds a run with {has}, not {wants}; choose another, or remove it."
+                    f"--workdir: {self.path} holds a run with {has}, not {wants}; choose another (with "
+                    f"--init={self.path} it goes on from this run), or remove it."
                 )
         if self.held_out and record.get("held_out", self.held_out) != self.held_out:
             raise InvalidInput(
-                f"--workdir: {self.path} holds a run that was evaluated on other held-out data: go on with those, "
-                "choose another directory, or remove it."
+                f"--workdir: {self.path} holds a run that was evaluated on other held-out data. To train on with "
+                f"the data as they are now, write --init={self.path} and another --workdir; else go on with the former "
+                "data, choose another directory, or remove it."
             )
+        for name, begun in self.origin.items():
+            if record.get(name, begun)["hash"] != begun["hash"]:
+                raise InvalidInput(
+                    f"--{name}: {begun['directory']} has changed since {self.path} began with it: put it back, or "
+                    "choose another --workdir."
+                )
         if self.sealed:
             self._check_sealed(record.get("rounds"))
         if self.rounds is not None:
@@ -239,14 +253,7 @@ class RunDirectory:
 
     def params(self) -> dict[str, np.ndarray]:
         """The parameters at the end, by name."""
-        file = files.regular(self.path / "params.npz")
-        try:
-            with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, MemoryError):
-            raise InvalidInput(
-                f"{file} is damaged or missing: put it back, or remove {self.path} to train anew."
-            ) from None
+        return read_params(self.path)
 
     def rows(self) -> list[fc.extend.Row]:
         """All whole rows on disk, in order."""
@@ -258,19 +265,17 @@ class RunDirectory:
             self._start(int(row["round"]))
         self._rows.write(_line(row))
         self._rows.flush()
-        now = row["round"] if self.claim and self.claim["withheld"] else None  # the wall time could reveal the cohort
-        for name, value in row.items():
-            if name != "round" and np.isfinite(value):
-                self._events.add_scalar(name, value, int(row["round"]), now)
+        self._events(row)
 
     def _start(self, round: int) -> None:
-        import tensorboardX
-
         self.path.mkdir(parents=True, exist_ok=True)
         earlier = [row for row in self.rows() if row["round"] < round]  # a kill may have left rows past the checkpoint
+        earlier = earlier or self.earlier
         self.record()
         files.write(self.path / "metrics.jsonl", "".join(_line(row) for row in earlier))
-        self._events = tensorboardX.SummaryWriter(str(self.path / "tensorboard"), purge_step=round, flush_secs=10)
+        withheld = self.claim is not None and self.claim["withheld"]
+        timed = not withheld  # the wall time could reveal the cohort
+        self._events = fc.sinks.tensorboard(self.path / "tensorboard", timed)
         self._rows = appending(self.path / "metrics.jsonl")
 
     def record(self) -> None:
@@ -282,15 +287,37 @@ class RunDirectory:
             record = {"config": self.config, "about": self.about, "versions": versions, "devices": devices}
             record |= {"held_out": self.held_out} if self.held_out else {}
             record |= {"privacy": self.claim} if self.claim else {}
+            record |= self.origin
         elif (record := read_config(self.path)).get("rounds") == self.rounds:
             return
         files.write(path, json.dumps(record | ({"rounds": self.rounds} if self.rounds else {}), indent=2) + "\n")
 
-    def finish(self, params: Mapping[str, np.ndarray], clients: Mapping[str, np.ndarray]) -> None:
-        """Writes ``params.npz``, ``clients.npz`` (scores of each client, if any are told) and the pictures."""
-        files.write_npz(self.path / "params.npz", params)
+    def finish(
+        self,
+        params: Mapping[str, np.ndarray],
+        clients: Mapping[str, np.ndarray],
+        others: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+        best: Mapping[str, Any] | None = None,
+        model: Predictor | None = None,
+    ) -> None:
+        """Writes ``params.npz``, ``clients.npz`` (scores of each client, if any are told) and the pictures.
+
+        Args:
+          params: at the end, by name.
+          clients: scores of each client.
+          others: parameters of other models, by the names of their files.
+          best: of the best model: metric, value and round, for ``config.json``.
+          model: describes how the parameters are applied to new data, for ``model.json``.
+        """
+        if model is not None:
+            files.write(self.path / "model.json", json.dumps(model.json(), indent=2) + "\n")
+        for name, arrays in {"params": params, **(others or {})}.items():
+            files.write_npz(self.path / f"{name}.npz", arrays)
         if clients:
             files.write_npz(self.path / "clients.npz", clients)
+        if best is not None:
+            record = read_config(self.path) | {"best": dict(best)}
+            files.write(self.path / "config.json", json.dumps(record, indent=2) + "\n")
         self.draw()
         self.close()
 
@@ -365,6 +392,20 @@ def read_rows(path: pathlib.Path) -> list[fc.extend.Row]:
                 f"remove {path} to train anew."
             )
     return rows if not lines or lines[-1].endswith(b"\n") else rows[:-1]
+
+
+def read_params(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The parameters of a run directory, by name.
+
+    Raises:
+      InvalidInput: a file that is damaged or missing.
+    """
+    file = files.regular(path / "params.npz")
+    try:
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error, MemoryError):
+        raise InvalidInput(f"{file} is damaged or missing: put it back, or remove {path} to train anew.") from None
 
 
 def default_path(config: Mapping[str, Any]) -> pathlib.Path:

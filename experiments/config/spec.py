@@ -216,6 +216,7 @@ def component(name: str, registry: Registry, flag: str, nested: Registry = NONE_
 
 def _construct(call: Call, registry: Registry, flag: str, nested: Registry, values: Mapping[str, Any]) -> Any:
     name, make = call.name, component(call.name, registry, flag, nested)
+    nested = getattr(make, "nested", nested)  # a component may say what its own arguments may name
 
     def resolve(value: Any) -> Any:
         if isinstance(value, tuple | list):

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
 
-import fedjax_clip as fc
 from experiments.config import privacy, rundir
 from fedjax_clip import tasks
 from fedjax_clip.core import tree
@@ -36,38 +34,6 @@ def trained(task: tasks.Task, params: Params) -> Params:
     return params if task.frozen is None else tree.split(params, task.frozen)[1]
 
 
-class Progress:
-    """A bar of rounds with loss, held-out accuracy, clipped fraction and clients per second, if rows have them."""
-
-    def __init__(self, rounds: int):
-        self.rounds = rounds
-        self.shown: dict[str, str] = {}
-        self.bar: tqdm.tqdm | None = None
-
-    def __call__(self, row: fc.extend.Row) -> None:
-        if self.bar is None:
-            initial = int(row["round"]) - 1
-            self.bar = tqdm.tqdm(total=self.rounds, initial=initial, unit="round", dynamic_ncols=True, mininterval=0.2)
-        for key, name, form in (
-            ("loss", "loss", ".3f"),
-            ("epsilon", "epsilon", ".3f"),
-            ("eval/examples/accuracy", "accuracy", ".3f"),
-            ("eval/clients/accuracy", "new clients", ".3f"),
-            ("clipped_steps", "clipped", ".0%"),
-        ):
-            if key in row:
-                self.shown[name] = format(row[key], form)
-        if "seconds" in row:
-            self.shown["clients/s"] = f"{row['clients'] / row['seconds']:,.0f}"
-        self.bar.set_postfix(self.shown, refresh=False)
-        self.bar.update()
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-
 def summary(directory: rundir.RunDirectory, noisy: bool) -> str:
     """The last evaluation, the parameters if they are few, the privacy statement, and the files to look at next.
 
@@ -78,13 +44,19 @@ def summary(directory: rundir.RunDirectory, noisy: bool) -> str:
     rows, claim, arrays = directory.rows(), directory.claim, directory.params()
     last = rows[-1]
     sets = dict.fromkeys(k.split("/")[1] for k in last if k.startswith("eval/"))
+    where, _, chosen = str(directory.config.get("metric") or "").removeprefix("eval/").rpartition("/")
     lines = []
-    for name in sets:
+    for name in sorted(sets, key=lambda name: name != where):
         scores = {k.split("/")[2]: v for k, v in last.items() if k.startswith(f"eval/{name}/") and k.count("/") == 2}
-        lines.append(f"held-out {name:<10}" + "  ".join(f"{k} {v:.4f}" for k, v in sorted(scores.items())))
+        ordered = sorted(scores.items(), key=lambda score: (score[0] != chosen, score))
+        lines.append(f"held-out {name:<9} " + "  ".join(f"{k} {v:.4f}" for k, v in ordered))
     if last["round"] < FLAGS.rounds:
-        why = f"one more round would pass --target_epsilon={FLAGS.target_epsilon:g}"
+        why = f"{FLAGS.patience} evaluations brought no better {FLAGS.metric}"
+        if FLAGS.target_epsilon is not None:
+            why = f"one more round would pass --target_epsilon={FLAGS.target_epsilon:g}"
         lines.append(f"ended early        after {last['round']:.0f} of {FLAGS.rounds} rounds: {why}")
+    if best := rundir.read_config(directory.path).get("best"):
+        lines.append(f"best model         {best['metric']} {best['value']:.4f} after round {best['round']}: best.npz")
     if lost := sum(row.get("dropped", 0) for row in rows):
         when = sum(row["dropped"] > 0 for row in rows)
         stale = ", or too stale" * ("staleness" in last)
@@ -97,7 +69,7 @@ def summary(directory: rundir.RunDirectory, noisy: bool) -> str:
     simulated = f", {last['simulated_seconds']:,.0f} s of the clients' time" if "simulated_seconds" in last else ""
     lines.append(f"training           {last['round']:.0f} rounds{seconds}{simulated}")
     pictures = [path.name for path in directory.path.glob("*.png")]
-    served = ["clients.npz"] * (directory.path / "clients.npz").exists()
+    served = [name for name in ("clients.npz", "model.json") if (directory.path / name).exists()]
     files = ["report.html", *sorted(pictures), "metrics.jsonl", "params.npz", *served, "tensorboard"]
     lines.append(f"run directory      {directory.path}: {', '.join(files)}")
     if claim is not None:

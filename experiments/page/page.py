@@ -14,6 +14,8 @@ from fedjax_clip.core.types import InvalidInput
 
 MARK = "<!doctype html><!-- a page of fedjax_clip -->"
 MOST_ROWS = 100  # of the table of evaluations
+MOST_CLIENTS = 50  # of the table of clients
+KEYS = "client", "examples"  # of clients.npz, besides scores
 
 
 def write(path: pathlib.Path, directories: Sequence[pathlib.Path]) -> None:
@@ -54,7 +56,7 @@ def build(runs: Sequence[Run]) -> str:
             "Clients",
             "Every client by itself at the end, from the one served worst to the best; shaded: the worst tenth.",
             panels.clients(runs),
-            _served(runs),
+            _served(runs) + _each(runs),
         ),
         _section("Clipping", "", panels.clipping(runs)),
         _section("Privacy", "", (), _privacy(runs)),
@@ -80,6 +82,9 @@ def build(runs: Sequence[Run]) -> str:
 def _one(run: Run) -> Iterator[str]:
     client, about = (html.escape(str(x)) for x in (run.config.get("client", ""), run.record.get("about", "")))
     yield f"<p><code>{client}</code></p><p>{about}</p>"
+    if seams := run.seams:
+        told = html.escape(". ".join(note for _, note in seams))
+        yield f"<p>{told}. A dashed line marks the place in the curves.</p>"
     tiles = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in _outcome(run).items())
     yield f'<dl class="tiles">{tiles}</dl>'
 
@@ -95,13 +100,19 @@ def _several(runs: Sequence[Run]) -> Iterator[str]:
 def _outcome(run: Run) -> dict[str, str]:
     """The summary: the last evaluation, the clients served worst, and the cost."""
     facts = {}
-    for metric, sets in panels.evaluated([run]).items():
+    found = panels.evaluated([run])
+    for metric, sets in found.items():
+        if results.compared(metric, found)[1] and metric != run.metric[1]:
+            continue  # it is in the table of the clients
         for name in sets:
             of = panels.SETS.get(name, name)
             facts[f"{metric}, {of}"] = svg.number(run.series(f"eval/{name}/{metric}")[1][-1])
             if metric and metric == run.primary(name):
                 tenth = f"worst tenth of {of}" if name == "clients" else f"{of} of the worst tenth of clients"
-                facts[f"{metric}, {tenth}"] = svg.number(results.worst_tenth(run.clients[f"{name}/{metric}"], metric))
+                scores = run.clients[f"{name}/{metric}"][run.served(name, metric)]
+                facts[f"{metric}, {tenth}"] = svg.number(results.worst_tenth(scores, metric))
+    if best := run.record.get("best"):
+        facts[f"best {best['metric']}, round {best['round']}"] = svg.number(best["value"])
     facts["rounds"] = f"{run.rows[-1]['round']:.0f}"
     if dropped := run.cumulative("dropped")[-1]:
         facts["updates dropped"] = f"{dropped:.0f}"
@@ -121,14 +132,47 @@ def _served(runs: Sequence[Run]) -> str:
         for name in dict.fromkeys(key.split("/")[0] for key in run.clients):
             if not (metric := run.primary(name)):
                 continue
-            values = run.clients[f"{name}/{metric}"]
-            order = results.worst_first(values, metric)
-            ends = [f"{svg.number(values[i])} ({run.clients[f'{name}/client'][i]})" for i in order[[0, -1]]]
+            order, everyone = run.served(name, metric), len(run.clients[f"{name}/client"])
+            values, names = (run.clients[f"{name}/{key}"][order] for key in (metric, "client"))
+            ends = [f"{svg.number(values[i])} ({names[i]})" for i in (0, -1)]
             middle = [values.mean(), np.median(values), results.worst_tenth(values, metric)]
-            cells = [panels.SETS.get(name, name), metric, str(len(values)), *map(svg.number, middle), *ends]
+            count = f"{len(values)}" + f" of {everyone}" * (len(values) < everyone)
+            cells = [panels.SETS.get(name, name), metric, count, *map(svg.number, middle), *ends]
             rows.append([run.name, *cells] if keyed else cells)
     head = ["set", "metric", "clients", "mean over clients", "median", "worst tenth", "worst client", "best client"]
     return _table(["run", *head] if keyed else head, rows)
+
+
+def _each(runs: Sequence[Run]) -> str:
+    """Every client of each set, worst served first: all its scores, or one score in each of several runs."""
+    tables = []
+    for name in dict.fromkeys(key.split("/")[0] for run in runs for key in run.clients):
+        having = [run for run in runs if run.primary(name)]
+        first, metric = having[0], having[0].primary(name)
+        names, sizes = (first.clients[f"{name}/{key}"] for key in ("client", "examples"))
+        if len(runs) == 1:
+            found = [key.removeprefix(f"{name}/") for key in first.clients if key.startswith(f"{name}/")]
+            scores = [s for s in dict.fromkeys((metric, *results.PRIMARY, *found)) if s in found and s not in KEYS]
+            columns = {score: dict(zip(names, first.clients[f"{name}/{score}"])) for score in scores}
+        else:
+            of = [run for run in having if f"{name}/{metric}" in run.clients]
+            columns = {r.name: dict(zip(r.clients[f"{name}/client"], r.clients[f"{name}/{metric}"])) for r in of}
+        scored = first.served(name, metric)
+        order = [*scored, *np.setdiff1d(np.arange(len(names)), scored)]  # at the end those without a score
+        rows = [
+            [str(names[c]), str(sizes[c]), *(_score(scores.get(names[c], np.nan)) for scores in columns.values())]
+            for c in order[:MOST_CLIENTS]
+        ]
+        more = f", the worst {MOST_CLIENTS} of {len(order)}" if len(order) > MOST_CLIENTS else ""
+        title = html.escape(f"Each client of {panels.SETS.get(name, name)} by {metric}{more}")
+        table = _table(["client", "examples", *columns], rows)
+        tables.append(f"<details open><summary>{title}</summary>{table}</details>")
+    return "".join(tables)
+
+
+def _score(value: float) -> str:
+    """A client's score; a dash if it has none."""
+    return "–" if np.isnan(value) else svg.number(value)
 
 
 def _cost(runs: Sequence[Run]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from experiments.config import privacy, rundir
 from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data.sources import archives
+from fedjax_clip.training.metric import Metric
 
 PRIMARY = ("accuracy", "auroc", "loss")
 
@@ -48,13 +49,46 @@ class Run(NamedTuple):
         points = np.array([(row["round"], row[key]) for row in self.rows if key in row], float).reshape(-1, 2)
         return points[:, 0], points[:, 1]
 
+    @property
+    def seams(self) -> list[tuple[float, str]]:
+        """``(round, note)`` where the run went on from another one's state, and with which clients."""
+        found = [row for row in self.rows if "went_on_from" in row]
+        who = ("clients_kept", "kept"), ("clients_new", "new"), ("clients_gone", "gone")
+        return [
+            (
+                row["went_on_from"],
+                f"Went on after round {row['went_on_from']:.0f}. Clients: "
+                + ", ".join(f"{row.get(key, 0):.0f} {word}" for key, word in who),
+            )
+            for row in found
+        ]
+
     def cumulative(self, *keys: str) -> np.ndarray:
         """``[R]`` these metrics, added up to and with each row."""
         return np.cumsum([sum(row.get(key, 0.0) for key in keys) for row in self.rows])
 
+    @property
+    def metric(self) -> tuple[str, str]:
+        """The held-out set and the score that ``--metric`` names, ``("examples", "auroc_worst")``; empty without."""
+        where, _, score = str(self.config.get("metric") or "").removeprefix("eval/").rpartition("/")
+        return where, score
+
     def primary(self, name: str) -> str:
-        """The metric by which clients of a set are compared: the first of accuracy, AUROC, loss that there is."""
-        return next((m for m in PRIMARY if f"{name}/{m}" in self.clients), "")
+        """The score by which clients of a set are compared: that of ``--metric``, or accuracy, AUROC or the loss."""
+        of_clients = [key.removeprefix(f"{name}/") for key in self.clients]
+        here = [score for score in (compared(self.metric[1], of_clients)[0], *PRIMARY) if score in of_clients]
+        known = [score for score in here if not np.isnan(self.clients[f"{name}/{score}"]).all()]
+        return (known or here or [""])[0]
+
+    def served(self, name: str, metric: str) -> np.ndarray:
+        """The clients of a set by number, worst served first, without those that have no such score.
+
+        Such is the AUROC of one class: it is NaN, and the client's loss is finite.
+        """
+        values = self.clients[f"{name}/{metric}"]
+        loss = self.clients.get(f"{name}/loss", np.full(len(values), np.nan))
+        order = worst_first(values, metric)
+        return order[~(np.isnan(values) & np.isfinite(loss))[order]]
 
 
 def load(directories: Sequence[pathlib.Path]) -> list[Run]:
@@ -84,10 +118,18 @@ def value(setting: Any) -> str:
     return "by default" if setting is None else str(setting) or "–"
 
 
+def compared(metric: str, known: Collection[str]) -> tuple[str, str]:
+    """``("auroc", "worst")`` of ``"auroc_worst"``, if the score itself is known; ``(metric, "")`` of others."""
+    for how in ("mean", "worst", "worst_tenth"):
+        score = metric.removesuffix(f"_{how}")
+        if score != metric and score in known:
+            return score, how
+    return metric, ""
+
+
 def worst_first(values: np.ndarray, metric: str) -> np.ndarray:
     """``[M]`` clients in order, worst served first; a client without a finite value is the worst."""
-    finite = np.where(np.isfinite(values), values if fc.extend.metrics.higher_is_better(metric) else -values, -np.inf)
-    return np.argsort(finite, kind="stable")
+    return np.argsort(-Metric(metric).cost(values), kind="stable")
 
 
 def worst_tenth(values: np.ndarray, metric: str) -> float:

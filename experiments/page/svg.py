@@ -51,6 +51,7 @@ def chart(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     shade: tuple[float, float] | None = None,
+    seams: Sequence[tuple[float, str]] = (),
 ) -> str:
     """A figure with title, legend and axes; nothing if no line has a point.
 
@@ -61,6 +62,7 @@ def chart(
       log: whether y has a logarithmic scale; points that are not positive are then left out.
       x_range, y_range: ends of the axes, if not those of the lines.
       shade: ``(from x, to x)``, a stretch to point out.
+      seams: ``(x, note)``, where a line across marks that a run went on; a pointer on it shows the note.
     """
     lines = [line for line in (_clean(line, log) for line in lines) if len(line.x)]
     if not lines:
@@ -81,14 +83,17 @@ def chart(
     if shade is not None:
         (start, end), _ = place(np.array(shade), np.array([1, 1]))
         parts.append(f'<rect class="shade" x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" height="{base - TOP}"/>')
+    for seam, note in seams:
+        across, _ = place(np.array(seam), np.array(1))
+        parts.append(f'<path class="seam" d="M{across:.1f} {TOP}V{base}"><title>{html.escape(note)}</title></path>')
     for tick in y_ticks:
         _, y = place(np.array(0), np.array(tick))
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
     for tick in _ticks(x_low, x_high):
-        x, _ = place(np.array(tick), np.array(1))
-        parts.append(f'<path class="axis" d="M{x:.1f} {base}v4"/>')
-        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{_tick(tick)}</text>')
+        at, _ = place(np.array(tick), np.array(1))
+        parts.append(f'<path class="axis" d="M{at:.1f} {base}v4"/>')
+        parts.append(f'<text x="{at:.1f}" y="{base + 16}" text-anchor="middle">{_tick(tick)}</text>')
     parts.append(f'<path class="axis" d="M{left} {base}H{WIDTH - RIGHT}"/>')
     parts.append(f'<text x="{(left + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{html.escape(x_label)}')
     parts.append(f'</text><text class="y" transform="translate(11 {(TOP + base) / 2}) rotate(-90)" ')

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedjax_clip.algorithms.carried import carrying, check_travels, exchanged
 from fedjax_clip.algorithms.exchange import Answer, ClientFn, exchange, population_share, traffic
 from fedjax_clip.algorithms.parts import Parts, check_client_tx, checked_link
-from fedjax_clip.core import checks, optimiser, tree
+from fedjax_clip.core import checks, optimiser, stateful, tree
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.loss import Gradient, batch_gradient
 from fedjax_clip.core.metrics import check_numbers, check_own_names
@@ -50,6 +51,8 @@ class Round:
       key: PRNG key of ``exchange``.
       ask_key: PRNG key of ``ask``; ``None`` in an algorithm that has not declared ``asks=True``.
       sent: holds an answer once there has been an ``exchange``.
+      state: of the model (``fc.local.with_state``), which clients are sent besides; no leaves without one.
+      moved: holds the state's mean change once there has been an ``exchange``.
 
     Example:
       >>> def round(now):  # FedAvg
@@ -65,8 +68,12 @@ class Round:
     key: Array
     ask_key: Array | None
     sent: list[Answer] = dataclasses.field(default_factory=list)
+    state: PyTree = ()
+    moved: list[PyTree] = dataclasses.field(default_factory=list)
 
-    def exchange(self, client_fn: ClientFn, shared: PyTree, *, after: Answer | None = None) -> Answer:
+    def exchange(
+        self, client_fn: ClientFn, shared: PyTree, *, after: Answer | None = None, reducer: Reducer | None = None
+    ) -> Answer:
         """Sends ``shared`` to all clients; their messages pass the uplink and become one.
 
         Args:
@@ -75,6 +82,8 @@ class Round:
           shared: pytree, what the server sends.
           after: answer of an ``ask`` of this round. Clients then find what they remembered of it in
             ``client.state.own``, and its bytes count with this exchange's.
+          reducer: of the whole message, made from ``now.parts.reducer``. By default each part of a message is reduced
+            by the algorithm's.
 
         Returns:
           An ``Answer``, whose ``update`` has the form of the message.
@@ -91,9 +100,16 @@ class Round:
         parts, cohort = self.parts, self.cohort
         if after is not None:
             cohort = dataclasses.replace(cohort, state=after.clients)
-        reducer = together(*[parts.reducer] * (1 + parts.beside)) if parts.beside else parts.reducer
+        if reducer is None:
+            reducer = together(*[parts.reducer] * (1 + parts.beside)) if parts.beside else parts.reducer
         work = _sending(client_fn, self.server.params, parts.beside)
-        answer = exchange(self._working(work), parts.uplink, reducer, shared, self.server.uplink, cohort, self.key)
+        if jax.tree.leaves(self.state):
+            work = self._working(carrying(work, parts.per_example_loss))
+            shared, link = (shared, self.state), self.server.uplink
+            answer, change = exchanged(work, parts, reducer, shared, link, cohort, self.key)
+            self.moved.append(change)
+        else:
+            answer = exchange(self._working(work), parts.uplink, reducer, shared, self.server.uplink, cohort, self.key)
         self.sent.append(answer)
         if after is None:
             return answer
@@ -118,6 +134,11 @@ class Round:
                 "This algorithm asks its clients before the exchange, and no uplink's noise covers that: declare it by "
                 "asks=True of fc.extend.algorithm, which then refuses noise."
             )
+        if self.cohort.side is not None:
+            raise InvalidInput(
+                "This algorithm asks its clients before the exchange, and a deployed round is one trip to the clients "
+                "and back: take fedavg, fedsgd or scaffold."
+            )
         state = self.cohort.state._replace(uplink=())  # the link's state is for the other message
         if remember is not None:
             clients = len(self.cohort.ids)
@@ -125,6 +146,9 @@ class Round:
                 own=jax.tree.map(lambda x: jnp.full((clients, *x.shape), jnp.nan, x.dtype), remember)
             )
         asked = dataclasses.replace(self.cohort, state=state)
+        if jax.tree.leaves(self.state):
+            client_fn = carrying(client_fn, self.parts.per_example_loss, sends=False)
+            shared = (shared, self.state)
         answer = exchange(self._working(client_fn), identity(), self.parts.reducer, shared, (), asked, self.ask_key)
         return answer._replace(clients=answer.clients._replace(uplink=self.cohort.state.uplink))
 
@@ -207,8 +231,11 @@ def algorithm(
     gradient: Gradient = batch_gradient,
     server_own: Callable[[Params], PyTree] | None = None,
     client_own: Callable[[Params], PyTree] | None = None,
+    mean_of: Callable[[PyTree], tuple[PyTree, Any]] | None = None,
     beside: Sequence[Uplink | None] = (),
     asks: bool = False,
+    personal: Callable[[Params, PyTree], Params] | None = None,
+    reuses: bool = False,
     start: Callable[[Round], tuple[Server, PyTree, Metrics]] | None = None,
     broadcasts: bool = True,
     name: str = "",
@@ -225,9 +252,16 @@ def algorithm(
       per_example_loss, client_tx, server_tx, uplink, reducer, gradient: as ``fc.fedavg``.
       server_own: ``params -> pytree``, the server's own state before round 1; nothing by default.
       client_own: ``params -> pytree``, each client's own state before round 1; nothing by default.
+      mean_of: ``own -> (values, known)``, of which values in a client's own state the server's own state is the mean
+        over all N clients, and whether the client has some: ``lambda own: (own, True)`` of SCAFFOLD. A run that goes on
+        with other clients needs it.
       beside: one link, or ``None``, for each part that clients send besides the update. Their message is then
         ``(update, part, ...)``, and each part takes the reducer's mean.
       asks: whether a round begins with ``now.ask``.
+      personal: ``(params, own) -> params``, a client's own model of the server's parameters and the client's own state;
+        ``None`` where all use the server's model.
+      reuses: whether what clients send depends on more gradients than one at each local step. ``private_gradient``,
+        whose accounting counts one, is then refused, as it is with ``asks`` and ``start``.
       start: as ``round``, run before round 1 with all clients; see ``Algorithm.start``.
       broadcasts: whether clients receive exactly ``server.params`` as their model.
       name: of the algorithm in checkpoints; by default that of the function in which ``round`` was defined.
@@ -252,6 +286,7 @@ def algorithm(
     checks.kind("per_example_loss", per_example_loss, Callable, "a function of (params, batch, key)")
     check_client_tx(client_tx)
     checks.kind("gradient", gradient, Callable, "such as fc.local.per_example_gradient(clip)")
+    stateful.check_gradient(gradient, per_example_loss)
     link = checked_link(uplink)
     if beside:
         link = on_parts(link, *(part for part in beside if part is not None))
@@ -269,16 +304,20 @@ def algorithm(
     covered = None not in beside and not asks and start is None
     name = name or maker(round)
     check_ends(link.promises, built.reducer, covered, name)
-    if getattr(gradient, "counts_alike", False) and (asks or start is not None):
+    if getattr(gradient, "counts_alike", False) and (asks or reuses or start is not None):
         raise InvalidInput(
             "This algorithm's clients take gradients besides those of their local steps, and private_gradient's "
             "accounting counts one use of a record for each pass of steps: take fedavg, fedsgd or scaffold."
         )
 
     def init(params):
-        return init_server(params, built, server_own)
+        state, trained = stateful.split(per_example_loss, params)
+        check_travels(state, built)
+        server = init_server(trained, built, server_own)
+        return server._replace(params=stateful.join(tree.as_arrays(state), server.params))
 
     def init_client(params):
+        _, params = stateful.split(per_example_loss, params)
         own = () if client_own is None else client_own(params)
         return ClientState(own, link.init_client(params))
 
@@ -287,22 +326,37 @@ def algorithm(
         ask_key = None if fold is None else jax.random.fold_in(key, fold)
         if asks and fold is None:
             ask_key, key = jax.random.split(key)
-        done = script(Round(server, cohort, built, key, ask_key))
+        state, params = stateful.split(per_example_loss, server.params)
+        now = Round(server._replace(params=params), cohort, built, key, ask_key, state=state)
+        done = script(now)
         if not isinstance(done, tuple) or len(done) != 3 or not isinstance(done[0], Server):
             raise InvalidInput("An algorithm's round must return (server, client_states, metrics), as now.step does.")
         after, clients, metrics = done
+        state = tree.apply_updates(state, *now.moved) if now.moved else state
+        after = after._replace(params=stateful.join(state, after.params))
         return after, clients if client_own is not None else clients._replace(own=()), metrics
+
+    def regroup(server, average):
+        if mean_of is not None:
+            server = server._replace(own=average(server.own, lambda clients: mean_of(clients.own)))
+        if link.regroup is None:
+            return server
+        return server._replace(
+            uplink=link.regroup(server.uplink, lambda part, of: average(part, lambda clients: of(clients.uplink)))
+        )
 
     return Algorithm(
         init,
         init_client,
         lambda server, cohort, key: run(round, server, cohort, key),
+        personal=None if personal is None else lambda params, state: personal(params, state.own),
         broadcasts=broadcasts,
         population=max(link.promises.population, built.reducer.population),
         start=None if start is None else lambda server, cohort, key: run(start, server, cohort, key, BEFORE_ROUND_1),
         loss=per_example_loss,
         name=name,
         parts=built,
+        regroup=None if mean_of is None and link.regroup is None else regroup,
     )
 
 
@@ -348,6 +402,11 @@ def step_server(server: Server, parts: Parts, update: PyTree, uplink_state: PyTr
 def zeros_like(params: Params) -> PyTree:
     """A variate before round 0."""
     return jax.tree.map(jnp.zeros_like, params)
+
+
+def own_key(key: Array) -> Array:
+    """The key of a client's second training in a round; no step has this number."""
+    return jax.random.fold_in(key, 2**31 - 2)
 
 
 def kind(algorithm: Algorithm) -> str:

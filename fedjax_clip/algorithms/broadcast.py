@@ -8,7 +8,7 @@ from fedjax_clip import compression
 from fedjax_clip.algorithms.base import kind
 from fedjax_clip.compression import Compressor
 from fedjax_clip.compression.base import check_memory
-from fedjax_clip.core import checks, keys, tree
+from fedjax_clip.core import checks, keys, stateful, tree
 from fedjax_clip.core.types import Algorithm, InvalidInput, Server
 
 
@@ -26,6 +26,7 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
     Args:
       algorithm: any that sends its clients ``server.params``.
       compressor: of ``fc.compression``, for the whole of the parameters as one vector.
+        A model's state (``fc.local.with_state``) is sent as it is.
       relative: whether the code is of the difference.
 
     Returns:
@@ -52,20 +53,26 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
             "partially_private(compressed_broadcast(algorithm, compressor), pattern); fedbuff sends past models."
         )
 
+    def split(params):  # a model's state is sent as it is: a variance with an error may be negative
+        return ((), params) if algorithm.loss is None else stateful.split(algorithm.loss, params)
+
     def init(params):
+        _, x = split(params)
         if relative:
-            check_memory("compressed_broadcast", compressor, params)
+            check_memory("compressed_broadcast", compressor, x)
         server = algorithm.init(params)
-        return server._replace(own=(tree.as_arrays(params) if relative else (), server.own))
+        return server._replace(own=(tree.as_arrays(x) if relative else (), server.own))
 
     def round(server: Server, cohort, key):
-        x, (last, own) = server.params, server.own
+        (state, x), (last, own) = split(server.params), server.own
         new = optax.tree.sub(x, last) if relative else x
         here = jax.random.fold_in(jax.random.fold_in(keys.threefry(key), server.round), 2**31 - 1)
         sent, code = compression.roundtrip(compressor, new, here)
         missing = optax.tree.sub(new, sent)
         w = optax.tree.sub(x, missing)  # = last + sent, but exactly x where the code lost nothing
-        after, client_states, metrics = algorithm.round(server._replace(params=w, own=own), cohort, key)
+        after, client_states, metrics = algorithm.round(
+            server._replace(params=stateful.join(state, w), own=own), cohort, key
+        )
         asked = metrics["asked"]
         rest = metrics["bytes_down"] - asked * float(tree.nbytes(x))
         down = {
@@ -73,7 +80,8 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
             "bytes_down_entropy": rest + asked * compression.entropy(code),
             "downlink/error": (tree.norm(missing) / jnp.maximum(tree.norm(x), 1e-30)) ** 2,
         }
-        params = optax.tree.add(after.params, missing)
+        state, x = split(after.params)
+        params = stateful.join(state, optax.tree.add(x, missing))
         return after._replace(params=params, own=(w if relative else (), after.own)), client_states, metrics | down
 
     def start(server: Server, cohort, key):
@@ -82,5 +90,16 @@ def compressed_broadcast(algorithm: Algorithm, compressor: Compressor, relative:
         after, client_states, metrics = algorithm.start(server._replace(own=own), cohort, key)
         return after._replace(own=(last, after.own)), client_states, metrics
 
-    name = f"compressed_broadcast({kind(algorithm)})"
-    return algorithm._replace(name=name, init=init, round=round, start=start if algorithm.start else None)
+    def regroup(server: Server, average):
+        last, own = server.own
+        assert algorithm.regroup is not None
+        after = algorithm.regroup(server._replace(own=own), average)
+        return after._replace(own=(last, after.own))
+
+    return algorithm._replace(
+        name=f"compressed_broadcast({kind(algorithm)})",
+        init=init,
+        round=round,
+        start=start if algorithm.start else None,
+        regroup=regroup if algorithm.regroup else None,
+    )

@@ -159,6 +159,7 @@ def episode_plus(
         gradient=gradient,
         server_own=zeros_like,
         client_own=lambda params: Stored(zeros_like(params), jnp.zeros((), bool)),
+        mean_of=lambda own: (own.gradient, own.known),
         beside=[None],
         start=start,
     )

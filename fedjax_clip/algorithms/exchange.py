@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_clip import clipping
+from fedjax_clip.algorithms.sides import AtClient, AtServer, Cut, Sent, Unheard
 from fedjax_clip.core import keys, metrics, tree
 from fedjax_clip.core.cohort import Client, Cohort
 from fedjax_clip.core.types import Array, ClientState, InvalidInput, Metrics, PyTree
@@ -21,6 +22,13 @@ ClientFn = Callable[[PyTree, Client, Array], tuple[Any, ...]]
 
 NO_POPULATION = "The cohort does not say how many clients there are in all: make it by fc.extend.plan."
 NAMED = 8  # how many clients with updates that are not finite are named
+
+
+class Carried(NamedTuple):
+    """A client's message, with the change of its model's state beside it (``algorithms/carried.py``)."""
+
+    message: PyTree
+    change: PyTree
 
 
 class Answer(NamedTuple):
@@ -101,13 +109,27 @@ def exchange(
             f"non_finite={cohort.non_finite!r} shows that a client's update is not finite, which the uplink's noise or "
             "the secure sum hides: leave it at 'drop', and such clients send zeros."
         )
+    side = cohort.side
+    if isinstance(side, AtServer) and side.sent is None:
+        raise Cut(shared)
+    if isinstance(side, AtClient):
+        shared, reducer = side.shared, side.alone(reducer)
+    if isinstance(side, Unheard):
+        reducer = side.deaf(reducer)
+    if isinstance(side, AtServer):
+        reducer = side.unmasked(reducer)
     places = len(cohort.ids)
-    cohort = _roomy(cohort) if reducer.exact else cohort
+    cohort = _roomy(cohort) if reducer.exact or isinstance(side, AtClient) else cohort
     key = keys.threefry(key)
     work_key, link_key, decode_key = jax.random.split(key, 3)
     own_links = link_key
     if cohort.secret is not None:  # secret noise; randomness that all share stays on the public key
         work_key, own_links, decode_key = jax.random.split(keys.folded(keys.chacha(cohort.secret), key), 3)
+
+    def context(id, weight, staleness):
+        own_key = jax.random.fold_in(own_links, jnp.maximum(id, 0))
+        known = {"staleness": staleness, "threshold": reducer.threshold}
+        return Context(own_key, link_key, id, weight, reducer.denominator, **known)
 
     def one_client(most, id, weight, first, num_steps, state, staleness):
         present = id >= 0
@@ -115,14 +137,13 @@ def exchange(
         staleness = jnp.zeros((), jnp.int32) if staleness is None else staleness
         client = Client(id, weight, first, num_steps, state, staleness, cohort, most=most)
         update, own, report, *private = _worked(client_fn, shared, client, jax.random.fold_in(work_key, number))
+        # Of what the algorithm sends: the model's state has other units.
+        own_norm = tree.norm(update.message) if isinstance(update, Carried) else None
         norm = tree.norm(update)  # detects every NaN and infinity, in the pass that the histogram needs anyway
         if hidden:  # nobody may see that the update is not finite
             update = optax.tree.where(jnp.isfinite(norm), update, optax.tree.zeros_like(update))
-        own_key = jax.random.fold_in(own_links, number)
-        ctx = Context(
-            own_key, link_key, id, weight, reducer.denominator, staleness=staleness, threshold=reducer.threshold
-        )
-        (message, nbytes, entropy_bytes, late), link, link_report = encoded(
+        ctx = context(id, weight, staleness)
+        (message, nbytes, entropy_bytes, late, packed), link, link_report = encoded(
             uplink, update, uplink_state, state.uplink, ctx
         )
         in_time = present if late is None else present & ~late
@@ -131,8 +152,11 @@ def exchange(
         lasting = tree.stays_finite(kept, clipping.bare_state(state))
         finite = jnp.isfinite(norm) & jnp.isfinite(tree.norm(message)) & lasting
         sound = in_time if cohort.non_finite == "keep" else in_time & finite
+        if isinstance(side, AtClient):  # what travels, in place of what the server makes of it
+            side.learns(None if packed is None else packed.opened)
+            message = message if packed is None else packed.sent
         arrived = in_time if hidden else sound
-        seen = {"client": report, "norms": metrics.Histogram.of(norm)}
+        seen = {"client": report, "norms": metrics.Histogram.of(norm if own_norm is None else own_norm)}
         came = {"uplink": link_report, "clients": jnp.ones((), jnp.float32), "weight": weight}
         return (
             optax.tree.where(arrived, message, optax.tree.zeros_like(message)),
@@ -146,7 +170,28 @@ def exchange(
             | {"sent": jax.tree.map(lambda x: jnp.where(present, x, 0), (nbytes, entropy_bytes))},  # dropped or not
         )
 
+    def received(index, states):
+        """What a client on the other side of the wire has sent, in place of its work."""
+        sent = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), side.sent)
+        message = sent.message
+        if side.opened is not None:
+            message = side.opened(message, context(cohort.ids[index], sent.weight, jnp.zeros((), jnp.int32)))
+        arrived = sent.weight > 0
+        sound = arrived & jnp.isfinite(tree.norm(message)) & jnp.isfinite(sent.weight)  # a client may send anything
+        message = optax.tree.where(sound, message, optax.tree.zeros_like(message))
+        nothing = optax.tree.zeros_like(sent.report) | {
+            "asked": sent.report["asked"],
+            "sent": sent.report["sent"],
+            "dropped": jnp.ones((), jnp.float32),
+        }
+        report = optax.tree.where(arrived & ~sound, nothing, sent.report)
+        weight = jnp.where(sound, sent.weight, 0)
+        message, weight, report = jax.tree.map(lambda x: x[None], (message, weight, report))
+        return message, weight, states, jnp.full(1, -1, jnp.int32), adder.chunk(report)
+
     def chunk(most, index, states):
+        if isinstance(side, AtServer):
+            return received(index, states)
         clients = dataclasses.replace(cohort, state=states).clients(index * cohort.width)
         if cohort.width == 1:  # not a vmap of one: convolutions would become grouped ones
             out = one_client(most, *jax.tree.map(lambda x: x[0], clients))
@@ -179,9 +224,15 @@ def exchange(
         carry = cohort.loop(functools.partial(body, chunk, done), carry, count, turns)
         done += turns
     acc, client_states, bad, report = carry
+    if isinstance(side, Unheard):
+        kept = client_states._replace(uplink=cohort.state.uplink)
+        raise Cut(jax.tree.map(lambda x: x[:places], kept))
 
     aggregate = reducer.finish(acc, cohort.axis_name)
     report = adder.finish(report, cohort.axis_name)
+    if isinstance(side, AtClient):
+        message, weight = aggregate
+        raise Cut((Sent(message, weight, report), jax.tree.map(lambda x: x[0], client_states)))
     fewest = reducer.fewest if reducer.threshold is None else reducer.threshold
     too_few = report["clients"] < fewest  # the aggregate is zero, so no state changes
     if fewest > 1:
@@ -195,28 +246,23 @@ def exchange(
     )
     update, uplink_state, link_metrics = decoded(uplink, aggregate, uplink_state, metrics.finish(report["uplink"]), ctx)
     asked, (nbytes, entropy_bytes) = report["asked"], report["sent"]
-    return Answer(
-        update,
-        uplink_state,
-        client_states,
-        metrics.without_nan(
-            {
-                **metrics.finish(report["client"]),
-                **metrics.prefixed("uplink", link_metrics),
-                **{f"client_norm/p{q}": report["norms"].quantile(q / 100) for q in (10, 50, 90)},
-                "asked": asked,
-                "clients": report["clients"],
-                "weight": report["weight"],
-                "dropped": report["dropped"],
-                **({"too_few": too_few.astype(jnp.float32)} if fewest > 1 else {}),
-                **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
-                "bytes_down": asked * float(tree.nbytes(shared)),
-                "bytes_up": asked * float(tree.nbytes(message)) if nbytes is None else nbytes,
-                **({} if entropy_bytes is None else {"bytes_up_entropy": entropy_bytes}),
-                "update_norm": tree.norm(update),
-            }
-        ),
-    )
+    own = {
+        **metrics.prefixed("uplink", link_metrics),
+        **{f"client_norm/p{q}": report["norms"].quantile(q / 100) for q in (10, 50, 90)},
+        "asked": asked,
+        "clients": report["clients"],
+        "weight": report["weight"],
+        "dropped": report["dropped"],
+        **({"too_few": too_few.astype(jnp.float32)} if fewest > 1 else {}),
+        **({"dropped_ids": _everywhere(bad, cohort.axis_name)} if cohort.non_finite == "stop" else {}),
+        "bytes_down": asked * float(tree.nbytes(shared)),
+        "bytes_up": asked * float(tree.nbytes(message)) if nbytes is None else nbytes,
+        **({} if entropy_bytes is None else {"bytes_up_entropy": entropy_bytes}),
+        "update_norm": tree.norm(update),
+    }
+    of_clients = metrics.finish(report["client"])
+    metrics.check_reported(of_clients, own)
+    return Answer(update, uplink_state, client_states, metrics.without_nan(of_clients | own))
 
 
 def _roomy(cohort: Cohort) -> Cohort:
@@ -234,7 +280,7 @@ def _roomy(cohort: Cohort) -> Cohort:
     if len(cohort.ids) == cohort.width:
         fields = more(cohort.width, "weight", "first", "num_steps", "state", "staleness")
         cohort = dataclasses.replace(cohort, ids=padded(cohort.ids, cohort.width, -1), **fields)
-    if len(cohort.example_weight) == 1:
+    if cohort.example_weight.shape[0] == 1:  # no len, which a dimension that an export leaves open has not
         cohort = dataclasses.replace(cohort, **more(1, "batches", "example_weight"))
     return cohort
 

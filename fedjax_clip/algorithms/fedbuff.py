@@ -104,7 +104,7 @@ def _discounted(link: Uplink, exponent: float | Array, max_staleness: int) -> Up
         message, client_state, report = encoded(link, update, state, client_state, ctx)
         weight = (1.0 + jnp.float32(ctx.staleness)) ** -exponent
         value = jax.tree.map(lambda m: _shortened(weight, m), message.value)
-        return message._replace(value=value, late=ctx.staleness > max_staleness), client_state, report
+        return message._replace(value=value, packed=None, late=ctx.staleness > max_staleness), client_state, report
 
     return link._replace(encode=encode)
 

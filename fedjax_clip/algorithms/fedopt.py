@@ -5,14 +5,15 @@ round 1, ``m = 0`` and ``v = tau^2``. They differ in v.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fedjax_clip.core import checks
-from fedjax_clip.core.types import Array, PyTree
+from fedjax_clip.algorithms.averaging import AverageState, average_of, merged
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.types import Array, InvalidInput, PyTree
 
 
 class FedOptState(NamedTuple):
@@ -142,3 +143,66 @@ def _fedopt(
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + tau), m, v), FedOptState(m, v)
 
     return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
+
+
+def average(decay: float | Array) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the server's parameters; the last link of the server's optimiser.
+
+    After round t it is ``sum_k decay^(t-k) x_k / sum_k decay^(t-k)`` over the parameters x_1 ... x_t, so it has no bias
+    towards the initial ones. It changes no update. It is a part of the server's state, so checkpoints hold it, and a
+    resumed run keeps its bits. ``fc.train`` evaluates it beside the model: ``eval/examples_average/accuracy``.
+    ``fc.fedopt.averaged(server)`` gives the parameters.
+
+    Args:
+      decay: in [0, 1); an average over about ``1 / (1 - decay)`` rounds.
+
+    Returns:
+      An optax transform, for the end of ``server_tx``.
+
+    Raises:
+      InvalidInput: a decay outside [0, 1).
+
+    Example:
+      >>> server_tx = optax.chain(fc.fedopt.fedadam(0.01), fc.fedopt.average(0.99))
+      >>> result = fc.train(fc.fedavg(per_example_loss, optax.sgd(0.1), server_tx), data, params, rounds=3)
+      >>> smooth = fc.fedopt.averaged(result.state.server)
+
+    Source: Polyak and Juditsky (1992), "Acceleration of Stochastic Approximation by Averaging"; Kingma and Ba (2015),
+    "Adam", section 7.2, for the weights.
+    """
+    checks.fraction("average's decay", decay, zero=True)
+
+    def init(params):
+        return AverageState(params, jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        rounds = state.rounds + 1
+        share = (1 - decay) / (1 - jnp.float32(decay) ** rounds.astype(jnp.float32))
+        after = tree.apply_updates(params, updates)
+        kept = jax.tree.map(lambda a, x: tree.scaled(1 - share, a) + tree.scaled(share, x), state.params, after)
+        return updates, AverageState(kept, rounds)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged(server: Any) -> PyTree:
+    """The average of the server's parameters that ``average`` keeps.
+
+    Args:
+      server: the server's state, ``result.state.server``.
+
+    Returns:
+      A pytree like ``server.params``. Parameters that do not train at the server are as they are.
+
+    Raises:
+      InvalidInput: a server whose optimiser keeps no average.
+
+    Example:
+      >>> server_tx = optax.chain(optax.sgd(1.0), fc.fedopt.average(0.9))
+      >>> result = fc.train(fc.fedavg(per_example_loss, optax.sgd(0.1), server_tx), data, params, rounds=1)
+      >>> bool(jnp.allclose(fc.fedopt.averaged(result.state.server)["w"], result.params["w"]))
+      True
+    """
+    if (found := average_of(server)) is None:
+        raise InvalidInput("The server keeps no average: end server_tx with fc.fedopt.average(0.99).")
+    return merged(server.params, found)

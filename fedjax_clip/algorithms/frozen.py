@@ -3,8 +3,8 @@
 import dataclasses
 
 from fedjax_clip.algorithms.base import kind
-from fedjax_clip.algorithms.wrapping import around, check_made, check_pattern, split_by
-from fedjax_clip.core import tree
+from fedjax_clip.algorithms.wrapping import around, check_made, split_by
+from fedjax_clip.core import checks, stateful, tree
 from fedjax_clip.core.types import Algorithm
 
 
@@ -33,7 +33,7 @@ def partially_frozen(algorithm: Algorithm, frozen: str) -> Algorithm:
     Source: Hu et al. (2022), "LoRA", section 4, for adapters.
     """
     check_made("partially_frozen", algorithm)
-    check_pattern("frozen", frozen)
+    checks.pattern("frozen", frozen)
 
     def split(params):
         return split_by("frozen", frozen, params)
@@ -51,7 +51,7 @@ def partially_frozen(algorithm: Algorithm, frozen: str) -> Algorithm:
             def on_u(client_fn):
                 def work(shared, client, key):
                     whole = client.per_example_loss
-                    loss = lambda u, batch, key: whole(tree.join(f, u), batch, key)  # noqa: E731
+                    loss = stateful.rebased(whole, lambda u: tree.join(f, u))
                     return client_fn(shared, dataclasses.replace(client, per_example_loss=loss), key)
 
                 return work

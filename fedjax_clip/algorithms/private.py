@@ -1,11 +1,12 @@
 """Partial personalisation: a part of the model that never leaves its client."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from fedjax_clip.algorithms.base import kind
-from fedjax_clip.algorithms.wrapping import around, check_made, check_pattern, split_by
-from fedjax_clip.core import tree
+from fedjax_clip.algorithms.wrapping import around, check_made, split_by
+from fedjax_clip.core import checks, tree
 from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PyTree
 from fedjax_clip.local.worker import Worker
 
@@ -37,13 +38,28 @@ def partially_private(algorithm: Algorithm, private: str) -> Algorithm:
     Source: Pillutla et al. (2022), "Federated Learning with Partial Model Personalization", FedSim; Arivazhagan et al.
     (2019), "Federated Learning with Personalization Layers".
     """
-    check_made("partially_private", algorithm)
-    check_pattern("private", private)
+    return owned(algorithm, "partially_private", "private", private, Owner)
+
+
+def owned(algorithm: Algorithm, wrapper: str, argument: str, pattern: str, owner: Callable[..., "Owner"]) -> Algorithm:
+    """The algorithm for u, whose clients are ``owner(**client, pattern=, kept=)`` and keep what the pattern names.
+
+    Args:
+      algorithm: of the whole model's loss.
+      wrapper, argument: names of the function and of its pattern, for errors.
+      pattern: regular expression of the private leaves.
+      owner: how a client trains both parts.
+    """
+    check_made(wrapper, algorithm)
+    checks.pattern(argument, pattern)
     if algorithm.personal is not None:
-        raise InvalidInput("The algorithm is partially private already: join the two patterns by '|' and wrap it once.")
+        raise InvalidInput(
+            f"{wrapper}: the algorithm's clients have models of their own already. Of a partially private one, join "
+            "the two patterns by '|' and wrap it once; of any other, leave the wrapper out."
+        )
 
     def split(params):
-        return split_by("private", private, params)
+        return split_by(argument, pattern, params)
 
     def init(params):
         return algorithm.init(split(params)[1])._replace(params=tree.as_arrays(params))
@@ -55,8 +71,8 @@ def partially_private(algorithm: Algorithm, private: str) -> Algorithm:
     def with_private(client_fn):
         def work(shared, client, key):
             plain = {field.name: getattr(client, field.name) for field in dataclasses.fields(client)}
-            owner = _Owner(**plain, pattern=private, kept=[client.state.private])
-            return *client_fn(shared, owner, key), owner.kept[0]
+            own = owner(**plain, pattern=pattern, kept=[client.state.private])
+            return *client_fn(shared, own, key), own.kept[0]
 
         return work
 
@@ -78,12 +94,12 @@ def partially_private(algorithm: Algorithm, private: str) -> Algorithm:
         start=inside(algorithm.start) if algorithm.start else None,
         personal=personal,
         broadcasts=False,
-        name=f"partially_private({kind(algorithm)})",
+        name=f"{wrapper}({kind(algorithm)})",
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Owner(Worker):
+class Owner(Worker):
     """A client that trains its own v together with the shared parameters, under any algorithm.
 
     A client function sees only u and does not return v. So a method leaves its new v in ``kept``, a list of one, while
@@ -119,6 +135,9 @@ class _Owner(Worker):
     def full_gradient(self, params: Params, key: Any) -> Any:
         g, report = super().full_gradient(tree.join(self.kept[0], params), key)
         return self._split(g)[1], report
+
+    def mean_loss(self, params: Params, key: Any) -> Any:
+        return super().mean_loss(tree.join(self.kept[0], params), key)
 
     def full_step(self, params: Params, key: Any) -> Any:
         update, report = super().full_step(tree.join(self.kept[0], params), key)

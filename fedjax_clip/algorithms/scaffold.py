@@ -82,5 +82,6 @@ def scaffold(
         gradient=gradient,
         server_own=zeros_like,
         client_own=zeros_like,
+        mean_of=lambda own: (own, True),
         beside=[variate_uplink],
     )

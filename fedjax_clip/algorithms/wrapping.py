@@ -1,7 +1,6 @@
 """Shared code of the wrappers, which make an algorithm of an algorithm."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,18 +28,6 @@ def check_made(wrapper: str, algorithm: Any) -> None:
             f"{wrapper} changes what clients train, and this algorithm's round is closed: make the algorithm by "
             "fc.extend.algorithm."
         )
-
-
-def check_pattern(name: str, pattern: Any) -> None:
-    """Refuses a pattern that is not a regular expression.
-
-    Raises:
-      InvalidInput: names the argument.
-    """
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise InvalidInput(f"{name}: {pattern!r} is not a regular expression: {error}.") from error
 
 
 def split_by(name: str, pattern: str, params: Params) -> tuple[PyTree, PyTree]:

@@ -1,6 +1,6 @@
 """Compressors, with the bytes of a real encoder; ``fc.uplink.compress`` turns them into links."""
 
-from fedjax_clip.compression.base import Code, Compressor, entropy, from_bytes, nbytes, roundtrip, to_bytes
+from fedjax_clip.compression.base import Code, Compressor, entropy, from_bytes, nbytes, opened, roundtrip, to_bytes
 from fedjax_clip.compression.coding import Coding
 from fedjax_clip.compression.pruning import prune
 from fedjax_clip.compression.quantise import floats, kmeans, qsgd, sign, terngrad, uniform
@@ -18,6 +18,7 @@ __all__ = [
     "hadamard",
     "kmeans",
     "nbytes",
+    "opened",
     "prune",
     "qsgd",
     "random_k",

@@ -267,8 +267,34 @@ def roundtrip(compressor: Compressor, tree: PyTree, key: Array, by_leaf: bool = 
         leaves, structure = jax.tree.flatten(tree)
         pairs = [roundtrip(compressor, x, jax.random.fold_in(key, i)) for i, x in enumerate(leaves)]
         return jax.tree.unflatten(structure, [x for x, _ in pairs]), [code for _, code in pairs]
-    x, restore = ravel(tree)
-    # Without barriers XLA would encode again for decoding, and decode again for each reader of the result.
+    x, _ = ravel(tree)
+    # Without a barrier XLA would encode again for decoding.
     code = jax.lax.optimization_barrier(compressor.encode(x.astype(jnp.float32), key))
-    arrived = jax.lax.optimization_barrier(compressor.decode(code, len(x), key))
-    return optax.tree.cast_like(restore(arrived), tree), code
+    return opened(compressor, code, tree, key), code
+
+
+def opened(compressor: Compressor, codes: PyTree, like: PyTree, key: Array, by_leaf: bool = False) -> PyTree:
+    """The pytree of which ``roundtrip`` made these codes, as far as they tell.
+
+    Args:
+      compressor, key, by_leaf: those of ``roundtrip``.
+      codes: what travelled.
+      like: pytree of arrays, or of their shapes and types, like the result.
+
+    Example:
+      >>> tree = {"w": jnp.array([1.0, -3.0])}
+      >>> arrived, code = fc.compression.roundtrip(fc.compression.sign(), tree, key)
+      >>> fc.compression.opened(fc.compression.sign(), code, tree, key)["w"].tolist()
+      [2.0, -2.0]
+    """
+    leaves, structure = jax.tree.flatten(like)
+    if by_leaf:
+        each = enumerate(zip(codes, leaves, strict=True))
+        return jax.tree.unflatten(
+            structure, [opened(compressor, code, x, jax.random.fold_in(key, i)) for i, (code, x) in each]
+        )
+    starts = np.cumsum([0, *(x.size for x in leaves)]).tolist()
+    # Without a barrier XLA would decode again for each reader of the result.
+    vector = jax.lax.optimization_barrier(compressor.decode(codes, starts[-1], key))
+    parts = [vector[start : start + x.size].reshape(x.shape) for x, start in zip(leaves, starts)]
+    return optax.tree.cast_like(jax.tree.unflatten(structure, parts), like)

@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
 from fedjax_clip.compression.base import Code, Compressor
 from fedjax_clip.compression.coding import find
@@ -166,9 +165,15 @@ def _signed(r: Array, key: Array) -> Array:
 
 def _transformed(r: Array) -> Array:
     """Hadamard's matrix on each block of ``[p, m, q]``: ``H_p X H_q``, orthogonal and its own inverse."""
-    left, right = (scipy.linalg.hadamard(r.shape[axis]) / math.sqrt(r.shape[axis]) for axis in (0, 2))
+    left, right = (_matrix(r.shape[axis]) for axis in (0, 2))
     exact = jax.lax.Precision.HIGHEST
-    return jnp.einsum("ab,bmc,cd->amd", np.float32(left), r, np.float32(right), precision=exact)
+    return jnp.einsum("ab,bmc,cd->amd", left, r, right, precision=exact)
+
+
+def _matrix(n: int) -> np.ndarray:
+    """Hadamard's matrix of order ``n``, orthogonal: its signs are the parities of ``row & column``."""
+    index = np.arange(n)
+    return ((1 - 2.0 * (np.bitwise_count(index[:, None] & index) % 2)) / math.sqrt(n)).astype(np.float32)
 
 
 def _forward(x: Array, key: Array) -> Array:

@@ -8,6 +8,7 @@ import collections
 import inspect
 import math
 import operator
+import re
 import reprlib
 from collections.abc import Callable
 from typing import Any
@@ -136,3 +137,15 @@ def _real(name: str, value: Any, wanted: str, holds: Callable[[float], bool]) ->
         number = math.nan
     if not holds(number):
         raise InvalidInput(f"{name} must be {wanted}, not {shown(value)}.")
+
+
+def pattern(name: str, value: Any) -> None:
+    """Refuses a pattern that is not a regular expression.
+
+    Raises:
+      InvalidInput: names the argument.
+    """
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise InvalidInput(f"{name}: {value!r} is not a regular expression: {error}.") from error

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from fedjax_clip.core.types import Array, Batch, ClientState, PyTree
         "total_weight",
         "secret",
     ],
-    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around", "in_step", "loops"],
+    meta_fields=["axis_name", "width", "most_steps", "non_finite", "around", "side", "in_step", "loops"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cohort:
@@ -60,6 +61,8 @@ class Cohort:
         ``fc.train``.
       around: ``client_fn -> client_fn``, a wrapper around each client's work, which ``fc.partially_frozen`` and
         ``fc.partially_private`` set inside a round; ``None`` without wrappers.
+      side: the side of the wire on which the round runs, if it is cut there (``algorithms/sides.py``); ``None`` if
+        server and clients are one program.
       in_step: whether all devices of the mapped axis take equally many turns of each loop. A model that is split over
         devices needs it, because they exchange parts of it in each turn.
       loops: how the loops of a round are compiled, which does not change its results.
@@ -87,6 +90,7 @@ class Cohort:
     most_steps: int | None = None
     non_finite: str = "drop"
     around: Callable[[Callable], Callable] | None = None
+    side: Any = None
     in_step: bool = False
     loops: Loops = Loops()  # noqa: RUF009 (it is immutable)
 
@@ -141,6 +145,10 @@ class Cohort:
         """The turns of a loop with ``count`` turns here: the most of all devices, if they go in step."""
         return jax.lax.pmax(count, self.axis_name) if self.in_step else count
 
+    def gathered(self, x: Array) -> Array:
+        """``[C, ...]`` of this device's clients as ``[D C, ...]`` of all devices'."""
+        return x if self.axis_name is None else jax.lax.all_gather(x, self.axis_name, tiled=True)
+
     def clients(self, start: Array) -> tuple[Array, ...]:
         """``(id, weight, first, num_steps, state, staleness)`` of the ``width`` clients from slot ``start``."""
         fields = (self.ids, self.weight, self.first, self.num_steps, self.state, self.staleness)
@@ -179,6 +187,7 @@ class Client:
       state: its ``ClientState`` between rounds.
       cohort: the cohort that holds its batches.
       most: the number of turns of its loop, at least ``num_steps``, if that is known when the round is compiled.
+      cycle: int32 scalar, after how many steps its batches begin again; ``None`` if they do not.
 
     Example:
       >>> def client_fn(params, client, key):  # sends the sum of its examples' weights
@@ -194,10 +203,11 @@ class Client:
     staleness: Array
     cohort: Cohort
     most: int | None = dataclasses.field(default=None, kw_only=True)
+    cycle: Array | None = dataclasses.field(default=None, kw_only=True)
 
     def batch(self, step: Array) -> tuple[Batch, Array]:
         """The batch ``[B, ...]`` of a local step and its example weights ``[B]`` (0 where padded)."""
-        return self.cohort.read(self.first + step)
+        return self.cohort.read(self.first + (step if self.cycle is None else step % jnp.maximum(self.cycle, 1)))
 
     def only(self, steps: int) -> "Client":
         """This client with its first ``steps`` batches."""
@@ -209,6 +219,11 @@ class Client:
         skipped = jnp.minimum(self.num_steps, steps)
         most = None if self.most is None else max(self.most - steps, 0)
         return dataclasses.replace(self, first=self.first + skipped, num_steps=self.num_steps - skipped, most=most)
+
+    def repeated(self, passes: int) -> Self:
+        """This client with its batches ``passes`` times over, in the same order."""
+        most = None if self.most is None else self.most * passes
+        return dataclasses.replace(self, num_steps=self.num_steps * passes, most=most, cycle=self.num_steps)
 
     def loop(self, body: Callable[[Array, PyTree], PyTree], carry: PyTree) -> PyTree:
         """``carry = body(i, carry)`` for each local step i."""

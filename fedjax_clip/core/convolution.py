@@ -69,7 +69,8 @@ def conv_general_dilated(
       dimension_numbers, feature_group_count, batch_group_count: as ``jax.lax.conv_general_dilated`` takes them.
       precision, preferred_element_type: as ``jax.lax.conv_general_dilated`` takes them.
       lowering: ``"auto"``: the fast form on a CPU, XLA's convolution elsewhere; ``"canonical"`` or ``"xla"``: one of
-        them on every platform, to compare; ``"unrolled"``: as ``"canonical"``, without its loop under ``vmap``.
+        them on every platform, to compare; ``"unrolled"``: XLA's convolution and gradients, one by one under ``vmap``
+        without a loop.
 
     Returns:
       ``[B, *spatial_out, O]``.
@@ -243,13 +244,31 @@ def _sequential(spec: _Spec) -> Callable[[Array, Array], Array]:
     return conv
 
 
+def _one_by_one(function: Callable[..., Any], gradient_of: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, unrolled under ``vmap``; its gradients are those of another that computes the same."""
+
+    @jax.custom_batching.custom_vmap
+    def each(*args):
+        return function(*args)
+
+    @each.def_vmap
+    def batched(axis_size, in_batched, *args):
+        outs = [each(*(x[i] if on else x for x, on in zip(args, in_batched))) for i in range(axis_size)]
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *outs), jax.tree.map(lambda _: True, outs[0])
+
+    differentiable = jax.custom_vjp(each)
+    differentiable.defvjp(lambda *args: (each(*args), args), lambda args, dy: jax.vjp(gradient_of, *args)[1](dy))
+    return differentiable
+
+
 @functools.cache
 def _conv(spec: _Spec) -> Callable[[Array, Array], Array]:
     def forward(lhs, rhs):
         return _choose(spec, _sequential(spec), functools.partial(_plain, spec), lhs, rhs)
 
     def backward(lhs, rhs, dy):
-        return _choose(spec, canonical_backward, xla_backward, lhs, rhs, dy)
+        fast = _one_by_one(xla_backward, canonical_backward) if spec.lowering == "unrolled" else canonical_backward
+        return _choose(spec, fast, xla_backward, lhs, rhs, dy)
 
     def canonical_backward(lhs, rhs, dy):
         window = _dilated(rhs.shape[:-2], spec.rhs_dilation)

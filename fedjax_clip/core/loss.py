@@ -11,6 +11,7 @@ from fedjax_clip.core import checks, tree
 from fedjax_clip.core.metrics import Mean, check_names
 from fedjax_clip.core.types import Array, Batch, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
 
+MARGINS = "margins"  # the name under which a loss finds its client's margins in a batch
 Gradient = Callable[[PerExampleLoss, Params, Batch, Array, Array], tuple[PyTree, Metrics]]
 
 
@@ -83,11 +84,6 @@ def examples_meet(per_example_loss: PerExampleLoss, params: Params, batch: Batch
     size = len(jax.tree.leaves(batch)[0])
     half = size // 2
 
-    def awake(x: Any) -> Any:
-        x = np.asarray(x)
-        zeros = jnp.issubdtype(x.dtype, jnp.floating) and not x.any()
-        return np.cos(np.arange(x.size)).reshape(x.shape).astype(x.dtype) if zeros else x
-
     @jax.jit
     def losses(params, batch):
         return example_values(per_example_loss, params, batch, jax.random.key(0), size)["loss"][:half]
@@ -97,6 +93,13 @@ def examples_meet(per_example_loss: PerExampleLoss, params: Params, batch: Batch
     index = np.where(np.arange(size) < half, np.arange(size), 0)
     whole, padded = (np.asarray(losses(params, b)) for b in (batch, jax.tree.map(lambda x: x[index], batch)))
     return not np.allclose(whole, padded, rtol=1e-3, atol=0, equal_nan=True)
+
+
+def awake(x: Any) -> np.ndarray:
+    """A parameter, or other values where it is zero everywhere, since zeros hide what depends on it."""
+    x = np.asarray(x)
+    zeros = jnp.issubdtype(x.dtype, jnp.floating) and not x.any()
+    return np.cos(np.arange(x.size)).reshape(x.shape).astype(x.dtype) if zeros else x
 
 
 def mixed_precision(per_example_loss: PerExampleLoss, dtype: Any = jnp.bfloat16) -> PerExampleLoss:
@@ -122,6 +125,21 @@ def mixed_precision(per_example_loss: PerExampleLoss, dtype: Any = jnp.bfloat16)
         return cast(per_example_loss(cast(params, dtype), cast(batch, dtype), key), jnp.float32)
 
     return loss
+
+
+def calibrated(logits: Array, batch: Batch) -> Array:
+    """The logits less the client's margins, under ``fc.drift.fedlc``; the logits themselves anywhere else.
+
+    Args:
+      logits: ``[B, classes]``.
+      batch: of the loss; its ``"margins"`` are ``[B, classes]``, if there are any.
+
+    Example:
+      >>> fc.drift.calibrated(jnp.array([[2.0, 1.0]]), {"margins": jnp.array([[0.5, jnp.inf]])})
+      Array([[ 1.5, -inf]], dtype=float32)
+    """
+    margins = batch.get(MARGINS) if isinstance(batch, dict) else None
+    return logits if margins is None else logits - margins.astype(logits.dtype)
 
 
 def batch_gradient(
@@ -161,8 +179,13 @@ def gradient_and_terms(
 
 
 def check_parameters(params: Params) -> None:
-    """Refuses parameters that have no gradient."""
+    """Refuses parameters that have no gradient, and statistics, which no gradient trains."""
     for name, x in tree.named_leaves(params):
+        if name.startswith("batch_stats/"):
+            raise InvalidInput(
+                f"{name!r} is a statistic of the model, which no gradient trains: give the loss its state "
+                "(fc.local.with_state), or freeze the statistics (fc.partially_frozen)."
+            )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise InvalidInput(
                 f"Parameter {name!r} holds {x.dtype} and has no gradient: make it a floating-point array, or freeze it "

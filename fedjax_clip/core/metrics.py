@@ -13,12 +13,14 @@ from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
 # Names, and prefixes of names, that the library itself uses in a row of a run's history.
 _TAKEN = (
     *("bytes_down", "bytes_down_entropy", "bytes_up", "bytes_up_entropy", "clients", "clipped_clients"),
-    *("asked", "clipped_round", "clipped_steps", "dropped", "dropped_ids", "examples", "late", "loss", "lost"),
-    *("mean_gradient_norm", "round", "seconds", "simulated_seconds", "staleness", "steps", "too_few", "update_norm"),
+    *("asked", "candidates", "clipped_round", "clipped_steps", "coin", "direction_norm", "dropped", "dropped_ids"),
+    *("examples", "largest_weight", "late", "loss", "lost", "mean_gradient_norm", "personal_loss", "round", "seconds"),
+    *("simulated_seconds", "staleness", "steps", "too_few", "update_norm"),
     *("variate_norm", "wasted_steps", "weight"),
 )
-_OF_ALGORITHMS = ("clipped_round", "mean_gradient_norm", "variate_norm")  # those of _TAKEN that an algorithm reports
-_BEGINNINGS = ("client_norm/", "downlink/", "eval/", "example_", "step_", "uplink/")
+# Those of _TAKEN that an algorithm reports.
+_OF_ALGORITHMS = ("clipped_round", "coin", "direction_norm", "largest_weight", "mean_gradient_norm", "variate_norm")
+_BEGINNINGS = ("client_norm/", "cluster/", "downlink/", "eval/", "example_", "step_", "uplink/")
 
 
 def check_names(names: Iterable[Any]) -> None:
@@ -66,6 +68,25 @@ def check_own_names(names: Iterable[str], reported: Iterable[str]) -> None:
         raise InvalidInput(
             f"per_example_loss reports {name!r}, which this algorithm reports itself: choose another name."
         )
+
+
+def check_reported(names: Iterable[str], filled: Iterable[str]) -> None:
+    """Refuses names of a client function's report that the library would overwrite.
+
+    Args:
+      names: of the report.
+      filled: names that the exchange fills itself.
+
+    Raises:
+      InvalidInput: such a name.
+
+    Example:
+      >>> fc.extend.metrics.check_reported(["distance"], ["clients", "weight"])
+    """
+    filled = {*filled, "round", "seconds"}
+    for name in names:
+        if name in filled or name.startswith(("client_norm/", "eval/", "uplink/")):
+            raise InvalidInput(f"client_fn reports {name!r}, a name that the library fills itself: choose another one.")
 
 
 def check_numbers(values: Metrics) -> None:

@@ -252,6 +252,11 @@ def parameters(params: PyTree) -> PyTree:
     if not leaves:
         raise InvalidInput("params hold nothing to train: give a model's parameters, such as model.init(key, x).")
     for name, x in leaves:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            raise InvalidInput(
+                f"Parameter {name or 'params'!r} is a PRNG key, which cannot be trained: split it off, as "
+                "nnx.split(model, nnx.Param, ...) does, and give the loss's key to the model."
+            )
         try:
             numbers = isinstance(x, jax.Array) or jnp.issubdtype(np.asarray(x).dtype, jnp.number)
         except (TypeError, ValueError):

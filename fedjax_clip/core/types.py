@@ -55,6 +55,10 @@ class Algorithm(NamedTuple):
         fills it in. ``None`` if it is unknown what the clients send.
       loss: the clients' loss of the whole model; ``fc.train`` checks whether it may pad its batches.
       name: identifies the algorithm in checkpoints; by default the name of the function that made ``round``.
+      regroup: ``(server, average) -> server``, for a run that goes on with other clients (``fc.train(state=...)``);
+        ``None`` if nothing in the server's state is a mean over all clients. ``average(part, of)`` is such a part of it
+        over the clients that there are now. ``of(client_states) -> (values, known)`` says of which of the clients'
+        values it is the mean, and which clients have one.
 
     Example:
       >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, key)
@@ -72,6 +76,7 @@ class Algorithm(NamedTuple):
     loss: PerExampleLoss | None = None
     name: str = ""
     parts: Any = None
+    regroup: Callable[[PyTree, Callable[..., PyTree]], PyTree] | None = None
 
 
 class Server(NamedTuple):
@@ -117,6 +122,6 @@ def check_named(algorithm: Algorithm, num_clients: int) -> None:
     """Refuses an algorithm whose links or reducers name a client that the population lacks."""
     if algorithm.population > num_clients:
         raise InvalidInput(
-            f"The uplink or the reducer names client {algorithm.population - 1}, and there is none: there are "
-            f"{num_clients}, numbered from 0 in the order of the population."
+            f"The algorithm, its uplink or its reducer names client {algorithm.population - 1}, and there is none: "
+            f"there are {num_clients}, numbered from 0 in the order of the population."
         )

@@ -30,6 +30,7 @@ class World(NamedTuple):
       num_steps: ``ids[K] -> local steps [K]``, in steps of a full batch.
       seed: of speeds and dropouts; also of cohorts, unless there is a secret.
       secret: the source of cohorts in place of the seed.
+      sizes_in: ``round -> sizes [M]`` in a stream (``fc.data.stream``), where they change.
 
     Example:
       >>> world = fc.data.clock.World(np.array([10, 30]), lambda ids: np.array([1, 3])[ids], seed=0)
@@ -39,10 +40,12 @@ class World(NamedTuple):
     num_steps: Callable[[np.ndarray], np.ndarray]
     seed: int
     secret: SecretSeed | None = None
+    sizes_in: Callable[[int], np.ndarray] | None = None
 
     def drawn(self, sampler: Sampler, round: int) -> np.ndarray:
         """The sampler's clients of a round."""
-        return sampler.draw(self.sizes, self.seed if self.secret is None else self.secret, round)
+        sizes = self.sizes if self.sizes_in is None else self.sizes_in(round)
+        return sampler.draw(sizes, self.seed if self.secret is None else self.secret, round)
 
 
 class Turn(NamedTuple):

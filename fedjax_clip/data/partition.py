@@ -1,7 +1,7 @@
 """Divides one data set among clients: evenly, skewed, in shards, or by a field.
 
 Every function here gives each example to exactly one client, leaves no client empty,
-and is a deterministic function of ``seed``.
+and is a deterministic function of ``seed``. The examples are a dict of arrays or a pandas DataFrame.
 """
 
 import difflib
@@ -15,6 +15,7 @@ import numpy as np
 
 from fedjax_clip.core import checks, files
 from fedjax_clip.core.types import InvalidInput, PyTree
+from fedjax_clip.data import frames
 from fedjax_clip.data.labels import drawable
 from fedjax_clip.data.population import FederatedData, as_array, count_examples, text
 
@@ -48,7 +49,7 @@ def iid(examples: Examples, num_clients: int, seed: int = 0) -> FederatedData:
       >>> fc.data.partition.iid({"x": np.arange(10)}, num_clients=3).sizes.tolist()
       [4, 3, 3]
     """
-    num_examples, num_clients, rng = _check(examples, num_clients, seed)
+    examples, num_examples, num_clients, rng = _check(examples, num_clients, seed)
     return _assign(examples, rng.permutation(np.arange(num_examples) % num_clients))
 
 
@@ -75,7 +76,7 @@ def dirichlet(examples: Examples, num_clients: int, alpha: float, label: str = "
       >>> data.num_clients, data.num_examples
       (5, 100)
     """
-    num_examples, num_clients, rng = _check(examples, num_clients, seed)
+    examples, num_examples, num_clients, rng = _check(examples, num_clients, seed)
     labels = _labels(examples, label)
     checks.positive("alpha", alpha, finite=True)
     alpha = np.clip(float(alpha), *_ALPHA_RANGE)
@@ -104,7 +105,7 @@ def quantity_skew(examples: Examples, num_clients: int, sigma: float = 1.0, seed
       >>> fc.data.partition.quantity_skew({"x": np.arange(100)}, num_clients=4, sigma=0.0).sizes.tolist()
       [25, 25, 25, 25]
     """
-    num_examples, num_clients, rng = _check(examples, num_clients, seed)
+    examples, num_examples, num_clients, rng = _check(examples, num_clients, seed)
     # Beyond 1e300 the largest client gets everything in any case.
     checks.within("sigma", sigma, 0, finite=True)
     logs = min(float(sigma), 1e300) * rng.standard_normal(num_clients)
@@ -137,7 +138,7 @@ def shards(
       >>> fc.data.partition.shards({"y": np.arange(100) % 10}, num_clients=5).sizes.tolist()
       [20, 20, 20, 20, 20]
     """
-    num_examples, num_clients, rng = _check(examples, num_clients, seed)
+    examples, num_examples, num_clients, rng = _check(examples, num_clients, seed)
     labels = _labels(examples, label)
     per_client = checks.count("classes_per_client", classes_per_client)
     if per_client > (num_classes := len(np.unique(labels))):
@@ -172,7 +173,7 @@ def natural(examples: Examples, by: str, keep: bool = False) -> FederatedData:
       >>> data.names, data.sizes.tolist()
       (['a', 'b'], [1, 2])
     """
-    _check(examples, 1, 0)
+    examples, *_ = _check(examples, 1, 0)
     client_of, names = owners_of(_field(examples, by), by)
     rest = {name: x for name, x in examples.items() if keep or name != by}
     if not rest:
@@ -252,6 +253,8 @@ def plot(
     flat = np.bincount(owner * len(classes) + labels, minlength=data.num_clients * len(classes))
     counts = flat.reshape(data.num_clients, len(classes))
 
+    words = (data.labels or {}).get(label, ())
+    named = [drawable(words[c]) if 0 <= c < len(words) else str(c) for c in classes.tolist()]
     as_bars = data.num_clients <= 40 and len(classes) <= 20
     height = 1.3 + 0.22 * max(data.num_clients, 8) if as_bars else 2.2 + 0.16 * min(max(len(classes), 14), 40)
     figure = Figure(figsize=(8, height), dpi=150, layout="constrained")
@@ -260,9 +263,9 @@ def plot(
         x=0.01, ha="left", fontsize=11, fontweight="bold",
     )  # fmt: skip
     if as_bars:
-        _bars(figure, counts, [str(c) for c in classes], [data.name(c) for c in range(data.num_clients)])
+        _bars(figure, counts, named, [data.name(c) for c in range(data.num_clients)])
     else:
-        _heat_map(figure, counts, [str(c) for c in classes])
+        _heat_map(figure, counts, named)
     if path is not None:
         try:
             figure.savefig(files.expanded(path))
@@ -321,15 +324,17 @@ def _heat_map(figure: Any, counts: np.ndarray, classes: list[str]) -> None:
     bar.outline.set_visible(False)
 
 
-def _check(examples: Examples, num_clients: int, seed: int) -> tuple[int, int, np.random.Generator]:
-    """The checked numbers of examples and clients, and a random generator."""
+def _check(examples: Examples, num_clients: int, seed: int) -> tuple[Examples, int, int, np.random.Generator]:
+    """The examples as a dict, the checked numbers of examples and clients, and a random generator."""
+    if frames.is_frame(examples):
+        examples = frames.columns(examples)
     if not isinstance(examples, Mapping) or not examples:
         raise InvalidInput('The examples must be a dict of arrays, such as {"x": ..., "y": ...}.')
     num_examples = count_examples(examples)
     num_clients = checks.count("num_clients", num_clients)
     if num_clients > num_examples:
         raise InvalidInput(f"{num_examples} examples cannot serve {num_clients} clients: nobody may be empty.")
-    return num_examples, num_clients, np.random.default_rng(checks.seed("seed", seed))
+    return examples, num_examples, num_clients, np.random.default_rng(checks.seed("seed", seed))
 
 
 def _assign(examples: Examples, client_of: np.ndarray, names: list[str] | None = None) -> FederatedData:

@@ -12,7 +12,7 @@ from fedjax_clip.core import checks
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.loops import WASTE, Loops, buckets
 from fedjax_clip.core.types import ClientState, InvalidInput, PyTree
-from fedjax_clip.data import draws
+from fedjax_clip.data import draws, lives
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.speeds import BatchSizes
 
@@ -55,13 +55,20 @@ class LocalWork:
             if not other:
                 object.__setattr__(self, field, checks.count(name, getattr(self, field)))
 
-    def num_steps(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
-        """Local steps ``[K]`` of these clients; ``sizes`` ``[M]`` are all clients' numbers of examples."""
+    def num_steps(self, ids: np.ndarray, sizes: np.ndarray, seed: int, present: np.ndarray | None = None) -> np.ndarray:
+        """Local steps ``[K]`` of these clients.
+
+        Args:
+          ids: ``[K]`` client numbers.
+          sizes: ``[M]``, all clients' numbers of examples.
+          seed: the run's seed.
+          present: ``[K]``, how many of their examples these clients have in their round; all by default.
+        """
         if callable(self.steps):
             return checks.counts("local_steps(ids, seed)", self.steps(ids, seed), len(ids))
         if self.steps is not None:
             return np.full(len(ids), self.steps)
-        return self.epochs * -(-sizes[ids] // self.batch_sizes(ids, sizes, seed))
+        return self.epochs * -(-(sizes[ids] if present is None else present) // self.batch_sizes(ids, sizes, seed))
 
     def batch_sizes(self, ids: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
         """Batch sizes ``[K]`` of these clients."""
@@ -193,8 +200,9 @@ def plan_rounds(
         staleness = [checks.counts("staleness", stale, n, 0) for stale, n in zip(staleness, counts, strict=True)]
     round = np.repeat(np.arange(len(cohorts)), counts)
     batch_size = work.batch_sizes(ids, data.sizes, seed)
-    per_epoch = -(-data.sizes[ids] // batch_size)
-    num_steps = work.num_steps(ids, data.sizes, seed)
+    seen = lives.seen(data, ids, first_round + round)
+    per_epoch = -(-seen.sizes // batch_size)
+    num_steps = work.num_steps(ids, data.sizes, seed, seen.sizes)
 
     places, turn = np.arange(num_devices)[None], round  # the devices of each home; clients of a turn are dealt together
     if homes is not None:
@@ -208,6 +216,7 @@ def plan_rounds(
     ids, round, batch_size, per_epoch, num_steps, device, slot = (
         x[order] for x in (ids, round, batch_size, per_epoch, num_steps, device, slot)
     )
+    seen = seen.take(order)
 
     bins, place = num_devices * length, device * length + round  # each device's rows of each round
     used = np.bincount(place, weights=num_steps, minlength=bins).astype(np.int64)
@@ -221,8 +230,10 @@ def plan_rounds(
         )
 
     here = np.isin(device, wanted)
-    parts = (x[here] for x in (ids, round, batch_size, per_epoch, num_steps))
-    example, live = _batches(data, work, seed, first_round, shape[-1], *parts)
+    own = (x[here] for x in (seen.sizes, seen.begin, ids, round, batch_size, per_epoch, num_steps))
+    example, live = _batches(work.shuffle, seed, first_round, shape[-1], *own)
+    if seen.listed is not None:
+        example = seen.listed[example]
     ends = np.cumsum(used.reshape(num_devices, length)[wanted])[:-1]
     index = np.zeros(shape, np.int64 if population is None else np.int32)
     weight = np.zeros(shape, np.float32)
@@ -246,7 +257,7 @@ def plan_rounds(
     slot_ids = slots(ids, -1, np.int32)
     return Cohort(
         ids=slot_ids,
-        weight=slots(data.client_weights[ids], 0, np.float32),
+        weight=slots(seen.weights(data, ids), 0, np.float32),
         first=slots(first, 0, np.int32),
         num_steps=slots(num_steps, 0, np.int32),
         batches=index if population is not None else jax.tree.map(lambda x: x[index], data.examples),
@@ -257,16 +268,50 @@ def plan_rounds(
         staleness=None if staleness is None else slots(np.concatenate(staleness)[order], 0, np.int32),
         loops=loops,
         num_clients=np.full((num_devices, length), data.num_clients, np.int32),
-        total_weight=np.full((num_devices, length), data.client_weights.sum(dtype=np.float64), np.float32),
+        total_weight=np.tile(np.float32(lives.total_weights(data, first_round, length)), (num_devices, 1)),
     )
 
 
+def own_batches(size: int, client: int, work: LocalWork, *, seed: int, round: int) -> tuple[np.ndarray, np.ndarray]:
+    """The batches that ``plan`` gives a client, planned where only its own number of examples is known.
+
+    Args:
+      size: how many examples the client has.
+      client: its number in the population.
+      work: batch size, a number, and local epochs or steps, numbers. The batch size is that of the whole population,
+        ``work.largest_batch(data.sizes)``.
+      seed: the run's seed.
+      round: number of the round.
+
+    Returns:
+      ``(examples, live)``: int64 ``[T, B]`` places among the client's examples, and bool ``[T, B]``, false where a
+      batch is padded.
+
+    Raises:
+      InvalidInput: a size, client, seed or round that is no such number; a batch size or steps that are functions.
+
+    Example:
+      >>> examples, live = fc.data.planning.own_batches(5, 3, fc.extend.LocalWork(4), seed=0, round=0)
+      >>> examples.shape, int(live.sum())
+      ((2, 4), 5)
+    """
+    if not isinstance(work.batch_size, int) or callable(work.steps):
+        raise InvalidInput("A client plans alone with a batch size and local steps that are numbers.")
+    size, client = checks.count("size", size), checks.client_number("client", client)
+    seed, round = checks.seed("seed", seed), checks.count("The round", round, 0)
+    per_epoch = -(-size // work.batch_size)
+    steps = work.epochs * per_epoch if work.steps is None else work.steps
+    one = (np.array([x]) for x in (size, 0, client, 0, work.batch_size, per_epoch, steps))
+    return _batches(work.shuffle, seed, round, work.batch_size, *one)
+
+
 def _batches(
-    data: FederatedData,
-    work: LocalWork,
+    shuffle: bool,
     seed: int,
     first_round: int,
     largest: int,
+    sizes: np.ndarray,
+    offsets: np.ndarray,
     ids: np.ndarray,
     round: np.ndarray,
     batch_size: np.ndarray,
@@ -278,10 +323,10 @@ def _batches(
     passes = -(-num_steps // per_epoch)
     client = np.repeat(np.arange(len(ids)), passes)
     number = _places(passes)
-    size = data.sizes[ids][client]
+    size = sizes[client]
     steps = np.minimum(per_epoch[client], num_steps[client] - number * per_epoch[client])
-    begin = data.offsets[ids][client]  # in the population, or in the shuffled copy of the cohort's example numbers
-    if work.shuffle:
+    begin = offsets[client]  # in the population, or in the shuffled copy of the cohort's example numbers
+    if shuffle:
         shuffled = draws.shuffles(size, seed, first_round + round[client], ids[client], number)
         shuffled += np.repeat(begin, size)
         begin = np.cumsum(size) - size
@@ -289,9 +334,25 @@ def _batches(
     position = _places(steps)[:, None] * own + place_in_batch
     live = (position < np.repeat(size, steps)[:, None]) & (place_in_batch < own)
     example = np.repeat(begin, steps)[:, None] + np.minimum(position, np.repeat(size - 1, steps)[:, None])
-    if work.shuffle:
+    if shuffle:
         example = shuffled[example]
     return example, live
+
+
+def most_rows(data: FederatedData, work: LocalWork, cohort_size: int, seed: int, num_devices: int) -> int:
+    """Rows in which a device's batches fit in all rounds of a stream, so that its growth compiles nothing again.
+
+    It holds for cohorts of up to ``cohort_size`` clients, looks at 64 rounds at most in which something changes, and is
+    0 where nothing does.
+    """
+    if (sizes_in := lives.sizes_of(data)) is None or cohort_size == 0:
+        return 0
+    turns, _ = data.turns
+    most, ids = 0, np.arange(data.num_clients)
+    for round in turns[:: max(1, len(turns) // 64)].tolist():
+        steps = np.sort(work.num_steps(ids, data.sizes, seed, sizes_in(round)))[-cohort_size:]
+        most = max(most, int(steps.sum() if num_devices == 1 else -(-steps.sum() // num_devices) + steps[-1]))
+    return _round_up(most)
 
 
 def wasted_steps(cohort: Cohort) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedjax_clip.core import checks
 from fedjax_clip.core.types import InvalidInput, PyTree
-from fedjax_clip.data import draws
+from fedjax_clip.data import draws, frames
 
 LEAST_WEIGHT, MOST_WEIGHT = 1e-12, 1e12  # float32 then holds the sum of ten million weights times a norm of 1e19
 
@@ -26,11 +26,15 @@ class FederatedData:
     memory-mapped: nothing here copies or reads them whole.
 
     Args:
-      examples: pytree of arrays ``[N, ...]``, usually ``{"x": ..., "y": ...}``; array-likes are converted.
+      examples: pytree of arrays ``[N, ...]``, usually ``{"x": ..., "y": ...}``; array-likes are converted. A pandas
+        DataFrame is a dict of its columns, and ``{"x": frame[features], "y": frame["label"]}`` has a matrix ``x``.
       offsets: int64 ``[M + 1]``, rising from 0 to N; no client is empty.
       names: ``[M]`` client names, unique as text; ``None`` names them ``"0", "1", ...``.
       weights: optional ``[N]`` example weights, such as class weights, between 1e-12 and 1e12, so that float32 holds
         their sums and products; ``None`` gives every example weight 1.
+      lives: optional int ``[N, 2]``: clients have example i in the rounds ``lives[i, 0] <= r < lives[i, 1]`` only; see
+        ``fc.data.stream``. ``None`` if they have all examples in all rounds.
+      labels: what the integers of a field stand for, ``{"y": ("cat", "dog")}``, where a source says so.
 
     Raises:
       InvalidInput: leading dimensions that differ, empty clients, duplicate names, tables, masked values ...
@@ -45,6 +49,8 @@ class FederatedData:
     offsets: np.ndarray
     names: Sequence[str] | None = None
     weights: np.ndarray | None = None
+    lives: np.ndarray | None = None
+    labels: Mapping[str, Sequence[str]] | None = None
     own: np.ndarray | None = dataclasses.field(default=None, init=False)  # bool [M]; see data/parts.py
 
     def __post_init__(self) -> None:
@@ -80,6 +86,14 @@ class FederatedData:
                     "Only their ratios matter to a mean: scale them, and leave out examples that shall not count."
                 )
             object.__setattr__(self, "weights", weights if weights.dtype in (np.float32, np.float64) else wide)
+        if self.lives is not None:
+            lives = _integers("lives", self.lives)
+            if lives.shape != (num_examples, 2) or (lives.size and not 0 <= lives.min() <= lives.max() < 2**31):
+                raise InvalidInput(
+                    f"lives must be two rounds between 0 and 2**31 - 1 for each of the {num_examples} examples, its "
+                    f"first one and the one after its last; shape {(num_examples, 2)}, not {lives.shape}."
+                )
+            object.__setattr__(self, "lives", lives)
 
     @classmethod
     def from_clients(cls, clients: Mapping[str, PyTree]) -> "FederatedData":
@@ -88,10 +102,12 @@ class FederatedData:
         if not clients:
             raise InvalidInput("The data set is empty: it has no clients.")
         trees: dict[str, PyTree] = {}
+        given = next(iter(clients.values()))
         for key, examples in clients.items():
             if (name := text(key)) in trees:
                 raise InvalidInput(f"Two clients have the name {name!r}, as text: rename one of them.")
-            trees[name] = as_arrays(examples, f" of client {name!r}")
+            of = f" of client {name!r}"
+            trees[name] = as_arrays(frames.ordered(examples, given, of), of)
         first_name, first = next(iter(trees.items()))
         structure: Any = jax.tree.structure(first)
         sizes = []
@@ -161,6 +177,19 @@ class FederatedData:
             return self.sizes
         return np.add.reduceat(self.weights, self.offsets[:-1], dtype=np.float64)
 
+    @functools.cached_property
+    def turns(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rounds ``[T]`` in which lives begin or end, and the weight ``[T + 1]`` of what lives between them."""
+        if self.lives is None:
+            return np.zeros(0, np.int64), np.array([self.client_weights.sum(dtype=np.float64)])
+        weights = np.ones(self.num_examples) if self.weights is None else self.weights
+        turns = np.unique(self.lives)
+        came, went = (
+            np.bincount(np.searchsorted(turns, bound), weights, len(turns))
+            for bound in (self.lives[:, 0], self.lives.max(axis=1))
+        )
+        return turns, np.concatenate([[0.0], np.cumsum(came - went)])
+
     def name(self, client: int) -> str:
         return str(client) if self.names is None else self.names[client]
 
@@ -209,23 +238,40 @@ class FederatedData:
             np.concatenate([[0], np.cumsum(counts)]),
             [self.name(int(c)) for c in clients],
             None if self.weights is None else self.weights[index],
+            None if self.lives is None else self.lives[index],
+            self.labels,
         )
 
-    def split_examples(self, fraction: float, seed: int = 0) -> tuple["FederatedData", "FederatedData"]:
+    def split_examples(
+        self, fraction: float, seed: int = 0, label: str | None = None
+    ) -> tuple["FederatedData", "FederatedData"]:
         """Holds out ``fraction`` of every client's examples: ``(train, held_out)``.
 
-        Every client keeps at least one example to train on; a client with a single
-        example is missing from the held-out population.
+        With ``label``, the name of a field of classes, it is the fraction of each class of a client: at least one of
+        two, and one of one with this probability. If that leaves nothing to hold out, classes do not count. Every
+        client keeps at least one example to train on; a client with a single example is missing from the held-out
+        population.
         """
         checks.fraction("The fraction to hold out", fraction)
-        cuts = np.minimum(np.maximum(1, np.round(fraction * self.sizes)), self.sizes - 1).astype(np.int64)
+        owner = np.repeat(np.arange(self.num_clients), self.sizes)
+        values, kind = ([0], 0) if label is None else np.unique(self.fields()[label], return_inverse=True)
+        groups, group, sizes = np.unique(owner * len(values) + kind, return_inverse=True, return_counts=True)
+        cuts = np.round(fraction * sizes)
+        if label is not None:  # always rounded down, a class of one example at each client would never be held out
+            cuts = np.where(sizes > 1, cuts, draws.uniform(seed, groups) < fraction)
+        cuts = np.clip(cuts, sizes > 1, np.maximum(sizes - 1, label is not None)).astype(np.int64)
+        client = groups // len(values)
+        cuts[(np.bincount(client, cuts) == self.sizes)[client]] = 0
+        if not cuts.any() and label is not None:  # no client has two examples of a class
+            return self.split_examples(fraction, seed)
         if not cuts.any():
             raise InvalidInput(
                 "No client has two examples, so there is nothing to hold out: make fewer, larger clients, or hold out "
                 "whole ones."
             )
-        held_out = draws.shuffles(self.sizes, seed, np.arange(self.num_clients)) < np.repeat(cuts, self.sizes)
-        return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out), np.flatnonzero(cuts))
+        held_out = np.empty(self.num_examples, bool)
+        held_out[np.argsort(group, kind="stable")] = draws.shuffles(sizes, seed, groups) < np.repeat(cuts, sizes)
+        return self.take(np.flatnonzero(~held_out)), self.take(np.flatnonzero(held_out), np.unique(owner[held_out]))
 
     def split_clients(self, fraction: float, seed: int = 0) -> tuple["FederatedData", "FederatedData"]:
         """Holds out ``fraction`` of the clients, whole: ``(train, held_out)``, at least one in each."""
@@ -245,7 +291,8 @@ def as_arrays(examples: PyTree, of: str = "") -> PyTree:
     """The examples with NumPy arrays as leaves, in the machine's byte order; memory-mapped ones stay where they are.
 
     Args:
-      examples: pytree of arrays or array-likes: a Series, a JAX array.
+      examples: pytree of arrays or array-likes: a Series, a JAX array. A DataFrame is a dict of its columns; within a
+        dict it is a matrix of numbers.
       of: their owner, for the error message.
 
     Raises:
@@ -255,11 +302,17 @@ def as_arrays(examples: PyTree, of: str = "") -> PyTree:
     def convert(path: Any, x: Any) -> np.ndarray:
         return as_array(f"Field {jax.tree_util.keystr(path, simple=True, separator='/') or 'examples'!r}{of}", x)
 
+    if frames.is_frame(examples):
+        return frames.columns(examples, of)
     return jax.tree_util.tree_map_with_path(convert, examples)
 
 
 def as_array(name: str, x: Any) -> np.ndarray:
     """Converts one leaf to an array; ``name`` is for the error message."""
+    if frames.is_frame(x):
+        return frames.matrix(name, x)
+    if frames.is_column(x):
+        return frames.array(name, x)
     if hasattr(x, "columns"):
         raise InvalidInput(
             f"{name} is a table ({type(x).__name__}), not an array: give a dict of its columns, such as "
@@ -363,7 +416,7 @@ def _fields(examples: PyTree) -> dict[str, np.ndarray]:
 
 
 def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
-    array = np.asarray(values)
+    array = frames.array(name, values) if frames.is_column(values) else np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise InvalidInput(f"{name} must be integers, not {array.dtype}.")
     return array.astype(np.int64)

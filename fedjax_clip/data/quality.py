@@ -5,6 +5,7 @@ examples. The statistics are exact, so the training's epsilon does not cover the
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -17,7 +18,9 @@ from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import check_field, check_labels, label_counts, moments, quantiles
 
 Columns: TypeAlias = Sequence[int] | slice
-Step: TypeAlias = Callable[[FederatedData], Callable[[FederatedData], FederatedData]]  # fitted to one, applied to any
+# Fitted to one population, applied to any. Those of this module return a ``functools.partial``, and its keywords are
+# what was fitted.
+Step: TypeAlias = Callable[[FederatedData], Callable[[FederatedData], FederatedData]]
 
 
 def prepare(populations: Sequence[FederatedData], *steps: Step) -> tuple[FederatedData, ...]:
@@ -58,7 +61,7 @@ def winsorise(tail: float = 0.01, columns: Columns = slice(None), field: str = "
 
     def fit(data):
         low, high = quantiles(_narrow(data, field, columns), [tail, 1 - tail], field)
-        return lambda population: _map(population, field, columns, lambda x: np.clip(x, low, high))
+        return functools.partial(_clip, field=field, columns=columns, low=low, high=high)
 
     return fit
 
@@ -88,15 +91,8 @@ def impute(field: str = "x") -> Step:
         count, mean, _ = moments(data, field)
         if (empty := np.flatnonzero(count == 0)).size:
             raise InvalidInput(f"Column {empty[0]} of {field!r} is missing at every client: leave it out.")
-        indicated, mean = count < data.num_examples, mean.astype(x.dtype)
-
-        def apply(population):
-            x = check_field(population, field)
-            missing = np.isnan(x)
-            filled = np.concatenate([np.where(missing, mean, x), missing[:, indicated].astype(x.dtype)], axis=1)
-            return _with(population, field, filled)
-
-        return apply
+        indicated = count < data.num_examples
+        return functools.partial(_fill, field=field, fill=mean.astype(x.dtype), indicated=indicated)
 
     return fit
 
@@ -120,7 +116,7 @@ def standardise(columns: Columns = slice(None), field: str = "x") -> Step:
     def fit(data):
         _, mean, std = moments(_narrow(data, field, columns), field)
         scale = np.where(std > 1e-7 * np.abs(mean), std, 1)  # a smaller deviation is the rounding of a constant
-        return lambda population: _map(population, field, columns, lambda x: ((x - mean) / scale).astype(x.dtype))
+        return functools.partial(_scale, field=field, columns=columns, mean=mean, scale=scale)
 
     return fit
 
@@ -321,6 +317,21 @@ def _owner(data: FederatedData) -> np.ndarray:
 
 def _narrow(data: FederatedData, field: str, columns: Columns) -> FederatedData:
     return _with(data, field, check_field(data, field)[:, columns])
+
+
+def _clip(data: FederatedData, field: str, columns: Columns, low: np.ndarray, high: np.ndarray) -> FederatedData:
+    return _map(data, field, columns, lambda x: np.clip(x, low, high))
+
+
+def _fill(data: FederatedData, field: str, fill: np.ndarray, indicated: np.ndarray) -> FederatedData:
+    x = check_field(data, field)
+    missing = np.isnan(x)
+    filled = np.concatenate([np.where(missing, fill, x), missing[:, indicated].astype(x.dtype)], axis=1)
+    return _with(data, field, filled)
+
+
+def _scale(data: FederatedData, field: str, columns: Columns, mean: np.ndarray, scale: np.ndarray) -> FederatedData:
+    return _map(data, field, columns, lambda x: ((x - mean) / scale).astype(x.dtype))
 
 
 def _map(data: FederatedData, field: str, columns: Columns, change: Callable[[np.ndarray], np.ndarray]):

@@ -42,7 +42,19 @@ class Sampler(NamedTuple):
     most: int | None = None
 
     def draw(self, sizes: np.ndarray, seed: Seed, round: int) -> np.ndarray:
-        """The result of ``sample``, checked: clients' numbers, all different unless ``replacement``."""
+        """The result of ``sample``, checked: clients' numbers, all different unless ``replacement``.
+
+        In a stream (``fc.data.stream``) a client may have no example in a round. ``sample`` then sees the other clients
+        only, numbered from 0 in their order.
+        """
+        present = np.flatnonzero(sizes)
+        if len(present) < len(sizes):
+            try:
+                return present[self.draw(np.asarray(sizes)[present], seed, round)] if len(present) else present
+            except InvalidInput as error:
+                raise InvalidInput(
+                    f"In round {round} of the stream {len(present)} clients have examples. {error}"
+                ) from None
         try:
             ids = self.sample(sizes, seed, round)
         except TypeError:

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import dataclasses
 import difflib
 import importlib.util
 import io
@@ -13,6 +14,7 @@ import numpy as np
 
 from fedjax_clip.core import checks, files
 from fedjax_clip.core.types import InvalidInput
+from fedjax_clip.data import frames
 
 Table: TypeAlias = dict[str, np.ndarray]  # columns [N] of float64, NaN where missing, or of str, "" where missing
 Bounds: TypeAlias = Mapping[str, Sequence[float] | Sequence[str]]  # public bounds of columns, see ``within``
@@ -22,13 +24,32 @@ _MOST = float(np.finfo(np.float32).max)
 _MISSING = "", "NA", "NaN", "nan", "?"
 
 
-def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """A pandas DataFrame in the place of a file; messages call it ``The DataFrame``.
+
+    Args:
+      frame: the DataFrame.
+
+    Example:
+      >>> import pandas as pd
+      >>> print(fc.data.tables.Frame(pd.DataFrame({"age": [63, 50]})))
+      The DataFrame
+    """
+
+    frame: Any
+
+    def __str__(self) -> str:
+        return "The DataFrame"
+
+
+def read_csv(path: files.PathLike | Frame, words: Sequence[str] | None = ()) -> Table:
     """A UTF-8 file of comma-separated values with a header; columns whose entries are all numbers are float64.
 
     Empty entries, ``NA``, ``NaN`` and ``?`` are missing.
 
     Args:
-      path: the file.
+      path: the file; or a ``Frame``, which gives the table of the file that its ``to_csv(index=False)`` writes.
       words: columns that stay text, such as names: as numbers ``"1"``, ``"01"`` and ``"1.0"`` would be equal. ``None``
         for all columns.
 
@@ -42,6 +63,8 @@ def read_csv(path: files.PathLike, words: Sequence[str] | None = ()) -> Table:
       >>> fc.data.tables.read_csv("table.csv")["age"].tolist()
       [63.0, nan]
     """
+    if isinstance(path, Frame):
+        return _of_frame(path, words)
     path = files.expanded(path)
     try:
         text = files.regular(path).read_bytes().decode("utf-8-sig")
@@ -124,7 +147,7 @@ def encode(
       table: see ``read_csv``.
       numeric: columns of numbers; NaN stays.
       categorical: columns of words, and the words of each; by default the words that occur. Missing and unlisted words
-        get the level ``"missing"``, if there are any.
+        get the level ``"missing"``, if it is listed or there are any.
 
     Raises:
       InvalidInput: a column that does not exist, or a numeric column that holds words; see ``column``.
@@ -144,14 +167,28 @@ def encode(
         names.append(name)
     for name in categorical:
         values = column(table, name).astype(str)
-        found = sorted(set(values.tolist()) - set(_MISSING))
-        levels = categorical[name] if isinstance(categorical, Mapping) else found
-        hot = {level: values == level for level in levels}
-        if (missing := ~np.any(list(hot.values()), axis=0)).any():
-            hot["missing"] = missing
+        known = categorical[name] if isinstance(categorical, Mapping) else None
+        hot = {level: values == level for level in levels(values, known)}
+        if "missing" in hot:
+            hot["missing"] |= ~np.any(list(hot.values()), axis=0)
         columns += hot.values()
         names += [f"{name}={level}" for level in hot]
     return np.stack(columns, axis=1).astype(np.float32), names
+
+
+def levels(values: np.ndarray, words: Sequence[str] | None = None) -> list[str]:
+    """The levels that ``encode`` gives a column of words.
+
+    Args:
+      values: ``[N]`` of text, ``""`` where missing.
+      words: the words; by default those that occur.
+
+    Example:
+      >>> fc.data.tables.levels(np.array(["m", "f", ""]))
+      ['f', 'm', 'missing']
+    """
+    known = sorted(set(values.tolist()) - set(_MISSING)) if words is None else list(words)
+    return known if "missing" in known or np.isin(values, known).all() else [*known, "missing"]
 
 
 def read_bounds(given: Bounds | str) -> dict[str, tuple[float, float] | tuple[str, ...]]:
@@ -254,6 +291,21 @@ def numbers(values: np.ndarray) -> np.ndarray:
     return values if values.dtype.kind == "f" else np.array([_number(value) for value in values.tolist()], np.float64)
 
 
+def unreadable(values: np.ndarray) -> np.ndarray:
+    """Which entries of a column, ``[N]``, are neither numbers nor missing.
+
+    Args:
+      values: ``[N]`` of float64 or text.
+
+    Example:
+      >>> fc.data.tables.unreadable(np.array(["1.5", "old", ""])).tolist()
+      [False, True, False]
+    """
+    if values.dtype.kind == "f":
+        return np.zeros(len(values), bool)
+    return np.array([_number(value) is None for value in values.tolist()], bool)
+
+
 def suspect(table: Table, name: str) -> str:
     """What is wrong with a column of words that was hardly meant as one, in a sentence; empty if nothing is.
 
@@ -340,6 +392,26 @@ def _spelt(text: str) -> Iterator[tuple[str, list[Any]]]:
             yield name, [word.strip() for word in of[0].split(",")]
         else:
             raise InvalidInput(f"bounds: {item!r} is neither a column's bounds, 'age:0:120', nor its words, 'sex:f,m'.")
+
+
+def _of_frame(given: Frame, words: Sequence[str] | None) -> Table:
+    """The columns of a DataFrame, as a file would hold them."""
+    names = [str(name) for name in given.frame.columns]
+    if twice := [name for name, times in collections.Counter(names).items() if times > 1]:
+        raise InvalidInput(f"{given}: column {twice[0]!r} occurs more than once.")
+    if not len(given.frame) or not names:
+        raise InvalidInput(f"{given} needs at least one column and one row.")
+    table = {}
+    for i, name in enumerate(names):
+        column = given.frame.iloc[:, i]
+        frames.refuse_dates(f"{given}: column {name!r}", column)
+        as_text = words is None or name in words
+        if column.dtype.kind in "iuf" and not as_text:
+            table[name] = column.to_numpy(np.float64, na_value=np.nan)
+        else:
+            texts = ["" if missing else str(entry) for entry, missing in zip(column, column.isna(), strict=True)]
+            table[name] = _words(texts) if as_text else _column(texts)
+    return table
 
 
 def _column(values: Sequence[str]) -> np.ndarray:

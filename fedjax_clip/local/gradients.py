@@ -1,4 +1,4 @@
-"""Gradients with a clip on each example's part."""
+"""Gradients of a batch: with a clip on each example's part, private, or sharpness-aware."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ import optax
 from fedjax_clip import clipping
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.loss import Gradient, batch_gradient
-from fedjax_clip.core.types import Array, Batch, Metrics, Params, PerExampleLoss, PyTree
+from fedjax_clip.core.types import Array, Batch, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
 from fedjax_clip.uplink import lattice
 
 
@@ -117,3 +117,42 @@ def private_gradient(max_norm: float | Array, noise_multiplier: float | Array) -
 
     gradient.counts_alike = True  # type: ignore[attr-defined] # ``fc.train`` refuses examples that weigh differently
     return gradient
+
+
+def sharpness_aware(rho: float | Array, gradient: Gradient = batch_gradient) -> Gradient:
+    """SAM's gradient: ``g(y + rho g(y) / ||g(y)||)``, taken where the loss of the batch is about largest near y.
+
+    Both gradients are of the same batch with the same randomness; the report is that at y. With ``rho=0``, or where
+    the gradient is zero, it is the plain gradient to the bit. It takes twice the time. In ``fc.fedavg`` this is FedSAM.
+
+    Args:
+      rho: radius of the neighbourhood, at least 0; may be traced.
+      gradient: what gives g, such as ``fc.local.per_example_gradient(clip)``. Not ``private_gradient``: SAM uses each
+        record twice in a step.
+
+    Returns:
+      What ``fc.fedavg`` takes for its ``gradient``.
+
+    Raises:
+      InvalidInput: a negative rho; ``private_gradient``.
+
+    Example:
+      >>> fc.fedavg(per_example_loss, client_tx, gradient=fc.local.sharpness_aware(0.05))
+
+    Source: Qu et al. (2022), "Generalized Federated Learning via Sharpness Aware Minimization", Algorithm 1; Foret et
+    al. (2021), "Sharpness-Aware Minimization for Efficiently Improving Generalization", equation 2.
+    """
+    checks.within("sharpness_aware: rho", rho, 0, finite=True)
+    checks.kind("sharpness_aware: gradient", gradient, Callable, "such as fc.local.per_example_gradient(clip)")
+    if getattr(gradient, "counts_alike", False):
+        raise InvalidInput(
+            "sharpness_aware takes two gradients of a batch at each step, and private_gradient's accounting counts "
+            "one: take fc.local.per_example_gradient(clip), or leave sharpness_aware out."
+        )
+
+    def sharp(per_example_loss, params, batch, weights, key):
+        here, report = gradient(per_example_loss, params, batch, weights, key)
+        length = rho / tree.or_one(tree.norm(here))
+        return gradient(per_example_loss, tree.add_scaled(params, length, here), batch, weights, key)[0], report
+
+    return sharp

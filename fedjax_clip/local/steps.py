@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_clip import clipping
-from fedjax_clip.core import checks, optimiser, tree
+from fedjax_clip.core import checks, optimiser, stateful, tree
 from fedjax_clip.core.cohort import Client
 from fedjax_clip.core.loops import packing
 from fedjax_clip.core.loss import Gradient, batch_gradient, batch_loss, check_parameters, gradient_and_terms
-from fedjax_clip.core.metrics import Mean, add
+from fedjax_clip.core.metrics import Mean, add, finish
 from fedjax_clip.core.types import Array, ClientTx, InvalidInput, Metrics, Params, PerExampleLoss, PyTree
 
 
@@ -41,7 +41,8 @@ def local_steps(
       collect: whether to average the raw gradients.
 
     Returns:
-      ``(y, opt_state, mean raw gradient or (), report)``.
+      ``(y, opt_state, mean raw gradient or (), report)``. State of the model (``fc.local.with_state``) is new in y, and
+      None in all else.
 
     Example:
       >>> def client_fn(params, client, key):  # a client of FedAvg
@@ -52,24 +53,27 @@ def local_steps(
     packed = client.cohort.loops.packed
     if packed and gradient is batch_gradient:
         gradient = gradient_and_terms  # the report is summed over the examples after the loop
-    opt_state = optimiser.init(client_tx, params) if opt_state is None else opt_state
+    state, x = stateful.split(per_example_loss, params)
+    opt_state = optimiser.init(client_tx, x) if opt_state is None else opt_state
     opt_state = optimiser.reseeded(opt_state, jax.random.fold_in(key, 2**31 - 1))  # no step has this number
 
-    def step(i, y, opt_state):
+    def step(i, y, opt_state, state):
         batch, weights = client.batch(i)
-        raw, report = gradient(per_example_loss, y, batch, weights, jax.random.fold_in(key, i))
+        here = jax.random.fold_in(key, i)
+        raw, report, state = stateful.gradient_and_state(gradient, per_example_loss, y, state, batch, weights, here)
         direction = raw if adjust is None else adjust(raw, y, i)
-        updates, opt_state = optimiser.update(client_tx, direction, opt_state, y, anchor=params)
-        return tree.apply_updates(y, updates), opt_state, raw if collect else (), report | _step_report(opt_state)
+        updates, opt_state = optimiser.update(client_tx, direction, opt_state, y, anchor=x)
+        y = tree.apply_updates(y, updates)
+        return y, opt_state, state, raw if collect else (), report | _step_report(opt_state)
 
-    step, (_, _, zero, nothing) = tree.traced(step, 0, params, opt_state)
-    pack, unpack = packing(nothing, params) if packed else (lambda x: x, lambda x: x)
+    step, (_, _, _, zero, nothing) = tree.traced(step, 0, x, opt_state, state)
+    pack, unpack = packing(nothing, x) if packed else (lambda x: x, lambda x: x)
 
     def body(i, carry):
-        y, opt_state, raw, report = step(i, *carry[:2])
-        return y, opt_state, add(carry[2], raw), add(carry[3], pack(report))
+        *kept, raw, report = step(i, *carry[:3])
+        return *kept, add(carry[3], raw), add(carry[4], pack(report))
 
-    y, opt_state, total, report = client.loop(body, (params, opt_state, zero, pack(nothing)))
+    y, opt_state, state, total, report = client.loop(body, (x, opt_state, state, zero, pack(nothing)))
     report = unpack(report)
     if gradient is gradient_and_terms:
         report = jax.tree.map(jnp.sum, report)
@@ -77,7 +81,7 @@ def local_steps(
     if "clipped_steps" in report:
         any_clipped = (report["clipped_steps"].total > 0).astype(jnp.float32)
         report |= {"clipped_clients": Mean(any_clipped, jnp.ones((), jnp.float32))}
-    return y, opt_state, mean, report
+    return stateful.join(state, y), opt_state, mean, report
 
 
 def full_gradient(
@@ -108,24 +112,64 @@ def full_gradient(
       ...     gradient, report = fc.local.full_gradient(per_example_loss, params, client, key)
       ...     return jax.tree.map(jnp.negative, gradient), client.state.own, report
     """
-    check_parameters(params)
+    return _full_gradient(per_example_loss, params, client, key, gradient)[:2]
 
-    def total(i):
+
+def _full_gradient(
+    per_example_loss: PerExampleLoss, params: Params, client: Client, key: Array, gradient: Gradient
+) -> tuple[PyTree, Metrics, PyTree]:
+    """``full_gradient``, and the model's state after all batches."""
+    state, params = stateful.split(per_example_loss, params)
+    check_parameters(params)
+    sums = gradient is batch_gradient and not isinstance(per_example_loss, stateful.Stateful)
+
+    def total(i, state):
         batch, weights = client.batch(i)
         here = jax.random.fold_in(key, i)
-        if gradient is batch_gradient:  # sums directly, without dividing and multiplying by the batch's weight
+        if sums:  # directly, without dividing and multiplying by the batch's weight
 
             def total_loss(x):
                 return batch_loss(per_example_loss, x, batch, weights, here)
 
-            return jax.grad(total_loss, has_aux=True)(params)
-        mean, report = gradient(per_example_loss, params, batch, weights, here)
-        return jax.tree.map(lambda g: tree.scaled(report["loss"].weight, g), mean), report
+            return jax.grad(total_loss, has_aux=True)(params), state
+        mean, report, state = stateful.gradient_and_state(
+            gradient, per_example_loss, params, state, batch, weights, here
+        )
+        return (jax.tree.map(lambda g: tree.scaled(report["loss"].weight, g), mean), report), state
 
-    total, zeros = tree.traced(total, 0)
-    summed, report = client.loop(lambda i, acc: add(acc, total(i)), zeros)
+    total, (zeros, _) = tree.traced(total, 0, state)
+
+    def body(i, carry):
+        more, state = total(i, carry[1])
+        return add(carry[0], more), state
+
+    (summed, report), state = client.loop(body, (zeros, state))
     weight = tree.or_one(report["loss"].weight)
-    return jax.tree.map(lambda g: tree.divided(g, weight), summed), report
+    return jax.tree.map(lambda g: tree.divided(g, weight), summed), report, state
+
+
+def mean_loss(per_example_loss: PerExampleLoss, params: Params, client: Client, key: Array) -> Array:
+    """The mean loss at ``params`` over all of a client's batches, float32 scalar; no gradient is taken.
+
+    Args:
+      per_example_loss: ``(params, batch, key)``, see ``fc.fedavg``.
+      params: where the loss is taken.
+      client: whose batches are used.
+      key: PRNG key of the client and round; each batch folds its number in.
+
+    Example:
+      >>> def client_fn(params, client, key):  # sends no update, but how well the model serves it
+      ...     loss = fc.local.mean_loss(per_example_loss, params, client, key)
+      ...     return jax.tree.map(jnp.zeros_like, params), client.state.own, {"fit": loss}
+    """
+
+    def term(i):
+        batch, weights = client.batch(i)
+        return batch_loss(per_example_loss, params, batch, weights, jax.random.fold_in(key, i))[1]["loss"]
+
+    term, zero = tree.traced(term, 0)
+    total = client.loop(lambda i, acc: add(acc, term(i)), zero)
+    return finish(total).astype(jnp.float32)
 
 
 def full_step(
@@ -153,10 +197,11 @@ def full_step(
     Source: McMahan et al. (2017), section 2, FedSGD.
     """
     client_tx = optax.with_extra_args_support(client_tx)
-    grads, report = full_gradient(per_example_loss, params, client, key, gradient)
-    opt_state = optimiser.reseeded(optimiser.init(client_tx, params), jax.random.fold_in(key, 2**31 - 1))
-    update, opt_state = optimiser.update(client_tx, grads, opt_state, params, anchor=params)
-    return update, report | _step_report(opt_state)
+    grads, report, after = _full_gradient(per_example_loss, params, client, key, gradient)
+    state, x = stateful.split(per_example_loss, params)
+    opt_state = optimiser.reseeded(optimiser.init(client_tx, x), jax.random.fold_in(key, 2**31 - 1))
+    update, opt_state = optimiser.update(client_tx, grads, opt_state, x, anchor=x)
+    return stateful.join(optax.tree.sub(after, state), update), report | _step_report(opt_state)
 
 
 def proximal(mu: float | Array) -> optax.GradientTransformationExtraArgs:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 import jax
 import optax
 
+from fedjax_clip.core import stateful
 from fedjax_clip.core.cohort import Client
 from fedjax_clip.core.loss import Gradient
 from fedjax_clip.core.types import Array, Metrics, Params, PerExampleLoss, PyTree
-from fedjax_clip.local.steps import full_gradient, full_step, local_steps
+from fedjax_clip.local.steps import full_gradient, full_step, local_steps, mean_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,11 @@ class Worker(Client):
           key: the key that ``local_steps`` was given.
         """
         batch, weights = self.batch(step)
-        return self.gradient_of(self.per_example_loss, params, batch, weights, jax.random.fold_in(key, step))[0]
+        state, params = stateful.split(self.per_example_loss, params)
+        here = jax.random.fold_in(key, step)
+        return stateful.gradient_and_state(
+            self.gradient_of, self.per_example_loss, params, state, batch, weights, here
+        )[0]
 
     def full_gradient(self, params: Params, key: Array) -> tuple[PyTree, Metrics]:
         """The gradient at ``params`` of the mean loss over all of the client's batches, and its report.
@@ -79,6 +84,15 @@ class Worker(Client):
           key: PRNG key of this client and round.
         """
         return full_gradient(self.per_example_loss, params, self, key, self.gradient_of)
+
+    def mean_loss(self, params: Params, key: Array) -> Array:
+        """The mean loss at ``params`` over all of the client's batches, float32 scalar.
+
+        Args:
+          params: where it is taken.
+          key: PRNG key of this client and round.
+        """
+        return mean_loss(self.per_example_loss, params, self, key)
 
     def full_step(self, params: Params, key: Array) -> tuple[PyTree, Metrics]:
         """The update of one optimiser step along ``full_gradient``, and its report.

@@ -6,6 +6,7 @@ from fedjax_clip.models.conv import Conv, max_pool_2x2
 from fedjax_clip.models.factorisation import Factorisation
 from fedjax_clip.models.lstm import CharLSTM
 from fedjax_clip.models.mlp import MLP
+from fedjax_clip.models.norms import BatchNorm
 from fedjax_clip.models.resnet import ResNet
 from fedjax_clip.models.transformer import Transformer
 from fedjax_clip.models.words import BagOfWords
@@ -14,6 +15,7 @@ __all__ = [
     "CNN",
     "MLP",
     "BagOfWords",
+    "BatchNorm",
     "CharLSTM",
     "Conv",
     "Factorisation",

@@ -4,6 +4,7 @@ import numpy as np
 
 from fedjax_clip.core import checks
 from fedjax_clip.core.secret import Secret
+from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData, check_alike
 from fedjax_clip.data.sampling import Sampler
@@ -96,6 +97,8 @@ def _uses(
     checks.kind("data", data, FederatedData, "a FederatedData")
     checks.kind("work", work, LocalWork, "an fc.extend.LocalWork")
     check_alike(data)
+    if data.lives is not None:
+        raise InvalidInput("A record's epsilon counts passes over the same examples: it is not computed for a stream.")
     rounds = checks.count("rounds", rounds, 0)
     clients = np.arange(data.num_clients)
     checks.kind("secret", secret, Secret | None, "an fc.privacy.Secret, or None")

@@ -153,6 +153,53 @@ def looks_at_messages(name: str, reducer: Reducer) -> None:
         )
 
 
+def apart(reducer: Reducer, groups: int) -> Reducer:
+    """Reduces the messages of each group of clients by themselves: ``(stack, chosen) -> (aggregates, counts)``.
+
+    A client's message is a pytree of ``[groups, ...]``, of which only its own group's part counts, and the group as
+    float32 ``[groups]``, one 1 among zeros. The result has each group's aggregate, zero for a group of fewer clients
+    than ``reducer`` needs, and the groups' sizes.
+
+    Args:
+      reducer: of real numbers, of one group's messages.
+      groups: number of groups.
+
+    Raises:
+      InvalidInput: a secure sum, which adds all messages.
+
+    Example:
+      >>> reducer = apart(uniform_mean(), groups=3)
+    """
+    checks.kind("apart: reducer", reducer, Reducer, "one such as fc.reduce.uniform_mean()")
+    groups = checks.count("apart: groups", groups)
+    if reducer.hides or reducer.threshold is not None:
+        raise InvalidInput(
+            f"The algorithm reduces each group's messages apart, and {reducer.hides or 'modular_sum'} adds those of "
+            "all: take fc.reduce.uniform_mean() or another reducer of real numbers."
+        )
+
+    def of(group, tree):
+        return jax.tree.map(lambda x: x[:, group], tree)
+
+    def zero(message, roster):
+        one = jax.tree.map(lambda x: x[0], message[0])
+        return tuple(reducer.zero(one, roster) for _ in range(groups)), jnp.zeros(groups, jnp.float32)
+
+    def add(acc, messages, weights):
+        stack, chosen = messages
+        accs = [reducer.add(a, of(g, stack), weights * chosen[:, g]) for g, a in enumerate(acc[0])]
+        came = (weights > 0).astype(jnp.float32)
+        return tuple(accs), acc[1] + tree.weighted_sum(came, chosen)
+
+    def finish(acc, axis_name):
+        counts = acc[1] if axis_name is None else jax.lax.psum(acc[1], axis_name)
+        found = [reducer.finish(a, axis_name) for a in acc[0]]
+        found = [jax.tree.map(lambda x, n=n: jnp.where(n >= reducer.fewest, x, 0), a) for a, n in zip(found, counts)]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *found), counts
+
+    return reducer._replace(zero=zero, add=add, finish=finish)
+
+
 def together(*reducers: Reducer) -> Reducer:
     """Reduces messages of several parts: the first part by the first reducer, the second by the second, ...
 

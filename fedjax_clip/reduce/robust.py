@@ -1,14 +1,13 @@
 """Robust reducers, which tolerate a bounded number of malicious clients. They ignore weights, since clients may lie."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from fedjax_clip.core import checks, tree
-from fedjax_clip.core.types import Array, PyTree
+from fedjax_clip.core.types import Array
+from fedjax_clip.reduce import rows
 from fedjax_clip.reduce.base import Reducer, looks_at_messages, uniform_mean
-from fedjax_clip.reduce.stack import Stack, stacking
+from fedjax_clip.reduce.stack import stacking
 
 
 def median() -> Reducer:
@@ -23,14 +22,7 @@ def median() -> Reducer:
     Source: Yin et al. (2018), "Byzantine-Robust Distributed Learning", Definition 1.
     """
 
-    def middle(rows, count):
-        def row(index):
-            return sum(jnp.where(index == i, x, 0) for i, x in enumerate(rows))
-
-        low, high = row(jnp.maximum(count - 1, 0) // 2), row(count // 2)
-        return low + 0.5 * (high - low)
-
-    return stacking(lambda stack: _by_coordinate(stack, middle))
+    return stacking(lambda stack: rows.by_coordinate(stack, rows.middle))
 
 
 def trimmed_mean(num_bad: int) -> Reducer:
@@ -54,11 +46,10 @@ def trimmed_mean(num_bad: int) -> Reducer:
     if num_bad == 0:
         return uniform_mean()
 
-    def inner(rows, count):
-        total = sum(jnp.where((i >= num_bad) & (i < count - num_bad), x, 0) for i, x in enumerate(rows))
-        return total / jnp.maximum(count - 2 * num_bad, 1).astype(rows[0].dtype)
+    def inner(values, count):
+        return rows.mean_of(values, num_bad, count - 2 * num_bad)
 
-    return stacking(lambda stack: _by_coordinate(stack, inner), fewest=2 * num_bad + 1)
+    return stacking(lambda stack: rows.by_coordinate(stack, inner), fewest=2 * num_bad + 1)
 
 
 def krum(num_bad: int, num_chosen: int = 1) -> Reducer:
@@ -85,13 +76,10 @@ def krum(num_bad: int, num_chosen: int = 1) -> Reducer:
     num_chosen = checks.count("krum: num_chosen", num_chosen)
 
     def aggregate(stack):
-        both = stack.present[:, None] & stack.present[None] & ~jnp.eye(len(stack.ids), dtype=bool)
-        squares = jnp.where(both, _square_distances(stack.messages), jnp.inf)
-        nearest = jnp.arange(len(stack.ids), dtype=jnp.int32) < stack.num_present - num_bad - 2
-        scores = jnp.sum(jnp.where(nearest[None], jnp.sort(squares, axis=1), 0), axis=1)
+        scores = rows.krum_scores(rows.square_distances(stack.messages), stack.present, num_bad)
         best = jnp.lexsort((scores, ~stack.present))[:num_chosen]  # stable: in a tie the first
         chosen = jnp.zeros(len(stack.ids), jnp.float32).at[best].set(1) * stack.present.astype(jnp.float32)
-        return _combine(chosen / jnp.maximum(jnp.sum(chosen), 1), stack.messages)
+        return rows.combine(chosen / jnp.maximum(jnp.sum(chosen), 1), stack.messages)
 
     return stacking(aggregate, fewest=2 * num_bad + 3)
 
@@ -121,10 +109,10 @@ def geometric_median(iterations: int = 8, smoothing: float | Array = 1e-6) -> Re
     checks.positive("geometric_median: smoothing", smoothing)
 
     def step(messages, present, v):
-        norms = _norms(_minus(messages, v))
-        return _combine(_of_their_sum(present.astype(norms.dtype) / jnp.maximum(norms, smoothing)), messages)
+        norms = rows.norms(rows.minus(messages, v))
+        return rows.combine(rows.of_their_sum(present.astype(norms.dtype) / jnp.maximum(norms, smoothing)), messages)
 
-    return stacking(lambda stack: _iterated(stack, iterations, step))
+    return stacking(lambda stack: rows.iterated(stack, iterations, step))
 
 
 def centered_mean(threshold: float | Array, iterations: int = 3) -> Reducer:
@@ -151,13 +139,13 @@ def centered_mean(threshold: float | Array, iterations: int = 3) -> Reducer:
     iterations = checks.count("centered_mean: iterations", iterations)
 
     def step(messages, present, v):
-        apart = _minus(messages, v)
-        factors = _within(threshold, apart)
+        apart = rows.minus(messages, v)
+        factors = rows.within(threshold, apart)
         shares = factors * present.astype(factors.dtype) / jnp.maximum(jnp.sum(present), 1).astype(factors.dtype)
-        moved = _combine(shares, apart)
+        moved = rows.combine(shares, apart)
         return jax.tree.map(jnp.add, v, moved)
 
-    return stacking(lambda stack: _iterated(stack, iterations, step))
+    return stacking(lambda stack: rows.iterated(stack, iterations, step))
 
 
 def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Reducer:
@@ -185,8 +173,8 @@ def norm_bounded(max_norm: float | Array, reducer: Reducer | None = None) -> Red
     looks_at_messages("norm_bounded", reducer)
 
     def add(acc, messages, weights):
-        factors = _within(max_norm, messages)
-        bounded = jax.tree.map(lambda x: tree.scaled(_beside(factors, x), x), messages)
+        factors = rows.within(max_norm, messages)
+        bounded = jax.tree.map(lambda x: tree.scaled(rows.beside(factors, x), x), messages)
         return reducer.add(acc, bounded, weights)
 
     # A message's factor depends on the message, so masks do not commute with the sum.
@@ -217,76 +205,14 @@ def fltrust(root: int) -> Reducer:
     root = checks.client_number("fltrust: root", root)
 
     def aggregate(stack):
-        norms = _norms(stack.messages)
+        norms = rows.norms(stack.messages)
         is_root = (stack.present & (stack.ids == root)).astype(norms.dtype)
         # Between unit vectors a cosine is an inner product.
-        units = jax.tree.map(lambda x: tree.divided(tree.wide(x), _beside(tree.or_one(norms), x)), stack.messages)
-        direction, length = _combine(is_root, units), jnp.sum(is_root * norms)
-        along = jax.tree.map(lambda x, v: _row_sums(x * v[None]), units, direction)
+        units = jax.tree.map(lambda x: tree.divided(tree.wide(x), rows.beside(tree.or_one(norms), x)), stack.messages)
+        direction, length = rows.combine(is_root, units), jnp.sum(is_root * norms)
+        along = jax.tree.map(lambda x, v: rows.row_sums(x * v[None]), units, direction)
         cosines = tree.total(jax.tree.leaves(along))
         trust = jnp.maximum(cosines, 0) * (1 - is_root)
-        return _combine(length * _of_their_sum(trust), units)
+        return rows.combine(length * rows.of_their_sum(trust), units)
 
     return stacking(aggregate, fewest=2)._replace(population=root + 1)
-
-
-def _by_coordinate(stack: Stack, rule: Callable[[list[Array], Array], Array]) -> PyTree:
-    """Applies ``rule(rows, count)`` to each leaf's values in rising order: ``count`` of them, then infinities."""
-
-    def one(x):
-        rows = tree.sorted_rows(jnp.where(_beside(stack.present, x), tree.wide(x), jnp.inf))
-        return jnp.where(stack.num_present > 0, rule(rows, stack.num_present), 0)
-
-    return jax.tree.map(one, stack.messages)
-
-
-def _iterated(stack: Stack, iterations: int, step: Callable[[PyTree, Array, PyTree], PyTree]) -> PyTree:
-    """``v <- step(messages, present, v)`` from zero."""
-    start = jax.tree.map(lambda x: jnp.zeros_like(tree.wide(x[0])), stack.messages)
-    present = stack.present.astype(jnp.float32)
-    return jax.lax.fori_loop(0, iterations, lambda _, v: step(stack.messages, present, v), start)
-
-
-def _square_distances(messages: PyTree) -> Array:
-    """``[N, N]`` squared distances, from differences: products of messages would lose small distances."""
-
-    def from_row(row):
-        return jnp.square(_norms(_minus(messages, jax.tree.map(lambda x: x[row], messages))))
-
-    return jax.lax.map(from_row, jnp.arange(len(jax.tree.leaves(messages)[0]), dtype=jnp.int32))
-
-
-def _norms(messages: PyTree) -> Array:
-    """``[N]`` Euclidean norms of the rows."""
-    return tree.safe_sqrt(tree.total([_row_sums(jnp.square(tree.wide(x))) for x in jax.tree.leaves(messages)]))
-
-
-def _within(max_norm: float | Array, messages: PyTree) -> Array:
-    """``[N]`` factors that bring the rows' norms to at most ``max_norm``."""
-    norms = _norms(messages)
-    return jnp.where(norms <= max_norm, 1, max_norm / tree.or_one(norms))
-
-
-def _of_their_sum(shares: Array) -> Array:
-    """``[N]`` shares that add up to 1, or zeros."""
-    return shares / tree.or_one(jnp.sum(shares))
-
-
-def _combine(shares: Array, messages: PyTree) -> PyTree:
-    """``sum_i shares_i messages_i``."""
-    return jax.tree.map(lambda x: tree.weighted_sum(shares, tree.wide(x)), messages)
-
-
-def _minus(messages: PyTree, v: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: tree.wide(x) - y[None], messages, v)
-
-
-def _row_sums(x: Array) -> Array:
-    """``[N]`` sums over all axes but the first, vectorised on a CPU: see ``tree.reduced``."""
-    x = x.reshape(len(x), -1, x.shape[-1] if x.ndim > 1 else 1)
-    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x, axis=1)), axis=1)
-
-
-def _beside(values: Array, x: Array) -> Array:
-    """``[N]`` values that broadcast against ``x [N, ...]``."""
-    return values.reshape(len(values), *[1] * (x.ndim - 1))

@@ -1,8 +1,8 @@
 """Secure aggregation by pairwise masks: the server learns a sum, and no message. The protocol runs on the host.
 
 X25519 agrees on keys, HKDF-SHA256 derives them, and ChaCha20 expands them to masks. ChaCha20-Poly1305 seals the Shamir
-shares that clients exchange through the server. Ed25519 signs keys and the set of survivors. All parties run in one
-process: there is no network, and the registry of signing keys is trusted.
+shares that clients exchange through the server. Ed25519 signs keys and the set of survivors. In a simulation all
+parties run in one process; ``fc.deploy.Member`` is a party of its own. The registry of signing keys is trusted.
 
 Needs the extra ``secure``.
 """

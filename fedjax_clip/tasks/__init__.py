@@ -1,7 +1,15 @@
 """Tasks: data, a model, a loss and its metrics, ready to train."""
 
-from fedjax_clip.tasks.base import Task, binary_classifier, classifier, penalised, refuse_fitted, regressor
-from fedjax_clip.tasks.generic import classification, digits, npz, tfds
+from fedjax_clip.tasks.base import (
+    Task,
+    binary_classifier,
+    classifier,
+    classifier_with_state,
+    penalised,
+    refuse_fitted,
+    regressor,
+)
+from fedjax_clip.tasks.generic import classification, digits, huggingface, npz, tfds
 from fedjax_clip.tasks.language import (
     next_character,
     shakespeare_lora,
@@ -10,13 +18,21 @@ from fedjax_clip.tasks.language import (
     text_files,
     tweets,
 )
+from fedjax_clip.tasks.loading import Model, Predictions, load, save
 from fedjax_clip.tasks.packaged import ames, chem97, heart, schools
+from fedjax_clip.tasks.predictor import Predictor
 from fedjax_clip.tasks.recommendation import insteval, movielens, ratings
+from fedjax_clip.tasks.streams import stream
 from fedjax_clip.tasks.synthetic import linear_regression, mlp_regression, relu_classifier, two_nodes
 from fedjax_clip.tasks.tabular import csv
 from fedjax_clip.tasks.vision import cifar, emnist, fashion_mnist, mnist
+from fedjax_clip.training.scores import OverClients
 
 __all__ = [
+    "Model",
+    "OverClients",
+    "Predictions",
+    "Predictor",
     "Task",
     "ames",
     "binary_classifier",
@@ -24,13 +40,16 @@ __all__ = [
     "cifar",
     "classification",
     "classifier",
+    "classifier_with_state",
     "csv",
     "digits",
     "emnist",
     "fashion_mnist",
     "heart",
+    "huggingface",
     "insteval",
     "linear_regression",
+    "load",
     "mlp_regression",
     "mnist",
     "movielens",
@@ -41,10 +60,12 @@ __all__ = [
     "refuse_fitted",
     "regressor",
     "relu_classifier",
+    "save",
     "schools",
     "shakespeare_lora",
     "shakespeare_lstm",
     "shakespeare_transformer",
+    "stream",
     "text_files",
     "tfds",
     "tweets",

@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from fedjax_clip.core import checks
+from fedjax_clip.core import checks, tree
+from fedjax_clip.core.loss import calibrated
+from fedjax_clip.core.stateful import with_state
 from fedjax_clip.core.types import Array, InvalidInput, Params, PerExampleLoss
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.training.evaluation import Summary
+from fedjax_clip.tasks.predictor import Predictor, of_arrays
+from fedjax_clip.training.scores import Summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Task:
       frozen: the parameters that stay fixed, see ``fc.partially_frozen``; ``None`` if all train.
       fitted: the statistics computed exactly from the clients' data before training, and the alternative to give. No
         epsilon of the training covers them, see ``refuse_fitted``. Empty if there are none.
+      predictor: how the model is applied to new data, see ``load``; ``None`` if it cannot be.
 
     Example:
       >>> task = fc.tasks.digits()
@@ -41,6 +46,7 @@ class Task:
     summarise: Summary | None = None
     frozen: str | None = None
     fitted: str = ""
+    predictor: Predictor | None = None
 
 
 def refuse_fitted(task: Task) -> None:
@@ -57,6 +63,11 @@ def refuse_fitted(task: Task) -> None:
     Example:
       >>> fc.tasks.refuse_fitted(fc.tasks.digits())
     """
+    if task.data.lives is not None:
+        raise InvalidInput(
+            "An epsilon counts clients that are there in all rounds with the same examples, and this task is a stream: "
+            "train without --delta."
+        )
     if task.fitted:
         raise InvalidInput(
             f"An epsilon counts the training alone, and this task has computed {task.fitted}, or train without --delta."
@@ -77,9 +88,27 @@ def classifier(model: nn.Module) -> PerExampleLoss:
 
     def per_example_loss(params, batch, key):
         logits = jnp.asarray(model.apply(params, scaled(batch["x"])))
-        return cross_entropy(logits, batch["y"]), {"accuracy": hits(logits, batch["y"])}
+        return cross_entropy(calibrated(logits, batch), batch["y"]), {"accuracy": hits(logits, batch["y"])}
 
     return per_example_loss
+
+
+def classifier_with_state(model: nn.Module) -> PerExampleLoss:
+    """``classifier`` of a module with ``batch_stats``, as a loss of ``fc.local.with_state``.
+
+    Args:
+      model: a module of ``(x [B, ...], weights [B] or None)``, such as ``fc.models.ResNet(10, norm="batch")``.
+
+    Example:
+      >>> per_example_loss = fc.tasks.classifier_with_state(fc.models.ResNet(10, norm="batch"))
+    """
+
+    def loss_and_state(params, batch, weights, key):
+        logits, changed = model.apply(params, scaled(batch["x"]), weights, mutable=["batch_stats"])
+        values = {"accuracy": hits(logits, batch["y"])}
+        return cross_entropy(calibrated(logits, batch), batch["y"]), values, {**params, **changed}
+
+    return with_state(loss_and_state)
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
@@ -152,12 +181,39 @@ def penalised(per_example_loss: PerExampleLoss, l2: float) -> PerExampleLoss:
     return loss
 
 
-def make(train: FederatedData, evaluation: Mapping[str, FederatedData], model: nn.Module, loss: PerExampleLoss) -> Task:
-    """A task that trains a Flax module on the field ``x``."""
+def make(
+    train: FederatedData,
+    evaluation: Mapping[str, FederatedData],
+    model: nn.Module,
+    loss: PerExampleLoss,
+    classes: Sequence[str] = (),
+) -> Task:
+    """A task that trains a Flax module on the field ``x``; names of ``classes`` let it be applied to new arrays."""
     if 0 in (shape := train.fields()["x"].shape[1:]):
         raise InvalidInput(f"Inputs x have the shape {shape}: there is nothing to learn from.")
-    sample = scaled(jnp.zeros((1, *shape), train.fields()["x"].dtype))
-    return Task(train, evaluation, lambda key: model.init(key, sample), loss)
+    dtype = train.fields()["x"].dtype
+    sample = scaled(jnp.zeros((1, *shape), dtype))
+    predictor = of_arrays(model, shape, dtype, classes) if classes else None
+    return Task(train, evaluation, lambda key: model.init(key, sample), loss, predictor=predictor)
+
+
+def restored(arrays: Mapping[str, np.ndarray], shapes: Params, what: str) -> Params:
+    """Named arrays in the structure of ``shapes``.
+
+    Args:
+      arrays: as ``params.npz`` holds them.
+      shapes: of the model's parameters, as ``jax.eval_shape`` gives them.
+      what: holds the arrays, for the message.
+
+    Raises:
+      InvalidInput: an array is missing, is not the model's or has another shape.
+    """
+    wanted = {name: x.shape for name, x in tree.named_leaves(shapes)}
+    found = {name: x.shape for name, x in arrays.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise InvalidInput(f"{what} does not fit the model: {name} is {found.get(name)}, not {wanted.get(name)}.")
+    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in wanted])
 
 
 def scaled(x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,37 @@ def tfds(
     return classification(deal(examples, num_clients, 100, alpha, seed), hidden, seed=seed, classes=classes)
 
 
+def huggingface(
+    path: Any,
+    x: str = "image",
+    y: str = "label",
+    by: str | None = None,
+    num_clients: int | None = None,
+    alpha: float | None = None,
+    hidden: Sequence[int] = (128,),
+    seed: int = 0,
+    classes: int | None = None,
+) -> Task:
+    """Classification of a data set of Hugging Face's ``datasets``: a local file, or the data set itself.
+
+    Args:
+      path: see ``fc.data.sources.huggingface``.
+      x, y: the columns of inputs and classes.
+      by: the column that names each example's client; without it examples are dealt as for ``npz``.
+      num_clients, alpha, hidden, seed, classes: as for ``npz``.
+
+    Raises:
+      InvalidInput: data that cannot be read or learned from, fractions or widths out of range.
+
+    Example:
+      >>> import datasets
+      >>> rows = {"dose": [[0.5], [1.0], [2.0], [0.0]], "died": [0, 1, 1, 0], "ward": ["a", "b", "a", "b"]}
+      >>> task = fc.tasks.huggingface(datasets.Dataset.from_dict(rows), x="dose", y="died", by="ward")
+    """
+    data = deal(sources.huggingface(path, {"x": x, "y": y}, by), num_clients, 10, alpha, seed)
+    return classification(data, hidden, seed=seed, classes=classes)
+
+
 def classification(
     data: FederatedData,
     hidden: Sequence[int] = (128,),
@@ -148,7 +180,9 @@ def classification(
     train, clients = data.split_clients(held_out_clients, seed)
     train, examples = train.split_examples(held_out_examples, seed)
     model = models.MLP(widths(hidden), last + 1 if classes is None else classes)
-    task = make(train, {"examples": examples, "clients": clients}, model, classifier(model))
+    words = (data.labels or {}).get("y", ())
+    names = [words[label] if label < len(words) else str(label) for label in range(model.num_outputs)]
+    task = make(train, {"examples": examples, "clients": clients}, model, classifier(model), names)
     fitted = "the number of classes from the clients' labels: give classes=10, say" if classes is None else ""
     return dataclasses.replace(task, fitted=fitted)
 

@@ -1,5 +1,6 @@
 """Text: next characters of Shakespeare's roles or of your own files, sentiment of tweets, LoRA."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 
 from fedjax_clip import models
 from fedjax_clip.algorithms.lora import lora
-from fedjax_clip.core import files, tree
+from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput, Params, PerExampleLoss
 from fedjax_clip.data import partition, sources
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sources import archives, text
-from fedjax_clip.tasks.base import Task, check_positive, classifier, cross_entropy, hits, make
+from fedjax_clip.tasks.base import Task, check_positive, classifier, cross_entropy, hits, make, restored
+from fedjax_clip.tasks.predictor import Predictor, described
 
 _ASCII, _BYTES = 128, 256
 
@@ -142,7 +144,8 @@ def text_files(
       >>> task = fc.tasks.text_files("letters", width=16, layers=1, heads=2)
     """
     model = _transformer(_BYTES, length, width, layers, heads)
-    return _characters(sources.text_files(directory, length), model, held_out_clients, held_out_examples, seed)
+    data = sources.text_files(directory, length)
+    return _characters(data, model, held_out_clients, held_out_examples, seed, _BYTES)
 
 
 def tweets(
@@ -171,7 +174,10 @@ def tweets(
     data = partition.dirichlet(sources.tweets(num_words, vocabulary), num_clients, alpha, seed=seed)
     train, examples = data.split_examples(0.1, seed)
     model = models.BagOfWords(len(text.SENTIMENTS), vocabulary, width)
-    return make(train, {"examples": examples}, model, classifier(model))
+    task = make(train, {"examples": examples}, model, classifier(model))
+    given = {"num_words": num_words, "vocabulary": vocabulary}
+    predictor = Predictor("words", described(model), given, {"classes": list(text.SENTIMENTS)})
+    return dataclasses.replace(task, predictor=predictor)
 
 
 def _shakespeare(plays: str | Sequence[str], length: int) -> FederatedData:
@@ -187,13 +193,21 @@ def _transformer(vocabulary: int, length: int, width: int, layers: int, heads: i
 
 
 def _characters(
-    data: FederatedData, model: nn.Module, held_out_clients: float, held_out_examples: float, seed: int
+    data: FederatedData,
+    model: nn.Module,
+    held_out_clients: float,
+    held_out_examples: float,
+    seed: int,
+    characters: int = _ASCII,
 ) -> Task:
     train, clients = data.split_clients(held_out_clients, seed)
     train, examples = train.split_examples(held_out_examples, seed)
     sample = jnp.zeros((1, data.fields()["text"].shape[1] - 1), jnp.int32)
     evaluation = {"examples": examples, "clients": clients}
-    return Task(train, evaluation, lambda key: model.init(key, sample), next_character(model))
+    given = {"length": sample.shape[1], "encoding": "ascii" if characters == _ASCII else "utf-8"}
+    names = [chr(code) if code < _ASCII else f"byte {code}" for code in range(characters)]
+    predictor = Predictor("characters", described(model), given, {"classes": names})
+    return Task(train, evaluation, lambda key: model.init(key, sample), next_character(model), predictor=predictor)
 
 
 def _load(path: str, task: Task) -> Params:
@@ -203,11 +217,4 @@ def _load(path: str, task: Task) -> Params:
         raise InvalidInput(
             f"There is no base model {path}: train one, by python -m experiments.run --flagfile={preset}."
         )
-    arrays = archives.read_npz(file)
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
-    wanted = {name: x.shape for name, x in tree.named_leaves(shapes)}
-    found = {name: x.shape for name, x in arrays.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise InvalidInput(f"{path} does not fit the model: {name} is {found.get(name)}, not {wanted.get(name)}.")
-    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in wanted])
+    return restored(archives.read_npz(file), jax.eval_shape(task.init, jax.random.key(0)), path)

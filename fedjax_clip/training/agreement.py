@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from fedjax_clip.core.types import InvalidInput
-from fedjax_clip.training import identity
+from fedjax_clip.training import going_on, identity
 from fedjax_clip.training.evaluation import Evaluator
 from fedjax_clip.training.processes import Processes
 from fedjax_clip.training.settings import Evaluate, Settings
@@ -68,6 +68,7 @@ def facts(run: Settings) -> dict[str, str]:
     }
     hidden = {
         "the code of fedjax_clip": _code(),
+        "the state to go on from": "" if run.state is None else going_on.digest(run.state),
         "secret": "" if run.secret is None else run.secret.commitment,
         **{
             f"the initial parameters {jax.tree_util.keystr(path)}": identity.digest(np.asarray(x))

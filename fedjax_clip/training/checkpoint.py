@@ -10,10 +10,13 @@ import jax
 import numpy as np
 
 from fedjax_clip.core import checks, files
-from fedjax_clip.core.types import InvalidInput
+from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PyTree
+from fedjax_clip.training import best as kept
 from fedjax_clip.training import identity, states
 from fedjax_clip.training.processes import ALONE, Processes
-from fedjax_clip.training.state import State
+from fedjax_clip.training.state import Members, State
+
+MEMBERS = "members.json"
 
 
 class Checkpoints:
@@ -43,6 +46,8 @@ class Checkpoints:
                 f"{str(self.directory)!a} is not UTF-8: choose another name for the directory."
             ) from None
         self._manager: Any = None
+        self._known: Members | None = None
+        self._hash = ""
         self.processes = ALONE
 
     def shared_by(self, processes: Processes) -> "Checkpoints":
@@ -66,16 +71,70 @@ class Checkpoints:
         """
         if (step := self.newest()) is None:
             return None
-        path, clients = self.directory / str(step), template.clients
+        record = self._record(step)
+        identity.check(f"The checkpoint {self.directory / str(step)}", record["run"], template.run)
+        return step, self._restored(step, record, template, "Name another directory, or remove this one.")
+
+    def state(self, algorithm: Algorithm, params: Params) -> State:
+        """The newest state, for another run to go on from: ``fc.train(..., state=...)``.
+
+        Args:
+          algorithm: of that run.
+          params: its initial parameters, or any of their shapes.
+
+        Raises:
+          InvalidInput: no checkpoint; one that is damaged, or of another model or algorithm.
+
+        Example:
+          >>> saved = fc.extend.Checkpoints("runs/mine")
+          >>> result = fc.train(algorithm, data, params, rounds=10, checkpoints=saved)
+          >>> result = fc.train(algorithm, data, params, rounds=20, state=saved.state(algorithm, params))
+        """
+        if not self.directory.is_dir() or (step := self.newest()) is None:
+            raise InvalidInput(f"{self.directory} holds no checkpoint to go on from.")
+        path, record = self.directory / str(step), self._record(step)
+        try:
+            members = self._members(record)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(
+                f"No run can go on from {path}: {self.directory / MEMBERS}, which names its clients, is damaged or "
+                "missing."
+            ) from error
+        if (was := record["run"].get("algorithm")) != (kind := identity.kind(algorithm)):
+            raise InvalidInput(
+                f"The checkpoint {path} is of {was}, not {kind}: go on with {was}, or begin anew from its parameters."
+            )
+        best = () if "best" not in record["run"] else kept.begin(jax.tree.map(np.asarray, params))
+        clients = states.alike(algorithm, params, len(members.weights))
+        state = State(algorithm.init(params), clients, record["run"], members, step, best)
+        cure = (
+            "If the data has other features or classes than that run's, begin anew from its parameters, or grow its "
+            "state in Python by fc.extend.grown(state, algorithm, params)."
+        )
+        return self._restored(step, record, state, cure)
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """The record of a checkpoint, checked."""
+        path = self.directory / str(step)
         files.check_fits(path, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
         try:
             record = self._read(step, "record", "JsonRestore")
-            run = record["run"]
             if record["digest"] != _digest_of_record(record):
                 raise ValueError("the record's hash differs")
         except Exception as error:  # Orbax raises whatever its layers raise
             raise InvalidInput(self._damaged(step)) from error
-        identity.check(f"The checkpoint {path}", run, template.run)
+        return record
+
+    def _restored(self, step: int, record: dict[str, Any], template: State, cure: str) -> State:
+        """The state of a checkpoint.
+
+        Args:
+          step: rounds done.
+          record: of the checkpoint.
+          template: a state of its structure, shapes and types.
+          cure: what to do if it is of others.
+        """
+        path, clients = self.directory / str(step), template.clients
         on_disk = any(name.startswith("clients") and shape[:1] == [0] for name, shape, *_ in record["leaves"])
         if on_disk:
             template = template._replace(clients=states.layout(clients))
@@ -86,12 +145,12 @@ class Checkpoints:
                 (has, shape, kind), (want, size, type) = saved, wanted
                 raise InvalidInput(
                     f"The checkpoint {path} is of another model or algorithm: it has {kind}{shape} {has}, where "
-                    f"{type}{size} {want} is needed. Name another directory, or remove this one."
+                    f"{type}{size} {want} is needed. {cure}"
                 )
         if len(record["leaves"]) != len(asked):
             raise InvalidInput(
                 f"The checkpoint {path} is of another model or algorithm: it has {len(record['leaves'])} arrays, not "
-                f"{len(asked)}. Name another directory, or remove this one."
+                f"{len(asked)}. {cure}"
             )
         try:
             # Before reading: a file of endless zeros takes no room on disk, and would fill the memory.
@@ -104,7 +163,7 @@ class Checkpoints:
         for (name, *_, digest), array in zip(record["leaves"], arrays):
             if identity.digest(array) != digest:
                 raise InvalidInput(self._damaged(step, name))
-        server, found = jax.tree.unflatten(jax.tree.structure(template[:2]), arrays)
+        server, found, best = jax.tree.unflatten(jax.tree.structure(_parts(template)), arrays)
         if on_disk:
             rows = states.OnDisk(clients, self.place(), self.processes)
             kept = self._steps()
@@ -114,7 +173,7 @@ class Checkpoints:
                 except (OSError, ValueError) as error:
                     raise InvalidInput(self._damaged(step)) from error
             found = rows.tree
-        return step, template._replace(server=server, clients=found, run=run)
+        return template._replace(server=server, clients=found, run=record["run"], rounds=step, best=best)
 
     def save(self, round: int, state: State) -> None:
         """Saves the state after ``round`` rounds; returns when it is on disk."""
@@ -131,6 +190,8 @@ class Checkpoints:
         names, leaves = _named(state)
         described = [[n, list(x.shape), str(x.dtype), identity.digest(x)] for n, x in zip(names, leaves)]
         record = {"run": dict(state.run), "leaves": described}
+        if state.members is not None:
+            record["members"] = self._keep(state.members)
         record["digest"] = _digest_of_record(record)
         items = {"record": ocp.args.JsonSave(record)}
         if kept := _keyed(leaves):
@@ -139,6 +200,25 @@ class Checkpoints:
         manager.wait_until_finished()
         if isinstance(clients, states.OnDisk):
             clients.spare(self._steps())
+
+    def _keep(self, members: Members) -> str:
+        """Writes whose states the checkpoints have, once for all of them; the file's hash."""
+        if self._known is not members:
+            names = None if members.names is None else list(members.names)
+            text = json.dumps({"names": names, "weights": members.weights.tolist()})
+            self._known, self._hash = members, _hash(text)
+            if self.processes.number == 0 and not (
+                (path := self.directory / MEMBERS).exists() and _hash(path.read_text()) == self._hash
+            ):
+                files.write(path, text)
+        return self._hash
+
+    def _members(self, record: dict[str, Any]) -> Members:
+        text = files.regular(self.directory / MEMBERS).read_text()
+        if _hash(text) != record["members"]:
+            raise ValueError("it is of another run")
+        told = json.loads(text)
+        return Members(told["names"], np.asarray(told["weights"], np.float64))
 
     def place(self) -> pathlib.Path:
         """The directory of clients' states that are too large for memory; made if it is missing."""
@@ -181,10 +261,15 @@ class Checkpoints:
 
 def _named(state: State) -> tuple[list[str], list[np.ndarray]]:
     """Names and arrays of a pytree. Names differ even if a key contains the separator."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path((state.server, state.clients))
-    roots = {0: "server", 1: "clients"}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(_parts(state))
+    roots = {0: "server", 1: "clients", 2: "best"}
     names = [roots[path[0].idx] + jax.tree_util.keystr(path[1:]) for path, _ in leaves]
     return names, [np.asarray(leaf) for _, leaf in leaves]
+
+
+def _parts(state: State) -> tuple[PyTree, PyTree, PyTree]:
+    """What of a state are arrays."""
+    return state.server, state.clients, state.best
 
 
 def _keyed(leaves: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -202,7 +287,11 @@ def _shapes_on_disk(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in getattr(held, "tree", held).items()}
 
 
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _digest_of_record(record: dict[str, Any]) -> str:
     """A hash of the record."""
-    told = json.dumps([record["run"], record["leaves"]], sort_keys=True)
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    told = [record[name] for name in ("run", "leaves", "members") if name in record]  # older ones have no members
+    return _hash(json.dumps(told, sort_keys=True))

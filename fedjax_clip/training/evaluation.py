@@ -4,25 +4,32 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
 from fedjax_clip.core import checks, metrics, tree
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.loss import batch_loss, example_values
-from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, Params, PerExampleLoss, PyTree, Row
+from fedjax_clip.core.types import (
+    Algorithm,
+    Array,
+    ClientState,
+    InvalidInput,
+    Metrics,
+    Params,
+    PerExampleLoss,
+    PyTree,
+    Row,
+)
 from fedjax_clip.data.population import FederatedData, check_sets
 from fedjax_clip.placement import Mesh
 from fedjax_clip.training import owned
 from fedjax_clip.training.processes import ALONE, Processes
+from fedjax_clip.training.scores import OverClients, Summary, Values, client_means, counted
 from fedjax_clip.training.states import of as states_of
-
-Values: TypeAlias = dict[str, np.ndarray]  # of each example [N]: its loss and what the loss reports besides
-Summary: TypeAlias = Callable[[Values, FederatedData], Mapping[str, float]]
 
 
 def evaluator(
@@ -48,7 +55,7 @@ def evaluator(
         the model of the training client of the same name. Other clients are new and begin with the server's model.
       population: the training population, which gives the clients' names; needed with such an algorithm.
       summarise: ``(values of every example {name: [N]}, set) -> {name: score}``, for scores that are not means, such as
-        the area under a ROC curve.
+        the area under a ROC curve. ``fc.tasks.OverClients(summarise, ...)`` compares clients by such scores, too.
       batch_size: examples at a time.
       devices: a mesh of ``fc.placement.mesh`` for a model that is split over devices; this process's rows share the
         examples. By default the first device evaluates a whole model.
@@ -84,6 +91,9 @@ def evaluator(
     return Evaluator(per_example_loss, sets, algorithm, population, summarise, batch_size, devices and devices.mine)
 
 
+MODELS_BYTES = 2**28  # of the models with which a batch is evaluated, if each client has its own
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluator:
     """The evaluator that ``fc.evaluator`` returns."""
@@ -114,11 +124,41 @@ class Evaluator:
         for name, data in self.sets.items():
             values = self.values(name, params, clients, processes)
             found = {key: _mean(x.astype(np.float64), data.weights) for key, x in values.items()}
-            scores |= metrics.prefixed(name, found | dict(self.summarise(values, data) if self.summarise else {}))
+            scores |= metrics.prefixed(name, found | self.summary(values, data))
         return scores
+
+    def summary(self, values: Values, data: FederatedData) -> Row:
+        """What ``summarise`` makes of a set's values."""
+        return {name: float(x) for name, x in self.summarise(values, data).items()} if self.summarise else {}
+
+    def names(self, params: Params) -> list[str]:
+        """The names of all scores, ``["set/loss", ...]``; nothing is evaluated.
+
+        Args:
+          params: the model's parameters, or their shapes.
+        """
+        found: list[str] = []
+        for name, data in self.sets.items():
+            one = jax.tree.map(lambda x: x[:1], data.examples)
+            shapes = jax.eval_shape(
+                lambda p, x: example_values(self.per_example_loss, self._any(p), x, None, 1), params, one
+            )
+            values = {key: np.zeros(data.num_examples, x.dtype) for key, x in shapes.items()}
+            found += [f"{name}/{key}" for key in values | self.summary(values, data)]
+        return found
+
+    def _any(self, params: Params) -> Params:
+        """The parameters of some client's model."""
+        if self.algorithm is None:
+            return params
+        assert self.algorithm.personal is not None
+        return self.algorithm.personal(params, self.algorithm.init_client(params))
 
     def per_client(self, params: Params, clients: PyTree = ()) -> Values:
         """The same means over the examples of each client alone, which show the clients that the model serves badly.
+
+        With a ``summarise`` that compares clients (``OverClients``), also each client's own scores; NaN for a client
+        that has none.
 
         Args:
           params, clients: as for a call.
@@ -128,19 +168,19 @@ class Evaluator:
         """
         scores: Values = {}
         for name, data in self.sets.items():
-            weights = np.ones(data.num_examples) if data.weights is None else np.asarray(data.weights, np.float64)
-            totals = np.add.reduceat(weights, data.offsets[:-1])
-            for key, x in self.values(name, params, clients).items():
-                sums = np.add.reduceat(_counted(x.astype(np.float64), weights) * weights, data.offsets[:-1])
-                scores[f"{name}/{key}"] = np.divide(sums, totals, out=np.full(len(sums), np.nan), where=totals > 0)
+            values = self.values(name, params, clients)
+            own = self.summarise.of_clients(values, data) if isinstance(self.summarise, OverClients) else {}
+            scores |= metrics.prefixed(name, client_means(values, data) | own)
         return scores
 
     @jax.transfer_guard("allow")
     def values(self, name: str, params: Params, clients: PyTree = (), processes: Processes = ALONE) -> Values:
         """The values of every example of a set, ``{"loss": [N], name: [N]}``."""
         data = self.sets[name]
-        size = min(self.batch_size, max(data.num_examples for data in self.sets.values()))
         params, parts = self._sent(params), []  # once, not with each batch
+        size = min(self.batch_size, max(data.num_examples for data in self.sets.values()))
+        if self.algorithm is not None:  # each example of a batch has a model of its own
+            size = min(size, max(1, MODELS_BYTES // max(1, tree.nbytes(self._any(params)))))
         states = self._states(data, params, clients, processes)
         turn = np.arange(processes.count * size).reshape(processes.count, size)  # each process takes one batch in turn
         for start in range(0, data.num_examples, turn.size):
@@ -165,7 +205,7 @@ class Evaluator:
         number = {self.population.name(c): c for c in range(self.population.num_clients)}
         trained = np.array([number.get(data.name(c), -1) for c in range(data.num_clients)])
         client_of = np.repeat(trained, data.sizes)
-        kept, new = states_of(clients), self.algorithm.init_client(params)
+        kept, new = states_of(clients), _without_links(self.algorithm.init_client(params))
 
         def states(index: np.ndarray) -> PyTree:
             client = client_of[index[processes.number]]
@@ -174,7 +214,7 @@ class Evaluator:
                 known = (client >= 0).reshape(-1, *[1] * np.ndim(begin))
                 return np.where(known, own, begin)
 
-            return jax.tree.map(state, owned.look_up(kept, client_of[index], processes), new)
+            return jax.tree.map(state, _without_links(owned.look_up(kept, client_of[index], processes)), new)
 
         return states
 
@@ -190,121 +230,97 @@ class Evaluator:
             if personal is None:
                 return example_values(loss, params, batch, None, len(jax.tree.leaves(batch)[0]))
 
-            def one(state, example):
-                alone = jax.tree.map(lambda x: x[None], example)
-                values = example_values(loss, personal(params, state), alone, None, 1)
-                return {name: x[0] for name, x in values.items()}
-
-            return jax.vmap(one)(states, batch)
+            return _each_by_its_own(loss, personal, params, states, batch)
 
         return batch_values
+
+
+def _each_by_its_own(
+    loss: PerExampleLoss, personal: Callable[[Params, PyTree], Params], params: Params, states: PyTree, batch: PyTree
+) -> dict[str, Array]:
+    """The values of a batch, each example under the model of its client's state, ``[B, ...]``."""
+    loss = getattr(loss, "single", loss)  # one example of a model with state is not filled up to more
+
+    def one(state: PyTree, example: PyTree) -> dict[str, Array]:
+        alone = jax.tree.map(lambda x: x[None], example)
+        values = example_values(loss, personal(params, state), alone, None, 1)
+        return {name: x[0] for name, x in values.items()}
+
+    return jax.vmap(one)(states, batch)
+
+
+def _without_links(state: PyTree) -> PyTree:
+    """A client's state without that of its links, of which no model depends."""
+    return state._replace(uplink=()) if isinstance(state, ClientState) else state
 
 
 def _mean(values: np.ndarray, weights: Any) -> float:
     """The weighted mean; NaN if all weights are 0, as in a row of training."""
     if weights is None:
         return float(np.mean(values))
-    return float(np.average(_counted(values, weights), weights=weights)) if np.any(weights) else math.nan
-
-
-def _counted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The values, set to 0 where the weight is 0, so that a NaN of padding does not spread."""
-    return np.where(weights > 0, values, 0)
+    return float(np.average(counted(values, weights), weights=weights)) if np.any(weights) else math.nan
 
 
 ROWS_BATCH = 256
 
 
 class Rows(NamedTuple):
-    """Examples to evaluate on inside a compiled program, by ``number [T, B]``, and their weights, 0 where padded."""
+    """Examples to evaluate on inside a compiled program, by ``number [T, B]``, and their weights, 0 where padded.
+
+    ``owner`` is the number of the training client whose examples they are, -1 of a client that did not train.
+    """
 
     number: Array | np.ndarray
     weight: Array | np.ndarray
+    owner: Array | np.ndarray
 
 
-def rows(data: FederatedData, index: np.ndarray, least: int = 0) -> Rows:
-    """These examples of ``data`` in batches, with room for ``least`` of them."""
+def rows(data: FederatedData, index: np.ndarray, trained: FederatedData, least: int = 0) -> Rows:
+    """These examples of ``data`` in batches, with room for ``least`` of them; clients train under the same names."""
     size = min(ROWS_BATCH, max(least, len(index)))
     shape = -(-max(least, len(index)) // size), size
     padded, weight = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     padded.flat[: len(index)] = index
     weight.flat[: len(index)] = 1.0 if data.weights is None else data.weights[index]
-    return Rows(padded, weight)
+    owner, number = np.full(shape, -1, np.int32), {trained.name(c): c for c in range(trained.num_clients)}
+    client = np.searchsorted(data.offsets, index, side="right") - 1
+    owner.flat[: len(index)] = np.array([number.get(data.name(c), -1) for c in range(data.num_clients)])[client]
+    return Rows(padded, weight, owner)
 
 
-def measure(per_example_loss: PerExampleLoss, params: Params, examples: PyTree, rows: Rows, due: Array) -> Metrics:
-    """An evaluator's means inside a compiled program, summed in float32; nothing is computed unless ``due``."""
+def measure(
+    per_example_loss: PerExampleLoss,
+    params: Params,
+    examples: PyTree,
+    rows: Rows,
+    due: Array,
+    algorithm: Algorithm,
+    clients: PyTree,
+) -> Metrics:
+    """An evaluator's means inside a compiled program, summed in float32; nothing is computed unless ``due``.
+
+    Where clients have models of their own, each example is judged by that of its client, of states ``[M, ...]``.
+    """
     batches = Cohort((), (), (), (), rows.number, rows.weight, population=examples)  # type: ignore[arg-type] # no clients
+    personal = algorithm.personal
 
     def report(i: Array) -> Metrics:
-        out = batch_loss(per_example_loss, params, *batches.read(i), None)[1]
+        batch, weight = batches.read(i)
+        if personal is not None:
+            state = states_of_owners(jax.lax.dynamic_index_in_dim(jnp.asarray(rows.owner), i, keepdims=False))
+            values = _each_by_its_own(per_example_loss, personal, params, state, batch)
+            return {name: metrics.Mean.of(x, weight) for name, x in values.items()}
+        out = batch_loss(per_example_loss, params, batch, weight, None)[1]
         return {name: value for name, value in out.items() if isinstance(value, metrics.Mean)}
+
+    def states_of_owners(owner: Array) -> PyTree:
+        def state(own: Array, begin: Any) -> Array:
+            known = (owner >= 0).reshape(-1, *[1] * jnp.ndim(begin))
+            return jnp.where(known, own[jnp.maximum(owner, 0)], begin)
+
+        return jax.tree.map(state, _without_links(clients), _without_links(algorithm.init_client(params)))
 
     count = jnp.where(due, jnp.int32(len(rows.number)), 0)
     report, zeros = tree.traced(report, 0)
     total = jax.lax.fori_loop(0, count, lambda i, acc: metrics.add(acc, report(i)), zeros)
     return metrics.finish(total)
-
-
-def by_client(values: np.ndarray, data: FederatedData) -> dict[str, np.ndarray]:
-    """The values of each client's examples, ``{name: [n_c]}``.
-
-    Args:
-      values: ``[N]``, of all examples in the order in which they are stored.
-      data: the population that they are from.
-
-    Example:
-      >>> table = fc.FederatedData.from_clients({"ann": {"x": np.zeros(2)}, "bob": {"x": np.zeros(1)}})
-      >>> by_client(np.array([0.1, 0.2, 0.3]), table)["ann"].tolist()
-      [0.1, 0.2]
-    """
-    return dict(zip(map(data.name, range(data.num_clients)), np.split(values, data.offsets[1:-1]), strict=True))
-
-
-def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve: how often a positive example scores above a negative one, ties counting half.
-
-    From ranks: ``(sum of the positives' ranks - P (P + 1) / 2) / (P N)``.
-
-    Args:
-      scores: ``[n]``, larger where positive is likelier.
-      labels: ``[n]`` of 0 and 1.
-
-    Returns:
-      Between 0 and 1; NaN where one of the classes is missing, or a score is NaN.
-
-    Example:
-      >>> auroc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1]))
-      0.75
-
-    Source: Hanley and McNeil (1982), "The Meaning and Use of the Area under a ROC Curve".
-    """
-    ranks = scipy.stats.rankdata(scores)
-    positive = np.asarray(labels).astype(bool)
-    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
-    if not num_positive or not num_negative:
-        return float("nan")
-    above = ranks[positive].sum() - num_positive * (num_positive + 1) / 2
-    return float(above / (num_positive * num_negative))
-
-
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error of predicted probabilities: ``sum_b n_b / n |mean label - mean probability|``.
-
-    Over ``bins`` equal bins of the probability. With few examples it is far from 0 by chance.
-
-    Args:
-      probabilities: ``[n]`` of the positive class.
-      labels: ``[n]`` of 0 and 1.
-      bins: number of bins.
-
-    Example:
-      >>> calibration_error(np.array([0.25, 0.25, 0.25, 0.25]), np.array([0, 0, 0, 1]))
-      0.0
-
-    Source: Naeini, Cooper and Hauskrecht (2015), "Obtaining Well Calibrated Probabilities Using Bayesian Binning".
-    """
-    # scikit-learn has the curve of such bins, without the counts that weigh them, and is no dependency of the library.
-    bin = np.minimum((np.asarray(probabilities) * bins).astype(int), bins - 1)
-    gap = np.bincount(bin, np.asarray(labels, np.float64) - probabilities, bins)
-    return float(np.abs(gap).sum() / len(bin))

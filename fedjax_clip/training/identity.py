@@ -18,6 +18,7 @@ from fedjax_clip.data.sampling import Sampler
 
 CHUNK_BYTES = 2**24  # of an array that are copied and hashed at a time
 _HASH = "blake2b:"
+BEGINNING = "the state that it went on from"
 
 Identity = dict[str, str]
 
@@ -62,6 +63,8 @@ def hashes(data: FederatedData) -> dict[str, str]:
     # Of a population that is opened in parts the values are compared nowhere: no process has them all.
     held = data.fields().items() if data.own is None else ()
     fields = {f"the values of field {name!r}": digest(np.asanyarray(x)) for name, x in held}
+    if data.lives is not None:
+        fields["the rounds in which the examples are there"] = digest(data.lives)
     return fields | {
         "the numbers of the clients' examples": digest(data.offsets),
         "the clients' names": digest(np.frombuffer(names, np.uint8)),
@@ -88,10 +91,19 @@ def check(where: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> 
         held, asked = found.get(name), expected.get(name)
         if held == asked:
             continue
-        if is_hash(held or asked):
+        if name == BEGINNING:
+            began = "began anew" if held is None else "went on from another state"
             raise InvalidInput(
-                f"{where} is of a run on other data: {name} have changed. Go on with the old data, name another "
+                f"{where} is of a run that {began}: it resumes with the arguments that it began with. Name another "
                 "directory, or remove this one."
+            )
+        of_data = name.startswith(("num_", "field "))
+        if is_hash(held or asked) or of_data:
+            what = f"{name}={held}, not {asked}" if of_data else f"{name} have changed"
+            raise InvalidInput(
+                f"{where} is of a run on other data: {what}. To train on with these data, go on from its "
+                "state (fc.train(..., state=...); --init of experiments.run). Else go on with the old data, name "
+                "another directory, or remove this one."
             )
         has = f"without {name}" if held is None else f"with {name}={held}"
         wants = "without" if asked is None else asked if held is not None else f"with {name}={asked}"

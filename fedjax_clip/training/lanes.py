@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,18 +12,21 @@ import jax
 import numpy as np
 import optax
 
-from fedjax_clip.core import keys, metrics, tree
+from fedjax_clip.algorithms import averaging
+from fedjax_clip.core import keys, tree
 from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
+from fedjax_clip.data import lives
 from fedjax_clip.data.folds import Fold
 from fedjax_clip.data.planning import LocalWork, plan_rounds
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.training import failures, placement
-from fedjax_clip.training.evaluation import Rows, measure, rows
+from fedjax_clip.training.evaluation import Rows, evaluator, measure, rows
 from fedjax_clip.training.planner import room
 from fedjax_clip.training.rounds import one_round, run_rounds
+from fedjax_clip.training.scores import Summary
 from fedjax_clip.training.state import init_state
 
 Build = Callable[[dict[str, Any]], Algorithm]
@@ -39,6 +43,7 @@ class Stream(NamedTuple):
       seed: uint32, of the run's key.
       num_clients: int32, N.
       held_out: the fold's held-out examples, if there are folds.
+      owners: ``{set: [T, B]}``, numbers of the training clients whose examples the evaluation sets hold.
       cohorts: some rounds' cohorts ``[R, ...]``; their batches are example numbers of the whole population.
       everyone: one cohort of all clients, for an algorithm with a ``start``; ``None`` for others.
     """
@@ -47,6 +52,7 @@ class Stream(NamedTuple):
     seed: Any
     num_clients: Any
     held_out: Rows | None
+    owners: dict[str, jax.Array | np.ndarray]
     cohorts: Cohort
     everyone: Cohort | None = None
 
@@ -77,11 +83,13 @@ def program(
         state = optax.tree.where(start == 0, begun, state)
         state, reports = run_rounds(algorithm.round, state, stream.cohorts, population, key, count)
         report = jax.tree.map(lambda x: x[count - 1], reports)
+        sets = {name: (held, which._replace(owner=stream.owners[name])) for name, (held, which) in sets.items()}
         if stream.held_out is not None:
-            sets = sets | {"fold": (population, stream.held_out)}
+            sets |= {"fold": (population, stream.held_out)}
         for name, (examples, which) in sets.items():
-            scores = measure(per_example_loss, state[0].params, examples, which, due)
-            report |= metrics.prefixed(f"eval/{name}", scores)
+            for rename, params in averaging.models(state[0].params, averaging.average_of(state[0])).items():
+                scores = measure(per_example_loss, params, examples, which, due, algorithm, state[1])
+                report |= {rename(f"eval/{name}/{score}"): x for score, x in scores.items()}
         return state, report
 
     def lanes(hyper, state, *rest):
@@ -118,6 +126,7 @@ def plan(
     work: LocalWork,
     stops: Sequence[int],
     begins: bool = False,
+    evaluation: Mapping[str, FederatedData] = types.MappingProxyType({}),
 ) -> dict[tuple[int, int], Plan]:
     """Plans every ``(seed, fold)``, all with the same shapes; no block crosses one of the ``stops``.
 
@@ -127,7 +136,8 @@ def plan(
     trained = [fold.split(data)[0] for fold in folds] or [data]
 
     def cohorts(k: int, seed: int, rounds: range, length: int, least: tuple[int, int], all: bool = False) -> Cohort:
-        ids = [np.arange(trained[k].num_clients) if all else sampler.draw(trained[k].sizes, seed, r) for r in rounds]
+        sizes = lives.sizes_of(trained[k]) or (lambda round: trained[k].sizes)
+        ids = [np.arange(trained[k].num_clients) if all else sampler.draw(sizes(r), seed, r) for r in rounds]
         options: dict[str, Any] = {"seed": seed, "first_round": rounds.start, "population": (), "least": least}
         planned = jax.tree.map(lambda x: x[0], plan_rounds(trained[k], ids, work, length=length, **options))
         return dataclasses.replace(planned, batches=folds[k].train[planned.batches]) if folds else planned
@@ -156,9 +166,10 @@ def plan(
     for seed in seeds:
         initial = tree.parameters(params(seed) if callable(params) else params)
         for k, population in enumerate(trained):
-            held_out = rows(data, folds[k].held_out, least) if folds else None
+            held_out = rows(data, folds[k].held_out, population, least) if folds else None
+            owners = {name: rows(x, np.arange(x.num_examples), population).owner for name, x in evaluation.items()}
             size, first = np.int32(population.num_clients), planned[seed, k][0]
-            common = Stream(initial, np.uint32(seed), size, held_out, first, everyone.get((seed, k)))
+            common = Stream(initial, np.uint32(seed), size, held_out, owners, first, everyone.get((seed, k)))
             streams[seed, k] = Plan(common, list(zip(blocks, planned[seed, k])))
     return streams
 
@@ -170,6 +181,8 @@ class Lanes:
       points: ``{name: float32 [P]}``.
       plans: of every seed and fold.
       data, evaluation: populations; they are copied to every device.
+      folds: held out, one after the other; empty without folds.
+      summarise: of each lane's values at its end, on the host; see ``fc.evaluator``.
       others: see ``program``.
     """
 
@@ -183,8 +196,11 @@ class Lanes:
         evaluation: Mapping[str, FederatedData],
         devices: Sequence[jax.Device],
         width: int,
+        folds: Sequence[Fold] = (),
+        summarise: Summary | None = None,
     ):
         self.points, self.plans, self.devices, self.width, self.data = points, plans, devices, width, data
+        self.build, self.trained = build, [fold.split(data)[0] for fold in folds] or [data]
         num_kept = max(int(plan.stream.num_clients) for plan in plans.values())
         first = next(iter(plans.values())).stream
         hyper = {name: values[0] for name, values in points.items()} | {"num_clients": first.num_clients}
@@ -193,6 +209,8 @@ class Lanes:
         self.fresh = jax.tree.map(lambda x: np.zeros((len(devices), width, *x.shape), x.dtype), state)
         self.population, self.sets = self._resident(evaluation)
         self.program = program(build, per_example_loss, num_kept, tuple(devices))
+        self.folds = {f"fold {k}": fold.split(data)[1] for k, fold in enumerate(folds)} if summarise else {}
+        self.evaluate = evaluator(per_example_loss, {**evaluation, **self.folds}, summarise=summarise)
 
     def _resident(self, evaluation: Mapping[str, FederatedData]) -> tuple[Resident, dict]:
         """The examples to train and to evaluate on, on every device, if there is room for them."""
@@ -204,7 +222,7 @@ class Lanes:
                 f"{free / 2**30:.1f} GiB are free for them. Sweep over fewer examples or fewer points at a time."
             )
         of = functools.partial(Resident.of, platform=device.platform)
-        sets = {k: (of(held.examples), rows(held, np.arange(held.num_examples))) for k, held in evaluation.items()}
+        sets = {k: (of(x.examples), rows(x, np.arange(x.num_examples), self.data)) for k, x in evaluation.items()}
         both = of(self.data.examples), sets
         everywhere = jax.tree.map(lambda x: np.broadcast_to(x, (len(self.devices), *x.shape)), both)
         return placement.split(everywhere, self.devices)
@@ -257,7 +275,30 @@ class Lanes:
         if keep:
             state = jax.tree.map(np.asarray, state)
             states |= {lane: (stop, jax.tree.map(lambda x, at=at: x[at], state)) for lane, at in lanes.items()}
-        return {lane: {name: float(x[at]) for name, x in report.items()} for lane, at in lanes.items()}
+        rows = {lane: {name: float(x[at]) for name, x in report.items()} for lane, at in lanes.items()}
+        if self.evaluate.summarise:
+            ended = jax.tree.map(np.asarray, (state[0].params, averaging.average_of(state[0]), state[1]))
+            rows = {
+                lane: row | self._summaries(lane, *jax.tree.map(lambda x, at=lanes[lane]: x[at], ended))
+                for lane, row in rows.items()
+            }
+        return rows
+
+    def _summaries(self, lane: Lane, params: Params, average: PyTree | None, clients: PyTree) -> dict[str, float]:
+        """What ``summarise`` makes of a lane's values, on the held-out sets and on what its fold holds out."""
+        population, evaluate = self.trained[lane.fold], self.evaluate
+        point = {name: x[lane.point] for name, x in self.points.items()}
+        algorithm = self.build({**point, "num_clients": np.int32(population.num_clients)})
+        if algorithm.personal is not None:
+            evaluate = dataclasses.replace(evaluate, algorithm=algorithm, population=population)
+        found: dict[str, float] = {}
+        for name, data in self.evaluate.sets.items():
+            if name not in self.folds or name == f"fold {lane.fold}":
+                where = "fold" if name in self.folds else name
+                for rename, model in averaging.models(params, average).items():
+                    scores = evaluate.summary(evaluate.values(name, model, clients), data)
+                    found |= {rename(f"eval/{where}/{score}"): x for score, x in scores.items()}
+        return found
 
 
 @contextlib.contextmanager

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from fedjax_clip.algorithms import averaging
 from fedjax_clip.core import tree
 from fedjax_clip.core.secret import Secret
 from fedjax_clip.core.types import Algorithm, Params, Row
 from fedjax_clip.data import clock, sampling, speeds
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.training import agreement, failures, owned, placement, processes, settings, states, width
+from fedjax_clip.training.best import Best, Kept, enough, seen
 from fedjax_clip.training.dispatch import Columns, Dispatcher
 from fedjax_clip.training.planner import Planner
 from fedjax_clip.training.saving import Saver
@@ -26,12 +28,14 @@ from fedjax_clip.training.watch import Watch
 class Result(NamedTuple):
     """The result of ``train``: final parameters, the last state, and one row of metrics for each round.
 
-    The history of a resumed run begins at the resumed round; it is empty if no round was left.
+    The history of a resumed run, or of one that went on from a state, begins at its first round here; it is empty if no
+    round was left. The run directories of ``experiments.run`` have all rows.
 
     Attributes:
       params: of the model.
       state: to go on from.
       history: a row a round, see ``fc.train``.
+      best: the best model, with ``fc.train(best=...)``: its ``params``, the metric's ``value`` and the ``round``.
 
     Example:
       >>> result = fc.train(algorithm, data, params, rounds=20)
@@ -42,6 +46,7 @@ class Result(NamedTuple):
     params: Params
     state: State
     history: list[Row]
+    best: Kept | None = None
 
 
 def train(
@@ -69,6 +74,8 @@ def train(
     non_finite: str = "drop",
     secret: Secret | None = None,
     debug: bool = False,
+    state: State | None = None,
+    best: Best | None = None,
 ) -> Result:
     """Trains for a number of rounds, each one compiled program over all devices.
 
@@ -131,11 +138,19 @@ def train(
       debug: runs one client after the other on one device, without compilation, so that ``print`` shows values and an
         error names the round, the client and the local step. The parameters are the same up to rounding. It is slow:
         try a few rounds of few clients.
+      state: ``result.state`` of another run, to go on from: the server with its optimiser and the links' states, the
+        number of the round, and the states of the clients that stayed. ``data`` may have changed. Clients are matched
+        by name; new ones begin afresh. With the same data the result is that of one longer run, to the last bit. Of
+        ``params`` only the shapes count. ``state`` is not changed. With checkpoints, name a new directory; the same
+        call then resumes this run.
+      best: ``fc.extend.Best("examples/accuracy", patience=5)`` keeps the best model as ``result.best``, and ends
+        training if none better comes.
 
     Returns:
       A ``Result``. A row has ``round`` (from 1), the algorithm's metrics, ``wasted_steps`` (the fraction of the
       devices' steps that trained no client), ``seconds``, ``eval/...``, and the clock's columns. If the algorithm has a
-      ``start``, the first row's bytes and steps include it.
+      ``start``, the first row's bytes and steps include it. The first row of a run that goes on from a state has
+      ``went_on_from`` (the state's round), ``clients_kept``, ``clients_new`` and ``clients_gone``.
 
     Raises:
       InvalidInput: rounds < 1, a cohort larger than the population, a loss of the wrong shape, a client whose update
@@ -168,16 +183,19 @@ def train(
                 non_finite=non_finite,
                 secret=secret,
                 debug=debug,
+                state=state,
+                best=best,
             )
             saver, watch, history = Saver(run), Watch(run.algorithm, run.params, run.data), list[Row]()
         agreement.check(run, saver.identity)
-        start, state = saver.restore()
+        done, begin = saver.restore()
+        kept, last = begin.best, done if enough(run.best, begin.best) else run.rounds
         with (
-            states.of(state.clients).held(),
-            _dispatcher(run, start, state, saver.secret(start), watch) as dispatcher,
+            saver.held(begin),
+            _dispatcher(run, done, begin, saver.secret(done), watch) as dispatcher,
             saver.interrupts() as interrupted,
         ):
-            dispatcher.begin(range(start, run.rounds), run.due, run.params)
+            dispatcher.begin(range(done, last), run.due, run.params)
             while (block := dispatcher.next()) is not None:  # rounds whose cohorts are sampled and planned
                 dispatcher.send(block)  # and plan the next block while the devices work
                 columns = dispatcher.wait()
@@ -185,19 +203,33 @@ def train(
                     watch.check(columns, block.rounds)
                 rows, done = _rows(block.rounds, columns), block.rounds.stop
                 if run.evaluated_after(done):
-                    rows[-1] |= run.scores(placement.first_replica(dispatcher.server.params), dispatcher.clients.tree)
+                    models = _evaluated(run, dispatcher, rows[-1])
+                    if run.best is not None:
+                        kept = seen(run.best, kept, rows[-1], models)
+                rows[0] |= {} if history else saver.joined
                 history += rows
                 with run.processes.together():
                     for row in rows:
                         run.on_round(row)
                     stop = run.should_stop() or interrupted()
-                stop = run.processes.any(stop)
-                saver.save(done, dispatcher, stop)
+                stop = run.processes.any(stop) or enough(run.best, kept)
+                saver.save(done, dispatcher, kept, stop)
                 if stop:
                     break
         owned.finish(dispatcher.clients)
-        state = saver.state(dispatcher)
-        return Result(state.server.params, state, history)
+        after = saver.state(done, dispatcher, kept)
+        return Result(after.server.params, after, history, kept if run.best is not None and kept.found else None)
+
+
+def _evaluated(run: Settings, dispatcher: Dispatcher, row: Row) -> dict[str, Params]:
+    """Evaluates the model, and the average model if the server keeps one; the parameters by the scores' names."""
+    params, models = placement.first_replica(dispatcher.server.params), dict[str, Params]()
+    average = placement.first_replica(averaging.average_of(dispatcher.server))
+    for rename, evaluated in averaging.models(params, average).items():
+        scores = {rename(name): x for name, x in run.scores(evaluated, dispatcher.clients.tree).items()}
+        row |= scores
+        models |= dict.fromkeys(scores, evaluated)
+    return models
 
 
 def _dispatcher(run: Settings, start: int, state: State, secret: Secret | None, watch: Watch) -> Dispatcher:

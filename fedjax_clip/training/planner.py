@@ -13,8 +13,9 @@ from fedjax_clip.core.cohort import Cohort
 from fedjax_clip.core.loops import Buckets, Loops
 from fedjax_clip.core.resident import Resident
 from fedjax_clip.core.secret import Secret
+from fedjax_clip.data import lives
 from fedjax_clip.data.clock import Clock, Timeline, Turn, World
-from fedjax_clip.data.planning import LocalWork, plan_rounds, wasted_steps
+from fedjax_clip.data.planning import LocalWork, most_rows, plan_rounds, wasted_steps
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sampling import Sampler
 from fedjax_clip.training import placement
@@ -79,7 +80,8 @@ class Planner:
         self.homes = None if data.own is None else self.processes.homes(data.own)
         hidden = None if secret is None else secret.seed()
         self.turns = Timeline(
-            sampler, World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed, hidden)
+            sampler,
+            World(data.sizes, lambda ids: work.duration(ids, data.sizes, seed), seed, hidden, lives.sizes_of(data)),
         )
         self.words = None if secret is None else secret.words()
         self.on_cpu, self.launches = devices[0].platform == "cpu", devices[0].platform in LAUNCHES
@@ -96,6 +98,8 @@ class Planner:
         rows = Resident.of(data.examples, devices[0].platform) if self.resident else None
         self.population = placement.replicate(rows, devices)
         self.width, self.least, self.seconds = 1, (0, 0), math.inf
+        if data.lives is not None:
+            self.least = (0, most_rows(data, work, len(self.turns[0].ids), seed, len(devices)))
         self.fixed, self.length = length is not None, 1
         if self.resident:
             self.length = self._longest() if length is None else length

@@ -92,11 +92,11 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
-        return bool(self.gather(flag).any())
+        return bool(flag if self.count == 1 else self.gather(flag).any())
 
     def most(self, value: float) -> float:
         """The largest of the processes' numbers."""
-        return float(self.gather(float(value)).max())
+        return float(value if self.count == 1 else self.gather(float(value)).max())
 
     def tell(self, text: str) -> list[str]:
         """What each process has to say, ``[P]``."""

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from fedjax_clip.core.secret import Secret
-from fedjax_clip.core.types import InvalidInput
-from fedjax_clip.training import identity, placement, states
+from fedjax_clip.core.types import InvalidInput, Row
+from fedjax_clip.training import best, going_on, identity, placement, states
 from fedjax_clip.training.dispatch import Dispatcher
 from fedjax_clip.training.settings import Settings
-from fedjax_clip.training.state import State
+from fedjax_clip.training.state import Members, State
 
 
 class Saver:
@@ -25,14 +26,22 @@ class Saver:
     Attributes:
       run: the settings.
       identity: what a checkpoint must agree with; empty without checkpoints.
+      members: the clients that train.
+      joined: columns of the first row that say what the run took over from another one's state, if it did.
     """
 
     def __init__(self, run: Settings):
         self.run = run
         self.identity: dict[str, Any] = {}
+        self.members = Members.of(run.data)
+        self.joined: Row = {}
+        self._take_over: Callable[[], None] = lambda: None
         if run.checkpoints is not None:
             self.identity = identity.identify(run.algorithm, run.data, run.sampler, run.work, run.seed)
             self.identity |= {} if run.secret is None else {"secret": run.secret.commitment}
+            self.identity |= {} if run.best is None else {"best": run.best.metric}
+            if run.state is not None:
+                self.identity |= {identity.BEGINNING: identity.hashed(going_on.digest(run.state))}
 
     def restore(self) -> tuple[int, State]:
         """``(rounds done, state)`` of the newest checkpoint, or of the beginning if there is none.
@@ -46,10 +55,18 @@ class Saver:
             server = run.algorithm.init(run.params)
         if run.sampler.replacement and jax.tree.leaves(alike):
             raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
-        state = State(server, alike, self.identity)
+        nothing = () if run.best is None else best.begin(jax.tree.map(np.asarray, run.params))
+        state = State(server, alike, self.identity, self.members, 0, nothing)
         found = None if run.checkpoints is None else run.checkpoints.restore(state)
+        place = getattr(run.checkpoints, "place", None)
+        if found is None and run.state is not None:
+            going_on.check_alike(run.algorithm, state, run.state)
+            with run.processes.together():
+                told = run.algorithm, run.state, self.members, place, run.processes
+                state, self.joined, self._take_over = going_on.carried(*told)
+            return state.rounds, state._replace(run=self.identity | state.run, best=nothing)
         if found is None:
-            clients = states.begun(alike, getattr(run.checkpoints, "place", None), run.processes)
+            clients = states.begun(alike, place, run.processes)
             found = 0, state._replace(clients=clients.tree)
         start, state = found
         identity.check("The checkpoint", state.run, self.identity)
@@ -60,6 +77,18 @@ class Saver:
             )
         return start, state
 
+    @contextlib.contextmanager
+    def held(self, state: State) -> Iterator[None]:
+        """A context in which no other run writes the clients' states; a run that goes on takes over theirs in it.
+
+        Args:
+          state: from ``restore``.
+        """
+        with states.of(state.clients).held():
+            with self.run.processes.together():
+                self._take_over()
+            yield
+
     def secret(self, start: int) -> Secret | None:
         """The secret that this run draws from, if it has one; runs on other data draw other numbers."""
         if (secret := self.run.secret) is None:
@@ -68,16 +97,23 @@ class Saver:
             secret.begin()
         return secret.of(identity.fingerprint(self.run.data))
 
-    def state(self, dispatcher: Dispatcher) -> State:
-        """The state to resume from, with the width that the run began with."""
-        run = self.identity | {"width": dispatcher.planner.width}
-        return State(placement.first_replica(dispatcher.server), dispatcher.clients.tree, run)
+    def state(self, done: int, dispatcher: Dispatcher, kept: Any) -> State:
+        """The state to resume from, with the width that the run began with.
 
-    def save(self, done: int, dispatcher: Dispatcher, stop: bool) -> None:
+        Args:
+          done: rounds.
+          dispatcher: of the run.
+          kept: the best model so far, if the run keeps it.
+        """
+        run = {"algorithm": identity.kind(self.run.algorithm)} | self.identity | {"width": dispatcher.planner.width}
+        server, clients = placement.first_replica(dispatcher.server), dispatcher.clients.tree
+        return State(server, clients, run, self.members, done, kept)
+
+    def save(self, done: int, dispatcher: Dispatcher, kept: Any, stop: bool) -> None:
         """Saves the state after ``done`` rounds if a checkpoint is due, at the end, or if the run stops."""
         run = self.run
         if run.checkpoints is not None and (stop or done == run.rounds or done % run.checkpoint_every == 0):
-            run.checkpoints.save(done, self.state(dispatcher))
+            run.checkpoints.save(done, self.state(done, dispatcher, kept))
 
     def interrupts(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
         """Delays a first Ctrl-C until the dispatch ends, if there are checkpoints: until then no state is valid."""

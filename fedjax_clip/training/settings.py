@@ -16,7 +16,8 @@ from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PyTree, Row,
 from fedjax_clip.data import clock, sampling
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData, check_alike, check_fields, check_whole
-from fedjax_clip.training import placement, watch
+from fedjax_clip.training import best as best_model
+from fedjax_clip.training import going_on, placement, watch
 from fedjax_clip.training.checkpoint import Checkpoints
 from fedjax_clip.training.evaluation import Evaluator
 from fedjax_clip.training.processes import Processes
@@ -56,6 +57,8 @@ class Settings:
     non_finite: str
     secret: Secret | None
     debug: bool
+    state: State | None
+    best: best_model.Best | None
 
     @functools.cached_property
     def processes(self) -> Processes:
@@ -72,7 +75,12 @@ class Settings:
         return self.evaluate is not None and (done == self.rounds or done % self.eval_every == 0)
 
     def scores(self, params: Params, clients: PyTree) -> Row:
-        """The evaluation's scores, ``{"eval/name": value}``."""
+        """The evaluation's scores, ``{"eval/name": value}``.
+
+        Args:
+          params: of the model.
+          clients: the clients' states.
+        """
         assert self.evaluate is not None
         if isinstance(self.evaluate, Evaluator):
             return _numbered(self.evaluate.shared(params, clients, self.processes))
@@ -106,6 +114,8 @@ def checked(
     on_round: Callable[[Row], None] | None,
     should_stop: Callable[[], bool] | None,
     debug: bool,
+    state: State | None,
+    best: best_model.Best | None,
     **others: Any,
 ) -> Settings:
     """Checks the arguments of ``fc.train`` and returns the settings.
@@ -131,6 +141,11 @@ def checked(
     if sampler is not None and cohort_size is not None:
         raise InvalidInput("cohort_size and sampler both say how many clients take part: give one of them.")
     checks.kind("secret", others["secret"], Secret | None, "an fc.privacy.Secret, such as fc.privacy.Secret.fresh()")
+    if data.lives is not None and isinstance(sampler, clock.Clock):
+        raise InvalidInput(
+            "A clock times clients whose examples stay the same: give a stream a sampler such as "
+            "fc.data.sampling.uniform(10)."
+        )
     check_fields(data)
     check_named(algorithm, data.num_clients)
     if getattr(getattr(algorithm.parts, "gradient", None), "counts_alike", False):
@@ -142,6 +157,12 @@ def checked(
     ):
         if function is not None:
             checks.takes(name, function, count, wanted)
+    if best is not None:
+        best_model.check(best, evaluate is not None)
+    if state is not None:
+        going_on.check(state, rounds)
+        if others["secret"] is not None:
+            raise InvalidInput(going_on.WITHOUT)
     if isinstance(checkpoints, str | os.PathLike):
         checkpoints = Checkpoints(checkpoints)
     if checkpoints is not None and not hasattr(checkpoints, "restore"):
@@ -173,5 +194,7 @@ def checked(
         on_round=on_round or (lambda row: None),
         should_stop=should_stop or (lambda: False),
         debug=debug,
+        state=state,
+        best=best,
         **others,
     )

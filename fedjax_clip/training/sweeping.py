@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from fedjax_clip.core import checks
-from fedjax_clip.core.metrics import higher_is_better
 from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PerExampleLoss, PyTree
 from fedjax_clip.data import sampling, speeds
 from fedjax_clip.data.folds import Fold
@@ -19,7 +18,9 @@ from fedjax_clip.data.population import FederatedData, check_fields, check_sets,
 from fedjax_clip.training import placement
 from fedjax_clip.training.lanes import Build, Lane, Lanes, plan
 from fedjax_clip.training.loop import Row
+from fedjax_clip.training.metric import Metric
 from fedjax_clip.training.processes import Processes
+from fedjax_clip.training.scores import Summary
 
 Points = Mapping[str, Sequence[float] | np.ndarray]
 
@@ -114,6 +115,7 @@ def sweep(
     folds: Sequence[Fold] = (),
     halving: int | None = None,
     score: str = "eval/fold/loss",
+    summarise: Summary | None = None,
     cohort_size: int | None = None,
     sampler: sampling.Sampler | None = None,
     batch_size: int | speeds.BatchSizes | None = 20,
@@ -144,7 +146,8 @@ def sweep(
       data: the training population; it lives on every device.
       params: initial parameters, or a function ``seed -> params``.
       per_example_loss: the loss that the evaluation measures.
-      evaluation: populations by name, in which every trial is evaluated at its end: ``eval/name/loss`` ...
+      evaluation: populations by name, in which every trial is evaluated at its end: ``eval/name/loss`` ... Where an
+        algorithm's clients have models of their own, each one's examples are judged by its own, as by ``fc.evaluator``.
       rounds: rounds of a trial.
       seeds: of everything random.
       folds: see ``fc.data.folds``; a trial trains on its fold's ``train`` and is evaluated on its ``held_out`` as well,
@@ -152,6 +155,7 @@ def sweep(
       halving: eta of successive halving, if given. At each rung the best 1/eta of the points go on, until they have
         trained eta times as many rounds in all; see ``rungs``.
       score: the metric whose mean over seeds and folds ranks the points; see ``fc.extend.metrics.higher_is_better``.
+      summarise: scores that are not means, as for ``fc.evaluator``; the host computes them at the end of each trial.
       cohort_size, sampler, batch_size, local_epochs, local_steps, shuffle, devices: as ``fc.train``.
       done: trials of an earlier call that was stopped; they are not run again.
       on_trial: called with each trial once it is done, by the process that trained it.
@@ -204,12 +208,12 @@ def sweep(
     devices = placement.local(devices)
     processes = Processes(jax.devices())
     stops, kept = rungs(rounds, num_points, halving)
-    plans = plan(data, folds, seeds, params, sampler, work, stops, begins)
+    plans = plan(data, folds, seeds, params, sampler, work, stops, begins, evaluation or {})
     if points_per_chunk is not None:
         points_per_chunk = checks.count("points_per_chunk", points_per_chunk)
     widest = points_per_chunk or _widest(next(iter(plans.values())).stream.params, devices)
     width = _width(widest, len(plans), [-(-count // processes.count) for count in kept], len(devices))
-    running = Lanes(build, columns, plans, data, per_example_loss, evaluation or {}, devices, width)
+    running = Lanes(build, columns, plans, data, per_example_loss, evaluation or {}, devices, width, folds, summarise)
 
     known = {(*t[:3], t.metrics["round"]): t for t in done}
     lanes = [Lane(*lane) for lane in itertools.product(range(num_points), seeds, range(max(1, len(folds))))]
@@ -273,6 +277,8 @@ def rungs(rounds: int, num_points: int, halving: int | None) -> tuple[list[int],
 def values(trials: Iterable[Trial], metric: str) -> dict[int, list[float]]:
     """Each point's values of a metric, over seeds and folds, at the last round that the point reached.
 
+    A seed and fold in which no point has a number, as the AUROC of a fold with one class, is left out.
+
     Raises:
       InvalidInput: a metric that the trials do not have.
 
@@ -287,7 +293,9 @@ def values(trials: Iterable[Trial], metric: str) -> dict[int, list[float]]:
         if metric not in trial.metrics:
             raise InvalidInput(f"There is no metric {metric!r}; there is {', '.join(sorted(trial.metrics))}.")
     last = {point: max(t.metrics["round"] for t in ts) for point, ts in found.items()}
-    return {p: [t.metrics[metric] for t in ts if t.metrics["round"] == last[p]] for p, ts in found.items()}
+    kept = {p: [t for t in ts if t.metrics["round"] == last[p]] for p, ts in found.items()}
+    known = {t[1:3] for ts in kept.values() for t in ts if not math.isnan(t.metrics[metric])}
+    return {p: [t.metrics[metric] for t in ts if t[1:3] in known or not known] for p, ts in kept.items()}
 
 
 def rank(trials: Sequence[Trial], metric: str) -> list[int]:
@@ -304,8 +312,79 @@ def rank(trials: Sequence[Trial], metric: str) -> list[int]:
     """
     means = {point: float(np.mean(x)) for point, x in values(trials, metric).items()}
     last = {trial.point: trial.metrics["round"] for trial in sorted(trials, key=_order)}
-    sign = -1 if higher_is_better(metric) else 1
-    return sorted(means, key=lambda p: (-last[p], math.inf if math.isnan(means[p]) else sign * means[p], p))
+    return sorted(means, key=lambda p: (-last[p], float(Metric(metric).cost(means[p])), p))
+
+
+def ask_and_tell(
+    study: Any,
+    space: Mapping[str, Range],
+    run: Callable[[dict[str, np.ndarray]], list[Trial]],
+    count: int = 8,
+    score: str = "eval/examples/loss",
+) -> list[Trial]:
+    """Trains the next proposals of an Optuna study side by side, and tells the study their scores.
+
+    The proposals are the points of one sweep. A sweep of as many points of the same names, with the same ``build``,
+    runs the program that the first call has compiled. A point that halving gives up is told as pruned.
+
+    Args:
+      study: an ``optuna.Study``; its direction is that of the score. A sampler with ``constant_liar=True`` spreads the
+        proposals of a batch.
+      space: the range of each hyper-parameter.
+      run: ``points -> trials``, by ``fc.sweep``, with one ``build`` for all calls.
+      count: proposals at once.
+      score: the metric that the study optimises, meant over seeds and folds.
+
+    Returns:
+      The sweep's trials. Its points are numbered as the last ``count`` of ``study.trials``.
+
+    Raises:
+      InvalidInput: Optuna is not installed, a study of the other direction or of several objectives, a metric that the
+        trials do not have.
+
+    Example:
+      >>> import optuna
+      >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+      >>> study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, constant_liar=True))
+      >>> def build(hyper):
+      ...   return fc.fedavg(per_example_loss, optax.sgd(hyper["lr"]))
+      >>> def run(points):
+      ...   return fc.sweep(build, points, data, params, per_example_loss, {"examples": held_out}, rounds=3)
+      >>> trials = fc.sweeping.ask_and_tell(study, {"lr": fc.sweeping.Range(0.01, 1.0, log=True)}, run, count=4)
+      >>> len(study.trials), study.best_value < 2.3
+      (4, True)
+
+    Source: Akiba et al. (2019), "Optuna: A Next-generation Hyperparameter Optimization Framework".
+    """
+    try:
+        from optuna import Study
+        from optuna.trial import TrialState
+    except ImportError as error:
+        raise InvalidInput("A study needs optuna, which is not installed: pip install 'fedjax_clip[optuna]'") from error
+    checks.kind("study", study, Study, "an optuna.Study")
+    direction = "MAXIMIZE" if Metric(score).higher_is_better else "MINIMIZE"
+    if [found.name for found in study.directions] != [direction]:
+        raise InvalidInput(f'A study of {score} needs optuna.create_study(direction="{direction.lower()}").')
+    asked = [study.ask() for _ in range(checks.count("count", count))]
+    points = {
+        name: np.array([trial.suggest_float(name, low, high, log=log) for trial in asked])
+        for name, (low, high, log) in space.items()
+    }
+    trials = run(points)
+    last = max(trial.metrics["round"] for trial in trials)
+    for number, trial in enumerate(asked):
+        mine = [t for t in trials if t.point == number]
+        rounds = sorted({t.metrics["round"] for t in mine})
+        for round in rounds:
+            found = values([t for t in mine if t.metrics["round"] == round], score)[number]
+            trial.report(float(np.mean(found)), int(round))
+        if not rounds or math.isnan(mean := float(np.mean(values(mine, score)[number]))):
+            study.tell(trial, state=TrialState.FAIL)
+        elif rounds[-1] < last:
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            study.tell(trial, mean)
+    return trials
 
 
 def _order(trial: Trial) -> tuple[Any, ...]:

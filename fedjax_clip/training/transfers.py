@@ -167,9 +167,8 @@ def first_replica(values: PyTree) -> PyTree:
     """
 
     def first(x: Array) -> np.ndarray:
-        one = x.addressable_data(0)
-        whole = one.shape[1:] == x.shape[1:]
-        return np.asarray(one).reshape(x.shape[1:]) if whole else _own_rows(x, 1)[0]
+        one = np.asarray(x.addressable_data(0))
+        return one.reshape(x.shape[1:]) if one.shape[1:] == x.shape[1:] else _own_rows(x, 1)[0]
 
     return jax.tree.map(first, values)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from fedjax_clip.core import loss
+from fedjax_clip.core import loss, stateful
 from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PerExampleLoss
 from fedjax_clip.data.planning import LocalWork
 from fedjax_clip.data.population import FederatedData
@@ -15,15 +15,22 @@ MEET = (
     "per_example_loss gives an example another loss in another batch (as batch normalisation in training mode does, or "
     "pairs within a batch), and some batches are padded with copies of their first example: the results are not those "
     "of the examples alone. Choose a batch_size that divides every client's number of examples, or compute examples "
-    "apart. If you accept it, ignore this warning."
+    "apart; a model's batch normalisation belongs into fc.local.with_state. If you accept it, ignore this warning."
+)
+SEEN = (
+    "with_state: examples of weight 0 change the losses of others or the model's state: give the example weights that "
+    "loss_and_state gets to the model, such as fc.models.BatchNorm()(x, weights) or the mask= of Flax's BatchNorm."
 )
 _MEET: weakref.WeakKeyDictionary[PerExampleLoss, bool] = weakref.WeakKeyDictionary()  # an answer goes with its loss
 
 
 def examples_meet(per_example_loss: PerExampleLoss, data: FederatedData, params: Params, work: LocalWork) -> bool:
     """Whether padding changes the loss of other examples in its batch; checked once for each loss, on a first batch."""
+    if isinstance(per_example_loss, stateful.Stateful):
+        _check_mask(per_example_loss, data, params)
+        return False
     size = min(work.largest_batch(data.sizes), data.num_examples)
-    if size < 2 or not work.pads(data.sizes):
+    if size < 2 or not (work.pads(data.sizes) or data.lives is not None):
         return False
     try:
         if per_example_loss not in _MEET:
@@ -32,6 +39,21 @@ def examples_meet(per_example_loss: PerExampleLoss, data: FederatedData, params:
         return _MEET[per_example_loss]
     except Exception:  # the round raises the same error, with its place; or the loss takes no weak reference
         return False
+
+
+def _check_mask(per_example_loss: stateful.Stateful, data: FederatedData, params: Params) -> None:
+    """Refuses a loss with state to which examples of weight 0 matter; checked once for each loss."""
+    size = min(stateful.ROWS, data.num_examples)
+    try:
+        if per_example_loss not in _MEET:
+            first = jax.tree.map(lambda x: x[:size], data.examples)
+            _MEET[per_example_loss] = size > 2 and stateful.sees_padding(per_example_loss, params, first)
+    except InvalidInput:
+        raise
+    except Exception:  # as above
+        return
+    if _MEET[per_example_loss]:
+        raise InvalidInput(SEEN)
 
 
 class Watch:

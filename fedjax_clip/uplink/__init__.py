@@ -1,7 +1,7 @@
 """Links between a client and the server; ``chain`` joins them."""
 
 from fedjax_clip.uplink import mechanism
-from fedjax_clip.uplink.base import Context, Message, Uplink, at_client, stateless
+from fedjax_clip.uplink.base import Context, Message, Packed, Uplink, at_client, stateless
 from fedjax_clip.uplink.chains import chain, identity, on_parts
 from fedjax_clip.uplink.clip import by_group, clip_by_global_norm, quantile_clip, zeroing
 from fedjax_clip.uplink.compressed import compress, count_sketch, error_feedback, power_sgd
@@ -17,6 +17,7 @@ __all__ = [
     "Grid",
     "Message",
     "Noise",
+    "Packed",
     "Promises",
     "Uplink",
     "Wire",

@@ -1,6 +1,7 @@
 """Links: what crosses the wire from a client to the server, the one type that optax lacks."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ class Message(NamedTuple):
       bytes: float32 scalar, the bytes that travel; ``None`` counts those of the arrays.
       entropy_bytes: float32 scalar, the fewest bytes that any code of the same numbers needs; ``None`` if unknown.
       late: bool scalar, whether it comes too late to count; ``None`` means in time.
+      packed: what travels in place of the value; ``None`` if the value itself does. A link that changes the value of
+        another link's message leaves it out.
 
     Example:
       >>> def encode(update, ctx):  # half of the bits travel
@@ -36,11 +39,34 @@ class Message(NamedTuple):
     bytes: Array | None = None
     entropy_bytes: Array | None = None
     late: Array | None = None
+    packed: "Packed | None" = None
 
     @property
     def plain(self) -> PyTree:
         """The value alone, if the message has no other field."""
         return self.value if all(said is None for said in self[1:]) else self
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["sent"], meta_fields=["opened"])
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """What travels in place of a message's value, and how the server opens it.
+
+    Attributes:
+      sent: pytree of arrays and of ``fc.compression.Code``; their bytes are the message's.
+      opened: ``(sent, ctx) -> value``, with the context of the client's ``encode``. It holds no array of the client's.
+
+    Example:
+      >>> def encode(update, ctx):
+      ...     short = jax.tree.map(lambda x: x.astype(jnp.bfloat16), update)
+      ...     def opened(sent, ctx):
+      ...         return jax.tree.map(lambda x: x.astype(jnp.float32), sent)
+      ...     packed = fc.uplink.Packed(short, opened)
+      ...     return fc.uplink.Message(opened(short, ctx), jnp.float32(1300.0), packed=packed), {}
+    """
+
+    sent: PyTree
+    opened: Callable[[PyTree, "Context"], PyTree]
 
 
 class Context(NamedTuple):
@@ -87,6 +113,8 @@ class Uplink(NamedTuple):
         cohort's report.
       promises: what holds of every message that leaves the link; nothing by default. Links, reducers and the accounting
         of privacy rely on it.
+      regroup: ``(state, average) -> state`` of a link whose state at the server is a mean over all clients, as
+        ``Algorithm.regroup``.
 
     Example:
       >>> def encode(update, state, client_state, ctx):  # sends what is larger than a threshold of the server
@@ -110,6 +138,7 @@ class Uplink(NamedTuple):
     encode: Callable[[PyTree, PyTree, PyTree, Context], tuple[PyTree, PyTree, Metrics]]
     decode: Callable[[PyTree, PyTree, Metrics, Context], tuple[PyTree, PyTree, Metrics]]
     promises: Promises = Promises()
+    regroup: Callable[[PyTree, Callable[..., PyTree]], PyTree] | None = None
 
     def promising(self, **changes: Any) -> "Uplink":
         """The same link with some promises changed.
@@ -170,7 +199,8 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
         ``fc.clipping`` with fixed thresholds know theirs (``fc.clipping.bound_of``).
 
     Raises:
-      InvalidInput: (when a run begins) a transform with a state, without ``keep_state``.
+      InvalidInput: (when a run begins) a transform with a state, without ``keep_state``; one that needs the parameters,
+        which no link sees.
 
     Example:
       >>> link = fc.uplink.at_client(optax.clip(0.01))
@@ -189,7 +219,15 @@ def at_client(tx: optax.GradientTransformation, keep_state: bool = False, bound:
 
     def encode(update, state, client_state, ctx):
         before = optimiser.reseeded(client_state if keep_state else optimiser.init(tx, update), ctx.key)
-        message, after = optimiser.update(tx, update, before)
+        try:
+            message, after = optimiser.update(tx, update, before)
+        except ValueError as error:
+            if "params" not in str(error):
+                raise
+            raise InvalidInput(
+                "at_client: this transform needs the parameters, and a link sees the update alone: put it into the "
+                "clients' optimiser."
+            ) from error
         return message, after if keep_state else client_state, clip_report(after)
 
     limit = bound_of(tx) if bound is None else lambda like: jnp.asarray(bound, jnp.float32)

@@ -1,12 +1,15 @@
 """Links made of links: one after the other, or one for each part of a message."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
 from fedjax_clip.core import checks, tree
 from fedjax_clip.core.metrics import prefixed
 from fedjax_clip.core.types import InvalidInput, Metrics, PyTree
-from fedjax_clip.uplink.base import Context, Message, Uplink, decoded, encoded
+from fedjax_clip.uplink.base import Context, Message, Packed, Uplink, decoded, encoded
 from fedjax_clip.uplink.orders import check_chain
 from fedjax_clip.uplink.promises import beside, joined, last_bound
 
@@ -59,6 +62,8 @@ def chain(*links: Uplink) -> Uplink:
             sent, c, report = encoded(link, before.value, s, c, context(position, state, ctx, before.value))
             if before.bytes is not None:  # later links, such as noise, run at the server
                 sent = sent._replace(bytes=before.bytes, entropy_bytes=before.entropy_bytes)
+            if sent.packed is not None:
+                sent = sent._replace(packed=_further(sent.packed, position))
             states.append(c)
             reports.append(report)
         return sent.plain, tuple(states), _numbered(reports)
@@ -74,7 +79,7 @@ def chain(*links: Uplink) -> Uplink:
             metrics.insert(0, m)
         return aggregate, tuple(states), _numbered(metrics)
 
-    return Uplink(init, init_client, encode, decode, joined(promises))
+    return Uplink(init, init_client, encode, decode, joined(promises), _regrouping(links))
 
 
 def identity() -> Uplink:
@@ -141,7 +146,8 @@ def on_parts(*links: Uplink) -> Uplink:
             return sum(known) + tree.nbytes(rest)
 
         bytes, least = total([x.bytes for x in sent]), total([x.entropy_bytes for x in sent])
-        return Message((*(x.value for x in sent), *rest), bytes, least).plain, tuple(states), report
+        whole = Message((*(x.value for x in sent), *rest), bytes, least, packed=_together(sent, rest, own))
+        return whole.plain, tuple(states), report
 
     def decode(aggregate, state, report, ctx):
         made, states = [], []
@@ -155,7 +161,38 @@ def on_parts(*links: Uplink) -> Uplink:
             metrics |= m if part == 0 else prefixed(f"part{part}", m)
         return (*made, *aggregate[count:]), tuple(states), metrics
 
-    return Uplink(init, init_client, encode, decode, promises)
+    return Uplink(init, init_client, encode, decode, promises, _regrouping(links))
+
+
+def _regrouping(links: Sequence[Uplink]) -> Callable[..., tuple[PyTree, ...]] | None:
+    """The ``regroup`` of links whose states lie in a tuple, at the server and at each client."""
+    if all(link.regroup is None for link in links):
+        return None
+
+    def one(position, link, state, average):
+        if link.regroup is None:
+            return state
+        return link.regroup(state, lambda part, of: average(part, lambda clients: of(clients[position])))
+
+    return lambda state, average: tuple(one(i, link, s, average) for i, (link, s) in enumerate(zip(links, state)))
+
+
+def _further(packed: Packed, position: int) -> Packed:
+    """What the link at a position of a chain packs, opened with the chain's context."""
+    return dataclasses.replace(packed, opened=lambda sent, ctx: packed.opened(sent, _at(ctx, position)))
+
+
+def _together(sent: list[Message], rest: PyTree, own: Callable[[Context, int], Context]) -> Packed | None:
+    """The parts of a message packed, if one of them is and none hides what travels; the rest travels as it is."""
+    if all(x.packed is None for x in sent) or any(x.bytes is not None and x.packed is None for x in sent):
+        return None
+    how = [None if x.packed is None else x.packed.opened for x in sent]
+
+    def opened(parts: PyTree, ctx: Context) -> PyTree:
+        first = (x if open is None else open(x, own(ctx, part)) for part, (open, x) in enumerate(zip(how, parts)))
+        return (*first, *parts[len(how) :])
+
+    return Packed((*(x.value if x.packed is None else x.packed.sent for x in sent), *rest), opened)
 
 
 def _at(ctx: Context, position: int) -> Context:

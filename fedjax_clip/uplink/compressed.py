@@ -15,7 +15,7 @@ from fedjax_clip.compression.rotate import unpacked_signs
 from fedjax_clip.core import checks, keys, tree
 from fedjax_clip.core.metrics import Mean
 from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
-from fedjax_clip.uplink.base import Message, Uplink, at_server, encoded, nothing, stateless
+from fedjax_clip.uplink.base import Message, Packed, Uplink, at_server, encoded, nothing, stateless
 from fedjax_clip.uplink.chains import chain
 from fedjax_clip.uplink.promises import Promises, Wire
 
@@ -44,7 +44,13 @@ def compress(compressor: Compressor, by_leaf: bool = False) -> Uplink:
     def encode(update, ctx):
         finite, whole = _finite(update)
         message, codes = compression.roundtrip(compressor, whole, ctx.key, by_leaf)
-        return _sent(_or_nan(finite, message), codes), _error(whole, message)
+        like = jax.eval_shape(lambda x: x, update)
+
+        def opened(sent, ctx):
+            return compression.opened(compressor, sent, like, ctx.key, by_leaf)
+
+        sent = _sent(_or_nan(finite, message), codes)._replace(packed=Packed(codes, opened))
+        return sent, _error(whole, message)
 
     return stateless(encode, promises=Promises(contracts=compressor.contracts, wire=Wire.PACKS))
 
@@ -102,7 +108,10 @@ def error_feedback(*links: Uplink | Compressor) -> Uplink:
         return update, state, metrics | {"residual": report["residual"]}
 
     # With the residual a message may be longer than the update that entered.
-    return inner._replace(init_client=init_client, encode=encode, decode=decode).promising(contracts=False)
+    own = inner.regroup
+    regroup = None if own is None else lambda state, average: own(state, lambda p, of: average(p, lambda c: of(c[1])))
+    made = inner._replace(init_client=init_client, encode=encode, decode=decode, regroup=regroup)
+    return made.promising(contracts=False)
 
 
 def power_sgd(rank: int = 4) -> Uplink:

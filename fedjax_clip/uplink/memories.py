@@ -81,7 +81,11 @@ def memory(
     of_link = link.promises.bound
     # A clip of the difference bounds the message for any update; a contraction bounds nothing.
     bound = None if of_link is None else lambda g, like: of_link(link.init(like), like)
-    return Uplink(zeros, init_client, encode, decode, link.promises).promising(
+
+    def regroup(g, average):
+        return average(g, lambda clients: (clients[1], True))
+
+    return Uplink(zeros, init_client, encode, decode, link.promises, regroup).promising(
         bound=bound, contracts=False, mirrors="memory"
     )
 
@@ -132,7 +136,7 @@ def with_bias(link: Uplink) -> Uplink:
 
     def encode(update, state, client_state, ctx):
         message, client_state, report = encoded(link, update, state, client_state, ctx)
-        return message._replace(value=(message.value, update)).plain, client_state, report
+        return message._replace(value=(message.value, update), packed=None).plain, client_state, report
 
     def decode(aggregate, state, report, ctx):
         update, state, metrics = link.decode(aggregate[0], state, report, ctx)

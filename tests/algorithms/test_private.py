@@ -11,7 +11,7 @@ from problems import COHORTS, Run, assert_close, assert_identical, parameters, p
 
 import fedjax_clip as fc
 from fedjax_clip.core import tree
-from fedjax_clip.training import evaluation
+from fedjax_clip.training import scores as scoring
 from fedjax_clip.uplink.base import Uplink
 
 N, SIZES, BATCH, LR, TAU = 4, (4, 8, 2, 6), 2, 0.1, 1.5
@@ -176,8 +176,8 @@ def test_auroc_is_scikit_learns():
     for _ in range(20):
         labels = np.r_[0, 1, rng.integers(2, size=rng.integers(1, 40))]
         scores = rng.integers(6, size=len(labels)) / 5  # with ties
-        np.testing.assert_allclose(evaluation.auroc(scores, labels), metrics.roc_auc_score(labels, scores))
-    assert np.isnan(evaluation.auroc(np.array([0.1, 0.9]), np.array([1, 1])))
+        np.testing.assert_allclose(scoring.auroc(scores, labels), metrics.roc_auc_score(labels, scores))
+    assert np.isnan(scoring.auroc(np.array([0.1, 0.9]), np.array([1, 1])))
 
 
 def test_calibration_error_is_the_sum_over_bins():
@@ -189,7 +189,7 @@ def test_calibration_error_is_the_sum_over_bins():
         inside = (p >= b / 10) & ((p < (b + 1) / 10) | (b == 9))
         if inside.any():
             expected += inside.mean() * abs(y[inside].mean() - p[inside].mean())
-    np.testing.assert_allclose(evaluation.calibration_error(p, y), expected)
+    np.testing.assert_allclose(scoring.calibration_error(p, y), expected)
     assert expected > 0.1
 
 

@@ -59,6 +59,22 @@ def test_split_examples_keeps_everything_once(data, fraction, seed):
     np.testing.assert_array_equal(held_out.examples["id"], again.examples["id"])
 
 
+def test_a_rare_class_is_on_both_sides_and_a_class_of_one_is_held_out_at_times():
+    sizes = np.array([20, 10, 2, 1])
+    y = np.zeros(33, int)
+    y[[3, 17]] = y[25] = y[31] = 1  # two of 20, one of 10, one of 2
+    data = FederatedData({"y": y, "id": np.arange(33)}, np.cumsum([0, *sizes]))
+    alone = []
+    for seed in range(60):
+        train, held_out = data.split_examples(0.2, seed, label="y")
+        assert sorted([*train.examples["id"], *held_out.examples["id"]]) == list(range(33))
+        assert train.num_clients == 4
+        first = held_out.client(0)
+        assert (held_out.name(0), len(first["y"]), first["y"].sum()) == ("0", 5, 1)  # round(3.6) of 18, one of 2
+        alone.append(25 in held_out.examples["id"])
+    assert 4 < sum(alone) < 20  # with probability 0.2
+
+
 @SETTINGS
 @given(populations, fractions, seeds)
 def test_split_clients_keeps_everything_once(data, fraction, seed):

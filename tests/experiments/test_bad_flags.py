@@ -100,6 +100,8 @@ BAD_FLAGS = {
         "learning rate must be a positive, finite number, not True",
     ),
     "a learning rate of text": ("--client=sgd('a')", "must be a number, not 'a'"),
+    "an average before the step": ("--server=average(0.9)|sgd(1.0)", "--server: average comes last"),
+    "a client's average": ("--client=sgd(0.1)|average(0.9)", "--client: average keeps a mean of the server's"),
     "a decay above one": ("--server=adam(0.01, b1=2)", "b1 must be a number of at least 0 and below 1"),
     "steps of words": ("--local_steps=many", 'unknown component "many" (valid: budget)'),
     "part of a batch": ("--batch_size=2.5", "--batch_size must be a whole number of at least 0, not 2.5"),

@@ -175,6 +175,19 @@ def test_sigterm_to_one_stops_all_and_the_same_command_ends_as_one_process_does(
             np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-6)
 
 
+def test_several_processes_go_on_from_the_run_of_one(cli, tmp_path):
+    assert cli(*RUN, "--rounds=5", f"--workdir={tmp_path / 'first'}")[0] == 0
+    more = (*RUN, "--rounds=8", f"--init={tmp_path / 'first'}")
+    code, _, err = ended(launched(sys.executable, "-m", "experiments.run", *more, f"--workdir={tmp_path / 'several'}"))
+    assert code == 0, err
+    assert err.count("--init: goes on after round 5") == 1
+    assert cli(*more, f"--workdir={tmp_path / 'alone'}")[0] == 0
+    assert [row["round"] for row in rundir.read_rows(tmp_path / "several")] == list(range(1, 9))
+    with np.load(tmp_path / "several/params.npz") as several, np.load(tmp_path / "alone/params.npz") as one:
+        for name in one.files:
+            np.testing.assert_allclose(several[name], one[name], rtol=0, atol=1e-6)
+
+
 def test_a_sweep_is_dealt_to_processes(binaries, tmp_path):
     points = ("--client=sgd({lr})", "--points=grid(lr=log(0.01, 1, 4))", "--halving=2", "--rounds=4", "--seeds=2")
     flags = (*QUICK[:1], "--cohort_size=3", *points)

@@ -1,5 +1,6 @@
 """Components of one's own: a file outside of the repository, named by ``--import``, that flags then name."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 
 import fedjax_clip as fc
-from experiments.config import algorithms, components, rundir
+from experiments.config import algorithms, components, outside, own_scores, rundir
 
 MODULE = '''
 """What a researcher writes: an algorithm, a clip, a link, a reducer, a compressor, a sampler, a schedule, a task."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import fedjax_clip as fc
@@ -79,6 +81,39 @@ def no_algorithm(loss, client_tx):
 
 def broken(x):
     return {}[x]
+
+
+def gini(values, data, of="loss"):
+    means = np.sort([part.mean() for part in np.split(values[of], data.offsets[1:-1])])
+    n = len(means)
+    return {f"gini_{of}": 2 * np.sum(np.arange(1, n + 1) * means) / (n * means.sum()) - (n + 1) / n}
+
+
+def twice(values, data):
+    return {"loss": 1.0}
+
+
+def text(values, data):
+    return {"text": "much"}
+
+
+def failing(loss, client_tx):
+    return fc.extend.algorithm(lambda now: now.nothing, loss, client_tx)
+
+
+def counting(loss, client_tx, **parts):
+    def round(now):
+        def client_fn(x, client, key):
+            y, _, _, report = client.local_steps(x, key)
+            return optax.tree.sub(y, x), client.state.own, report | {"clients": jnp.ones(())}
+
+        return now.step(now.exchange(client_fn, now.server.params))
+
+    return fc.extend.algorithm(round, loss, client_tx, **parts)
+
+
+def weighing():
+    return optax.add_decayed_weights(0.1)
 '''
 QUICK = ("--rounds=2", "--cohort_size=3", "--eval_every=2", "--rounds_per_dispatch=1", "--import=my_module")
 LINE = "--task=linear_regression(num_clients=6)"
@@ -149,6 +184,59 @@ def test_a_sweep_takes_ones_own_and_says_how_its_best_point_is_run(cli, binaries
     assert json.loads((tmp_path / "here/config.json").read_text())["config"]["import"] == "my_module"
 
 
+def test_a_metric_of_ones_own_is_in_the_rows_and_on_the_page(cli, tmp_path):
+    flags = (*QUICK, LINE, "--scores=my_module.gini()", "--workdir=here")
+    code, out, err = cli(*flags)
+    assert code == 0, err
+    assert "gini_loss" in out
+    found = [
+        row["eval/examples/gini_loss"] for row in rundir.read_rows(tmp_path / "here") if "eval/examples/loss" in row
+    ]
+    assert found
+    assert all(0 <= x < 1 for x in found)
+    assert "gini_loss" in (tmp_path / "here/report.html").read_text()
+    code, _, err = cli(*flags, "--scores=")
+    assert (code, "--scores='my_module.gini()'" in err) == (2, True)
+
+
+def test_scores_of_ones_own_leave_the_comparison_of_clients(monkeypatch, cli, tmp_path):
+    monkeypatch.setattr(outside, "modules", lambda: ["my_module"])
+    compared = fc.tasks.OverClients(lambda values, data: {"largest": values["loss"].max()}, ("largest",))
+    task = dataclasses.replace(fc.tasks.linear_regression(6), summarise=compared)
+    summarise = own_scores.added(task, "my_module.gini()").summarise
+    data, values = task.evaluation["examples"], {"loss": np.arange(1.0, 1 + task.evaluation["examples"].num_examples)}
+    assert summarise(values, data) == {**compared(values, data), "gini_loss": summarise(values, data)["gini_loss"]}
+    np.testing.assert_array_equal(
+        summarise.of_clients(values, data)["largest"], compared.of_clients(values, data)["largest"]
+    )
+
+
+IN_A_ROUND = {
+    "an algorithm that fails": (
+        "--algorithm=my_module.failing",
+        "'Round' object has no attribute 'nothing' (my_module.py",
+    ),
+    "a report that the library would overwrite": (
+        "--algorithm=my_module.counting",
+        "client_fn reports 'clients', a name that the library fills itself: choose another one.",
+    ),
+    "a link that needs the parameters": (
+        "--uplink=my_module.weighing",
+        "needs the parameters, and a link sees the update alone: put it into the clients' optimiser.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_A_ROUND)
+def test_what_fails_in_a_round_is_one_sentence(cli, case):
+    flag, words = IN_A_ROUND[case]
+    code, _, err = cli(*QUICK, LINE, flag, "--workdir=here")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: ")
+    assert words in err
+    assert "Traceback" not in err
+
+
 def test_an_audit_takes_ones_own(cli, binaries):
     private = ("--sampler=poisson", "--cohort_size=4", "--task=digits(hidden=())", "--rounds=2", "--replays=200")
     uplink = "--uplink=my_module.halved(1.0)|gaussian(2.0)"
@@ -211,6 +299,14 @@ BAD = {
         ("--uplink=my_module.broken('a')",),
         "--uplink: my_module.broken: KeyError: 'a' (my_module.py, line",
     ),
+    "a metric of the library": (("--scores=gini",), "write my_module.gini() for the function gini(values, data)"),
+    "a metric of what is not measured": (
+        (LINE, "--scores=my_module.gini('spam')"),
+        "my_module.gini: KeyError: 'spam' (my_module.py, line",
+    ),
+    "a metric that is there": ((LINE, "--scores=my_module.twice"), "'loss' is measured already: choose another name"),
+    "a metric that is no number": ((LINE, "--scores=my_module.text"), "must return numbers, and 'text' is 'much'"),
+    "a metric of nothing": ((LINE, "--scores=my_module.coarse"), "must take (values, data), not ()"),
     "an import in a file": (("--flagfile=own/mine.flags",), "has --import, which runs code: write it on the command"),
 }
 

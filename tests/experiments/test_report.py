@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from experiments.config import rundir
-from experiments.page import page, results, svg
+from experiments.page import page, panels, results, svg
 from fedjax_clip import plots
 from fedjax_clip.data import partition
 from fedjax_clip.data.population import FederatedData
@@ -130,6 +130,68 @@ def test_a_page_explains_the_scores_that_it_has(tmp_path):
     assert "auroc" not in text
 
 
+def with_clients(directory, auroc, **config):
+    """A run whose held-out clients have a loss, an accuracy and an AUROC, some without the latter."""
+    make(directory, **config)
+    auroc = np.array(auroc)
+    scores = {"loss": np.linspace(0.1, 1, len(auroc)), "accuracy": np.linspace(1, 0, len(auroc)), "auroc": auroc}
+    scores |= {"client": np.array([f"<h{i}>" for i in range(len(auroc))]), "examples": 10 + np.arange(len(auroc))}
+    np.savez(directory / "clients.npz", **{f"clients/{name}": x for name, x in scores.items()})
+    return directory
+
+
+def rows_of(text, title):
+    """The cells of the table under a title, row by row."""
+    part = text[text.index(title) :]
+    part = part[: part.index("</table>")]
+    return [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", part, re.DOTALL)]
+
+
+def test_each_client_has_a_row_and_the_worst_stands_first(tmp_path):
+    found = [0.9, np.nan, 0.4, 0.7]
+    plain, chosen = (
+        with_clients(tmp_path / "a", found),
+        with_clients(tmp_path / "b", found, metric="clients/auroc_worst"),
+    )
+    text = page.build(results.load([plain]))
+    rows = rows_of(text, "Each client of held-out clients by accuracy")
+    assert rows[0] == ["client", "examples", "accuracy", "auroc", "loss"]
+    assert rows[1] == ["&lt;h3&gt;", "13", "0", "0.700", "1.00"]
+    text = page.build(results.load([chosen]))
+    rows = rows_of(text, "Each client of held-out clients by auroc")
+    assert rows[0] == ["client", "examples", "auroc", "accuracy", "loss"]
+    assert [row[0][4:6] for row in rows[1:]] == ["h2", "h3", "h0", "h1"]
+    assert rows[-1][2] == "–"  # one class: it has no AUROC, and is not the worst
+    summary = rows_of(text, "<th>set</th>")[-1]
+    assert summary[:4] == ["held-out clients", "auroc", "3 of 4", "0.667"]
+    both = rows_of(page.build(results.load([plain, chosen])), "Each client of held-out clients by accuracy")
+    assert both[0] == ["client", "examples", "metric=–", "clients/auroc_worst"]
+    assert both[1] == ["&lt;h3&gt;", "13", "0", "0"]
+
+
+def test_of_many_clients_the_worst_have_a_row(tmp_path):
+    text = page.build(results.load([with_clients(tmp_path / "a", np.linspace(0, 1, 80), metric="clients/auroc")]))
+    rows = rows_of(text, "Each client of held-out clients by auroc, the worst 50 of 80")
+    assert len(rows) == 51
+    assert rows[50][:3] == ["&lt;h49&gt;", "59", "0.620"]
+
+
+def test_the_metric_of_a_run_comes_first(tmp_path):
+    scores = {"eval/examples/accuracy": 0.9, "eval/examples/auroc": 0.8}
+    scores |= {"eval/clients/auroc_worst": 0.6, "eval/examples/auroc_worst": 0.7}
+    rows = [{"round": 1.0, "loss": 1.0, "clients": 1.0, "seconds": 1.0, "bytes_up": 1.0} | scores]
+    for metric, first in (("clients/auroc_worst", "auroc_worst"), (None, "accuracy")):
+        text = page.build(results.load([make(tmp_path / first, rows, metric=metric)]))
+        assert re.search(r"<dt>(.*?)</dt>", text)[1].startswith(f"{first}, held-out")
+        assert re.search(r"<figcaption>(.*?)</figcaption>", text)[1] == first.removesuffix("_worst")
+        assert ("auroc_worst, held-out examples" in text) == (
+            first == "auroc_worst"
+        )  # else it is in the clients' table
+        assert "held-out clients, worst client" in text
+        assert f"{first} against bytes sent" in text
+    assert list(panels.evaluated(results.load([tmp_path / "auroc_worst"]))["auroc_worst"]) == ["clients", "examples"]
+
+
 def test_the_worst_tenth_is_of_the_clients_served_worst():
     many = np.linspace(0, 1, 40)
     assert results.worst_tenth(many, "accuracy") == pytest.approx(many[:4].mean())
@@ -232,6 +294,13 @@ def test_fractions_have_an_axis_from_0_to_1_and_metrics_have_words(tmp_path):
     ticks = re.search(r"<figure><figcaption>fraction clipped</figcaption>.*?</figure>", drawing, re.DOTALL)[0]
     assert re.findall(r'"end">([\d.-]+)</text>', ticks) == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
     assert "client updates clipped, link 2" in ticks
+
+
+def test_a_dashed_line_marks_where_a_run_went_on(tmp_path):
+    rows = [{"round": float(r), "loss": 1.0 / r} for r in range(1, 5)]
+    rows[2]["went_on_from"] = 2.0
+    for axes in plots.curves(rows).axes:
+        assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [2.0]
 
 
 def test_the_name_of_an_axis_stands_beside_its_numbers():

@@ -5,6 +5,7 @@ import json
 import pathlib
 import signal
 
+import made_hospitals
 import numpy as np
 import pytest
 
@@ -104,6 +105,27 @@ def test_folds_and_halving_of_a_random_set(cli, tmp_path):
     assert out.startswith("eval/fold/loss")
 
 
+def test_points_are_ranked_by_the_auroc_of_the_worst_hospital(cli, tmp_path):
+    made_hospitals.write(tmp_path / "h.csv", sizes={"a": 60, "b": 40, "c": 40, "d": 20})
+    task = "csv('h.csv', 'died', by='hospital', held_out=0.5)"
+    settings = ("--rounds=2", "--client=sgd({lr})", "--points=grid(lr=(0.001, 0.03, 1))", "--workdir=here")
+    code, out, err = cli(f"--task={task}", *settings, "--metric=examples/auroc_worst")
+    assert code == 0, err
+    scores = {e["values"]["lr"]: e["metrics"]["eval/examples/auroc_worst"] for e in lines()}
+    best, *others = sorted(scores, key=scores.get, reverse=True)
+    assert scores[best] > scores[others[-1]]
+    table = (tmp_path / "here/table.md").read_text().splitlines()
+    assert table[0].startswith("| lr | rounds | eval/examples/auroc_worst | eval/examples/accuracy |")
+    assert [float(row.split("|")[3]) for row in table[2:5]] == [float(f"{scores[p]:.4g}") for p in (best, *others)]
+    assert out.startswith(f"eval/examples/auroc_worst  {scores[best]:.4g}")
+    flags = (tmp_path / "here/best.flags").read_text()
+    assert f"by eval/examples/auroc_worst, {scores[best]:.4g}: lr={best}" in flags
+    code, out, err = cli(f"--task={task}", *settings, "--workdir=there", "--metric=examples/auroc_least")
+    assert (code, out) == (2, "")
+    assert "--metric=examples/auroc_least is not measured; there is examples/accuracy, examples/loss, " in err
+    assert "examples/auroc_worst" in err
+
+
 BAD = {
     "no points": ((QUICK[4],), "--points is missing"),
     "a placeholder without values": ((QUICK[4], "--points=grid(lr=(0.1, 1))"), "{clip} is given no values"),
@@ -132,7 +154,7 @@ BAD = {
         ("--client=sgd(0.1)", "--uplink=top_k({k})", "--points=grid(k=(1, 2))"),
         "A swept number decides what is compiled",
     ),
-    "an unknown metric": ((*QUICK[4:], "--metric=accuracy"), "there is eval/examples/loss"),
+    "an unknown metric": ((*QUICK[4:], "--metric=accuracy"), "there is examples/loss"),
     "no seeds": ((*QUICK[4:], "--seeds=0"), "--seeds must be a whole number between 1 and 10000"),
     "one fold": ((*QUICK[4:], "--folds=1"), "--folds=1 would leave nothing"),
     "more folds than clients": (

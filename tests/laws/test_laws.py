@@ -27,9 +27,10 @@ def test_rounds_are_finite_and_move_the_parameters(name, run):
     params = server.params
     if run.algorithm.personal is not None:
         params = run.algorithm.personal(params, jax.tree.map(lambda xs: xs[COHORTS[0][0]], clients))
-    assert all(np.any(x != y) for x, y in zip(params.values(), parameters().values(), strict=True))
+    moved = {k for k, x in params.items() if np.any(x != parameters()[k])}
+    assert moved == set(params) - ({"b"} if name == "fedbabu" else set())  # whose head stays
     assert int(server.round) == len(COHORTS)
-    assert [m["clients"] for m in history] == [3, 3, 3]
+    assert [m["clients"] for m in history] == [2 if name == "power_of_choice" else 3] * 3
     for own in history[0].keys() - {"accuracy"} if name not in OUTSIDE else ():  # which no loss may report
         with pytest.raises(fc.InvalidInput, match="choose another one"):
             check_names([own])
@@ -46,7 +47,9 @@ def test_chunk_width_does_not_matter(name, run):
 
 def test_packed_and_resident_examples_agree_to_the_last_bit(name, run):
     packed = entry(name, resident=False)
-    assert_identical(packed.rounds(parameters(), COHORTS), run.rounds(parameters(), COHORTS))
+    # A loss that is taken without its gradient may round otherwise, and these send what depends on it.
+    same = assert_close if name in ("afl", "q_ffl", "term") else assert_identical
+    same(packed.rounds(parameters(), COHORTS), run.rounds(parameters(), COHORTS))
 
 
 @pytest.mark.parametrize("options", [{}, {"resident": False}, {"width": 2}])
@@ -86,14 +89,16 @@ def test_the_second_round_does_not_compile(run):
     assert jax.tree.map(jax.typeof, before) == jax.tree.map(jax.typeof, jax.tree.map(jnp.asarray, server))
 
 
-def test_a_checkpointed_run_goes_on_to_the_same_bits(run, tmp_path, monkeypatch):
+def test_a_run_that_goes_on_from_a_checkpoint_or_a_state_has_the_same_bits(run, tmp_path, monkeypatch):
     def train(rounds, **options):
         work = {"cohort_size": 4, "batch_size": 4, "local_steps": 5}  # steps, so that all rounds have one shape
         return fc.train(run.algorithm, run.data, parameters(), rounds=rounds, seed=5, **work, **options)
 
     straight = train(5)
     monkeypatch.setattr(states, "MEMORY_BYTES", 0)  # the clients' states lie on disk
-    train(3, checkpoints=fc.extend.Checkpoints(tmp_path))
+    begun = train(3, checkpoints=fc.extend.Checkpoints(tmp_path))
+    gone_on = train(5, state=begun.state)
+    assert_identical(gone_on.state[:2], straight.state[:2])
     resumed = train(5, checkpoints=fc.extend.Checkpoints(tmp_path))
     assert [row["round"] for row in resumed.history] == [4, 5]
     assert_identical(resumed.state[:2], straight.state[:2])
@@ -111,8 +116,21 @@ TRAFFIC = {  # (down, up): floats that a client is sent in a round, and sends, w
     "mime": (P + 3 * P, P + P),  # x, then x, m and G; g, then y - x
     "mime, lite": (2 * P, 2 * P),
     "partially_private": (parameters()["w"].size, parameters()["w"].size),
+    "fedbabu": (parameters()["w"].size, parameters()["w"].size),
+    "fedbn": (parameters()["w"].size, parameters()["w"].size),
+    "fedrep": (parameters()["w"].size, parameters()["w"].size),
+    "fedcm": (2 * P, P + 1),
+    "scaffnew": (P + 1, P),
+    "fedadamw": (2 * P + 2 + 1, P + 2 + 1),  # x, D, V by leaf and a count; v by leaf, and its number of steps
+    "fedmuon": (3 * P, 2 * P + 1),
+    "ifca": (2 * P, P + 1),  # both models; one, and its number
+    "q_ffl": (P, P + 1),
+    "term": (P + 1, P + 1),
+    "afl": (P + 6, P + 1 + 2 * 6),  # the weights; its weight, and its place twice
     "scaffold": (2 * P, 2 * P),
+    "scaffold, own state": (2 * parameters()["w"].size, 2 * parameters()["w"].size),
     "scaffold, sketched": (2 * P, 3 * 4 + P),
+    "scaffold, filtered": (2 * P, 2 * P),
     "scaffold, robust": (2 * P, 2 * P),
 }
 
@@ -157,6 +175,11 @@ def test_clients_that_diverge_are_dropped_and_counted(run, name):
     assert expected[0].pop("dropped") == 0
     assert (history[0].pop("asked"), expected[0].pop("asked")) == (3, 2)
     unknown = [expected[0][sent] / (2 * 4) for sent in ("bytes_down", "bytes_up")]
+    if name == "power_of_choice":  # all are sent x, two chosen ones scaffold's, too
+        sums = [[row.pop(sent) / 4 for sent in ("bytes_down", "bytes_up")] for row in (history[0], expected[0])]
+        assert sums == [[3 * P + 4 * P, 3 + 4 * P], [2 * P + 4 * P, 2 + 4 * P]]
+        history[0] |= {"bytes_down": 3 * 4 * P, "bytes_up": 3 * 4 * P}
+        expected[0] |= {"bytes_down": 2 * 4 * P, "bytes_up": 2 * 4 * P}
     floats_sent = unknown if name in OUTSIDE else TRAFFIC.get(name, (P, P))
     for sent, floats in zip(("bytes_down", "bytes_up"), floats_sent, strict=True):
         assert history[0].pop(sent) == 3 * 4 * floats  # who is dropped was sent the parameters, and answered
@@ -183,5 +206,5 @@ def test_a_round_without_clients_leaves_the_parameters(name, run):
     if name.startswith("fedavg, private"):  # must not tell that nobody came: the round is noise
         assert np.any(server.params["w"] != parameters()["w"])
     else:
-        assert_identical(server.params, parameters())
+        assert_identical(server.params, run.start(parameters())[0].params)
     assert history[0]["clients"] == 0

@@ -78,19 +78,22 @@ def trace(algorithm):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_wrappers_compose_with_every_algorithm_and_each_other_or_are_refused(name):
-    traced = set()
+    plain, traced = MAKERS[name](softmax_loss, SGD), set()
+    if name in ("ifca", "fedbabu"):
+        pytest.skip("It has several models, or is a wrapped FedAvg already: tests/algorithms/test_personal.py")
     for order in ORDERS:
         algorithm = wrapped(MAKERS[name], order)
         if algorithm is None:
-            assert "compressed" in order
+            assert "compressed" in order or ("private" in order and plain.personal)
             continue
         metrics = trace(algorithm)
         assert ("bytes_down_entropy" in metrics) == ("compressed" in order)
-        assert (algorithm.personal is not None) == ("private" in order)
+        assert (algorithm.personal is not None) == ("private" in order or plain.personal is not None)
         traced.add(order)
-    plain = {order for order in ORDERS if "compressed" not in order}
-    first = {order for order in ORDERS if order[0] == "compressed"}  # innermost
-    assert traced == (plain | first if MAKERS[name](softmax_loss, SGD).broadcasts else plain)
+    expected = {
+        order for order in ORDERS if "compressed" not in order or (order[0] == "compressed" and plain.broadcasts)
+    }
+    assert traced == {order for order in expected if not ("private" in order and plain.personal)}
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -102,18 +105,21 @@ def test_every_algorithm_clips_each_examples_gradient(name):
         return Run(MAKERS[name](softmax_loss, SGD, **parts), population()).rounds(parameters(), rounds)
 
     clip = fc.clipping.clip_by_global_norm
-    never, always = (train(gradient=fc.local.per_example_gradient(clip(c))) for c in (1e6, 1e-9))
+    # So little that an adaptive step, which divides by the gradient's size and eps, is nothing, too.
+    never, always = (train(gradient=fc.local.per_example_gradient(clip(c))) for c in (1e6, 1e-20))
     plain = train()
     assert_close(never[0].params, plain[0].params, rtol=1e-4, atol=1e-5)
-    assert_close(always[0].params, jax.tree.map(np.asarray, parameters()), atol=1e-6)
-    assert any(np.abs(x - y).max() > 1e-3 for x, y in zip(plain[0].params.values(), parameters().values(), strict=True))
+    start = MAKERS[name](softmax_loss, SGD).init(parameters()).params
+    assert_close(always[0].params, start, atol=1e-6)
+    assert any(np.abs(x - y).max() > 1e-3 for x, y in zip(*map(jax.tree.leaves, (plain[0].params, start)), strict=True))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_noise_on_records_is_taken_only_where_its_accounting_counts_every_use(name):
     """A client that takes gradients beside those of its steps uses a record more often than passes are counted."""
     private = fc.local.private_gradient(1.0, 1.0)
-    more = name.split(",")[0] in ("episode", "episode_plus", "mime")
+    more = name.split(",")[0] in ("episode", "episode_plus", "mime", "pfedme", "per_fedavg", "fedrep", "fedala")
+    more |= name in ("afl", "ifca", "q_ffl", "term")  # what they send depends on their loss
     if more:
         with pytest.raises(fc.InvalidInput, match="take fedavg, fedsgd or scaffold"):
             MAKERS[name](softmax_loss, SGD, gradient=private)

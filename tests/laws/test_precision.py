@@ -43,6 +43,12 @@ PARTS = {
     "trimmed mean": {"reducer": fc.reduce.trimmed_mean(1)},
     "mimicry": {"reducer": fc.attacks.mimic(fc.reduce.median(), [0], target=1)},
     "forgery": {"reducer": fc.attacks.ipm(fc.reduce.median(), [0])},
+    "clipping and mixing": {"reducer": fc.reduce.arc(1, fc.reduce.nnm(1, fc.reduce.bulyan(0)))},
+    "least variance": {"reducer": fc.reduce.smea(1)},
+    "filter": {"reducer": fc.reduce.caf(1)},
+    "widest direction": {"reducer": fc.reduce.dnc(1)},
+    "majority": {"reducer": fc.reduce.flame(0.1)},
+    "optimal forgery": {"reducer": fc.attacks.optimal_alie(fc.reduce.mda(1), [0])},
     "fltrust": {"reducer": fc.reduce.fltrust(0)},
 }
 

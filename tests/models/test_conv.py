@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -155,6 +156,26 @@ def test_every_lowering_is_the_same():
     )
     for other in rest:
         same(first, other)
+
+
+def test_unrolled_convolutions_are_xla_s_one_by_one_up_to_the_second_derivative():
+    x, w = normal(3, 2, 6, 6, 2), normal(3, 3, 3, 2, 4)
+
+    def slopes(lowering):
+        def conv(x, w):
+            return jnp.sin(conv_general_dilated(x, w, (1, 1), "SAME", None, None, CHANNELS_LAST, lowering=lowering))
+
+        def total(x, w):
+            return sum(jnp.sum(jnp.cos(slope)) for slope in jax.grad(lambda x, w: jnp.sum(conv(x, w)), (0, 1))(x, w))
+
+        return jax.jit(jax.vmap(functools.partial(pair, conv))), jax.jit(jax.vmap(jax.grad(total, (0, 1))))
+
+    for ours, theirs in zip(slopes("unrolled"), slopes("xla"), strict=True):
+        same(ours(x, w), theirs(x, w))
+    text = slopes("unrolled")[0].lower(x, w).as_text()
+    assert "[f, 0, 1, b]" in text  # XLA's own gradient to the kernel
+    assert "group_count = 1" in text
+    assert not re.search(r"group_count = [^1]|stablehlo.while", text)
 
 
 def test_another_platform_keeps_xla_s_convolution():

@@ -152,7 +152,8 @@ def test_a_private_run_keeps_its_key_until_it_is_complete_and_in_no_other_file(c
     found, files = leaks(here, made)
     assert (found, files > 4) == ([], True)
     assert {path.name for path in here.iterdir()} == {
-        *("config.json", "curves.png", "metrics.jsonl", "params.npz", "report.html", "tensorboard")
+        *("config.json", "curves.png", "metrics.jsonl", "model.json", "model.safetensors", "params.npz", "report.html"),
+        "tensorboard",
     }
     told = dict(re.findall(r"^(epsilon|protects|from|noise|key|assumes) +(.*)$", out, re.MULTILINE))
     assert re.fullmatch(r"\d\.\d{3} at delta 0.01, of this run", told["epsilon"])

@@ -4,9 +4,11 @@ import importlib.util
 import sys
 
 import jax
+import made_hospitals
 import numpy as np
 import optax
 import pytest
+from sklearn import metrics
 
 import fedjax_clip as fc
 from experiments.config import registry, spec
@@ -56,6 +58,83 @@ def test_a_csv_of_words_becomes_logistic_regression_by_clinic(tmp_path):
     assert row["eval/examples/accuracy"] > 0.8
     assert row["eval/examples/auroc"] > 0.9
     assert 0 <= row["eval/examples/ece"] < 0.3
+
+
+def scored(task, seed=0):
+    """An evaluator of a task, and parameters that are not trained."""
+    evaluate = fc.evaluator(task.per_example_loss, task.evaluation, summarise=task.summarise)
+    params = task.init(jax.random.key(0))
+    return evaluate, jax.tree.map(lambda x: np.random.default_rng(seed).normal(size=x.shape).astype(x.dtype), params)
+
+
+def test_hospitals_are_compared_and_one_of_them_is_held_out(tmp_path):
+    made_hospitals.write(tmp_path / "h.csv", sizes={"a": 80, "b": 50, "c": 30, "d": 20, "e": 20}, seed=3)
+    table = f"{tmp_path}/h.csv"
+    task = tasks.csv(table, "died", by="hospital", held_out_clients=0.2, balance="client")
+    train, sets = task.data, task.evaluation
+    assert set(sets["clients"].names) | set(train.names) == set("abcde")
+    assert (train.num_clients, sets["clients"].num_clients) == (4, 1)
+    assert list(sets["examples"].names) == list(train.names)
+    for c in range(4):  # both outcomes of a hospital weigh the same
+        own = slice(*train.offsets[c : c + 2])
+        assert train.weights[own][train.examples["y"][own] == 1].sum() == pytest.approx(train.sizes[c] / 2)
+    assert sets["examples"].weights is None
+    for one in (train, sets["examples"]):  # of two patients who died at the smallest, each side has one
+        assert all(y.any() for y in np.split(one.examples["y"], one.offsets[1:-1]))
+
+    evaluate, params = scored(task)
+    row, by_client = evaluate(params), evaluate.per_client(params)
+    assert [f"{name}" for name in row] == evaluate.names(task.init(jax.random.key(0)))
+    probability, y = evaluate.values("examples", params)["probability"], sets["examples"].examples["y"]
+    ends = sets["examples"].offsets[1:-1]
+    expected = [
+        metrics.roc_auc_score(labels, p) if 0 < labels.sum() < len(labels) else np.nan
+        for labels, p in zip(np.split(y, ends), np.split(probability, ends), strict=True)
+    ]
+    np.testing.assert_allclose(by_client["examples/auroc"], expected)
+    assert row["examples/auroc_worst"] == pytest.approx(np.nanmin(expected))
+    assert row["examples/auroc_mean"] == pytest.approx(np.nanmean(expected))
+    assert row["examples/auroc"] == pytest.approx(metrics.roc_auc_score(y, probability))
+    assert row["examples/accuracy_worst"] == pytest.approx(by_client["examples/accuracy"].min())
+    assert row["clients/auroc_worst"] == pytest.approx(row["clients/auroc"])
+
+
+def test_a_held_out_hospital_changes_nothing_that_is_trained_on(tmp_path):
+    made_hospitals.write(tmp_path / "h.csv", sizes={"a": 40, "b": 30, "c": 20})
+    rows = (tmp_path / "h.csv").read_text().splitlines()
+    whole = tasks.csv(f"{tmp_path}/h.csv", "died", by="hospital", held_out_clients=0.3)
+    (name,) = whole.evaluation["clients"].names
+    older = [
+        ",".join([*row.split(",")[:1], "99", *row.split(",")[2:]]) if row.startswith(name) else row for row in rows
+    ]
+    (tmp_path / "older.csv").write_text("\n".join(older) + "\n")
+    changed = tasks.csv(f"{tmp_path}/older.csv", "died", by="hospital", held_out_clients=0.3)
+    assert list(changed.evaluation["clients"].names) == [name]
+    np.testing.assert_array_equal(whole.data.examples["x"], changed.data.examples["x"])
+    assert np.any(whole.evaluation["clients"].examples["x"] != changed.evaluation["clients"].examples["x"])
+
+
+def test_a_regression_compares_its_clients_by_their_error(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = [f"{a:.3f},{a + b:.3f},{'abc'[i % 3]}" for i, (a, b) in enumerate(rng.normal(size=(60, 2)))]
+    task = tasks.csv(write(tmp_path / "t.csv", rows, "a,y,who"), "y", by="who", held_out_clients=0.3)
+    evaluate, params = scored(task)
+    row, by_client = evaluate(params), evaluate.per_client(params)["examples/rmse"]
+    assert row["examples/rmse_worst"] == pytest.approx(by_client.max())
+    sizes = task.evaluation["examples"].sizes
+    assert row["examples/rmse"] == pytest.approx(np.sqrt(np.average(by_client**2, weights=sizes)))
+
+
+def test_public_bounds_and_counted_classes_are_not_both_private(tmp_path):
+    made_hospitals.write(tmp_path / "h.csv", sizes={"a": 40, "b": 30, "c": 20})
+    told = {"by": "hospital", "bounds": "age:0:120;died:no,yes"}
+    for balance, fitted in ((None, False), ("client", False), ("population", True)):
+        assert bool(tasks.csv(f"{tmp_path}/h.csv", "died", balance=balance, **told).fitted) == fitted
+    task = tasks.csv(f"{tmp_path}/h.csv", "died", balance="population", **told)
+    classes = np.bincount(task.data.examples["y"], task.data.weights)
+    assert classes[0] == pytest.approx(classes[1])
+    with pytest.raises(fc.InvalidInput, match="the number of examples of each class: give balance='client'"):
+        tasks.refuse_fitted(task)
 
 
 def test_linear_and_ridge_regression_end_at_the_closed_form(tmp_path):
@@ -200,6 +279,23 @@ def bad_tables(tmp_path):
         "semicolons": (
             f"csv('{write(tmp_path / 'semi.csv', ['1,5;2', '2,5;3'], 'age;died')}', 'died')",
             "semi.csv: entries must be separated by commas, and its header 'age;died' separates by ';'",
+        ),
+        "class weights of a number": (
+            f"csv('{good}', 'age', balance='client')",
+            "balance='client' weighs two classes, and the target is a number: leave balance out.",
+        ),
+        "an unknown weighing": (f"csv('{good}', 'died', balance='all')", "'population' or 'client', not 'all'"),
+        "all clients held out": (
+            f"csv('{good}', 'died', by='clinic', held_out_clients=1.0)",
+            "held_out_clients must be a number of at least 0 and below 1, not 1.0",
+        ),
+        "the one client held out": (
+            f"csv('{good}', 'died', num_clients=1, held_out_clients=0.2)",
+            "one client cannot be split",
+        ),
+        "one hospital that trains, and others held out": (
+            "heart(only='Cleveland', held_out_clients=0.25)",
+            "only names the hospital that trains, so held_out_clients must be left out",
         ),
         "a negative penalty": (f"csv('{good}', 'died', l2=-1.0)", "l2 must be"),
         "an unknown grouping": ("chem97('town')", "'school' or 'lea'"),

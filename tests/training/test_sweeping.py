@@ -9,6 +9,7 @@ from problems import parameters, population, softmax_loss
 
 import fedjax_clip as fc
 from fedjax_clip.training import sweeping
+from fedjax_clip.training.scores import OverClients
 from fedjax_clip.training.sweeping import Range, Trial
 
 SETTINGS = {"rounds": 5, "cohort_size": 3, "batch_size": 2}
@@ -60,6 +61,43 @@ def test_a_trial_is_what_train_gives_and_one_program_is_compiled(compilations):
     compilations.clear()
     again = fc.sweep(*arguments, seeds=(0, 3), folds=folds, points_per_chunk=3, **SETTINGS)
     assert (len(compilations), again) == (0, trials)
+
+
+def test_scores_that_are_not_means_and_those_of_an_average_are_as_in_a_run():
+    def averaged(hyper):
+        client_tx = optax.chain(fc.clipping.clip_by_global_norm(hyper["clip"]), optax.sgd(hyper["lr"]))
+        return fc.fedavg(softmax_loss, client_tx, optax.chain(optax.sgd(1.0), fc.fedopt.average(0.8)))
+
+    data, summarise = population(), OverClients(lambda values, data: {"median": np.median(values["loss"])}, ("median",))
+    folds, points = fc.data.folds.clients(data, 2), sweeping.grid(lr=[0.1, 0.3], clip=[1.0])
+    arguments = averaged, points, data, start, softmax_loss, {"held": HELD_OUT}
+    options = {"folds": folds, "score": "eval/fold/median_worst", **SETTINGS, "cohort_size": 2}
+    trial = fc.sweep(*arguments, summarise=summarise, **options)[-1]
+    train, held_out = folds[1].split(data)
+    evaluate = fc.evaluator(softmax_loss, {"held": HELD_OUT, "fold": held_out}, summarise=summarise)
+    hyper = {"lr": np.float32(0.3), "clip": np.float32(1.0)}
+    (*_, last) = fc.train(averaged(hyper), train, start(0), evaluate=evaluate, **{**SETTINGS, "cohort_size": 2}).history
+    close(trial.metrics, {name: x for name, x in last.items() if name not in ("seconds", "wasted_steps")})
+    assert {"eval/fold/median_worst", "eval/held/median_mean", "eval/held_average/loss"} <= trial.metrics.keys()
+    assert trial.metrics["eval/fold_average/median_worst"] != trial.metrics["eval/fold/median_worst"]
+
+
+def test_examples_are_judged_by_their_clients_own_models():
+    def ditto(hyper):
+        return fc.personal.ditto(softmax_loss, optax.sgd(hyper["lr"]), strength=0.3)
+
+    summarise = OverClients(lambda values, data: {"median": np.median(values["loss"])}, ("median",))
+    data, held = population().split_examples(0.3)
+    folds, points = fc.data.folds.examples(data, 2), sweeping.grid(lr=[0.3])
+    options = {**SETTINGS, "cohort_size": 2}
+    trial = fc.sweep(
+        *(ditto, points, data, start, softmax_loss, {"held": held}), folds=folds, summarise=summarise, **options
+    )[-1]
+    train, held_out = folds[1].split(data)
+    own = {"algorithm": ditto({"lr": np.float32(0.3)}), "population": train, "summarise": summarise}
+    evaluate = fc.evaluator(softmax_loss, {"held": held, "fold": held_out}, **own)
+    (*_, last) = fc.train(own["algorithm"], train, start(0), evaluate=evaluate, **options).history
+    close(trial.metrics, {name: x for name, x in last.items() if name not in ("seconds", "wasted_steps")})
 
 
 def test_how_many_points_go_at_once_changes_rounding_only():
@@ -185,6 +223,12 @@ def test_there_is_one_opinion_of_what_is_better(prefix):
 def test_ranks():
     trials = [trial(0, 0.5), trial(1, 0.9), trial(2, np.nan), trial(3, 0.9), trial(4, 1.0, round=5.0)]
     assert sweeping.rank(trials, "eval/x/accuracy") == [1, 3, 0, 2, 4]
+    none = [trial(p, np.nan, seed=1) for p in range(2)]  # no point has a number there, so it says nothing
+    folds = [trial(0, 0.5), trial(1, 0.9), *none]
+    assert sweeping.rank(folds, "eval/x/accuracy") == [1, 0]
+    assert sweeping.values(folds, "eval/x/accuracy") == {0: [0.5], 1: [0.9]}
+    diverged = [*folds[:2], trial(0, 0.4, seed=1), trial(1, np.nan, seed=1)]
+    assert sweeping.rank(diverged, "eval/x/accuracy") == [0, 1]
     losses = [trial(p, v, name="eval/x/loss") for p, v in enumerate([0.5, np.inf, 0.1, np.nan])]
     assert sweeping.rank(losses, "eval/x/loss") == [2, 0, 1, 3]
     seeds = [trial(0, 1.0), trial(0, 0.0, seed=1), trial(1, 0.4), trial(1, 0.4, seed=1)]

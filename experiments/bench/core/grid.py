@@ -75,7 +75,7 @@ def fill(results: Results, grid: Sequence[Cell], should_stop: Callable[[], bool]
       grid: the cells, ordered by track, so that each track is planned once.
       should_stop: asked before each cell.
     """
-    lacking = [cell for cell in grid if results.find(cell.track, cell.name, cell.config) is None]
+    lacking = [cell for cell in grid if results.find(cell.track.name, cell.name, cell.config) is None]
     bar = tqdm.tqdm(total=len(grid), initial=len(grid) - len(lacking), unit="entry", dynamic_ncols=True)
     done, banks = 0, Banks()
     for track, name, rule, config in lacking:
@@ -87,7 +87,7 @@ def fill(results: Results, grid: Sequence[Cell], should_stop: Callable[[], bool]
         done += 1
     bar.close()
     print(f"{done} run, {len(grid) - len(lacking)} found; see {results.path / 'report.md'}")
-    return Found([results.find(cell.track, cell.name, cell.config) for cell in grid], done)
+    return Found([results.find(cell.track.name, cell.name, cell.config) for cell in grid], done)
 
 
 def standings(grid: Sequence[Cell], found: Found) -> Standings:

@@ -15,6 +15,7 @@ import fedjax_clip as fc
 from experiments.bench.core.problem import Measure, Run, Track
 from experiments.bench.core.rule import Rule
 from experiments.bench.core.tuning import Point
+from fedjax_clip.algorithms.base import kind
 from fedjax_clip.core.keys import seeded, threefry
 
 HUGE = 1e6  # an error this large counts as divergence
@@ -190,6 +191,11 @@ def train_one(
     start, key, everybody, cohorts, judged = inputs
     rounds, key = track.rounds, threefry(key)
     algorithm = rule.build(track.loss, point)
+    if algorithm.personal is not None:
+        raise fc.InvalidInput(
+            f"This benchmark judges the server's model, and the clients of {kind(algorithm)} use models of their own: "
+            "compare them by fc.sweep or experiments.sweep, which judge these."
+        )
     most = track.data.num_clients
     server = algorithm.init(start)
     kept = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], most, axis=0), algorithm.init_client(start))

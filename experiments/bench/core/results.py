@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.bench.core.problem import Track
 from experiments.config import rundir
 from fedjax_clip.core import files
 from fedjax_clip.core.types import InvalidInput
@@ -44,9 +43,9 @@ class Results:
         except ValueError:
             raise InvalidInput(f"--workdir: {self.file} holds something else than results; choose another.") from None
 
-    def find(self, track: Track, rule: str, config: Mapping[str, Any]) -> Entry | None:
+    def find(self, track: str, rule: str, config: Mapping[str, Any]) -> Entry | None:
         """The entry of this configuration, if it is there."""
-        same = (e for e in reversed(self.entries) if (e["track"], e["rule"], e["config"]) == (track.name, rule, config))
+        same = (e for e in reversed(self.entries) if (e["track"], e["rule"], e["config"]) == (track, rule, config))
         return next(same, None)
 
     def add(self, entry: Entry) -> None:

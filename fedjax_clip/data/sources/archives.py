@@ -68,12 +68,14 @@ def save_npz(data: FederatedData, path: PathLike) -> None:
       path: the file, replaced if it is there.
 
     Raises:
-      InvalidInput: a field that .npz cannot hold, a path that cannot be written.
+      InvalidInput: a stream, a field that .npz cannot hold, a path that cannot be written.
 
     Example:
       >>> fc.data.sources.save_npz(data, "mine.npz")
     """
     checks.kind("data", data, FederatedData, "a FederatedData")
+    if data.lives is not None:
+        raise InvalidInput("An .npz file holds no stream: save the population before its rules, and apply them again.")
     path = files.expanded(path)
     fields = _flatten(data.examples)
     for name, x in fields.items():

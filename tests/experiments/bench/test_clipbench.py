@@ -209,6 +209,10 @@ def fedexp(loss, client_tx, server_tx=None):
     return fc.fedavg(loss, client_tx, server_tx)
 
 
+def ditto(loss, client_tx, server_tx=None):
+    return fc.personal.ditto(loss, client_tx, server_tx, strength=0.1)
+
+
 def halved(threshold):
     return fc.clipping.clip_by_global_norm(threshold / 2)
 
@@ -266,6 +270,7 @@ def test_rules_of_ones_own_are_tuned_and_reported_like_the_others(own, tmp_path)
     [
         ("my_own_rules.number", "my_own_rules.number makes a Python number of a knob"),
         ("my_own_rules.stranger", r"or \(threshold\), not \(a, b\)"),
+        ("my_own_rules.ditto", "the clients of ditto use models of their own: compare them by fc.sweep"),
         ("my_own_rules.nothing", "GradientTransformation or Uplink, not int"),
         ("my_own_rules.row_of", "has no row_of"),
         ("others.rule", "--import=others"),

@@ -1,0 +1,1 @@
+"""Algorithms that find groups of clients, and train a model for each."""

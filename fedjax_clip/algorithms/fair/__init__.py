@@ -1,0 +1,1 @@
+"""Algorithms that serve the clients with the largest losses better."""
