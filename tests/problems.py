@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 
 import chex
@@ -18,6 +19,7 @@ from fedjax_clip.training.placement import first_replica, pmap_rounds, replicate
 from fedjax_clip.training.states import InMemory
 from fedjax_clip.uplink.base import Uplink
 
+EVERYTHING = os.environ.get("FEDJAX_CLIP_STRICT") == "all"  # make strict: what by default is shared or sampled, whole
 SIZES = (3, 9, 1, 5, 12, 4)
 SEED = 3
 

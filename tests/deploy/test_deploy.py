@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from problems import parameters, population, softmax_loss
+from problems import EVERYTHING, parameters, population, softmax_loss
 
 import fedjax_clip as fc
 from fedjax_clip import deploy
@@ -116,7 +116,11 @@ def assert_same(left, right):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=0, atol=0 if exactly else 1e-6)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "scaffold", "scaffold of codes", "clip21", "quantile", "qsgd", "eden"])
+SOME = ["scaffold of codes", "clip21", "eden"]  # the others send less
+ALL = [*SOME, "fedavg", "scaffold", "quantile", "qsgd"]
+
+
+@pytest.mark.parametrize("name", ALL if EVERYTHING else SOME)
 def test_real_clients_train_as_the_simulation(name, tmp_path):
     result = simulated(made(name))
     rounds, rows = deployed(name, tmp_path)

@@ -7,7 +7,6 @@ strict``) takes every pair, in test_strict.py under JAX's switches.
 import dataclasses
 import functools
 import itertools
-import os
 import re
 
 import jax
@@ -21,7 +20,6 @@ import fedjax_clip as fc
 from experiments.config import optimisers, privacy, registry, spec
 from fedjax_clip.reduce import Roster
 
-EVERYTHING = os.environ.get("FEDJAX_CLIP_STRICT") == "all"
 COHORT = (4, 1, 3, 0)
 CLIP = "clip_by_global_norm(1.0)"
 GRID = f"{CLIP}|integer_grid(16)"

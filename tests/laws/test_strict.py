@@ -16,8 +16,8 @@ import numpy as np
 import optax
 import pytest
 import test_pairs as pairs
-from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, parameters, population
-from test_pairs import EVERYTHING, share
+from problems import COHORTS, ENTRIES, EVERYTHING, assert_close, assert_identical, entry, parameters, population
+from test_pairs import share
 
 import fedjax_clip as fc
 from experiments.config import optimisers, registry

@@ -13,13 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import ENTRIES, assert_close, assert_identical, entry, parameters, population, softmax_loss
+from problems import (
+    ENTRIES,
+    EVERYTHING,
+    READERS,
+    assert_close,
+    assert_identical,
+    entry,
+    parameters,
+    population,
+    softmax_loss,
+)
 
 import fedjax_clip as fc
 from fedjax_clip.training import width
 from fedjax_clip.training.dispatch import Dispatcher
 from fedjax_clip.training.planner import Planner
 from fedjax_clip.training.states import InMemory
+
+LOOPS = ENTRIES if EVERYTHING else sorted(READERS)  # of loops, one of each
 
 
 def planner(run, cohort_size=4, length=1, work=None):
@@ -168,7 +180,7 @@ def test_a_model_of_slow_convolutions_is_warned_of():
     ("name", "width"),  # where the laws run, too, which have compiled the round
     [
         pytest.param(name, width, id=f"{width}-@{name}")
-        for name, width in [*((name, 1) for name in ENTRIES), ("fedavg", 2), ("scaffold", 2)]
+        for name, width in [*((name, 1) for name in LOOPS), ("fedavg", 2), ("scaffold", 2)]
     ],
 )
 def test_a_differentiable_round_is_the_round(name, width):

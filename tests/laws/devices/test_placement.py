@@ -1,7 +1,6 @@
 """The same round under jit, pmap and shard_map, on 1, 2 and 8 devices. Started by test_devices.py."""
 
 import dataclasses
-import os
 
 import chex
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from problems import COHORTS, ENTRIES, assert_close, assert_identical, entry, one_round, parameters
+from problems import COHORTS, ENTRIES, EVERYTHING, assert_close, assert_identical, entry, one_round, parameters
 
 import fedjax_clip as fc
 from fedjax_clip.core.secret import Secret
@@ -17,12 +16,15 @@ from fedjax_clip.training.placement import AXIS, pmap_rounds, replicate, split
 from fedjax_clip.training.states import InMemory
 
 FEW = ["fedavg", "fedavg, stateful link", "fedadam, clipped update"]
-# These send what others send, and differ at the client: ``make strict`` has them, too.
-LIKE_OTHERS = {
-    *("fedavg, dropout", "fedavg, schedule and uniform mean", "fedavgm, adam locally", "fedavg, sharpness aware"),
-    *("mr_mtl", "pfedme", "fedala", "per_fedavg", "reptile", "fedrep", "fedbabu", "fedbn", "q_ffl", "fedcm", "fedlc"),
+# One entry of each way in which devices meet: sums, sums of codes, rows that a reducer needs together, several phases,
+# state that the server keeps. The others repeat one of these; ``make strict`` has them, too.
+MEETINGS = {
+    *("fedavg", "fedavg, stateful link", "fedadam, clipped update", "fedavg, private for records and clients"),
+    *("fedavg, on a grid", "fedavg, centered thrice", "fedavg, bucketed", "fedavg, clipped and mixed"),
+    *("fedavg, compressed", "fedavg, model with state", "scaffold, sketched", "episode", "fednova, few by leaf"),
+    *("fedbuff, stateful link", "mime", "ifca", "afl", "power_of_choice"),
 }
-SENDERS = [name for name in ENTRIES if os.environ.get("FEDJAX_CLIP_STRICT") == "all" or name not in LIKE_OTHERS]
+SENDERS = [name for name in ENTRIES if EVERYTHING or name in MEETINGS]
 
 
 @pytest.mark.parametrize(
