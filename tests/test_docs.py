@@ -74,7 +74,6 @@ class Checker(doctest.OutputChecker):
         return not want or super().check_output(want, got, flags)
 
 
-@pytest.mark.xdist_group("docs")  # one process compiles for all
 @pytest.mark.parametrize(("docstring", "own"), list(examples()))
 def test_examples_run(docstring, own, namespace, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)

@@ -150,6 +150,11 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             gradients=5.0,
         ),
         "per_fedavg": Method(_with_rate(fc.personal.per_fedavg), PLAIN, gradients=2.0, note="first order"),
+        "cfl": Method(
+            of(fc.clusters.cfl, "stationary", "disagree", clusters=4),
+            PLAIN | {"stationary": Range(0.01, 1.0, log=True), "disagree": Range(0.01, 1.0, log=True)},
+            note="half of the clients come, where its paper has all",
+        ),
         "ifca of 2": Method(of(fc.clusters.ifca, clusters=2), PLAIN, gradients=1.67, several=2),
         "ifca of 4": Method(of(fc.clusters.ifca, clusters=4), PLAIN, gradients=2.33, several=4),
         "q_ffl": Method(_with_rate(fc.fair.q_ffl, "q"), PLAIN | {"q": Range(0.05, 5.0, log=True)}, gradients=1.33),

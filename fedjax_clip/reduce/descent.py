@@ -47,23 +47,13 @@ def min_norm(epsilon: float | Array, normalise: bool = True) -> Reducer:
         if normalise:
             lengths = tree.or_one(rows.norms(messages))
             messages = jax.tree.map(lambda x: tree.divided(x, rows.beside(lengths, x)), messages)
-        products = _products(messages)
+        products = rows.products(messages)
         shares = rows.of_their_sum(stack.weights).astype(products.dtype)
         low = jnp.maximum(shares - epsilon, 0)
         high = jnp.where(stack.present, jnp.minimum(shares + epsilon, 1), 0)
         return rows.combine(_shortest(products, shares, low, high), messages)
 
     return stacking(aggregate)._replace(weighted=True)
-
-
-def _products(messages) -> Array:
-    """``[N, N]`` inner products of the rows."""
-
-    def of_leaf(x):
-        x = x.reshape(len(x), -1)
-        return jnp.matmul(x, x.T, precision="highest")
-
-    return tree.total([of_leaf(x) for x in jax.tree.leaves(messages)])
 
 
 def _shortest(products: Array, start: Array, low: Array, high: Array) -> Array:

@@ -87,6 +87,22 @@ def along_widest(squares: Array, shares: Array) -> tuple[Array, Array]:
     return most, jnp.square(along / jnp.sqrt(tree.or_one(most)))
 
 
+def products(messages: PyTree) -> Array:
+    """``[N, N]`` inner products of the rows."""
+
+    def of_leaf(x):
+        x = tree.wide(x).reshape(len(x), -1)
+        return jnp.matmul(x, x.T, precision="highest")
+
+    return tree.total([of_leaf(x) for x in jax.tree.leaves(messages)])
+
+
+def cosines(messages: PyTree) -> Array:
+    """``[N, N]`` cosines of the rows' angles; 0 from and to a row of zeros."""
+    lengths = tree.or_one(norms(messages))
+    return products(jax.tree.map(lambda x: tree.divided(tree.wide(x), beside(lengths, x)), messages))
+
+
 def norms(messages: PyTree) -> Array:
     """``[N]`` Euclidean norms of the rows."""
     return tree.safe_sqrt(tree.total([row_sums(jnp.square(tree.wide(x))) for x in jax.tree.leaves(messages)]))

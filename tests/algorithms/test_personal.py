@@ -1,4 +1,4 @@
-"""Own models, clusters and fairness: row by row with the oracles, and their limiting cases."""
+"""Own models: row by row with the oracles, and their limiting cases."""
 
 import dataclasses
 import functools
@@ -7,12 +7,10 @@ import jax
 import numpy as np
 import optax
 import pytest
-from oracles import clusters as cluster_oracle
 from oracles import personal as oracle
 from problems import Run, assert_close, assert_identical
 
 import fedjax_clip as fc
-from fedjax_clip.training.state import init_state
 
 SIZES, BATCH, LR = (4, 8, 2, 6), 2, 0.1
 STEPS = [n // BATCH for n in SIZES]
@@ -210,89 +208,6 @@ def test_fedbabu_and_fedbn_are_the_oracles_and_refuse_a_model_without_the_part()
             make(squared, optax.sgd(LR)).init(tree_of(START))
 
 
-# Clusters
-
-
-def two_models():
-    return np.stack([START, -START])
-
-
-def test_ifca_is_the_oracles():
-    rows = cluster_oracle.ifca_models(two_models(), gradient, loss, COHORTS, STEPS, LR)
-    models = fc.clusters.Models(
-        tree_of(np.zeros(4)) | {"b": np.float32(two_models()[:, :1]), "w": np.float32(two_models()[:, 1:])}
-    )
-    make = functools.partial(fc.clusters.ifca, clusters=2, reducer=UNIFORM)
-    server, clients, history = trained(make, models)
-    np.testing.assert_allclose(flat(server.params.models), rows["models"][-1], rtol=2e-4, atol=2e-5)
-    assert clients.own.tolist() == rows["chosen"][-1].tolist()
-    assert [[row["cluster/0"], row["cluster/1"]] for row in history] == [
-        [(chosen == j).sum() for j in (0, 1)] for chosen in rows["chosen"]
-    ]
-
-
-def test_ifca_with_one_cluster_is_fedavg_with_any_reducer():
-    for reducer in (fc.reduce.weighted_mean(), fc.reduce.median()):
-        server, _, _ = trained(functools.partial(fc.clusters.ifca, clusters=1, reducer=reducer))
-        plain, _, _ = trained(fc.fedavg, reducer=reducer)
-        assert_close(server.params.of(0), plain.params)
-
-
-def test_a_clusters_reducer_sees_its_clients_only():
-    """A median over all would be zero wherever most clients chose another cluster."""
-    models = fc.clusters.stacked(tree_of(START), 2, jax.random.key(0), 3.0)
-    median = functools.partial(fc.clusters.ifca, clusters=2, reducer=fc.reduce.median())
-    mean = functools.partial(fc.clusters.ifca, clusters=2, reducer=UNIFORM)
-    (one, _, history), (other, _, _) = (trained(make, models, [[0, 1]]) for make in (median, mean))
-    assert [history[0]["cluster/0"], history[0]["cluster/1"]] in ([1, 1], [2, 0], [0, 2])
-    assert_close(one.params, other.params)  # of one or two clients the median is the mean
-
-
-def test_what_ifca_cannot_reduce_by_cluster_is_refused():
-    clip = fc.uplink.clip_by_global_norm(1.0)
-    for parts, words in (
-        ({"uplink": fc.uplink.memory(fc.clipping.clip(1.0))}, "memory"),
-        ({"uplink": fc.uplink.count_sketch(3, 4, k=2)}, "sketch"),
-        ({"uplink": fc.uplink.chain(clip, fc.uplink.gaussian(1.0)), "reducer": fc.reduce.fixed_mean(4)}, "cover"),
-    ):
-        with pytest.raises(fc.InvalidInput, match=words):
-            fc.clusters.ifca(squared, optax.sgd(LR), clusters=2, **parts)
-    with pytest.raises(fc.InvalidInput, match="begin the run with fc.clusters.stacked"):
-        trained(lambda *a: fc.partially_frozen(fc.clusters.ifca(*a, clusters=2), "^b$"), cohorts=[[0]])
-
-
-def test_ifca_finds_planted_groups():
-    """Of eight starts, the one that ends with the least training loss; adjusted Rand 1.0 on each of five seeds."""
-    score = pytest.importorskip("sklearn.metrics").adjusted_rand_score
-    groups, clients, examples = 3, 12, 20
-    algorithm = fc.clusters.ifca(squared, optax.sgd(0.1), clusters=groups)
-    cohorts, run = [np.arange(clients)] * 15, None
-    for seed in range(5):
-        rng = np.random.default_rng(seed)
-        slopes, x = rng.normal(size=(groups, 5)), rng.normal(size=(clients, examples, 5))
-        y = np.einsum("cef,cf->ce", x, slopes[np.arange(clients) % groups]) + 0.1 * rng.normal(size=(clients, examples))
-        fields = {"x": x.reshape(-1, 5).astype(np.float32), "y": y.ravel().astype(np.float32)}
-        data = fc.FederatedData(fields, np.arange(clients + 1) * examples)
-        planned = fc.extend.plan_rounds(data, cohorts, fc.extend.LocalWork(None, 5), seed=0, first_round=0)
-        planned = jax.tree.map(lambda x: x[0], planned)
-        run = run or jax.jit(
-            lambda start, cohorts: fc.extend.placement.run_rounds(
-                algorithm.round,
-                init_state(algorithm, start, clients),
-                cohorts,
-                None,
-                jax.random.key(0),
-                len(cohorts.ids),
-            )
-        )
-        ends = []
-        for start in range(8):
-            models = np.random.default_rng(start).normal(size=(groups, 6)).astype(np.float32)
-            (_, kept), metrics = run(fc.clusters.Models({"b": models[:, :1], "w": models[:, 1:]}), planned)
-            ends.append((float(metrics["loss"][-1]), kept.own.tolist()))
-        assert score(min(ends)[1], np.arange(clients) % groups) == 1.0
-
-
 def test_knn_per_is_the_oracles():
     rng = np.random.default_rng(0)
     stored, queries, labels = rng.normal(size=(9, 3)), rng.normal(size=(5, 3)), rng.integers(4, size=9)
@@ -359,13 +274,6 @@ def test_adapting_keeps_links_as_they_were_and_needs_no_reducers_clients():
     states = fc.personal.adapt(mtl, mtl.init(tree_of(START)), regressions().select([1]), batch_size=BATCH)
     assert not any(x.any() for x in jax.tree.leaves(states.uplink))
     assert np.any(flat(states.own)[0] != START)
-
-
-def test_a_new_client_of_ifca_chooses_its_cluster():
-    algorithm = fc.clusters.ifca(squared, optax.sgd(LR), clusters=2)
-    models = fc.clusters.Models({"b": np.float32([[1], [-1]]), "w": np.float32([[1, -2, 0.5], [-1, 2, -0.5]])})
-    states = fc.personal.adapt(algorithm, algorithm.init(models), regressions(), batch_size=None)
-    assert states.own.tolist() == [0, 1, 0, 1]
 
 
 def test_an_algorithm_without_own_models_has_nothing_to_adapt():

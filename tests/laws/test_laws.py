@@ -124,6 +124,7 @@ TRAFFIC = {  # (down, up): floats that a client is sent in a round, and sends, w
     "fedadamw": (2 * P + 2 + 1, P + 2 + 1),  # x, D, V by leaf and a count; v by leaf, and its number of steps
     "fedmuon": (3 * P, 2 * P + 1),
     "ifca": (2 * P, P + 1),  # both models; one, and its number
+    "cfl": (P, P + 1),  # its own; and its number
     "q_ffl": (P, P + 1),
     "term": (P + 1, P + 1),
     "afl": (P + 6, P + 1 + 2 * 6),  # the weights; its weight, and its place twice

@@ -79,7 +79,7 @@ def trace(algorithm):
 @pytest.mark.parametrize("name", MAKERS)
 def test_wrappers_compose_with_every_algorithm_and_each_other_or_are_refused(name):
     plain, traced = MAKERS[name](softmax_loss, SGD), set()
-    if name in ("ifca", "fedbabu"):
+    if name in ("cfl", "ifca", "fedbabu"):
         pytest.skip("It has several models, or is a wrapped FedAvg already: tests/algorithms/test_personal.py")
     for order in ORDERS:
         algorithm = wrapped(MAKERS[name], order)

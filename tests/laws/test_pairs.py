@@ -34,6 +34,7 @@ WRITTEN = {
     "by_leaf": "by_leaf(qsgd(4))",
     "caf": "caf(1)",
     "centered_mean": "centered_mean(1.0)",
+    "cfl": "cfl(2, 0.1, 0.2)",
     "clip21": "clip21(1.0)",
     "clip_by_global_norm": CLIP,
     "clip_by_layer_norm": "clip_by_layer_norm(1.0)",
@@ -90,6 +91,7 @@ WRITTEN = {
     "trimmed_mean": "trimmed_mean(1)",
     "uniform": "uniform(4)",
 }
+APART = ("cfl", "ifca")  # most links add what these keep apart: of a share all may be refused
 SENTENCE = re.compile(r"\b(uplink|algorithm|FedBuff)\b.*[.)]$")
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -214,7 +216,7 @@ def meet(name, several):
 def test_a_round_can_be_traced_or_is_refused_with_a_sentence(name):
     wrong, traced = meet(name, share(name, rounds()))
     assert not wrong
-    assert traced
+    assert traced or name in APART
 
 
 @pytest.mark.parametrize("parts", rounds(), ids=lambda parts: "&".join(parts.values()))

@@ -208,6 +208,7 @@ def build(name, **parts):
     needed |= {"feddyn": {"alpha": 0.1}, "ditto": {"strength": 0.1}, "mr_mtl": {"strength": 0.1}}
     needed |= {name: {"head": "^b$"} for name in ("fedbabu", "fedrep")} | {"fedbn": {"norms": "^b$"}}
     needed |= {"ifca": {"clusters": 2}, "q_ffl": {"q": 1.0, "rate": 0.1}, "term": {"t": 1.0}}
+    needed |= {"cfl": {"clusters": 2, "stationary": 0.1, "disagree": 0.1}}
     needed |= {"afl": {"clients": 6, "rate": 0.1}}
     needed |= {"fedcm": {"alpha": 0.3, "rate": 0.1, "steps": 2}, "scaffnew": {"p": 0.5, "rate": 0.1}}
     needed |= {name: {"rate": 0.1} for name in ("fedadamw", "fedmuon")}

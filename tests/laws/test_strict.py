@@ -110,7 +110,7 @@ def test_every_link_reducer_and_downlink_keeps_types_and_ranks(algorithm, dtype,
         several = share(algorithm, pairs.rounds(), EVERYTHING and (dtype == "float32" or hasattr(fc, algorithm)))
         wrong, passed = pairs.meet(algorithm, several)
     assert not wrong
-    assert passed > (len(several) / 2 if len(several) > 10 else 0)
+    assert passed > (len(several) / 2 if len(several) > 10 else 0) or algorithm in pairs.APART
 
 
 def with_client(algorithm, text):

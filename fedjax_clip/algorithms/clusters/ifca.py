@@ -1,72 +1,18 @@
 """IFCA: several models, of which each client trains the one that serves it best."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
 
 from fedjax_clip.algorithms.base import Round, algorithm
+from fedjax_clip.algorithms.clusters.models import check_link, check_start, in_its_place, of_several, priced
 from fedjax_clip.algorithms.parts import checked_link
-from fedjax_clip.core import checks, keys, tree
+from fedjax_clip.core import checks
 from fedjax_clip.core.loss import Gradient, batch_gradient
-from fedjax_clip.core.types import Algorithm, Array, ClientTx, InvalidInput, Params, PerExampleLoss, PyTree
+from fedjax_clip.core.types import Algorithm, Array, ClientTx, PerExampleLoss
 from fedjax_clip.reduce import Reducer
 from fedjax_clip.reduce.base import apart
 from fedjax_clip.uplink.base import Uplink
-from fedjax_clip.uplink.promises import Wire
-
-
-class Models(NamedTuple):
-    """The parameters of k models.
-
-    Attributes:
-      models: pytree like a model's parameters, of ``[k, ...]``.
-
-    Example:
-      >>> fc.clusters.stacked(params, 3, jax.random.key(0)).models["w"].shape
-      (3, 64, 10)
-    """
-
-    models: PyTree
-
-    def of(self, cluster: Array | int) -> Params:
-        """The parameters of one model.
-
-        Args:
-          cluster: its number.
-        """
-        return jax.tree.map(lambda x: x[cluster], self.models)
-
-
-def stacked(params: Params, clusters: int, key: Array, spread: float | Array = 0.1) -> Models:
-    """``clusters`` models: the given one, and copies of it with Gaussian noise on each number.
-
-    Args:
-      params: pytree, the first model.
-      clusters: k.
-      key: PRNG key of the noise.
-      spread: standard deviation of the noise, at least 0. With 0 all models are alike, and stay so.
-
-    Raises:
-      InvalidInput: k that is not a whole number of at least 1, a negative spread.
-
-    Example:
-      >>> start = fc.clusters.stacked(params, 3, jax.random.key(0))
-      >>> result = fc.train(fc.clusters.ifca(per_example_loss, client_tx, clusters=3), data, start, rounds=2)
-    """
-    clusters = checks.count("stacked: clusters", clusters)
-    checks.within("stacked: spread", spread, 0, finite=True)
-    params = tree.as_arrays(params)
-    leaves, structure = jax.tree.flatten(params)
-
-    def copies(x, key):
-        noise = spread * jax.random.normal(key, (clusters, *x.shape), tree.wide_type(x))
-        own = jnp.arange(clusters).reshape(-1, *[1] * x.ndim) > 0
-        return jnp.where(own, x[None] + noise.astype(x.dtype), x[None])
-
-    each = jax.random.split(keys.threefry(key), len(leaves))
-    return Models(jax.tree.unflatten(structure, [copies(x, k) for x, k in zip(leaves, each)]))
 
 
 def ifca(
@@ -120,42 +66,22 @@ def ifca(
     checks.within("ifca's spread", spread, 0, finite=True)
     checks.seed("ifca's seed", seed)
     link = checked_link(uplink)
-    if link.promises.mirrors or link.promises.wire is Wire.SUMS or link.promises.grid is not None:
-        raise InvalidInput(
-            "ifca averages each cluster's updates apart, and the uplink adds those of all clients: take the memory, "
-            "the sketch or the grid out of the uplink, or fedavg for the algorithm."
-        )
+    check_link("ifca", link)
 
     def round(now: Round):
-        if not isinstance(now.server.params, Models):
-            raise InvalidInput(
-                "A wrapper gives this algorithm a part of one model, and it trains several: begin the run with "
-                "fc.clusters.stacked(params, clusters, key) for its parameters."
-            )
+        check_start(now)
 
         def client_fn(x, client, key):
             losses = jax.lax.map(lambda model: client.mean_loss(model, key), x.models)
             chosen = jnp.argmin(losses).astype(jnp.int32)
             begin = x.of(chosen)
             y, _, _, report = client.local_steps(begin, key)
-            place = (jnp.arange(clusters, dtype=jnp.int32) == chosen).astype(jnp.float32)
-            change = optax.tree.sub(y, begin)
-            message = Models(jax.tree.map(lambda u: jnp.stack([tree.scaled(p, u) for p in place]), change))
-            sizes = {f"cluster/{j}": place[j] for j in range(clusters)}
-            return (message, place), chosen, report | sizes
+            message, sizes = in_its_place(optax.tree.sub(y, begin), chosen, clusters)
+            return message, chosen, report | sizes
 
-        by_cluster = apart(now.parts.reducer, clusters)
-        answer = now.exchange(client_fn, now.server.params, reducer=by_cluster)
-        if link.promises.wire is not Wire.PACKS:
-            up = answer.metrics["asked"] * float(tree.nbytes(now.server.params) / clusters + 4)
-            answer = answer._replace(metrics=answer.metrics | {"bytes_up": up})
+        answer = now.exchange(client_fn, now.server.params, reducer=apart(now.parts.reducer, clusters))
+        answer = priced(answer, link, now.server.params, clusters)
         return now.step(answer, answer.update[0])
-
-    def models(params: Any) -> Models:
-        return params if isinstance(params, Models) else stacked(params, clusters, jax.random.key(seed), spread)
-
-    def first(params: Any) -> Params:
-        return params.of(0) if isinstance(params, Models) else params
 
     made = algorithm(
         *(round, per_example_loss, client_tx, server_tx),
@@ -168,8 +94,4 @@ def ifca(
         reuses=True,
         broadcasts=False,
     )
-    return made._replace(
-        init=lambda params: made.init(models(params)),
-        init_client=lambda params: made.init_client(models(params)),
-        loss=lambda params, batch, key: per_example_loss(first(params), batch, key),
-    )
+    return of_several(made, per_example_loss, clusters, jax.random.key(seed), spread)

@@ -35,11 +35,12 @@ def test_a_method_trains_with_numbers_that_are_traced(name):
             algorithm = method.build(contest, point)
             state = jax.tree.map(lambda x: x[None].repeat(contest.cohort, 0), algorithm.init_client(params))
             cohort = fc.extend.Cohort(**{**vars(cohort), "state": state})
-            return algorithm.round(algorithm.init(params), cohort, jax.random.key(0))
+            begun = algorithm.init(params)
+            return begun, *algorithm.round(begun, cohort, jax.random.key(0))
 
         point = {knob: jax.ShapeDtypeStruct((), np.float32) for knob in method.knobs}
-        server, _, metrics = jax.eval_shape(one, point, params)
-        assert jax.tree.structure(server.params) == jax.tree.structure(params)
+        begun, server, _, metrics = jax.eval_shape(one, point, params)
+        assert jax.tree.structure(server.params) == jax.tree.structure(begun.params)
         assert {"loss", "accuracy", "bytes_up"} <= metrics.keys()
 
 
