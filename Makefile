@@ -5,7 +5,7 @@
 #   make texts                                             what the tasks of text read: Shakespeare, tweets
 #   make test ARGS=tests/experiments/test_spec.py                      the tests, or some of them
 #   make test PYTHON=python3.12 VENV=.venv-3.12            with another Python
-#   make strict                                            every pair of parts under x64, strict types and debug_nans
+#   make strict                                            the tests whole: every pair of parts under JAX's switches, ...
 #   make tpu                                               compiles rounds for TPUs, without one: benchmarks/README.md
 #   make gpu-aot                                           compiles rounds for an H100, without one: the same page
 #   make flower                                            real clients, by Flower: docs/real-clients.md
@@ -33,9 +33,8 @@ texts: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(python) -m pytest -q -n $(WORKERS) $(ARGS)
 
-strict: $(VENV)/.dev
-	FEDJAX_CLIP_STRICT=all $(python) -m pytest -q -n $(WORKERS) tests/laws/test_devices.py tests/laws/test_strict.py \
-	  tests/laws/test_pairs.py $(ARGS)
+strict: export FEDJAX_CLIP_STRICT = all
+strict: test
 
 # Flower needs an older protobuf than the pinned one, so it has an environment of its own, without pins.
 flower:

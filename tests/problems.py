@@ -376,12 +376,16 @@ READERS = {
 }
 
 
-@functools.cache
 def entry(name: str, resident: bool = True, width: int = 1) -> Run:
     """The run of an entry; laws share it, and so its compiled rounds.
 
     The optimiser could tell packed examples from resident ones: their law runs on what it makes of every reader.
     """
+    return _entry(name, resident, width)  # however it was asked for
+
+
+@functools.cache
+def _entry(name, resident, width):
     algorithm = ENTRIES[name]() if resident and width == 1 else entry(name).algorithm
     optimized = name in READERS and width == 1 and jax.device_count() == 1
     return Run(

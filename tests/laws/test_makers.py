@@ -99,17 +99,24 @@ def test_wrappers_compose_with_every_algorithm_and_each_other_or_are_refused(nam
 @pytest.mark.parametrize("name", MAKERS)
 def test_every_algorithm_clips_each_examples_gradient(name):
     """A clip to nothing leaves nothing to step along; one that never fires leaves the algorithm."""
-    rounds = COHORTS[:1]
+    run = Run(MAKERS[name](softmax_loss, SGD), population())
 
-    def train(**parts):
-        return Run(MAKERS[name](softmax_loss, SGD, **parts), population()).rounds(parameters(), rounds)
+    @jax.jit
+    def clipped(threshold, server, cohort, key):
+        gradient = fc.local.per_example_gradient(fc.clipping.clip_by_global_norm(threshold))
+        return MAKERS[name](softmax_loss, SGD, gradient=gradient).round(server, cohort, key)
 
-    clip = fc.clipping.clip_by_global_norm
+    def train(threshold):
+        def step(server, cohort, key):
+            server, states, metrics = clipped(threshold, server, jax.tree.map(lambda x: x[0], cohort), key)
+            return server, jax.tree.map(lambda x: x[None], states), metrics
+
+        return run.rounds(parameters(), COHORTS[:1], step)
+
     # So little that an adaptive step, which divides by the gradient's size and eps, is nothing, too.
-    never, always = (train(gradient=fc.local.per_example_gradient(clip(c))) for c in (1e6, 1e-20))
-    plain = train()
+    never, always, plain = train(1e6), train(1e-20), run.rounds(parameters(), COHORTS[:1])
     assert_close(never[0].params, plain[0].params, rtol=1e-4, atol=1e-5)
-    start = MAKERS[name](softmax_loss, SGD).init(parameters()).params
+    start = run.algorithm.init(parameters()).params
     assert_close(always[0].params, start, atol=1e-6)
     assert any(np.abs(x - y).max() > 1e-3 for x, y in zip(*map(jax.tree.leaves, (plain[0].params, start)), strict=True))
 
