@@ -244,6 +244,7 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
     "fedmuon": lambda: fc.drift.fedmuon(penalised_loss, clipped_sgd, rate=0.2),
     "fedavg, sharpness aware": lambda: fc.fedavg(softmax_loss, clipped_sgd, gradient=fc.local.sharpness_aware(0.1)),
     "fedlc": lambda: fc.drift.fedlc(fc.fedavg(calibrated_loss, clipped_sgd), 0.5, classes=3),
+    "oort": lambda: fc.drift.oort(fc.fedavg(softmax_loss, clipped_sgd), 3, 6),
     "power_of_choice": lambda: fc.drift.power_of_choice(fc.scaffold(softmax_loss, clipped_sgd), 2),
 }
 

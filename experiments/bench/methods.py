@@ -82,6 +82,11 @@ def _proximal(contest: Contest, point: Point) -> Algorithm:
     return fc.fedavg(contest.loss, optax.chain(fc.local.proximal(point["mu"]), sgd(point)))
 
 
+def _oort(contest: Contest, point: Point) -> Algorithm:
+    average = fc.fedavg(contest.loss, sgd(point))
+    return fc.drift.oort(average, max(1, contest.cohort // 2), contest.data.num_clients)
+
+
 def _power_of_choice(contest: Contest, point: Point) -> Algorithm:
     return fc.drift.power_of_choice(fc.fedavg(contest.loss, sgd(point)), max(1, contest.cohort // 2))
 
@@ -131,6 +136,7 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
         "fedmuon": Method(_with_rate(fc.drift.fedmuon), {"lr": SMALL}, note="Muon at the clients"),
         "fedsam": Method(_sam, PLAIN | {"rho": Range(0.01, 0.3, log=True)}, gradients=2.0),
         "fedlc": Method(_fedlc, PLAIN | {"tau": Range(0.1, 3.0, log=True)}, classifies=True),
+        "oort": Method(_oort, PLAIN, gradients=0.67, note="half of the cohort, by earlier losses"),
         "power of choice": Method(_power_of_choice, PLAIN, gradients=0.83, note="the half with the larger loss"),
         "local": Method(of(fc.personal.ditto, strength=0.0), PLAIN, note="each client alone"),
         "fedper": Method(_private(body=False), PLAIN, note="own head"),

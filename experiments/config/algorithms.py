@@ -52,7 +52,7 @@ ALGORITHMS = Components(
         # Left out: wrappers that a task or --downlink sets, and functions of an algorithm.
         **read(fc, Algorithm, without=("partially_frozen", "compressed_broadcast", "partially_private")),
         **{name: make for room in (fc.personal, fc.clusters, fc.fair) for name, make in read(room, Algorithm).items()},
-        **read(fc.drift, Algorithm, without=("fedlc", "power_of_choice")),
+        **read(fc.drift, Algorithm, without=("fedlc", "oort", "power_of_choice")),
         "fedbuff": defaulted(fc.fedbuff, max_staleness=10),
         "feddyn": defaulted(fc.feddyn, alpha=0.1),
     },
@@ -87,6 +87,12 @@ def _power_of_choice(clients: int, algorithm: Maker | None = None) -> Maker:
     return _wrapped(algorithm, fc.drift.power_of_choice, clients)
 
 
+def _oort(clients: int, population: int, algorithm: Maker | None = None, **options: Any) -> Maker:
+    """Any algorithm, FedAvg by default, in whose rounds the clients train whose losses were large, or unknown."""
+    return _wrapped(algorithm, fc.drift.oort, clients, population, **options)
+
+
 ALGORITHMS["partially_private"] = _partially_private
 ALGORITHMS["fedlc"] = _fedlc
+ALGORITHMS["oort"] = _oort
 ALGORITHMS["power_of_choice"] = _power_of_choice

@@ -14,8 +14,8 @@ from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
 _TAKEN = (
     *("bytes_down", "bytes_down_entropy", "bytes_up", "bytes_up_entropy", "clients", "clipped_clients"),
     *("asked", "candidates", "clipped_round", "clipped_steps", "clusters", "coin", "direction_norm", "dropped"),
-    *("dropped_ids", "examples", "largest_weight", "late", "loss", "lost", "mean_gradient_norm", "personal_loss"),
-    *("round", "seconds", "simulated_seconds", "staleness", "steps", "too_few", "update_norm"),
+    *("dropped_ids", "examples", "explored", "largest_weight", "late", "loss", "lost", "mean_gradient_norm"),
+    *("personal_loss", "round", "seconds", "simulated_seconds", "staleness", "steps", "too_few", "update_norm"),
     *("variate_norm", "wasted_steps", "weight"),
 )
 # Those of _TAKEN that an algorithm reports.

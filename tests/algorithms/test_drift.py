@@ -14,6 +14,7 @@ from oracles import selection
 from problems import Run, assert_close, assert_identical, parameters, population, softmax_loss
 
 import fedjax_clip as fc
+from fedjax_clip.algorithms.drift import oort
 
 BATCH, LR = 2, 0.1
 EQUAL, RAGGED = (4, 4, 4, 4), (4, 8, 2, 6)
@@ -240,6 +241,17 @@ def test_fedlc_refuses_what_it_could_not_calibrate():
         fc.drift.fedlc(fc.fedavg(calibrated_loss, optax.sgd(LR)), -1.0, classes=3)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_fedexp_is_the_oracles(weighted):
+    rows = oracle.fedexp(*setting(EQUAL)[:2], [[0, 1, 2, 3]] * 5, [2] * 4, LR, 1e-3)
+    reducer = fc.reduce.weighted_mean() if weighted else UNIFORM  # of equal clients
+    server, _, _ = trained(
+        fc.fedavg, cohorts=[[0, 1, 2, 3]] * 5, uplink=fc.uplink.fedexp(epsilon=1e-3), reducer=reducer
+    )
+    check(server, rows)
+    assert max(rows["eta_g"]) > 1  # it extrapolates
+
+
 def losses(v):
     """Of each client at a flat vector: the mean over its examples."""
     sizes = people(RAGGED).offsets
@@ -280,3 +292,95 @@ def test_power_of_choice_refuses_what_would_hide_the_losses():
         fc.drift.power_of_choice(fc.episode_plus(softmax_loss, optax.sgd(LR), threshold=0.3), 2)
     with pytest.raises(fc.InvalidInput, match="clients"):
         fc.drift.power_of_choice(fc.fedavg(softmax_loss, optax.sgd(LR)), 0)
+
+
+# Oort
+
+
+@pytest.mark.parametrize(("number", "preferred"), [(1, np.inf), (7, np.inf), (7, 1.5)])
+def test_oorts_utilities_are_the_oracles(number, preferred):
+    rng = np.random.default_rng(number)
+    tried = np.arange(12) % 3 > 0
+    stat, last = rng.uniform(1, 9, 12), rng.integers(1, number + 1, 12)
+    seconds = rng.uniform(1, 3, 12)
+    durations = None if preferred == np.inf else seconds[tried]
+    want = selection.oort_utilities(stat[tried], last[tried], number, durations, preferred, normalise=True)
+    given = (np.float32(stat), np.int32(last), tried, jnp.int32(number), np.float32(seconds))
+    got = np.asarray(oort.utilities(*given, preferred, 2.0))
+    np.testing.assert_allclose(got[tried], want, rtol=1e-5, atol=1e-6)
+    assert not got[~tried].any()
+
+
+def choosing(clients=2, **options):
+    return lambda *a, **k: fc.drift.oort(fc.fedavg(*a, **k), clients, 4, **options)
+
+
+def test_oort_remembers_the_oracles_statistical_utility_at_the_servers_model():
+    server, _, _ = trained(choosing(), RAGGED, [[0, 1, 2, 3]])
+    tried, _ = server.own
+    assert (tried.last > 0).sum() == 2
+    x, y = (people(RAGGED).examples[k] for k in "xy")
+    logits = x @ START[W].reshape(4, 3) + START[B]
+    every = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(y)), y]
+    bounds = people(RAGGED).offsets
+    want = [selection.oort_statistical(every[i:j]) for i, j in itertools.pairwise(bounds)]
+    np.testing.assert_allclose(tried.utility * np.mean(RAGGED), np.where(tried.last > 0, want, 0), rtol=1e-5)
+
+
+def test_oort_tries_everybody_and_then_those_of_the_pool():
+    """Without exploration: the first two come in again unless others are of more use."""
+    server, _, history = trained(choosing(first=1.0, least=0.0, decay=0.0), RAGGED, [[0, 1, 2, 3]] * 2)
+    tried, _ = server.own
+    assert [row["explored"] for row in history] == [2, 2]  # round 1 explores, round 2 does not
+    assert sorted(tried.last.tolist()) == [0, 0, 2, 2]
+    _, _, history = trained(choosing(first=1.0, least=1.0), RAGGED, [[0, 1, 2, 3]] * 3)
+    assert [row["explored"] for row in history] == [2, 4, 4]
+    assert [row["clients"] for row in history] == [2, 2, 2]
+
+
+def test_oort_draws_from_its_pool_in_proportion():
+    """One place for two clients of unequal utility, 400 rounds of their own keys."""
+    algorithm = choosing(1, first=0.0, least=0.0, confidence=0.0)(softmax_loss, optax.sgd(LR))
+    run = Run(algorithm, people(EQUAL), WORK)
+    server, clients = run.start(parameters())
+    tried = fc.drift.Tried(jnp.float32([9, 2, 5, 0]), jnp.int32([1, 1, 1, 0]))
+    cohort = jax.tree.map(lambda x: x[0], run.cohort([0, 1, 2], 0, clients))
+
+    @jax.jit
+    def who(key):
+        before = server._replace(own=(tried, ()), round=jnp.int32(4))
+        return jnp.argmax(algorithm.round(before, cohort, key)[0].own[0].last)
+
+    seen = np.bincount([who(jax.random.key(s)) for s in range(400)], minlength=3)
+    utility = selection.oort_utilities([9, 2, 5], [1, 1, 1], 5, normalise=True)
+    ids, chances = selection.oort_pool(utility, 1, confidence=0.0)
+    assert ids == [0, 1, 2]
+    np.testing.assert_allclose(seen / 400, chances, atol=4 * 0.5 / 20)
+
+
+def test_oort_prefers_the_fast_among_the_untried():
+    quick = choosing(1, seconds=[1e-6, 1, 1, 1])
+    server, _, _ = trained(quick, RAGGED, [[0, 1, 2, 3]])
+    assert np.flatnonzero(server.own[0].last).tolist() == [0]
+
+
+def test_oort_of_all_candidates_is_the_algorithm():
+    every = lambda *a, **k: fc.drift.oort(fc.scaffold(*a, **k), 4, 4)  # noqa: E731
+    server, states, _ = trained(every, RAGGED)
+    plain_server, plain_states, _ = trained(fc.scaffold, RAGGED)
+    assert_close((server._replace(own=server.own[1]), states), (plain_server, plain_states))
+
+
+def test_oort_refuses_what_it_cannot_do():
+    link = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.2), fc.uplink.gaussian(0.1))
+    average = fc.fedavg(softmax_loss, optax.sgd(LR))
+    private = fc.fedavg(softmax_loss, optax.sgd(LR), uplink=link, reducer=fc.reduce.fixed_mean(3))
+    for call, words in (
+        (lambda: fc.drift.oort(private, 2, 4), "oort sees each client's loss"),
+        (lambda: fc.drift.oort(average, 0, 4), "oort's clients"),
+        (lambda: fc.drift.oort(average, 2, 4, seconds=[1, 2]), "seconds must be 4 positive numbers"),
+        (lambda: fc.drift.oort(average, 2, 4, first=1.5), "oort's first"),
+        (lambda: fc.train(fc.drift.oort(average, 2, 9), people(EQUAL), parameters(), rounds=1), "names client 8"),
+    ):
+        with pytest.raises(fc.InvalidInput, match=words):
+            call()

@@ -48,7 +48,7 @@ def test_chunk_width_does_not_matter(name, run):
 def test_packed_and_resident_examples_agree_to_the_last_bit(name, run):
     packed = entry(name, resident=False)
     # A loss that is taken without its gradient may round otherwise, and these send what depends on it.
-    same = assert_close if name in ("afl", "q_ffl", "term") else assert_identical
+    same = assert_close if name in ("afl", "oort", "q_ffl", "term") else assert_identical
     same(packed.rounds(parameters(), COHORTS), run.rounds(parameters(), COHORTS))
 
 
@@ -125,6 +125,7 @@ TRAFFIC = {  # (down, up): floats that a client is sent in a round, and sends, w
     "fedmuon": (3 * P, 2 * P + 1),
     "ifca": (2 * P, P + 1),  # both models; one, and its number
     "cfl": (P, P + 1),  # its own; and its number
+    "oort": (P + P, P + 1),  # x, for the losses; their utility
     "q_ffl": (P, P + 1),
     "term": (P + 1, P + 1),
     "afl": (P + 6, P + 1 + 2 * 6),  # the weights; its weight, and its place twice

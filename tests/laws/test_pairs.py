@@ -71,6 +71,7 @@ WRITTEN = {
     "nnm": "nnm(1, median())",
     "norm_bounded": "norm_bounded(1.0, trimmed_mean(1))",
     "normec": "normec(0.5)",
+    "oort": "oort(3, 5)",
     "optimal_alie": "optimal_alie(median(), (0, 1))",
     "optimal_ipm": "optimal_ipm(median(), (0, 1))",
     "partially_private": "partially_private('^b$')",

@@ -102,6 +102,7 @@ ALGORITHMS = {  # every public function that makes an algorithm of an algorithm
     "fc.partially_frozen": lambda algorithm: fc.partially_frozen(algorithm, "b"),
     "fc.partially_private": lambda algorithm: fc.partially_private(algorithm, "b"),
     "fc.drift.fedlc": lambda algorithm: fc.drift.fedlc(algorithm, 1.0, classes=3),
+    "fc.drift.oort": lambda algorithm: fc.drift.oort(algorithm, 3, 6),
     "fc.drift.power_of_choice": lambda algorithm: fc.drift.power_of_choice(algorithm, 3),
 }
 
@@ -232,7 +233,9 @@ def test_every_algorithm_covers_what_it_sends_or_is_refused(bare):
     assert taken == only_update - ({"fedbuff"} if bare == "shares" else set())
 
 
-@pytest.mark.parametrize("wrapper", [name for name in ALGORITHMS if "power_of_choice" not in name])  # it refuses noise
+@pytest.mark.parametrize(
+    "wrapper", [n for n in ALGORITHMS if "oort" not in n and "choice" not in n]
+)  # which refuse noise
 def test_a_wrapped_algorithm_keeps_its_parts(wrapper):
     parts = ALGORITHMS[wrapper](fc.fedavg(softmax_loss, SGD, uplink=BARE["server"], reducer=FIXED)).parts
     assert parts.uplink.promises == BARE["server"].promises

@@ -47,14 +47,7 @@ def power_of_choice(algorithm: Algorithm, clients: int) -> Algorithm:
     Power-of-Choice Selection Strategies", the strategy pow-d.
     """
     checks.count("power_of_choice's clients", clients)
-    check_made("power_of_choice", algorithm)
-    if algorithm.parts.uplink.promises.noise is not None or algorithm.parts.reducer.hides:
-        raise InvalidInput(
-            "power_of_choice sees each candidate's loss, which neither noise nor a secure sum covers: leave it out, or "
-            "take an algorithm without them."
-        )
-    if algorithm.start is not None:
-        raise InvalidInput("power_of_choice cannot choose in a round before round 1, in which all clients take part.")
+    check_sees_losses("power_of_choice", algorithm)
 
     def answering(x, client, key):
         loss = client.mean_loss(x, key)
@@ -65,7 +58,7 @@ def power_of_choice(algorithm: Algorithm, clients: int) -> Algorithm:
         ask = Round(server, cohort, algorithm.parts, here, here).ask
         asked = ask(answering, server.params, remember=jnp.zeros((), jnp.float32))
         order, chosen = _best(asked.clients.own, cohort, clients)
-        after, states, metrics = algorithm.round(server, _only(cohort, order, chosen), key)
+        after, states, metrics = algorithm.round(server, only(cohort, order, chosen), key)
         back = jnp.argsort(order)
         states = jax.tree.map(lambda x: x[back], states)
         counts = {
@@ -76,6 +69,18 @@ def power_of_choice(algorithm: Algorithm, clients: int) -> Algorithm:
         return after, states, metrics | traffic(asked.metrics, metrics) | counts
 
     return algorithm._replace(round=round, name=f"power_of_choice({kind(algorithm)})")
+
+
+def check_sees_losses(wrapper: str, algorithm: Algorithm) -> None:
+    """Refuses to choose clients by their losses where nobody may see these, or all clients take part."""
+    check_made(wrapper, algorithm)
+    if algorithm.parts.uplink.promises.noise is not None or algorithm.parts.reducer.hides:
+        raise InvalidInput(
+            f"{wrapper} sees each client's loss, which neither noise nor a secure sum covers: leave it out, or take an "
+            "algorithm without them."
+        )
+    if algorithm.start is not None:
+        raise InvalidInput(f"{wrapper} cannot choose in a round before round 1, in which all clients take part.")
 
 
 def _best(scores: Array, cohort: Cohort, clients: int) -> tuple[Array, Array]:
@@ -93,7 +98,7 @@ def _best(scores: Array, cohort: Cohort, clients: int) -> tuple[Array, Array]:
     return order, chosen[order]
 
 
-def _only(cohort: Cohort, order: Array, chosen: Array) -> Cohort:
+def only(cohort: Cohort, order: Array, chosen: Array) -> Cohort:
     """The cohort of the chosen clients, with empty places for the others, whose batches nobody reads."""
 
     def moved(x):

@@ -22,7 +22,7 @@ MEETINGS = {
     *("fedavg", "fedavg, stateful link", "fedadam, clipped update", "fedavg, private for records and clients"),
     *("fedavg, on a grid", "fedavg, centered thrice", "fedavg, bucketed", "fedavg, clipped and mixed"),
     *("fedavg, compressed", "fedavg, model with state", "scaffold, sketched", "episode", "fednova, few by leaf"),
-    *("fedbuff, stateful link", "mime", "ifca", "afl", "power_of_choice"),
+    *("fedbuff, stateful link", "mime", "ifca", "afl", "oort", "power_of_choice"),
 }
 SENDERS = [name for name in ENTRIES if EVERYTHING or name in MEETINGS]
 
