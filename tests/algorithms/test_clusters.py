@@ -164,6 +164,13 @@ def test_cfl_parts_clients_as_every_bipartition_tried_in_turn():
                 assert members[leaves[members]].tolist() == members[two].tolist()
 
 
+def test_a_cluster_of_fewer_clients_than_its_reducer_needs_never_splits():
+    eager = functools.partial(fc.clusters.cfl, stationary=1e3, disagree=0.0, clusters=4)
+    _, _, history = trained(functools.partial(eager, reducer=fc.reduce.krum(0)), cohorts=TOGETHER)
+    assert [row["clusters"] for row in history][:2] == [2, 2]  # Krum needs three, and no part has so many
+    assert max(row["clusters"] for row in history) < 4
+
+
 def test_cfl_has_no_more_clusters_than_it_was_given_and_the_absent_stay():
     eager = functools.partial(fc.clusters.cfl, stationary=1e3, disagree=0.0)
     _, clients, history = trained(functools.partial(eager, clusters=3), cohorts=TOGETHER)

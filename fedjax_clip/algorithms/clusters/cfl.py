@@ -91,8 +91,8 @@ def cfl(
         update, found = answer.update
         own = _looked_up(jnp.asarray(now.cohort.ids), found, answer.clients.own)
         answer = answer._replace(clients=answer.clients._replace(own=own))
-        from_ = jnp.arange(clusters, dtype=jnp.int32) + found.back
-        server = now.server._replace(params=jax.tree.map(lambda models: models[from_], x))
+        source = jnp.arange(clusters, dtype=jnp.int32) + found.back
+        server = now.server._replace(params=jax.tree.map(lambda models: models[source], x))
         number = now.server.own + tree.count(found.back != 0)
         now = dataclasses.replace(now, server=server)
         return now.step(answer, update, own=number, metrics={"clusters": number.astype(jnp.float32)})
@@ -152,7 +152,8 @@ def _splitting(by_cluster: Reducer, number: Array, stationary: float | Array, di
         at_rest = rows.norms(parents) < stationary
         members = (place > 0) & stack.present[:, None]
         unsuited = jnp.max(jnp.where(members, rows.norms(updates)[:, None], 0), axis=0) > disagree
-        splits = at_rest & unsuited & (jnp.sum(members, axis=0, dtype=jnp.int32) >= 2)
+        enough = jnp.sum(members, axis=0, dtype=jnp.int32) >= max(2, by_cluster.fewest)  # of fewer the mean is zero
+        splits = at_rest & unsuited & enough
         new = number + jnp.cumsum(splits.astype(jnp.int32)) - 1  # the number of a cluster's second part
         splits &= new < place.shape[1]
         leaves = splits[here] & _second_part(rows.cosines(updates), here, stack.present)
