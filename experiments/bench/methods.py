@@ -155,7 +155,12 @@ METHODS: Mapping[str, Method] = types.MappingProxyType(
             PLAIN | {"strength": Range(0.3, 30.0, log=True)},
             gradients=5.0,
         ),
-        "per_fedavg": Method(_with_rate(fc.personal.per_fedavg), PLAIN, gradients=2.0, note="first order"),
+        "per_fedavg": Method(
+            of(fc.personal.per_fedavg, "rate"),
+            PLAIN | {"rate": Range(0.003, 0.3, log=True)},
+            gradients=2.0,
+            note="first order; its start is judged, before the step of each client",
+        ),
         "cfl": Method(
             of(fc.clusters.cfl, "stationary", "disagree", clusters=4),
             PLAIN | {"stationary": Range(0.01, 1.0, log=True), "disagree": Range(0.01, 1.0, log=True)},
