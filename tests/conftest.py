@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import sys
+import zlib
 
 import jax
 import pytest
@@ -28,6 +29,14 @@ def pytest_addoption(parser):
         help="Run tests/laws over algorithms, links or clips of your own, joined by commas, in place of the library's.",
     )
 
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="Run one in N of the cases of each parametrised test, at least one: of an entry all laws, or none.",
+    )
+
 
 def pytest_configure(config):
     if names := config.getoption("--laws-over"):
@@ -40,8 +49,29 @@ def pytest_configure(config):
             raise pytest.UsageError(str(error)) from None
 
 
+def entry_of(nodeid):
+    """The entry of the laws that a test is about, or nothing."""
+    entry = re.search(r"[\[-]@(.+)\]$", nodeid)
+    return entry and entry[1]
+
+
+def sampled(items, one_in):
+    """One in so many cases of each test, the same in every run."""
+    chosen, tests = set(), {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        lucky = [i for i in cases if zlib.crc32((entry_of(i.nodeid) or i.nodeid).encode()) % one_in == 0]
+        chosen.update(lucky or cases[:1])
+    return chosen
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves the laws over what is from outside, if something is."""
+    """Leaves the laws over what is from outside, if something is, and a sample of the cases, if one is asked for."""
+    if (one_in := config.getoption("--sample")) > 1:
+        few = sampled(items, one_in)
+        config.hook.pytest_deselected(items=[item for item in items if item not in few])
+        items[:] = [item for item in items if item in few]
     if names := config.getoption("--laws-over"):
         chosen = names.split(",")
         of = [
@@ -61,8 +91,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Sharing(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            entry = re.search(r"[\[-]@(.+)\]$", nodeid)
-            return entry[1] if entry else nodeid.partition("::")[0]
+            return entry_of(nodeid) or nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False  # or test_devices.py, the longest of one test, comes last
     return Sharing(config, log)

@@ -15,7 +15,7 @@ import types
 import jupytext
 import numpy as np
 import pytest
-from test_notebooks import DEVICES, ROOT, SCRIPTS
+from test_notebooks import CHIPS, ROOT, SCRIPTS
 
 import fedjax_clip as fc
 from experiments.bench import tracks
@@ -81,7 +81,7 @@ def code(stem):
 
 
 def on_tpu():
-    counts = sorted({literal("on_tpu", r'"CPU_DEVICES", "(\d+)"'), *(int(n) for _, n in DEVICES if n)})
+    counts = sorted({literal("on_tpu", r'"CPU_DEVICES", "(\d+)"'), *map(int, CHIPS)})
     assert counts == [1, 4, 8]  # how tests/test_notebooks.py runs it
     clients, classes = literal("on_tpu", r"if SHORT else (2000)"), literal("on_tpu", r"rng.integers\((\d+)")
     alpha = literal("on_tpu", r"alpha=([\d.]+)")

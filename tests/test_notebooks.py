@@ -33,8 +33,8 @@ def test_notebook_agrees_with_its_script(script):
 
 
 # Each notebook says how many host devices it wants. ``make strict`` also runs on_tpu on one chip and on four.
-CHIPS = ("1", "4") if EVERYTHING else ()
-DEVICES = [(script, "") for script in SCRIPTS] + [(ROOT / "colab/on_tpu.py", count) for count in CHIPS]
+CHIPS = ("1", "4")
+DEVICES = [(script, "") for script in SCRIPTS] + [(ROOT / "colab/on_tpu.py", n) for n in CHIPS if EVERYTHING]
 
 
 @pytest.mark.parametrize(("script", "devices"), DEVICES, ids=lambda x: getattr(x, "stem", x))

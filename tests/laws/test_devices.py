@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 
-def test_on_eight_host_devices():
-    tests = pathlib.Path(__file__).parent
+def test_on_eight_host_devices(request):
+    tests, sample = pathlib.Path(__file__).parent, f"--sample={request.config.getoption('--sample')}"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", tests / "devices"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", sample, tests / "devices"],
         env=os.environ | {"FEDJAX_CLIP_TEST_DEVICES": "8"},
         cwd=tests.parents[1],
         capture_output=True,
