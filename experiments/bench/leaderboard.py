@@ -186,6 +186,8 @@ def _mean(entry: Entry, measure: str) -> float:
 def report(found: Mapping[str, Sequence[Entry]], notes: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     """The page in Markdown: a table for each problem, and the methods by their mean rank."""
     lines = ["# Leaderboard", "", *_how(settings)]
+    if missing := [problem for problem in CONTESTS if not found.get(problem)]:
+        lines += ["", f"Not run: {', '.join(missing)}."]
     places: dict[str, list[float]] = {}
     for problem, entries in found.items():
         if not entries:
@@ -194,6 +196,8 @@ def report(found: Mapping[str, Sequence[Entry]], notes: Mapping[str, str], setti
         for place, entry in enumerate(rows):
             places.setdefault(entry["rule"], []).append(place + 1)
         lines += ["", f"## {problem}", "", f"The clients: {notes[problem]}.", "", *_table(rows)]
+    if len([entries for entries in found.values() if entries]) < 2:
+        return "\n".join(lines) + "\n"
     whole = {name: of for name, of in places.items() if len(of) == max(map(len, places.values()))}
     ranked = sorted(whole, key=lambda name: float(np.mean(whole[name])))
     told = [[name, f"{np.mean(whole[name]):.1f}", ", ".join(f"{x:.0f}" for x in whole[name])] for name in ranked]

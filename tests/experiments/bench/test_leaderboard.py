@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -61,13 +62,27 @@ def test_lines_are_kept_and_run_again_to_the_same_digest(tmp_path, capsys):
         assert not set(line["config"]["tuning"]) & set(line["config"]["measuring"])
     report = (tmp_path / "report.md").read_text()
     assert "## digits rotated" in report
-    assert report.count("| ditto |") == 2
+    assert report.count("| ditto |") == 1
+    assert "Not run: digits by form, " in report
     leaderboard.again(tmp_path, 1)
     assert "the same digest" in capsys.readouterr().out
     lines[0]["digest"] = lines[1]["digest"] = "other"
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(fc.InvalidInput, match="1 of 1 lines gave another digest"):
         leaderboard.again(tmp_path, 1)
+
+
+def test_the_page_of_the_site_is_of_its_lines():
+    page = pathlib.Path(__file__).parents[3] / "docs" / "leaderboard"
+    lines = [json.loads(line) for line in (page / "results.jsonl").read_text().splitlines()]
+    assert all(line["digest"] == leaderboard.digest(line) for line in lines)
+    found = {problem: [line for line in lines if line["track"] == problem] for problem in CONTESTS}
+    assert leaderboard.report(found, notes(found), lines[0]["config"]) == (page / "report.md").read_text()
+    assert {line["rule"] for line in found["digits by form"]} == set(METHODS)
+
+
+def notes(found):
+    return {problem: CONTESTS[problem]().note for problem, entries in found.items() if entries}
 
 
 @pytest.mark.parametrize(
