@@ -34,7 +34,7 @@ def pytest_addoption(parser):
         type=int,
         default=1,
         metavar="N",
-        help="Run one in N of the cases of each parametrised test, at least one: of an entry all laws, or none.",
+        help="Run one test in N, at least one of each file: of an entry of the laws all, or none.",
     )
 
 
@@ -56,18 +56,18 @@ def entry_of(nodeid):
 
 
 def sampled(items, one_in):
-    """One in so many cases of each test, the same in every run."""
-    chosen, tests = set(), {}
+    """One test in so many, the same in every run."""
+    chosen, files = set(), {}
     for item in items:
-        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for cases in tests.values():
-        lucky = [i for i in cases if zlib.crc32((entry_of(i.nodeid) or i.nodeid).encode()) % one_in == 0]
-        chosen.update(lucky or cases[:1])
+        files.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    for tests in files.values():
+        lucky = [i for i in tests if zlib.crc32((entry_of(i.nodeid) or i.nodeid).encode()) % one_in == 0]
+        chosen.update(lucky or tests[:1])
     return chosen
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves the laws over what is from outside, if something is, and a sample of the cases, if one is asked for."""
+    """Leaves the laws over what is from outside, if something is, and a sample, if one is asked for."""
     if (one_in := config.getoption("--sample")) > 1:
         few = sampled(items, one_in)
         config.hook.pytest_deselected(items=[item for item in items if item not in few])
