@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.algorithms.base import Round, kind
-from fedjax_clip.algorithms.drift.selection import ASKING, check_sees_losses, only
+from fedjax_clip.algorithms.drift.selection import ASKING, check_sees_losses, in_front, largest, only
 from fedjax_clip.algorithms.exchange import traffic
 from fedjax_clip.core import checks, keys, tree
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, PyTree, Server
@@ -58,8 +58,8 @@ def oort(
 
     ``util_i = (U_i + sqrt(0.1 log(r + 1) / last_i)) (T / t_i)^penalty [T < t_i]``, where
     ``U_i = |B_i| sqrt(mean_k F_ik^2)`` is of the losses of client i's examples when it last trained, clipped to the
-    95th percentile and moved into [0, 1], and ``last_i`` the number of that round. Where one kind of candidates is too
-    few, the other takes the places.
+    95th percentile and moved into [0, 1], and ``last_i`` the number of that round. Where there are too few
+    candidates of one kind, the other takes the places.
 
     A chosen client takes the losses at x before it trains: a pass without gradients, where the paper takes them from
     the local steps. Left out: the pacer, which moves T, and the limit on how often a client is chosen. The choice
@@ -117,12 +117,9 @@ def oort(
         tried, own = server.own
         server = server._replace(own=own)
         here = jax.random.fold_in(jax.random.fold_in(keys.threefry(key), server.round), ASKING)
-        ids = jnp.asarray(cohort.ids)
-        everyone = cohort.gathered(ids)
-        best = _best(everyone, tried, server.round, here)
-        chosen = (ids >= 0) & jnp.any((ids[:, None] == everyone[None]) & best[None], axis=1)
-        order = jnp.argsort(~chosen, stable=True)
-        cohort = only(cohort, order, chosen[order])
+        everyone = cohort.gathered(jnp.asarray(cohort.ids))
+        order, chosen = in_front(cohort, everyone, _best(everyone, tried, server.round, here))
+        cohort = only(cohort, order, chosen)
 
         asked = Round(server, cohort, algorithm.parts, here, here).ask(
             answering, server.params, remember=jnp.zeros((), jnp.float32)
@@ -156,8 +153,8 @@ def oort(
         )
         promise = jnp.log(jnp.maximum(utility, 1e-30)) + luck  # its order is a draw in proportion
         untried = luck - jnp.log(t)
-        chosen = _first(promise, ids, old & (utility >= cutoff), exploiting)
-        return chosen | _first(untried, ids, new, exploring)
+        chosen = largest(promise, ids, old & (utility >= cutoff), exploiting)
+        return chosen | largest(untried, ids, new, exploring)
 
     made = algorithm._replace(init=init, round=round, name=f"oort({kind(algorithm)})", regroup=_regroup)
     return made._replace(population=max(made.population, population))
@@ -189,13 +186,6 @@ def _largest(values: Array, among: Array, count: Array) -> Array:
     """The ``count``-th largest of some values, which are not negative."""
     falling = -jnp.sort(jnp.where(among, -values, 0))
     return falling[jnp.maximum(count - 1, 0)]
-
-
-def _first(scores: Array, ids: Array, among: Array, count: Array) -> Array:
-    """bool: the ``count`` of these with the largest scores; ties go to the smaller number."""
-    scores = jnp.where(among, scores, -jnp.inf)
-    ahead = (scores[None] > scores[:, None]) | ((scores[None] == scores[:, None]) & (ids[None] < ids[:, None]))
-    return among & (jnp.sum(ahead & among[None], axis=1, dtype=jnp.int32) < count)
 
 
 def _squared(per_example_loss):

@@ -57,7 +57,9 @@ def power_of_choice(algorithm: Algorithm, clients: int) -> Algorithm:
         here = jax.random.fold_in(jax.random.fold_in(keys.threefry(key), server.round), ASKING)
         ask = Round(server, cohort, algorithm.parts, here, here).ask
         asked = ask(answering, server.params, remember=jnp.zeros((), jnp.float32))
-        order, chosen = _best(asked.clients.own, cohort, clients)
+        everyone, losses = cohort.gathered(jnp.asarray(cohort.ids)), cohort.gathered(asked.clients.own)
+        answered = (everyone >= 0) & jnp.isfinite(losses)  # one that did not answer has NaN
+        order, chosen = in_front(cohort, everyone, largest(losses, everyone, answered, clients))
         after, states, metrics = algorithm.round(server, only(cohort, order, chosen), key)
         back = jnp.argsort(order)
         states = jax.tree.map(lambda x: x[back], states)
@@ -83,17 +85,23 @@ def check_sees_losses(wrapper: str, algorithm: Algorithm) -> None:
         raise InvalidInput(f"{wrapper} cannot choose in a round before round 1, in which all clients take part.")
 
 
-def _best(scores: Array, cohort: Cohort, clients: int) -> tuple[Array, Array]:
+def largest(scores: Array, ids: Array, among: Array, count: Array | int) -> Array:
+    """bool ``[N]``: the ``count`` of these clients with the largest scores; ties go to the smaller number."""
+    scores = jnp.where(among, scores, -jnp.inf)
+    ahead = (scores[None] > scores[:, None]) | ((scores[None] == scores[:, None]) & (ids[None] < ids[:, None]))
+    return among & (jnp.sum(ahead & among[None], axis=1, dtype=jnp.int32) < count)
+
+
+def in_front(cohort: Cohort, everyone: Array, best: Array) -> tuple[Array, Array]:
     """``(order, chosen)``: this device's places, the chosen first, and whether the client in each of them is chosen.
 
-    A client counts how many of all devices' clients are before it. One that did not answer has NaN, and is not chosen.
+    Args:
+      cohort: of this device.
+      everyone: the numbers of all devices' clients.
+      best: bool, which of them are chosen.
     """
     ids = jnp.asarray(cohort.ids)
-    answered = (ids >= 0) & jnp.isfinite(scores)
-    scores = jnp.where(answered, scores, -jnp.inf)
-    of_all, numbers = cohort.gathered(scores)[None], cohort.gathered(ids)[None]
-    ahead = (of_all > scores[:, None]) | ((of_all == scores[:, None]) & (numbers < ids[:, None]) & (numbers >= 0))
-    chosen = answered & (jnp.sum(ahead, axis=1, dtype=jnp.int32) < clients)
+    chosen = (ids >= 0) & jnp.any((ids[:, None] == everyone[None]) & best[None], axis=1)
     order = jnp.argsort(~chosen, stable=True)
     return order, chosen[order]
 
