@@ -2,6 +2,7 @@
 
   make tpu                                                     # all rounds, v4, v5e and v6e, into benchmarks/README.md
   make tpu ARGS="--only=cnn,mlp --chips=v5e"                   # some of them, printed only
+  make tpu ARGS="--only=cnn,mlp --write"                       # their rows of the table only
   make tpu ARGS="--only=cnn --chips=v5e --width=4 --profile"   # LLO profile, too: a minute or two for each
   python benchmarks/tpu.py --only=cnn --chips=v5e --keep=DIR   # leaves the programs' text in DIR
 
@@ -301,21 +302,25 @@ def line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write(rows: list[str]) -> None:
-    """Puts the table between the marks of ``benchmarks/README.md``."""
+def write(row: str) -> None:
+    """Puts a row between the marks of ``benchmarks/README.md``, in place of the one of its round and chips."""
     before, rest = README.read_text().split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
+    table, after = rest.split(MARKS[1])
+    of_same = row.split("|")[1:3]
+    rows = [row if old.split("|")[1:3] == of_same else old for old in table.strip().splitlines()[2:]]
+    rows += [row] * (row not in rows)
     README.write_text("\n".join([before + MARKS[0], HEAD, *rows, MARKS[1] + after]))
 
 
 def main() -> None:
-    """Compiles what the flags ask for, prints a table, and writes it down if it is whole."""
+    """Compiles what the flags ask for, prints a table, and writes each row down if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="rounds by name, joined by commas; by default all, and the table is written")
+    parser.add_argument("--only", help="rounds by name, joined by commas; by default all")
     parser.add_argument("--chips", default=",".join(CHIPS), help="v4, v5e, v6e: one chip; v5e:2x2, v5e:2x4 ...: slices")
     parser.add_argument("--width", type=int, default=0, help="clients trained at once; by default as fc.train")
     parser.add_argument("--profile", action="store_true", help="take the LLO profile of all rounds, not of a few")
     parser.add_argument("--seconds", type=int, default=600, help="the longest that one compilation may take")
+    parser.add_argument("--write", action="store_true", help="put each row into benchmarks/README.md; always for all")
     parser.add_argument("--keep", help="a directory for the text of the compiled programs")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--profiles", help=argparse.SUPPRESS)
@@ -332,15 +337,15 @@ def main() -> None:
         parser.error(f"--chips: {sorted(unknown)[0]!r} is none of {', '.join(PEAK)}")
     if importlib.util.find_spec("libtpu") is None:
         parser.error("libtpu is missing: make tpu installs it, or pip install 'libtpu==0.0.42.*'")
+    whole = not arguments.only and chips == list(CHIPS) and not arguments.width
     print(HEAD, flush=True)
-    rows = []
     for name in only:
         for chip in chips:
-            profile = arguments.profile or (not arguments.only and (name, chip) in PROFILED)
-            rows.append(line(row_of(name, chip, arguments, profile)))
-            print(rows[-1], flush=True)
-    if not arguments.only and chips == list(CHIPS) and not arguments.width:
-        write(rows)
+            profile = arguments.profile or ((whole or arguments.write) and (name, chip) in PROFILED)
+            row = line(row_of(name, chip, arguments, profile))
+            print(row, flush=True)
+            if whole or arguments.write:
+                write(row)
 
 
 if __name__ == "__main__":
