@@ -82,7 +82,8 @@ def fedbuff(
             return optax.tree.sub(y, x), client.state.own, report | {"staleness": staleness}
 
         answer = now.exchange(client_fn, now.server.own)
-        one_of_them = {"bytes_down": answer.metrics["bytes_down"] / length}  # a client is sent no ring
+        past = answer.metrics["asked"] * float(tree.nbytes(now.server.params)) * (length - 1)
+        one_of_them = {"bytes_down": answer.metrics["bytes_down"] - past}  # a client is sent no ring
         after, clients, metrics = now.step(answer._replace(metrics=answer.metrics | one_of_them))
         ring = jax.tree.map(lambda past, x: past.at[after.round % length].set(x), now.server.own, after.params)
         return after._replace(own=ring), clients, metrics

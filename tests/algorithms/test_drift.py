@@ -283,6 +283,16 @@ def test_power_of_choice_of_all_candidates_is_the_algorithm():
     assert_close((server, states), trained(fc.scaffold, RAGGED)[:2])
 
 
+def test_whoever_trains_was_sent_the_model_once_whatever_is_sent():
+    """As asked candidates of Power-of-Choice and Oort they have it; a code on the way down changes its price alone."""
+    same = lambda algorithm: algorithm  # noqa: E731
+    wrappers = (same, lambda a: fc.drift.power_of_choice(a, 2), lambda a: fc.drift.oort(a, 4, 4))
+    for outside in (same, lambda a: fc.compressed_broadcast(a, fc.compression.qsgd(8))):
+        makers = [lambda *a, i=inside, o=outside, **k: o(i(fc.fedavg(*a, **k))) for inside in wrappers]
+        sent = [[row["bytes_down"] for row in trained(make, RAGGED)[2]] for make in makers]
+        assert sent[1:] == [sent[0]] * 2
+
+
 def test_power_of_choice_refuses_what_would_hide_the_losses():
     link = fc.uplink.chain(fc.uplink.clip_by_global_norm(0.2), fc.uplink.gaussian(0.1))
     private = fc.fedavg(softmax_loss, optax.sgd(LR), uplink=link, reducer=fc.reduce.fixed_mean(3))

@@ -125,7 +125,7 @@ TRAFFIC = {  # (down, up): floats that a client is sent in a round, and sends, w
     "fedmuon": (3 * P, 2 * P + 1),
     "ifca": (2 * P, P + 1),  # both models; one, and its number
     "cfl": (P, P + 1),  # its own; and its number
-    "oort": (P + P, P + 1),  # x, for the losses; their utility
+    "oort": (P, P + 1),  # their utility, too
     "q_ffl": (P, P + 1),
     "term": (P + 1, P + 1),
     "afl": (P + 6, P + 1 + 2 * 6),  # the weights; its weight, and its place twice
@@ -177,9 +177,9 @@ def test_clients_that_diverge_are_dropped_and_counted(run, name):
     assert expected[0].pop("dropped") == 0
     assert (history[0].pop("asked"), expected[0].pop("asked")) == (3, 2)
     unknown = [expected[0][sent] / (2 * 4) for sent in ("bytes_down", "bytes_up")]
-    if name == "power_of_choice":  # all are sent x, two chosen ones scaffold's, too
+    if name == "power_of_choice":  # all are sent x, two chosen ones the rest of scaffold's
         sums = [[row.pop(sent) / 4 for sent in ("bytes_down", "bytes_up")] for row in (history[0], expected[0])]
-        assert sums == [[3 * P + 4 * P, 3 + 4 * P], [2 * P + 4 * P, 2 + 4 * P]]
+        assert sums == [[3 * P + 2 * P, 3 + 4 * P], [2 * P + 2 * P, 2 + 4 * P]]
         history[0] |= {"bytes_down": 3 * 4 * P, "bytes_up": 3 * 4 * P}
         expected[0] |= {"bytes_down": 2 * 4 * P, "bytes_up": 2 * 4 * P}
     floats_sent = unknown if name in OUTSIDE else TRAFFIC.get(name, (P, P))

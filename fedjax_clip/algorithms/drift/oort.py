@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.algorithms.base import Round, kind
-from fedjax_clip.algorithms.drift.selection import ASKING, check_sees_losses, in_front, largest, only
-from fedjax_clip.algorithms.exchange import traffic
+from fedjax_clip.algorithms.drift.selection import ASKING, check_sees_losses, in_front, largest, only, sent_once
 from fedjax_clip.core import checks, keys, tree
 from fedjax_clip.core.types import Algorithm, Array, InvalidInput, PyTree, Server
 
@@ -134,7 +133,9 @@ def oort(
         after, states, metrics = algorithm.round(server, cohort, key)
         back = jnp.argsort(order)
         states = jax.tree.map(lambda x: x[back], states)
-        metrics |= traffic(asked.metrics, metrics) | {"explored": jnp.sum((tried.last > 0).astype(jnp.float32))}
+        metrics |= sent_once(server.params, asked.metrics, metrics) | {
+            "explored": jnp.sum((tried.last > 0).astype(jnp.float32))
+        }
         return after._replace(own=(tried, after.own)), states, metrics
 
     def _best(ids, tried, number, key):

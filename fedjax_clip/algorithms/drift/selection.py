@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from fedjax_clip.algorithms.base import Round, kind
 from fedjax_clip.algorithms.exchange import traffic
 from fedjax_clip.algorithms.wrapping import check_made
-from fedjax_clip.core import checks, keys
+from fedjax_clip.core import checks, keys, tree
 from fedjax_clip.core.cohort import Cohort
-from fedjax_clip.core.types import Algorithm, Array, InvalidInput
+from fedjax_clip.core.types import Algorithm, Array, InvalidInput, Metrics, Params
 
 ASKING = 2**31 - 4  # folded into the round's key for what is asked
 
@@ -31,7 +31,8 @@ def power_of_choice(algorithm: Algorithm, clients: int) -> Algorithm:
       clients: m, how many train in a round, at least 1.
 
     Returns:
-      An ``Algorithm`` with the same state. ``asked``, ``bytes_down`` and ``bytes_up`` count what is asked, too.
+      An ``Algorithm`` with the same state. ``asked``, ``bytes_down`` and ``bytes_up`` count what is asked, too;
+      whoever trains has x already.
       Metrics besides the algorithm's: ``candidates``, those that answered.
 
     Raises:
@@ -68,9 +69,20 @@ def power_of_choice(algorithm: Algorithm, clients: int) -> Algorithm:
             "dropped": asked.metrics["dropped"] + metrics["dropped"],
             "candidates": asked.metrics["clients"],
         }
-        return after, states, metrics | traffic(asked.metrics, metrics) | counts
+        return after, states, metrics | sent_once(server.params, asked.metrics, metrics) | counts
 
     return algorithm._replace(round=round, name=f"power_of_choice({kind(algorithm)})")
+
+
+def sent_once(x: Params, asked: Metrics, trained: Metrics) -> Metrics:
+    """The bytes of a round whose clients were sent the parameters x for their losses, and train from them."""
+    before = trained["asked"] * float(tree.nbytes(x))
+    down = {
+        name: asked["bytes_down"] + jnp.maximum(trained[name] - before, 0)
+        for name in ("bytes_down", "bytes_down_entropy")
+        if name in trained
+    }
+    return traffic(asked, trained) | down
 
 
 def check_sees_losses(wrapper: str, algorithm: Algorithm) -> None:
