@@ -61,7 +61,7 @@ def client_numbers(name: str, ids: Any, num_clients: int, twice: bool = False) -
         raise InvalidInput(f"{name} must be clients' numbers [K], not {array.dtype} of shape {array.shape}{cure}.")
     if (wrong := array[(array < 0) | (array >= num_clients)]).size:
         raise InvalidInput(f"{name} must be clients' numbers from 0 to {num_clients - 1}, and hold {wrong[0]}.")
-    if not twice and len(np.unique(array)) < len(array):
+    if not twice and len(set(array.tolist())) < len(array):
         first = collections.Counter(array.tolist()).most_common(1)[0][0]
         raise InvalidInput(f"{name} hold client {first} twice, which only replacement=True of the sampler allows.")
     return array.astype(np.int64)

@@ -229,7 +229,7 @@ def plan_rounds(
             "are too many to plan: lower local_epochs, local_steps, the cohort's size or rounds_per_dispatch."
         )
 
-    here = np.isin(device, wanted)
+    here = slice(None) if wanted == list(range(num_devices)) else np.isin(device, wanted)
     own = (x[here] for x in (seen.sizes, seen.begin, ids, round, batch_size, per_epoch, num_steps))
     example, live = _batches(work.shuffle, seed, first_round, shape[-1], *own)
     if seen.listed is not None:
