@@ -15,6 +15,7 @@ from typing import Any
 import fedjax_clip as fc
 
 ROOMS = (
+    "adapters",
     "clusters",
     "drift",
     "export",

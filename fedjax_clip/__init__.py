@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 # Not imported with the library: most programs need none of them.
 _ROOMS = (
+    "adapters",
     "clusters",
     "deploy",
     "drift",

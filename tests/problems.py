@@ -350,6 +350,20 @@ class Run:
             history.append({k: float(v) for k, v in metrics.items()})
         return jax.tree.map(np.asarray, server), clients, history
 
+    def for_oracle(self, params, cohorts_ids):
+        """The planned cohorts as an oracle takes them: ``{client: (weight, [(x, y, weights) of each step])}``."""
+        _, clients = self.start(params)
+        found = []
+        for round, ids in enumerate(cohorts_ids):
+            cohort = jax.tree.map(lambda x: np.asarray(x[0]), self.cohort(ids, round, clients))
+            found.append({})
+            e = cohort.population
+            for c, first, steps, weight in zip(cohort.ids, cohort.first, cohort.num_steps, cohort.weight):
+                rows = [(cohort.batches[r], cohort.example_weight[r]) for r in range(first, first + steps)]
+                if c >= 0:
+                    found[-1][c] = (weight, [(e["x"][i], e["y"][i], w) for i, w in rows])
+        return found
+
     def pmapped(self, devices):
         step = pmap_rounds(self.algorithm, devices)
 

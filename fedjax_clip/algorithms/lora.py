@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_clip.core import checks, tree
-from fedjax_clip.core.types import Array, InvalidInput, Params, PerExampleLoss, PyTree
+from fedjax_clip.core.types import Array, Batch, InvalidInput, Params, PerExampleLoss, PyTree
 
 
 class Lora(NamedTuple):
@@ -19,8 +19,11 @@ class Lora(NamedTuple):
       init: ``key -> {"base": the base model, "adapters": {matrix: {"a": [m, rank], "b": [rank, n]}}}``; the adapters
         change nothing yet.
       merge: of these parameters, ``-> params`` of the base model's structure.
-      per_example_loss: ``(these parameters, batch, key)``, the given loss at what ``merge`` makes of them.
+      per_example_loss: ``(these parameters, batch, key)``, the given loss of the adapted model.
       frozen: which of them stay as they are, for ``fc.partially_frozen``.
+      fresh: ``key -> adapters``, as ``init`` draws them.
+      scale: ``alpha / rank``, of the changes.
+      untouched: as ``frozen``, without the matrices that have adapters, for ``fc.adapters``, which change these, too.
 
     Example:
       >>> tuned = fc.lora(per_example_loss, params, rank=4, pattern="w")
@@ -31,7 +34,10 @@ class Lora(NamedTuple):
     init: Callable[[Array], PyTree]
     merge: Callable[[PyTree], Params]
     per_example_loss: PerExampleLoss
-    frozen: str = "^base/"
+    frozen: str
+    fresh: Callable[[Array], PyTree]
+    scale: float | Array
+    untouched: str
 
 
 def lora(
@@ -40,12 +46,13 @@ def lora(
     rank: int,
     pattern: str = r"kernel$",
     alpha: float | Array | None = None,
+    beside: bool = False,
 ) -> Lora:
     """Fine-tunes a frozen model by low-rank changes of its matrices: ``W + alpha / rank * A B``.
 
     A is drawn from N(0, 1/m) and B is zero, so training begins at the base model. A parameter of more than two axes is
     the matrix of its last axis against the others. The mean of clients' A and of their B is not the mean of their A B:
-    as in other federated LoRA (FedIT) the two are averaged apart.
+    as in other federated LoRA (FedIT) the two are averaged apart, and ``fc.adapters`` has what averages the products.
 
     Args:
       per_example_loss: ``(params, batch, key)`` of the whole model.
@@ -54,13 +61,16 @@ def lora(
       rank: of the changes, at least 1.
       pattern: regular expression, searched in the names of parameters such as ``"params/block0/query/kernel"``.
       alpha: scale of the changes, ``rank`` by default.
+      beside: for Flax Dense layers: compute ``x W + scale (x A) B``, and make no matrix as large as W, neither of a
+        change nor of a gradient. The same function up to rounding; of large models the faster.
 
     Returns:
       A ``Lora``: initial parameters, how to merge them, and a loss for ``fc.fedavg`` or any other algorithm under
       ``fc.partially_frozen``.
 
     Raises:
-      InvalidInput: a rank below 1, a pattern that finds no matrix.
+      InvalidInput: a rank below 1, a pattern that finds no matrix; (when the loss is traced) ``beside`` with a matrix
+        that no Flax Dense layer multiplies by.
 
     Example:
       >>> tuned = fc.lora(per_example_loss, params, rank=4, pattern="w")
@@ -83,13 +93,15 @@ def lora(
         raise InvalidInput(f"The pattern {pattern!r} finds no matrix among the parameters {', '.join(names)}.")
     scale = 1.0 if alpha is None else alpha / rank
 
-    def init(key):
+    def fresh(key):
         keys = jax.random.split(key, len(matrices))
-        adapters = {
+        return {
             name: {"a": jax.random.normal(k, (m, rank), dtype) / math.sqrt(m), "b": jnp.zeros((rank, n), dtype)}
             for k, (name, (m, n, dtype)) in zip(keys, matrices.items())
         }
-        return {"base": base, "adapters": adapters}
+
+    def init(key):
+        return {"base": base, "adapters": fresh(key)}
 
     def merge(params):
         changes = {name: scale * (x["a"] @ x["b"]) for name, x in params["adapters"].items()}
@@ -100,6 +112,32 @@ def lora(
         return jax.tree.unflatten(structure, merged)
 
     def adapted_loss(params, batch, key):
-        return per_example_loss(merge({**params, "base": jax.lax.stop_gradient(params["base"])}), batch, key)
+        params = {**params, "base": jax.lax.stop_gradient(params["base"])}
+        if not beside:
+            return per_example_loss(merge(params), batch, key)
+        return _beside(per_example_loss, params, batch, key, scale)
 
-    return Lora(init, merge, adapted_loss)
+    untouched = rf"^base/(?!({'|'.join(map(re.escape, matrices))})$)"
+    return Lora(init, merge, adapted_loss, "^base/", fresh, scale, untouched)
+
+
+def _beside(per_example_loss: PerExampleLoss, params: PyTree, batch: Batch, key: Any, scale: float | Array) -> Any:
+    """The loss of the base model, each of whose Dense layers adds ``scale (x A) B`` to its result."""
+    import flax.linen as nn  # the library itself does without
+
+    adapters, used = params["adapters"], set()
+
+    def adapted(layer, args, kwargs, context):
+        y = layer(*args, **kwargs)
+        name = "/".join(("params", *context.module.path, "kernel"))
+        if not isinstance(context.module, nn.Dense) or context.method_name != "__call__" or name not in adapters:
+            return y
+        used.add(name)
+        a, b = (adapters[name][k].astype(y.dtype) for k in "ab")
+        return y + scale * (args[0].astype(y.dtype) @ a @ b)
+
+    with nn.intercept_methods(adapted):
+        result = per_example_loss(params["base"], batch, key)
+    if unused := sorted(adapters.keys() - used):
+        raise InvalidInput(f"lora: beside=True is for the kernels of Flax Dense layers, and {unused[0]} is none.")
+    return result

@@ -13,14 +13,24 @@ from fedjax_clip.core.types import Array, InvalidInput, Metrics, PyTree
 # Names, and prefixes of names, that the library itself uses in a row of a run's history.
 _TAKEN = (
     *("bytes_down", "bytes_down_entropy", "bytes_up", "bytes_up_entropy", "clients", "clipped_clients"),
-    *("asked", "candidates", "clipped_round", "clipped_steps", "clusters", "coin", "direction_norm", "dropped"),
+    *(
+        "adapter_rank",
+        "asked",
+        "candidates",
+        "clipped_round",
+        "clipped_steps",
+        "clusters",
+        "coin",
+        "direction_norm",
+        "dropped",
+    ),
     *("dropped_ids", "examples", "explored", "largest_weight", "late", "loss", "lost", "mean_gradient_norm"),
     *("personal_loss", "round", "seconds", "simulated_seconds", "staleness", "steps", "too_few", "update_norm"),
     *("variate_norm", "wasted_steps", "weight"),
 )
 # Those of _TAKEN that an algorithm reports.
 _OF_ALGORITHMS = (
-    *("clipped_round", "clusters", "coin", "direction_norm", "largest_weight", "mean_gradient_norm"),
+    *("adapter_rank", "clipped_round", "clusters", "coin", "direction_norm", "largest_weight", "mean_gradient_norm"),
     "variate_norm",
 )
 _BEGINNINGS = ("client_norm/", "cluster/", "downlink/", "eval/", "example_", "step_", "uplink/")

@@ -12,6 +12,7 @@ from oracles import batch_norm
 from problems import Run, assert_close, assert_identical, clipped_sgd, population
 
 import fedjax_clip as fc
+from fedjax_clip.core import tree
 
 
 class BatchNormed(nn.Module):
@@ -48,22 +49,6 @@ def named(variables):
     return {**rest, **norm}, dict(s)
 
 
-def cohorts_of(run, ids):
-    """The oracle's cohorts, from the batches that the library plans."""
-    _, clients = run.start(start())
-    found = []
-    for round, cohort_ids in enumerate(ids):
-        cohort = jax.tree.map(lambda x: np.asarray(x[0]), run.cohort(cohort_ids, round, clients))
-        found.append({})
-        for c, first, steps, weight in zip(cohort.ids, cohort.first, cohort.num_steps, cohort.weight):
-            rows = [
-                (cohort.population, cohort.batches[r], cohort.example_weight[r]) for r in range(first, first + steps)
-            ]
-            if c >= 0:
-                found[-1][c] = (weight, [(e["x"][i], e["y"][i], w) for e, i, w in rows])
-    return found
-
-
 IDS = ([1, 3, 0], [4, 1, 5], [3, 4, 1])
 
 
@@ -74,7 +59,7 @@ def test_rounds_are_those_of_the_oracle(clip, own):
     algorithm = fc.fedavg(stateful_loss, tx, optax.sgd(0.7))
     run = Run(fc.partially_private(algorithm, "BatchNorm") if own else algorithm, population())
     server, clients, _ = run.rounds(start(), IDS)
-    params, stats, kept = batch_norm.rounds(*named(start()), cohorts_of(run, IDS), 0.2, 0.9, clip, 0.7, own)
+    params, stats, kept = batch_norm.rounds(*named(start()), run.for_oracle(start(), IDS), 0.2, 0.9, clip, 0.7, own)
     assert_close(named(server.params), (params, stats), rtol=2e-4, atol=1e-5)
     for client, its in kept.items() if own else ():
         model = algorithm_model(run.algorithm, server.params, clients, client)
@@ -83,6 +68,11 @@ def test_rounds_are_those_of_the_oracle(clip, own):
 
 def algorithm_model(algorithm, params, clients, client):
     return jax.tree.map(np.asarray, algorithm.personal(params, jax.tree.map(lambda x: x[client], clients)))
+
+
+def test_fedbuff_sends_one_past_model_and_the_state():
+    run = Run(fc.fedbuff(stateful_loss, clipped_sgd, max_staleness=3), population())
+    assert run.rounds(start(), IDS[:1])[2][0]["bytes_down"] == len(IDS[0]) * tree.nbytes(start())
 
 
 def test_evaluation_takes_the_running_statistics():
