@@ -4,9 +4,10 @@
   python benchmarks/processes.py --processes=2 --only=uplink/
   python benchmarks/processes.py --exact                # with reduce.exact_mean, to the last bit
 
-The cases are those of ``same_bits_cases.py``, eight rounds each. One launch trains all, and the same command goes on
-after the last case that it has in ``--keep``. A difference is the largest between final parameters. XLA compiles in
-haste unless ``--optimised`` asks for the programs that users run.
+The cases are those of ``same_bits_cases.py``, eight rounds each, a few in a launch. Each difference, the largest
+between final parameters, goes to ``processes.json``, and a case that stands there is not run again: without the file
+all are.
+XLA compiles in haste unless ``--optimised`` asks for the programs that users run.
 """
 
 import argparse
@@ -27,6 +28,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 KINDS = ("algorithm", "uplink", "mechanism", "downlink", "reducer")
 AVERAGED = ("algorithm", "uplink", "downlink")  # kinds whose reducer is free
 ROUNDS, DEVICES, LIMIT = 8, 2, 1e-6
+TOGETHER = 8  # cases in a launch
+RECORD = pathlib.Path(__file__).with_suffix(".json")
 FAILED = "failed"  # what stands in place of parameters, with the reason
 
 
@@ -157,7 +160,6 @@ def main() -> int:
     parser.add_argument("--only", default="", help="Only cases with this in their names.")
     parser.add_argument("--exact", action="store_true", help="With reduce.exact_mean; then nothing may differ.")
     parser.add_argument("--optimised", action="store_true", help="Compile as users do.")
-    parser.add_argument("--keep", type=pathlib.Path, help="A directory in which to keep the parameters, to go on.")
     parser.add_argument("--worker", type=pathlib.Path, help=argparse.SUPPRESS)
     parser.add_argument("--several", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -165,31 +167,36 @@ def main() -> int:
         work(given.worker / "todo.json", given.worker, given.several)
         return 0
     wanted, counts = cases(given.exact, given.only), [int(x) for x in given.processes.split(",")]
-    limit = 0.0 if given.exact else LIMIT
-    with tempfile.TemporaryDirectory() as temporary:
-        keep = (given.keep or pathlib.Path(temporary)).absolute()
-        keep.mkdir(parents=True, exist_ok=True)
-        found: dict[str, list[float | str]] = {}
-        for processes in counts:
-            train_by = functools.partial(run, keep, wanted, optimised=given.optimised)
-            alone, together = (
-                train_by(processes=1, devices=processes * DEVICES),
-                train_by(processes=processes, devices=DEVICES),
-            )
-            for name in wanted:
-                found.setdefault(name, []).append(difference(read(alone, name), read(together, name)))
-    print(f"\n| case | {' | '.join(f'{n} processes' for n in counts)} |\n|---|{'---|' * len(counts)}")
-    for name, values in found.items():
+    found = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    for processes in counts:
+        left = [name for name in wanted if str(processes) not in found.get(name, {})]
+        for names in (left[i : i + TOGETHER] for i in range(0, len(left), TOGETHER)):
+            told = compared({name: wanted[name] for name in names}, processes, given.optimised)
+            for name, value in told.items():
+                found.setdefault(name, {})[str(processes)] = value
+            RECORD.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
+    print(f"| case | {' | '.join(f'{n} processes' for n in counts)} |\n|---|{'---|' * len(counts)}")
+    shown = {name: [found[name][str(n)] for n in counts] for name in wanted}
+    for name, values in shown.items():
         print(f"| {name} | {' | '.join(f'{x:.1e}' if isinstance(x, float) else x for x in values)} |")
-    numbers = [x for values in found.values() for x in values]
-    good = [x == "both refuse" or (isinstance(x, float) and x <= limit) for x in numbers]
-    largest = max((x for x in numbers if isinstance(x, float)), default=0.0)
-    refused = sum(x == "both refuse" for x in numbers)
+    values = [x for row in shown.values() for x in row]
+    good = [x == "both refuse" or (isinstance(x, float) and x <= (0.0 if given.exact else LIMIT)) for x in values]
+    largest = max((x for x in values if isinstance(x, float)), default=0.0)
+    refused = values.count("both refuse")
     print(
-        f"\n{len(found)} cases: {sum(good) - refused} of {len(good) - refused} comparisons within {limit:g}, largest "
-        f"{largest:.1e}; {refused} refused by both"
+        f"\n{len(shown)} cases: {sum(good) - refused} of {len(good) - refused} comparisons within "
+        f"{0.0 if given.exact else LIMIT:g}, largest {largest:.1e}; {refused} refused by both"
     )
     return 0 if all(good) else 1
+
+
+def compared(wanted: dict[str, list[str]], processes: int, optimised: bool) -> dict[str, float | str]:
+    """The difference of each case between so many processes and one."""
+    with tempfile.TemporaryDirectory() as directory:
+        train = functools.partial(run, pathlib.Path(directory), wanted, optimised=optimised)
+        alone = train(processes=1, devices=processes * DEVICES)
+        together = train(processes=processes, devices=DEVICES)
+        return {name: difference(read(alone, name), read(together, name)) for name in wanted}
 
 
 if __name__ == "__main__":
