@@ -174,7 +174,7 @@ def label_skew(options: argparse.Namespace) -> None:
     published = dict(zip(METHODS, pictures.figures[options.split], strict=True))
     chosen = options.methods.split(",") if options.methods else METHODS
     if unknown := set(chosen) - set(METHODS):
-        raise SystemExit(f"error: --methods: there is no {sorted(unknown)[0]!r}; there are {', '.join(METHODS)}")
+        raise fc.InvalidInput(f"--methods: there is no {sorted(unknown)[0]!r}; there are {', '.join(METHODS)}")
 
     def one(method: str, seed: int) -> Found:
         if options.split == "dirichlet":
@@ -235,7 +235,7 @@ def main() -> None:
     try:
         {"agnostic": agnostic, "label-skew": label_skew}[options.table](options)
     except fc.InvalidInput as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,14 @@ def test_what_is_measured_on_accelerators_runs_here_in_small():
     assert "profile    C" in out
 
 
+@pytest.mark.skipif(not EVERYTHING, reason="of make strict: it takes half a minute")
+def test_published_tables_run_on_pictures_of_the_right_shape():
+    out = run_script("published.py", "agnostic", "--tiny", "--seeds=1")
+    assert all(f"| {method} | " in out for method in ("AFL", "q-FFL, q = 15", "AFL, paper"))
+    out = run_script("published.py", "label-skew", "--data=cifar100", "--tiny", "--seeds=1", "--methods=FedAvg,FedPer")
+    assert [line.split(" | ")[-1] for line in out.splitlines()[-2:]] == ["31.89 |", "49.63 |"]
+
+
 def test_the_planner_wastes_at_most_2_percent_on_log_normal_clients():
     out = run_script("limit.py", "--only=waste,dispatch", "--laps=1")
     wasted, shapes = out.splitlines()[1].rsplit(":", 1)[1].split(",")
