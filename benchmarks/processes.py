@@ -6,8 +6,7 @@
 
 The cases are those of ``same_bits_cases.py``, eight rounds each, a few in a launch. Each difference, the largest
 between final parameters, goes to ``processes.json``, and a case that stands there is not run again: without the file
-all are.
-XLA compiles in haste unless ``--optimised`` asks for the programs that users run.
+all are. XLA compiles in haste unless ``--optimised`` asks for the programs that users run.
 """
 
 import argparse
@@ -167,16 +166,17 @@ def main() -> int:
         work(given.worker / "todo.json", given.worker, given.several)
         return 0
     wanted, counts = cases(given.exact, given.only), [int(x) for x in given.processes.split(",")]
+    column = "{} optimised" if given.optimised else "{}"
     found = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     for processes in counts:
-        left = [name for name in wanted if str(processes) not in found.get(name, {})]
+        left = [name for name in wanted if column.format(processes) not in found.get(name, {})]
         for names in (left[i : i + TOGETHER] for i in range(0, len(left), TOGETHER)):
             told = compared({name: wanted[name] for name in names}, processes, given.optimised)
             for name, value in told.items():
-                found.setdefault(name, {})[str(processes)] = value
+                found.setdefault(name, {})[column.format(processes)] = value
             RECORD.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n")
     print(f"| case | {' | '.join(f'{n} processes' for n in counts)} |\n|---|{'---|' * len(counts)}")
-    shown = {name: [found[name][str(n)] for n in counts] for name in wanted}
+    shown = {name: [found[name][column.format(n)] for n in counts] for name in wanted}
     for name, values in shown.items():
         print(f"| {name} | {' | '.join(f'{x:.1e}' if isinstance(x, float) else x for x in values)} |")
     values = [x for row in shown.values() for x in row]

@@ -62,7 +62,7 @@ def lora(
       pattern: regular expression, searched in the names of parameters such as ``"params/block0/query/kernel"``.
       alpha: scale of the changes, ``rank`` by default.
       beside: for Flax Dense layers: compute ``x W + scale (x A) B``, and make no matrix as large as W, neither of a
-        change nor of a gradient. The same function up to rounding; of large models the faster.
+        change nor of a gradient. The same function up to rounding.
 
     Returns:
       A ``Lora``: initial parameters, how to merge them, and a loss for ``fc.fedavg`` or any other algorithm under

@@ -75,7 +75,8 @@ def quantised(params: Params, bits: int = 8, pattern: str = r"kernel$", group: i
     Args:
       params: pytree of parameters.
       bits: 8 or 4.
-      pattern: regular expression, searched in the names of parameters.
+      pattern: regular expression, searched in the names of parameters. A matrix with an odd number of rows stays
+        as it is.
       group: rows that share a scale; their largest common divisor where it does not divide a matrix's rows.
 
     Raises:

@@ -34,7 +34,7 @@ class Llama(nn.Module):
       epsilon: of the norms.
       tied: whether the logits use the embedding's matrix.
       rematerialise: whether the backward pass computes each block again, and keeps only its input.
-      dtype: of the arithmetic, by default that of the parameters. Norms and logits' sums are in float32.
+      dtype: of the arithmetic, by default that of the parameters.
 
     Example:
       >>> model = fc.models.Llama(128, width=16, hidden=32, layers=2, heads=4, key_heads=2)
@@ -154,7 +154,7 @@ def empty_cache(model: Llama, batch: int, length: int, dtype: Any = jnp.float32)
 
 @functools.partial(jax.jit, static_argnames=("model", "steps"))
 def generate(
-    model: Llama, params: Params, prompt: Array, steps: int, key: Array | None = None, temperature: float | Array = 0.0
+    model: Llama, params: Params, prompt: Array, steps: int, key: Array | None = None, temperature: float | Array = 1.0
 ) -> Array:
     """The tokens that follow a prompt, one by one.
 
@@ -163,7 +163,7 @@ def generate(
       prompt: ``int [B, T]``, without padding.
       steps: how many tokens follow.
       key: of the draws; ``None``: the likeliest token each time.
-      temperature: divides the logits before a draw; positive where there is a key.
+      temperature: positive; divides the logits before a draw.
 
     Returns:
       ``int [B, steps]``.

@@ -200,10 +200,13 @@ def _llama(config: Mapping[str, Any]) -> Llama:
     if (
         config.get("attention_bias")
         or config.get("mlp_bias")
+        or config.get("hidden_act", "silu") != "silu"
         or scaled
         or config.get("head_dim", width // heads) * heads != width
     ):
-        raise InvalidInput("A Llama with biases, scaled rotary positions or heads of another width is not read.")
+        raise InvalidInput(
+            "A Llama with biases, another activation, scaled rotary positions or heads of another width is not read."
+        )
     return Llama(
         config["vocab_size"],
         width,
@@ -218,6 +221,8 @@ def _llama(config: Mapping[str, Any]) -> Llama:
 
 
 def _bert(config: Mapping[str, Any]) -> Bert:
+    if config.get("hidden_act", "gelu") != "gelu" or config.get("position_embedding_type", "absolute") != "absolute":
+        raise InvalidInput("A BERT with another activation than gelu, or with relative positions, is not read.")
     return Bert(
         config["vocab_size"],
         config["hidden_size"],

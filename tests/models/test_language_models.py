@@ -104,6 +104,8 @@ def broken(path, what):
         edited(path, model_type="gpt2")
     elif what == "biases":
         edited(path, attention_bias=True)
+    elif what == "activation":
+        edited(path, hidden_act="relu")
     elif what == "shape":
         edited(path, intermediate_size=32)
     elif what == "layers":
@@ -122,6 +124,7 @@ REFUSED = {
     "json": "is not JSON",
     "family": "family 'gpt2'.*llama, bert",
     "biases": "biases",
+    "activation": "another activation",
     "shape": "does not fit",
     "layers": "lacks 9 of its model's tensors",
     "fewer": "a tensor that its model has not: model.layers.1",
