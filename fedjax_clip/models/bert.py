@@ -85,6 +85,10 @@ def mean_pooled(hidden: Array, tokens: Array) -> Array:
     Returns:
       ``[B, width]``; zero for a text without tokens.
 
+    Example:
+      >>> fc.models.mean_pooled(np.array([[[3.0, 0.0], [3.0, 8.0], [9.0, 9.0]]]), np.array([[5, 7, 0]])).tolist()
+      [[0.6000000238418579, 0.800000011920929]]
+
     Source: Reimers and Gurevych (2019), "Sentence-BERT".
     """
     there = (tokens != 0)[..., None].astype(hidden.dtype)

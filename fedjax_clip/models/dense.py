@@ -24,6 +24,11 @@ class Quantised:
       values: uint8 ``[m, n]``, or ``[m / 2, n]`` of two times four bits: the lower ones are the first half of the rows.
       scale, offset: float16 ``[m / group, n]``.
       bits: 8 or 4.
+
+    Example:
+      >>> small = fc.models.quantised({"kernel": np.ones((4, 3))}, bits=4)["kernel"]
+      >>> small.shape, small.values.nbytes
+      ((4, 3), 6)
     """
 
     values: Any

@@ -1,4 +1,4 @@
-"""Trained weights of the Llama and BERT families, read from files."""
+"""Trained weights of the Llama and BERT families, read from files and written."""
 
 import dataclasses
 import functools
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.core import files, tree
-from fedjax_clip.core.types import InvalidInput, Params
+from fedjax_clip.core.types import Array, InvalidInput, Params
 from fedjax_clip.models.bert import Bert
+from fedjax_clip.models.dense import Quantised
 from fedjax_clip.models.llama import Llama
 
 Read = Iterator[tuple[str, Callable[[], np.ndarray]]]  # names of tensors, each with what reads it
@@ -33,13 +34,52 @@ class Pretrained:
       tokenizer: a ``tokenizers.Tokenizer``, or ``None`` where the files have none.
       template: the chat template (Jinja), or ``None``.
       end: the token that ends an answer, or ``None``.
+
+    Example:
+      >>> model = fc.models.Llama(50, width=16, hidden=32, layers=2, heads=4, key_heads=2)
+      >>> params = model.init(key, np.zeros((1, 8), np.int32))
+      >>> fc.models.Pretrained(model, params).save("tiny")
+      >>> fc.models.pretrained("tiny").model == model
+      True
     """
 
     model: nn.Module
     params: Params
-    tokenizer: Any
+    tokenizer: Any = None
     template: str | None = None
     end: int | None = None
+
+    def save(self, directory: files.PathLike) -> None:
+        """Writes the model as ``fc.models.pretrained`` and Hugging Face's transformers read it.
+
+        The directory has ``config.json``, ``model.safetensors`` and, with a tokenizer, ``tokenizer.json`` and
+        ``tokenizer_config.json``. Matrices in few bits become float32.
+
+        Args:
+          directory: a new one, or one that is empty.
+
+        Raises:
+          InvalidInput: a directory that holds something, a model of another family, parameters of another model; the
+            package safetensors is missing.
+        """
+        try:
+            import safetensors.flax
+        except ImportError:
+            raise _needs("safetensors", str(directory), "written") from None
+        path = files.expanded(directory)
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise InvalidInput(f"{path} exists already: name a new directory for the model.")
+        tensors = _tensors(self.model, self.params)
+        path.mkdir(parents=True, exist_ok=True)
+        config = _config(self.model) | ({} if self.end is None else {"eos_token_id": self.end})
+        files.write(path / "config.json", json.dumps(config, indent=2) + "\n")
+        safetensors.flax.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        if self.tokenizer is not None:
+            self.tokenizer.save(str(path / "tokenizer.json"))
+            about = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": self.template}
+            if self.end is not None:
+                about["eos_token"] = self.tokenizer.id_to_token(self.end)
+            files.write(path / "tokenizer_config.json", json.dumps({k: v for k, v in about.items() if v}) + "\n")
 
 
 def pretrained(path: files.PathLike, dtype: Any = np.float32) -> Pretrained:
@@ -58,8 +98,11 @@ def pretrained(path: files.PathLike, dtype: Any = np.float32) -> Pretrained:
         another shape; packages that are missing (``pip install 'fedjax_clip[models]'``).
 
     Example:
-      >>> smol = fc.models.pretrained("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
-      >>> logits = smol.model.apply(smol.params, tokens)  # doctest: +SKIP
+      >>> model = fc.models.Bert(50, width=16, hidden=32, layers=2, heads=4, positions=32)
+      >>> fc.models.Pretrained(model, model.init(key, np.zeros((1, 8), np.int32))).save("bert")
+      >>> bert = fc.models.pretrained("bert")
+      >>> bert.model.apply(bert.params, np.array([[4, 8, 15]])).shape
+      (1, 3, 16)
     """
     path = files.expanded(path)
     if path.is_dir():
@@ -164,6 +207,27 @@ def _fill(model: nn.Module, read: Read, table: Mapping[str, str], where: str, dt
     )
 
 
+def _tensors(model: Any, params: Params) -> dict[str, Array]:
+    """``_fill`` backwards: the files' tensors of a model's parameters."""
+    _config(model)
+    theirs = {ours: name for name, ours in (_LLAMA if isinstance(model, Llama) else _BERT).items()}
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    kept = lambda x: isinstance(x, Quantised)  # noqa: E731
+    params = jax.tree.map(lambda x: x.dense() if kept(x) else x, params, is_leaf=kept)
+    wanted, found = ({name: x.shape for name, x in tree.named_leaves(t)} for t in (shapes, params))
+    if wanted != found:
+        differ = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+        raise InvalidInput(f"These are not the parameters of this model: {differ[0]} differs.")
+    tensors = {}
+    for name, x in tree.named_leaves(params):
+        name = name.removeprefix("params/")
+        number = re.match(r"block(\d+)/", name)
+        general = name if number is None else name.replace(number[0], "block{i}/", 1)
+        x = jnp.asarray(x)
+        tensors[theirs[general].replace("{i}", number[1] if number else "")] = x.T if name.endswith("kernel") else x
+    return tensors
+
+
 # ------------------------------------------------------------------------------------------- directories, safetensors
 
 
@@ -233,6 +297,37 @@ def _bert(config: Mapping[str, Any]) -> Bert:
         config["type_vocab_size"],
         config["layer_norm_eps"],
     )
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """``config.json`` of a model: ``_llama`` and ``_bert`` backwards."""
+    if not isinstance(model, Llama | Bert):
+        raise InvalidInput(f"{type(model).__name__} is not written: models.Llama and models.Bert are.")
+    config = {
+        "vocab_size": model.vocabulary,
+        "hidden_size": model.width,
+        "intermediate_size": model.hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+    }
+    if isinstance(model, Bert):
+        return config | {
+            "model_type": "bert",
+            "architectures": ["BertModel"],
+            "hidden_act": "gelu",
+            "max_position_embeddings": model.positions,
+            "type_vocab_size": model.types,
+            "layer_norm_eps": model.epsilon,
+        }
+    return config | {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "num_key_value_heads": model.key_heads,
+        "rope_theta": model.theta,
+        "rms_norm_eps": model.epsilon,
+        "tie_word_embeddings": model.tied,
+    }
 
 
 def _json(path: pathlib.Path, told: str) -> dict[str, Any]:
@@ -342,5 +437,5 @@ def _tokenizers(told: str) -> Any:
     return tokenizers
 
 
-def _needs(package: str, told: str) -> InvalidInput:
-    return InvalidInput(f"{told} is read by the package {package}: pip install 'fedjax_clip[models]'.")
+def _needs(package: str, told: str, done: str = "read") -> InvalidInput:
+    return InvalidInput(f"{told} is {done} by the package {package}: pip install 'fedjax_clip[models]'.")

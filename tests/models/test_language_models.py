@@ -90,6 +90,40 @@ def test_a_zip_file_is_its_directory(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, whole.params)
 
 
+@pytest.mark.parametrize("name", ["bert", *LLAMAS])
+def test_what_is_written_is_read_again(tmp_path, name):
+    whole = read(name)[0]
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "end": 1}, "a"))
+    fc.models.Pretrained(whole.model, whole.params, tokenizer, "{{ messages }}", 1).save(tmp_path / "model")
+    again = fc.models.pretrained(tmp_path / "model")
+    assert (again.model, again.template, again.end) == (whole.model, "{{ messages }}", 1)
+    assert again.tokenizer.to_str() == tokenizer.to_str()
+    jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+
+
+def test_few_bits_are_written_as_their_numbers(tmp_path):
+    loaded, expected = read("llama")
+    small = fc.models.quantised(loaded.params)
+    fc.models.Pretrained(loaded.model, small).save(tmp_path / "model")
+    again = fc.models.pretrained(tmp_path / "model")
+    got, want = (loaded.model.apply(params, expected["tokens"]) for params in (again.params, small))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_written_says_why(tmp_path):
+    loaded = read("llama")[0]
+    (tmp_path / "file").write_text("mine")
+    for path, model, params, told in (
+        (tmp_path, loaded.model, loaded.params, "exists already"),
+        (tmp_path / "new", fc.models.CNN(3), loaded.params, "CNN is not written"),
+        (tmp_path / "new", read("llama_tied")[0].model, loaded.params, "logits/kernel differs"),
+    ):
+        with pytest.raises(fc.InvalidInput, match=told):
+            fc.models.Pretrained(model, params).save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 def edited(path, **changes):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | changes))
