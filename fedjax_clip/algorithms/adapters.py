@@ -14,6 +14,7 @@ from fedjax_clip.algorithms.lora import Lora
 from fedjax_clip.core import checks, keys, stateful, tree
 from fedjax_clip.core.loss import Gradient, batch_gradient
 from fedjax_clip.core.metrics import Mean
+from fedjax_clip.core.quantised import is_quantised
 from fedjax_clip.core.types import Algorithm, Array, ClientTx, InvalidInput, Params, PyTree
 from fedjax_clip.reduce import Reducer
 
@@ -185,6 +186,11 @@ def _made(
     def round(now: Round):
         x = now.server.params
         adapters = x["adapters"]
+        if tuned.whole or any(is_quantised(w) for w in jax.tree.leaves(x["base"], is_leaf=is_quantised)):
+            raise InvalidInput(
+                f"{name} changes the base's matrices by adapters alone: give fc.lora no whole=, and a base that is not "
+                "in few bits, or use fc.fedavg."
+            )
         rank = min(pair["b"].shape[0] for pair in adapters.values())
         if own_ranks is not None and own_ranks.max() > rank:
             raise InvalidInput(f"{name}'s ranks must be at most the adapters', {rank}, not {own_ranks.max()}.")

@@ -2,13 +2,15 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_clip.core import checks, tree
+from fedjax_clip.core.quantised import is_quantised
 from fedjax_clip.core.types import Array, Batch, InvalidInput, Params, PerExampleLoss, PyTree
 
 
@@ -24,6 +26,7 @@ class Lora(NamedTuple):
       fresh: ``key -> adapters``, as ``init`` draws them.
       scale: ``alpha / rank``, of the changes.
       untouched: as ``frozen``, without the matrices that have adapters, for ``fc.adapters``, which change these, too.
+      whole: the names of the parameters that train whole.
 
     Example:
       >>> tuned = fc.lora(per_example_loss, params, rank=4, pattern="w")
@@ -38,6 +41,7 @@ class Lora(NamedTuple):
     fresh: Callable[[Array], PyTree]
     scale: float | Array
     untouched: str
+    whole: tuple[str, ...] = ()
 
 
 def lora(
@@ -47,6 +51,7 @@ def lora(
     pattern: str = r"kernel$",
     alpha: float | Array | None = None,
     beside: bool = False,
+    whole: str | None = None,
 ) -> Lora:
     """Fine-tunes a frozen model by low-rank changes of its matrices: ``W + alpha / rank * A B``.
 
@@ -57,20 +62,21 @@ def lora(
     Args:
       per_example_loss: ``(params, batch, key)`` of the whole model.
       base: pytree of parameters, to stay as they are: their gradients are zero, and ``fc.partially_frozen`` keeps them
-        from travelling.
+        from travelling. Matrices may be in few bits (``fc.models.quantised``).
       rank: of the changes, at least 1.
       pattern: regular expression, searched in the names of parameters such as ``"params/block0/query/kernel"``.
       alpha: scale of the changes, ``rank`` by default.
       beside: for Flax Dense layers: compute ``x W + scale (x A) B``, and make no matrix as large as W, neither of a
         change nor of a gradient. The same function up to rounding.
+      whole: regular expression: parameters of the base that train and travel as they are, such as a new head's.
 
     Returns:
       A ``Lora``: initial parameters, how to merge them, and a loss for ``fc.fedavg`` or any other algorithm under
       ``fc.partially_frozen``.
 
     Raises:
-      InvalidInput: a rank below 1, a pattern that finds no matrix; (when the loss is traced) ``beside`` with a matrix
-        that no Flax Dense layer multiplies by.
+      InvalidInput: a rank below 1, a pattern that finds no matrix, ``whole`` that finds no parameter or one with an
+        adapter; (when the loss is traced) ``beside`` with a matrix that no Flax Dense layer multiplies by.
 
     Example:
       >>> tuned = fc.lora(per_example_loss, params, rank=4, pattern="w")
@@ -82,15 +88,17 @@ def lora(
     """
     rank = checks.count("rank", rank)
     checks.kind("pattern", pattern, str, "a regular expression")
-    names = [name for name, _ in tree.named_leaves(base)]
-    leaves, structure = jax.tree.flatten(base)
+    named = tree.named_leaves(base, is_leaf=is_quantised)
+    structure = jax.tree.structure(base, is_leaf=is_quantised)
+    names = [name for name, _ in named]
     matrices = {
-        name: (math.prod(w.shape[:-1]), w.shape[-1], tree.wide_type(w))
-        for name, w in zip(names, leaves)
-        if w.ndim > 1 and re.search(pattern, name)
+        name: (math.prod(w.shape[:-1]), w.shape[-1], np.dtype(np.float32) if is_quantised(w) else tree.wide_type(w))
+        for name, w in named
+        if len(w.shape) > 1 and re.search(pattern, name)
     }
     if not matrices:
         raise InvalidInput(f"The pattern {pattern!r} finds no matrix among the parameters {', '.join(names)}.")
+    trained = _whole(whole, names, matrices)
     scale = 1.0 if alpha is None else alpha / rank
 
     def fresh(key):
@@ -103,36 +111,62 @@ def lora(
     def init(key):
         return {"base": base, "adapters": fresh(key)}
 
+    def on_base(change, params):
+        leaves = zip(names, jax.tree.leaves(params["base"], is_leaf=is_quantised), strict=True)
+        return jax.tree.unflatten(structure, [change(name, w) for name, w in leaves])
+
     def merge(params):
-        changes = {name: scale * (x["a"] @ x["b"]) for name, x in params["adapters"].items()}
-        merged = [
-            w + changes[name].reshape(w.shape).astype(w.dtype) if name in changes else w
-            for name, w in zip(names, jax.tree.leaves(params["base"]))
-        ]
-        return jax.tree.unflatten(structure, merged)
+        def merged(name, w):
+            if (pair := params["adapters"].get(name)) is None:
+                return w
+            w = w.dense() if is_quantised(w) else w
+            return w + (scale * (pair["a"] @ pair["b"])).reshape(w.shape).astype(w.dtype)
+
+        return on_base(merged, params)
 
     def adapted_loss(params, batch, key):
-        params = {**params, "base": jax.lax.stop_gradient(params["base"])}
+        base = on_base(lambda name, w: w if name in trained else jax.lax.stop_gradient(w), params)
+        params = {**params, "base": base}
         if not beside:
             return per_example_loss(merge(params), batch, key)
         return _beside(per_example_loss, params, batch, key, scale)
 
-    untouched = rf"^base/(?!({'|'.join(map(re.escape, matrices))})$)"
-    return Lora(init, merge, adapted_loss, "^base/", fresh, scale, untouched)
+    def all_but(kept):
+        return rf"^base/(?!({'|'.join(map(re.escape, kept))})$)" if kept else "^base/"
+
+    return Lora(
+        init, merge, adapted_loss, all_but(trained), fresh, scale, all_but((*matrices, *trained)), tuple(trained)
+    )
+
+
+def _whole(pattern: str | None, names: Sequence[str], matrices: Mapping[str, Any]) -> list[str]:
+    """The parameters that train whole."""
+    if pattern is None:
+        return []
+    checks.pattern("whole", pattern)
+    found = [name for name in names if re.search(pattern, name)]
+    if not found:
+        raise InvalidInput(f"whole={pattern!r} finds none of the parameters {', '.join(names)}.")
+    if twice := next((name for name in found if name in matrices), None):
+        raise InvalidInput(f"{twice} would train whole and have an adapter: change whole={pattern!r} or the pattern.")
+    return found
 
 
 def _beside(per_example_loss: PerExampleLoss, params: PyTree, batch: Batch, key: Any, scale: float | Array) -> Any:
     """The loss of the base model, each of whose Dense layers adds ``scale (x A) B`` to its result."""
     import flax.linen as nn  # the library itself does without
 
-    adapters, used = params["adapters"], set()
+    adapters, used, inside = params["adapters"], set(), set()
 
     def adapted(layer, args, kwargs, context):
-        y = layer(*args, **kwargs)
         name = "/".join(("params", *context.module.path, "kernel"))
-        if not isinstance(context.module, nn.Dense) or context.method_name != "__call__" or name not in adapters:
-            return y
+        here = isinstance(context.module, nn.Dense) and context.method_name == "__call__" and name in adapters
+        if not here or name in inside:  # inside: a subclass of Dense calls Dense's own method
+            return layer(*args, **kwargs)
         used.add(name)
+        inside.add(name)
+        y = layer(*args, **kwargs)
+        inside.remove(name)
         a, b = (adapters[name][k].astype(y.dtype) for k in "ab")
         return y + scale * (args[0].astype(y.dtype) @ a @ b)
 

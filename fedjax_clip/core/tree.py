@@ -266,9 +266,11 @@ def parameters(params: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)
 
 
-def named_leaves(tree: PyTree, separator: str = "/") -> list[tuple[str, Any]]:
+def named_leaves(
+    tree: PyTree, separator: str = "/", is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[str, Any]]:
     """``[("a/b/0", leaf), ...]`` in the order of ``jax.tree.leaves``; see ``leaf_name``."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
     return [(leaf_name(path, separator), leaf) for path, leaf in leaves]
 
 

@@ -1,7 +1,5 @@
 """Dense layers whose frozen kernel takes 8 or 4 bits a number."""
 
-import dataclasses
-import functools
 import math
 import re
 from typing import Any
@@ -12,44 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.core import checks, tree
+from fedjax_clip.core.quantised import Quantised
 from fedjax_clip.core.types import Array, InvalidInput, Params
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scale", "offset"), meta_fields=("bits",))
-@dataclasses.dataclass(frozen=True)
-class Quantised:
-    """A matrix ``[m, n]`` as ``scale q + offset``, with q in ``[0, 2^bits)`` and both numbers for each group of rows.
-
-    Attributes:
-      values: uint8 ``[m, n]``, or ``[m / 2, n]`` of two times four bits: the lower ones are the first half of the rows.
-      scale, offset: float16 ``[m / group, n]``.
-      bits: 8 or 4.
-
-    Example:
-      >>> small = fc.models.quantised({"kernel": np.ones((4, 3))}, bits=4)["kernel"]
-      >>> small.shape, small.values.nbytes
-      ((4, 3), 6)
-    """
-
-    values: Any
-    scale: Any
-    offset: Any
-    bits: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.values.shape
-        return rows * 8 // self.bits, columns
-
-    def dense(self, dtype: Any = jnp.float32) -> Array:
-        """The matrix."""
-        q = self.values
-        if self.bits == 4:
-            q = jnp.concatenate([q & 15, q >> 4])
-        rows, columns = self.shape
-        grouped = q.reshape(self.scale.shape[0], -1, columns).astype(dtype)
-        x = grouped * self.scale[:, None].astype(dtype) + self.offset[:, None].astype(dtype)
-        return x.reshape(rows, columns)
 
 
 class Dense(nn.Dense):
@@ -67,8 +29,34 @@ class Dense(nn.Dense):
             return super().__call__(inputs)
         inputs = jnp.asarray(inputs, self.dtype)
         dtype = inputs.dtype
-        y = inputs @ kept.dense(dtype)
+        y = _product(inputs, kept)
         return y + self.get_variable("params", "bias").astype(dtype) if self.use_bias else y
+
+
+def _product(x: Array, kept: Quantised) -> Array:
+    """``x W``, one half of W's rows after the other, so that only a half of one matrix is ever there as numbers.
+
+    XLA would make the numbers of all layers before a loop over steps, or keep them from a forward pass to its backward
+    pass: in a loop of their own, and again in the backward pass, it does neither.
+    """
+    groups = kept.scale.shape[0]
+    if groups % 2:
+        return x @ kept.dense(x.dtype)
+    halves = [a.reshape(2, groups // 2, -1) for a in (kept.scale, kept.offset)]
+    if kept.bits == 8:
+        halves.append(kept.values.reshape(2, -1, kept.values.shape[1]))
+
+    @jax.checkpoint
+    def half(i: Array, x: Array, scale: Array, offset: Array, values: Array | None = None) -> Array:
+        q = kept.values >> (4 * i).astype(jnp.uint8) & 15 if values is None else values
+        return x @ Quantised(q, scale, offset, 8).dense(x.dtype)
+
+    def add(y: Array, of: tuple[Array, ...]) -> tuple[Array, None]:
+        return y + half(*of), None
+
+    parts = jnp.moveaxis(x.reshape(*x.shape[:-1], 2, -1), -2, 0)
+    zeros = jnp.zeros((*x.shape[:-1], kept.shape[1]), x.dtype)
+    return jax.lax.scan(add, zeros, (jnp.arange(2, dtype=jnp.int32), parts, *halves))[0]
 
 
 def quantised(params: Params, bits: int = 8, pattern: str = r"kernel$", group: int = 32) -> Params:

