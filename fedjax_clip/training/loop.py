@@ -191,10 +191,11 @@ def train(
         done, begin = saver.restore()
         kept, last = begin.best, done if enough(run.best, begin.best) else run.rounds
         with (
-            saver.held(begin),
+            saver.held(begin.clients),
             _dispatcher(run, done, begin, saver.secret(done), watch) as dispatcher,
             saver.interrupts() as interrupted,
         ):
+            del begin  # the dispatcher has a copy of the model
             dispatcher.begin(range(done, last), run.due, run.params)
             while (block := dispatcher.next()) is not None:  # rounds whose cohorts are sampled and planned
                 dispatcher.send(block)  # and plan the next block while the devices work

@@ -78,13 +78,13 @@ class Saver:
         return start, state
 
     @contextlib.contextmanager
-    def held(self, state: State) -> Iterator[None]:
+    def held(self, clients: Any) -> Iterator[None]:
         """A context in which no other run writes the clients' states; a run that goes on takes over theirs in it.
 
         Args:
-          state: from ``restore``.
+          clients: of the state from ``restore``.
         """
-        with states.of(state.clients).held():
+        with states.of(clients).held():
             with self.run.processes.together():
                 self._take_over()
             yield
