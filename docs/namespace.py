@@ -36,4 +36,15 @@ cohort = jax.tree.map(lambda x: x[0], cohorts)  # of the first device
 halves = fc.deploy.Halves(algorithm, fc.deploy.Population(data.num_clients, float(data.client_weights.sum())))
 with contextlib.suppress(fc.InvalidInput):  # the examples of fc.deploy alone need flatbuffers: fedjax_clip[deploy]
     artefact = fc.deploy.exported(halves, params, data.examples, fc.extend.LocalWork(batch_size=20))
+with contextlib.suppress(ImportError):  # the examples of chats need the packages of fedjax_clip[models]
+    import tokenizers
+
+    # A small decoder that knows a few words.
+    words = "<user> <assistant> <end> To be? Or not to be. Aye. <unk>".split()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant> {% endif %}"
+    llama = fc.models.Llama(len(words), width=8, hidden=12, layers=1, heads=2, key_heads=1)
+    decoder = fc.models.Pretrained(llama, llama.init(key, np.zeros((1, 4), np.int32)), tokenizer, template, end=2)
 result = fc.train(algorithm, data, params, rounds=2, cohort_size=10)

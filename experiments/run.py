@@ -10,7 +10,7 @@ the same command resumes it.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -140,9 +140,18 @@ def main() -> None:
         with processes.together():
             if processes.number == 0:
                 model = task.predictor if algorithm.personal is None else None  # else each client has its own
+                if ended and task.samples is not None:
+                    directory.keep_samples(*(told(task.samples, x) for x in (begin.params, result.params)))
+                if ended and task.save is not None and not (directory.path / "model").exists():
+                    task.save(result.params, directory.path / "model")
                 finish(directory, uplink, result, scores, rounds if ended else done, rounds, model)
         if not ended:
             sys.exit(128 + stopped)
+
+
+def told(samples: Callable[[Any], Sequence[tasks.Sample]], params: Any) -> list[dict[str, str]]:
+    """What the model of these parameters answers."""
+    return [sample._asdict() for sample in samples(params)]
 
 
 def finish(

@@ -1,12 +1,22 @@
 """Small generated data in the files, and under the names, of the real ones."""
 
+import functools
 import gzip
 import json
 
+import jax
 import numpy as np
 
+import fedjax_clip as fc
 from fedjax_clip.data import sources
 from fedjax_clip.data.sources import text
+from fedjax_clip.models import weights
+
+TOKENS = ["<pad>", "<end>", "<user>", "<assistant>", "<system>", "a", "b", "c", "d", "e", "?", "<unk>"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
 
 
 def install(directory, monkeypatch):
@@ -19,8 +29,33 @@ def install(directory, monkeypatch):
     clothes = {"x": rng.integers(256, size=(400, 28, 28, 1)).astype(np.uint8), "y": np.arange(400, dtype=np.int32) % 10}
     mnist = sources.mnist
     monkeypatch.setattr(text, "_package", lambda name, what, install: directory)
+    monkeypatch.setattr(weights, "_packaged", lambda name: written(directory, name))
     monkeypatch.setattr(sources, "mnist", lambda _: mnist(directory / "mnist"))
     monkeypatch.setattr(sources, "fashion_mnist", lambda split, _="": clothes)
+
+
+@functools.cache
+def model(family="llama"):
+    """A small random model of a family, whose tokens are a few words."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(TOKENS)}, "<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if family == "llama":
+        made = fc.models.Llama(len(TOKENS), width=8, hidden=12, layers=1, heads=2, key_heads=1)
+    else:
+        made = fc.models.Bert(len(TOKENS), width=8, hidden=12, layers=1, heads=2, positions=64)
+    params = made.init(jax.random.key(0), np.zeros((1, 4), np.int32))
+    return fc.models.Pretrained(made, params, tokenizer, TEMPLATE, TOKENS.index("<end>"))
+
+
+def written(directory, name):
+    """Where such a model lies under the name of a published one."""
+    if name not in weights._PACKAGES:
+        return None
+    if not (directory / name).exists():
+        model("bert" if "MiniLM" in name else "llama").save(directory / name)
+    return directory / name
 
 
 def write_mnist(directory, count):

@@ -348,7 +348,7 @@ def evaluator(
 ) -> Evaluator:
     """An evaluator on these held-out sets, with the task's own scores; each client uses its own model."""
     own: dict[str, Any] = {"algorithm": algorithm, "population": task.data, "summarise": task.summarise}
-    own["devices"] = split
+    own |= {"devices": split, "batch_size": task.evaluated_at_once}
     return fc.evaluator(task.per_example_loss, sets, **own)
 
 

@@ -321,6 +321,12 @@ class RunDirectory:
         self.draw()
         self.close()
 
+    def keep_samples(self, before: Sequence[Mapping[str, str]], after: Sequence[Mapping[str, str]]) -> None:
+        """Writes ``samples.json``: what the model generated for held-out prompts, before training and after it."""
+        if after:
+            text = json.dumps({"before": list(before), "after": list(after)}, indent=2, ensure_ascii=False)
+            files.write(self.path / "samples.json", text + "\n")
+
     def draw(self) -> None:
         """Draws ``curves.png``, and ``clipping.png`` if anything was clipped, from the rows so far."""
         title = f"{self.config.get('task')}    {self.config.get('algorithm')}    {self.config.get('client')}"

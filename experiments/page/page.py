@@ -58,6 +58,7 @@ def build(runs: Sequence[Run]) -> str:
             panels.clients(runs),
             _served(runs) + _each(runs),
         ),
+        *(_samples(run) for run in runs if not several),
         _section("Clipping", "", panels.clipping(runs)),
         _section("Privacy", "", (), _privacy(runs)),
         _section(
@@ -202,6 +203,14 @@ def _privacy(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for _, lines in private for name in lines))
     rows = [[name, *(lines.get(name, "–") for _, lines in private)] for name in names]
     return _table(["", *(name for name, _ in private)] if len(runs) > 1 else ["", "this run"], rows)
+
+
+def _samples(run: Run) -> str:
+    """What the model answered to held-out prompts, before training and after it."""
+    pairs = zip(run.samples.get("before", ()), run.samples.get("after", ()), strict=True)
+    rows = [[old["prompt"], old["answer"], old["generated"], new["generated"]] for old, new in pairs]
+    text = "The likeliest tokens, one by one, after prompts of held-out clients."
+    return _section("Samples", text, (), _table(["prompt", "true answer", "before training", "after it"], rows))
 
 
 def _settings(runs: Sequence[Run]) -> str:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ class Run(NamedTuple):
       rows: of ``metrics.jsonl``.
       clients: ``{"set/metric": [M]}`` of ``clients.npz``; empty while the run is not complete.
       complete: whether no secret key is kept for more rounds.
+      samples: ``{"before": [...], "after": [...]}`` of ``samples.json``: what a model of text generated.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Run(NamedTuple):
     rows: list[fc.extend.Row]
     clients: dict[str, np.ndarray]
     complete: bool = True
+    samples: Mapping[str, Sequence[Mapping[str, str]]] = MappingProxyType({})
 
     @property
     def config(self) -> dict[str, Any]:
@@ -152,6 +155,10 @@ def _load(directory: pathlib.Path) -> Run:
         if (path := directory / "clients.npz").exists():
             clients = archives.read_npz(path)
         _check_clients(clients)
+        samples: dict[str, Any] = {}
+        if (path := directory / "samples.json").exists():
+            samples = json.loads(files.regular(path).read_bytes())
+        _check_samples(samples)
     except (FileNotFoundError, NotADirectoryError):
         raise InvalidInput(f"{directory} holds no run: there is no {path.name}.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -166,12 +173,22 @@ def _load(directory: pathlib.Path) -> Run:
         )
     if not rounds:
         raise InvalidInput(f"{directory} holds a run without a round: there is nothing to show.")
-    run = Run("", record, rows, clients, not (directory / rundir.KEY).exists())
+    run = Run("", record, rows, clients, not (directory / rundir.KEY).exists(), samples)
     try:
         _ = run.private
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InvalidInput(f"{directory / 'config.json'} is not a run's configuration.") from None
     return run
+
+
+def _check_samples(samples: Any) -> None:
+    """Raises unless they are lists of what a model answered, as many before training as after it."""
+    if samples:
+        for one in (*samples["before"], *samples["after"]):
+            if not all(isinstance(one[key], str) for key in ("prompt", "answer", "generated")):
+                raise ValueError(one)
+        if len(samples["before"]) != len(samples["after"]):
+            raise ValueError(samples)
 
 
 def _check_clients(clients: Mapping[str, np.ndarray]) -> None:

@@ -1,7 +1,7 @@
 """Flax models of the project's own tasks; the library itself takes any pure function."""
 
 from fedjax_clip.core.convolution import conv_general_dilated, warn_slow_convolutions
-from fedjax_clip.models.bert import Bert, mean_pooled
+from fedjax_clip.models.bert import Bert, TextClassifier, mean_pooled
 from fedjax_clip.models.cnn import CNN
 from fedjax_clip.models.conv import Conv, max_pool_2x2
 from fedjax_clip.models.dense import Dense, Quantised, quantised
@@ -29,6 +29,7 @@ __all__ = [
     "Pretrained",
     "Quantised",
     "ResNet",
+    "TextClassifier",
     "Transformer",
     "conv_general_dilated",
     "generate",

@@ -75,6 +75,32 @@ class _Block(nn.Module):
         return norm("mlp_norm", x + Dense(width, dtype=self.dtype, name="down")(h))
 
 
+class TextClassifier(nn.Module):
+    """Logits of a text by an encoder's mean hidden state and a new linear layer, which is called head.
+
+    Takes tokens ``int [B, T]``, 0 for padding, to ``[B, num_outputs]``. Parameters are ``encoder`` and ``head``.
+
+    Attributes:
+      encoder: a ``Bert``.
+      scale: of the embedding, which has length one.
+
+    Example:
+      >>> bert = fc.models.Bert(100, width=16, hidden=32, layers=2, heads=4, positions=32)
+      >>> params = fc.models.TextClassifier(bert, 3).init(jax.random.key(0), np.zeros((1, 8), np.int32))
+      >>> sorted(params["params"])
+      ['encoder', 'head']
+    """
+
+    encoder: Bert
+    num_outputs: int
+    scale: float = 10.0
+
+    @nn.compact
+    def __call__(self, tokens: Array) -> Array:
+        embedding = mean_pooled(self.encoder(tokens), tokens)
+        return nn.Dense(self.num_outputs, kernel_init=nn.initializers.zeros, name="head")(self.scale * embedding)
+
+
 def mean_pooled(hidden: Array, tokens: Array) -> Array:
     """The mean of a text's hidden states, of length one: a sentence's embedding.
 

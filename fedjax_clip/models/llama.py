@@ -154,16 +154,23 @@ def empty_cache(model: Llama, batch: int, length: int, dtype: Any = jnp.float32)
 
 @functools.partial(jax.jit, static_argnames=("model", "steps"))
 def generate(
-    model: Llama, params: Params, prompt: Array, steps: int, key: Array | None = None, temperature: float | Array = 1.0
+    model: Llama,
+    params: Params,
+    prompt: Array,
+    steps: int,
+    key: Array | None = None,
+    temperature: float | Array = 1.0,
+    lengths: Array | None = None,
 ) -> Array:
     """The tokens that follow a prompt, one by one.
 
     Args:
       model, params: a ``Llama`` and its parameters.
-      prompt: ``int [B, T]``, without padding.
+      prompt: ``int [B, T]``.
       steps: how many tokens follow.
       key: of the draws; ``None``: the likeliest token each time.
       temperature: positive; divides the logits before a draw.
+      lengths: ``int [B]``, from 1 to T, of prompts that are padded behind; by default all have T tokens.
 
     Returns:
       ``int [B, steps]``.
@@ -181,13 +188,18 @@ def generate(
         return jax.random.categorical(jax.random.fold_in(key, step), logits / temperature)
 
     apply: Any = model.apply
-    logits, cache = apply(params, prompt, cache=empty_cache(model, prompt.shape[0], prompt.shape[1] + steps))
+    batch, given = prompt.shape
+    read = given if lengths is None else 1  # tokens at once; those behind them one by one, as far as a row has them
+    lengths = jnp.full(batch, given, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    logits, cache = apply(params, prompt[:, :read], cache=empty_cache(model, batch, given + steps))
 
-    def follow(carry: tuple[Array, Cache], step: Array) -> tuple[tuple[Array, Cache], Array]:
+    def follow(carry: tuple[Array, Cache], place: Array) -> tuple[tuple[Array, Cache], Array]:
         last, cache = carry
-        token = chosen(last, step).astype(prompt.dtype)
+        own = jax.lax.dynamic_slice_in_dim(prompt, jnp.minimum(place, given - 1), 1, 1)[:, 0]
+        token = jnp.where(place < lengths, own, chosen(last, place - given).astype(prompt.dtype))
         logits, cache = apply(params, token[:, None], cache=cache)
         return (logits[:, -1], cache), token
 
-    _, tokens = jax.lax.scan(follow, (logits[:, -1], cache), jnp.arange(steps, dtype=jnp.int32))
-    return tokens.T
+    _, tokens = jax.lax.scan(follow, (logits[:, -1], cache), jnp.arange(read, given + steps, dtype=jnp.int32))
+    places = (lengths - read)[:, None] + jnp.arange(steps, dtype=jnp.int32)
+    return jnp.take_along_axis(tokens.T, places, axis=1)

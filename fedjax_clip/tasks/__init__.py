@@ -1,6 +1,7 @@
 """Tasks: data, a model, a loss and its metrics, ready to train."""
 
 from fedjax_clip.tasks.base import (
+    Sample,
     Task,
     binary_classifier,
     classifier,
@@ -18,6 +19,7 @@ from fedjax_clip.tasks.language import (
     text_files,
     tweets,
 )
+from fedjax_clip.tasks.large import chats, next_token, shakespeare_dialogues, tweets_bert
 from fedjax_clip.tasks.loading import Model, Predictions, load, save
 from fedjax_clip.tasks.packaged import ames, chem97, heart, schools
 from fedjax_clip.tasks.predictor import Predictor
@@ -33,9 +35,11 @@ __all__ = [
     "OverClients",
     "Predictions",
     "Predictor",
+    "Sample",
     "Task",
     "ames",
     "binary_classifier",
+    "chats",
     "chem97",
     "cifar",
     "classification",
@@ -54,6 +58,7 @@ __all__ = [
     "mnist",
     "movielens",
     "next_character",
+    "next_token",
     "npz",
     "penalised",
     "ratings",
@@ -62,6 +67,7 @@ __all__ = [
     "relu_classifier",
     "save",
     "schools",
+    "shakespeare_dialogues",
     "shakespeare_lora",
     "shakespeare_lstm",
     "shakespeare_transformer",
@@ -69,5 +75,6 @@ __all__ = [
     "text_files",
     "tfds",
     "tweets",
+    "tweets_bert",
     "two_nodes",
 ]

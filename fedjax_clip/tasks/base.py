@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,13 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedjax_clip.core import checks, tree
+from fedjax_clip.core import checks, files, tree
 from fedjax_clip.core.loss import calibrated
 from fedjax_clip.core.stateful import with_state
 from fedjax_clip.core.types import Array, InvalidInput, Params, PerExampleLoss
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.tasks.predictor import Predictor, of_arrays
 from fedjax_clip.training.scores import Summary
+
+
+class Sample(NamedTuple):
+    """What a model of text answers to a prompt, beside the true answer.
+
+    Example:
+      >>> fc.tasks.Sample("To be, or not to be?", "That is the question.", "No.").generated
+      'No.'
+    """
+
+    prompt: str
+    answer: str
+    generated: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +46,9 @@ class Task:
       fitted: the statistics computed exactly from the clients' data before training, and the alternative to give. No
         epsilon of the training covers them, see ``refuse_fitted``. Empty if there are none.
       predictor: how the model is applied to new data, see ``load``; ``None`` if it cannot be.
+      samples: ``params -> [Sample, ...]``, what the model generates for held-out prompts; ``None`` if it cannot.
+      save: ``(params, directory)`` writes the model as other programs read it; ``None`` if it cannot be.
+      evaluated_at_once: held-out examples that fit in memory together.
 
     Example:
       >>> task = fc.tasks.digits()
@@ -47,6 +64,9 @@ class Task:
     frozen: str | None = None
     fitted: str = ""
     predictor: Predictor | None = None
+    samples: Callable[[Params], Sequence[Sample]] | None = None
+    save: Callable[[Params, files.PathLike], None] | None = None
+    evaluated_at_once: int = 1024
 
 
 def refuse_fitted(task: Task) -> None:

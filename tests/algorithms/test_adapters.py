@@ -160,7 +160,48 @@ def test_beside_is_the_merged_model():
     assert matrices[0] == 0 < matrices[1]  # neither W + A B nor its gradient
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_beside_a_matrix_of_the_librarys_own_layers_an_adapter_counts_once(bits):
+    model = fc.models.Llama(11, width=16, hidden=32, layers=1, heads=4, key_heads=2)
+    params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))
+    base = params if bits is None else fc.models.quantised(params, bits)
+    loss = fc.tasks.next_token(model)
+    tokens = np.arange(10, dtype=np.int32).reshape(2, 5)
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "answers": tokens > 1}
+    merged, beside = (fc.lora(loss, base, 2, "query|down", beside=how) for how in (False, True))
+    x = merged.init(jax.random.key(1))
+    x["adapters"] = jax.tree.map(lambda x: x + 0.1, x["adapters"])
+    got, want = (of.per_example_loss(x, batch, None)[0] for of in (beside, merged))
+    assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert_close(loss(merged.merge(x), batch, None)[0], want, rtol=1e-5, atol=1e-6)
+    assert abs(np.asarray(want - loss(base, batch, None)[0])).max() > 1e-3
+
+
+def test_what_trains_whole_travels_with_the_adapters():
+    loss = fc.tasks.classifier(Net())
+    params = Net().init(jax.random.key(0), np.zeros((1, 4)))
+    tuned = fc.lora(loss, params, 2, "Dense_0/kernel", whole="Dense_1")
+    start = jax.tree.map(np.asarray, tuned.init(jax.random.key(1)))
+    algorithm = fc.partially_frozen(fc.fedavg(tuned.per_example_loss, TX), tuned.frozen)
+    server, _, history = Run(algorithm, population()).rounds(start, IDS)
+    after = tree.flatten_with_names(server.params)
+    moved = {k for k, x in tree.flatten_with_names(start).items() if np.any(x != after[k])}
+    adapter = "adapters/params/Dense_0/kernel/"
+    assert moved == {f"{adapter}a", f"{adapter}b", "base/params/Dense_1/kernel"}
+    assert history[0]["bytes_up"] == 3 * 4 * (2 * (4 + 5) + 5 * 3)
+    assert tuned.whole == ("params/Dense_1/kernel",)
+
+
 def test_what_is_refused():
+    params = Net().init(jax.random.key(0), np.zeros((1, 4)))
+    loss = fc.tasks.classifier(Net())
+    with pytest.raises(fc.InvalidInput, match="finds none of the parameters"):
+        fc.lora(loss, params, 2, whole="head")
+    with pytest.raises(fc.InvalidInput, match="train whole and have an adapter"):
+        fc.lora(loss, params, 2, whole="Dense_1")
+    few = fc.lora(loss, fc.models.quantised(params), 2, "Dense_0/kernel")
+    with pytest.raises(fc.InvalidInput, match="not in few bits"):
+        Run(fc.adapters.residual(few, TX), population()).rounds(few.init(jax.random.key(0)), IDS)
     with pytest.raises(fc.InvalidInput, match="Flax Dense layers"):
         trained(frozen(fc.fedavg(tuned(beside=True).per_example_loss, TX)))
     with pytest.raises(fc.InvalidInput, match="made by fc.lora"):

@@ -80,9 +80,16 @@ def test_every_preset_opens_with_its_command_time_and_result_and_runs(cli, prese
     if preset.stem == "shakespeare_lora":
         base = preset.with_name("shakespeare_transformer.flags")
         assert cli(f"--flagfile={base}", "--rounds=1", "--cohort_size=2")[0] == 0
-    code, out, _ = cli(f"--flagfile={preset}", "--rounds=2", "--cohort_size=2")
+    code, out, _ = cli(f"--flagfile={preset}", "--rounds=2", "--cohort_size=2", "--workdir=run")
     assert code == 0
     assert "2 rounds" in out
+    if preset.stem == "shakespeare_dialogues":
+        samples = json.loads((tmp_path / "run" / "samples.json").read_text())
+        assert [len(samples[when]) for when in ("before", "after")] == [2, 2]
+        assert fc.models.pretrained(tmp_path / "run" / "model").model == generated.model().model
+        page = (tmp_path / "run" / "report.html").read_text()
+        assert "The likeliest tokens, one by one" in page
+        assert "The quick brown fox" not in samples["after"][0]["generated"]
 
 
 def test_a_target_epsilon_is_met_in_the_last_row(cli, tmp_path):

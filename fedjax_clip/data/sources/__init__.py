@@ -4,6 +4,7 @@ Large packages are imported only when they are needed, and nothing is downloaded
 """
 
 from fedjax_clip.data.sources.archives import npz, save_npz
+from fedjax_clip.data.sources.dialogue import chats, dialogues
 from fedjax_clip.data.sources.hugging_face import flwr, huggingface
 from fedjax_clip.data.sources.pictures import FASHION_MNIST, digits, fashion_mnist, mnist
 from fedjax_clip.data.sources.text import shakespeare, text_files, tweets
@@ -11,6 +12,8 @@ from fedjax_clip.data.sources.tfds_cache import tfds
 
 __all__ = [
     "FASHION_MNIST",
+    "chats",
+    "dialogues",
     "digits",
     "fashion_mnist",
     "flwr",

