@@ -40,7 +40,7 @@ with contextlib.suppress(ImportError):  # the examples of chats need the package
     import tokenizers
 
     # A small decoder that knows a few words.
-    words = "<user> <assistant> <end> To be? Or not to be. Aye. <unk>".split()
+    words = ["<user>", "<assistant>", "<end>", "To", "be?", "Or", "not", "to", "be.", "Aye.", "<unk>"]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"

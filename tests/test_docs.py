@@ -86,7 +86,9 @@ def test_examples_run(docstring, own, namespace, tmp_path, monkeypatch, request)
 
 def test_only_what_needs_a_download_is_not_run():
     skipped = {p.id for p in examples() if "+SKIP" in p.values[0]}
-    read = re.compile(r"fc\.(data\.sources|data\.tables|tasks)\.(\w*mnist|cifar|rdataset|shakespeare\w*|dialogues|tfds|tweets\w*)")
+    read = re.compile(
+        r"fc\.(data\.sources|data\.tables|tasks)\.(\w*mnist|cifar|rdataset|shakespeare\w*|dialogues|tfds|tweets\w*)"
+    )
     rest = {name for name in skipped if not read.fullmatch(name)}
     assert rest == {"fc.export.onnx", "docs/tasks/lora.md"}  # jax2onnx is no part of [dev]; the page reads SmolLM2
 

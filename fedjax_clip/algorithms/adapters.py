@@ -186,10 +186,14 @@ def _made(
     def round(now: Round):
         x = now.server.params
         adapters = x["adapters"]
-        if tuned.whole or any(is_quantised(w) for w in jax.tree.leaves(x["base"], is_leaf=is_quantised)):
+        if (
+            tuned.whole
+            or any("m" in pair for pair in adapters.values())
+            or any(is_quantised(w) for w in jax.tree.leaves(x["base"], is_leaf=is_quantised))
+        ):
             raise InvalidInput(
-                f"{name} changes the base's matrices by adapters alone: give fc.lora no whole=, and a base that is not "
-                "in few bits, or use fc.fedavg."
+                f"{name} changes the base's matrices by A B alone: give fc.lora no whole= and no dora=, and a base "
+                "that is not in few bits, or use fc.fedavg."
             )
         rank = min(pair["b"].shape[0] for pair in adapters.values())
         if own_ranks is not None and own_ranks.max() > rank:

@@ -14,7 +14,7 @@ def partially_frozen(algorithm: Algorithm, frozen: str) -> Algorithm:
     It trains u on ``u -> per_example_loss((f, u))``. Clients have f already: only u is sent, and no clip, link, reducer
     or optimiser sees f. This fine-tunes a large model by adapters (``fc.lora``), or by its head alone.
     ``server.params`` is the whole model, so f is an argument of the compiled rounds and of the evaluation, not a
-    constant in them; every checkpoint and every point of a sweep has a copy of it.
+    constant in them; every point of a sweep has a copy of it. Checkpoints hold u alone: a run resumes with its own f.
 
     Args:
       algorithm: any made by ``fc.fedavg`` and its like or by ``fc.extend.algorithm``, of the whole model's loss.
@@ -74,4 +74,5 @@ def partially_frozen(algorithm: Algorithm, frozen: str) -> Algorithm:
         personal=personal if algorithm.personal else None,
         broadcasts=False,
         name=f"partially_frozen({kind(algorithm)})",
+        frozen="|".join(f"(?:{pattern})" for pattern in (algorithm.frozen, frozen) if pattern),
     )

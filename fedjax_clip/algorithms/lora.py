@@ -52,6 +52,7 @@ def lora(
     alpha: float | Array | None = None,
     beside: bool = False,
     whole: str | None = None,
+    dora: bool = False,
 ) -> Lora:
     """Fine-tunes a frozen model by low-rank changes of its matrices: ``W + alpha / rank * A B``.
 
@@ -69,6 +70,8 @@ def lora(
       beside: for Flax Dense layers: compute ``x W + scale (x A) B``, and make no matrix as large as W, neither of a
         change nor of a gradient. The same function up to rounding.
       whole: regular expression: parameters of the base that train and travel as they are, such as a new head's.
+      dora: whether each column's length trains apart from its direction: with ``V = W + alpha / rank * A B``, the
+        matrix is ``m V / ||V||`` by column, and m begins as W's lengths. Gradients take ``||V||`` as a constant.
 
     Returns:
       A ``Lora``: initial parameters, how to merge them, and a loss for ``fc.fedavg`` or any other algorithm under
@@ -84,7 +87,8 @@ def lora(
       >>> result = fc.train(algorithm, data, tuned.init(key), rounds=10)
       >>> params = tuned.merge(result.params)
 
-    Source: Hu et al. (2022), "LoRA"; federated: Zhang et al. (2024), "Towards Building the Federated GPT" (FedIT).
+    Source: Hu et al. (2022), "LoRA"; federated: Zhang et al. (2024), "Towards Building the Federated GPT" (FedIT); Liu
+    et al. (2024), "DoRA: Weight-Decomposed Low-Rank Adaptation", equations 5 and 11.
     """
     rank = checks.count("rank", rank)
     checks.kind("pattern", pattern, str, "a regular expression")
@@ -103,10 +107,15 @@ def lora(
 
     def fresh(key):
         keys = jax.random.split(key, len(matrices))
-        return {
+        pairs = {
             name: {"a": jax.random.normal(k, (m, rank), dtype) / math.sqrt(m), "b": jnp.zeros((rank, n), dtype)}
             for k, (name, (m, n, dtype)) in zip(keys, matrices.items())
         }
+        if dora:
+            for name, w in named:
+                if name in pairs:
+                    pairs[name]["m"] = _lengths(w, pairs[name], scale)
+        return pairs
 
     def init(key):
         return {"base": base, "adapters": fresh(key)}
@@ -119,8 +128,9 @@ def lora(
         def merged(name, w):
             if (pair := params["adapters"].get(name)) is None:
                 return w
-            w = w.dense() if is_quantised(w) else w
-            return w + (scale * (pair["a"] @ pair["b"])).reshape(w.shape).astype(w.dtype)
+            v = w.dense() if is_quantised(w) else w
+            v = v + (scale * (pair["a"] @ pair["b"])).reshape(w.shape).astype(v.dtype)
+            return v * _stretch(w, pair, scale).astype(v.dtype) if dora else v
 
         return on_base(merged, params)
 
@@ -139,6 +149,21 @@ def lora(
     )
 
 
+def _lengths(w: Any, pair: dict[str, Array], scale: float | Array) -> Array:
+    """``||W + scale A B||`` of each column ``[n]``, without a matrix as large as W."""
+    a, b = pair["a"], pair["b"]
+    w = (w.dense() if is_quantised(w) else jnp.asarray(w)).astype(a.dtype)
+    w = w.reshape(-1, w.shape[-1])
+    inner, square = a.T @ w, a.T @ a  # [r, n], [r, r]
+    squares = jnp.sum(w * w, 0) + 2 * scale * jnp.sum(inner * b, 0) + scale**2 * jnp.sum((square @ b) * b, 0)
+    return jnp.sqrt(jnp.maximum(squares, 0))
+
+
+def _stretch(w: Any, pair: dict[str, Array], scale: float | Array) -> Array:
+    """``m / ||W + scale A B||`` of each column; the length is a constant for gradients."""
+    return pair["m"] / jnp.maximum(jax.lax.stop_gradient(_lengths(w, pair, scale)), 1e-12)
+
+
 def _whole(pattern: str | None, names: Sequence[str], matrices: Mapping[str, Any]) -> list[str]:
     """The parameters that train whole."""
     if pattern is None:
@@ -153,7 +178,7 @@ def _whole(pattern: str | None, names: Sequence[str], matrices: Mapping[str, Any
 
 
 def _beside(per_example_loss: PerExampleLoss, params: PyTree, batch: Batch, key: Any, scale: float | Array) -> Any:
-    """The loss of the base model, each of whose Dense layers adds ``scale (x A) B`` to its result."""
+    """The loss of the base model, each of whose Dense layers adds ``scale (x A) B`` to its product."""
     import flax.linen as nn  # the library itself does without
 
     adapters, used, inside = params["adapters"], set(), set()
@@ -167,8 +192,14 @@ def _beside(per_example_loss: PerExampleLoss, params: PyTree, batch: Batch, key:
         inside.add(name)
         y = layer(*args, **kwargs)
         inside.remove(name)
-        a, b = (adapters[name][k].astype(y.dtype) for k in "ab")
-        return y + scale * (args[0].astype(y.dtype) @ a @ b)
+        pair = adapters[name]
+        a, b = (pair[k].astype(y.dtype) for k in "ab")
+        change = scale * (args[0].astype(y.dtype) @ a @ b)
+        if "m" not in pair:
+            return y + change
+        own = context.module.get_variable
+        bias = own("params", "bias").astype(y.dtype) if context.module.use_bias else 0
+        return (y - bias + change) * _stretch(own("params", "kernel"), pair, scale).astype(y.dtype) + bias
 
     with nn.intercept_methods(adapted):
         result = per_example_loss(params["base"], batch, key)

@@ -59,6 +59,8 @@ class Algorithm(NamedTuple):
         ``None`` if nothing in the server's state is a mean over all clients. ``average(part, of)`` is such a part of it
         over the clients that there are now. ``of(client_states) -> (values, known)`` says of which of the clients'
         values it is the mean, and which clients have one.
+      frozen: regular expression: parameters that no round changes, so that checkpoints leave them out; empty if there
+        are none.
 
     Example:
       >>> server, client_states, metrics = jax.jit(algorithm.round)(algorithm.init(params), cohort, key)
@@ -77,6 +79,7 @@ class Algorithm(NamedTuple):
     name: str = ""
     parts: Any = None
     regroup: Callable[[PyTree, Callable[..., PyTree]], PyTree] | None = None
+    frozen: str = ""
 
 
 class Server(NamedTuple):

@@ -4,12 +4,14 @@ import copy
 import hashlib
 import json
 import pathlib
+import re
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import numpy as np
 
-from fedjax_clip.core import checks, files
+from fedjax_clip.core import checks, files, tree
 from fedjax_clip.core.types import Algorithm, InvalidInput, Params, PyTree
 from fedjax_clip.training import best as kept
 from fedjax_clip.training import identity, states
@@ -80,7 +82,7 @@ class Checkpoints:
 
         Args:
           algorithm: of that run.
-          params: its initial parameters, or any of their shapes.
+          params: its initial parameters, or any of their shapes; parameters that do not train must be that run's.
 
         Raises:
           InvalidInput: no checkpoint; one that is damaged, or of another model or algorithm.
@@ -154,15 +156,17 @@ class Checkpoints:
             )
         try:
             # Before reading: a file of endless zeros takes no room on disk, and would fill the memory.
-            if _shapes_on_disk(path / "arrays") != {name: x.shape for name, x in _keyed(leaves).items()}:
+            left_out = set(record.get("left_out", ()))
+            like = _keyed(leaves, left_out)
+            if _shapes_on_disk(path / "arrays") != {name: x.shape for name, x in like.items()}:
                 raise ValueError("the arrays are not those of the record")
-            arrays = self._read(step, "arrays", "StandardRestore", _keyed(leaves)) if any(map(np.size, leaves)) else {}
-            arrays = [np.array(arrays[str(i)]) if x.size else x for i, x in enumerate(leaves)]
+            found = self._read(step, "arrays", "StandardRestore", like) if like else {}
+            arrays = [np.array(found[str(i)]) if str(i) in like else x for i, x in enumerate(leaves)]
         except Exception as error:
             raise InvalidInput(self._damaged(step)) from error
-        for (name, *_, digest), array in zip(record["leaves"], arrays):
+        for i, ((name, *_, digest), array) in enumerate(zip(record["leaves"], arrays)):
             if identity.digest(array) != digest:
-                raise InvalidInput(self._damaged(step, name))
+                raise InvalidInput(self._other_model(step, name) if i in left_out else self._damaged(step, name))
         server, found, best = jax.tree.unflatten(jax.tree.structure(_parts(template)), arrays)
         if on_disk:
             rows = states.OnDisk(clients, self.place(), self.processes)
@@ -175,8 +179,14 @@ class Checkpoints:
             found = rows.tree
         return template._replace(server=server, clients=found, run=record["run"], rounds=step, best=best)
 
-    def save(self, round: int, state: State) -> None:
-        """Saves the state after ``round`` rounds; returns when it is on disk."""
+    def save(self, round: int, state: State, frozen: str = "") -> None:
+        """Saves the state after ``round`` rounds; returns when it is on disk.
+
+        Args:
+          round: rounds done.
+          state: to save.
+          frozen: regular expression: parameters that do not train. Only their hashes are saved; who restores has them.
+        """
         import orbax.checkpoint as ocp
 
         manager, clients = self._open(), states.of(state.clients)
@@ -189,12 +199,14 @@ class Checkpoints:
             state = state._replace(clients=states.layout(clients.tree))
         names, leaves = _named(state)
         described = [[n, list(x.shape), str(x.dtype), identity.digest(x)] for n, x in zip(names, leaves)]
-        record = {"run": dict(state.run), "leaves": described}
+        record: dict[str, Any] = {"run": dict(state.run), "leaves": described}
         if state.members is not None:
             record["members"] = self._keep(state.members)
+        left_out = _left_out(state, frozen) if frozen else ()
+        record |= {"left_out": sorted(left_out)} if left_out else {}
         record["digest"] = _digest_of_record(record)
         items = {"record": ocp.args.JsonSave(record)}
-        if kept := _keyed(leaves):
+        if kept := _keyed(leaves, left_out):
             items["arrays"] = ocp.args.StandardSave(kept)
         manager.save(round, args=ocp.args.Composite(**items), force=True)
         manager.wait_until_finished()
@@ -244,6 +256,12 @@ class Checkpoints:
         what = f": {name} is not what was saved" if name else " and cannot be read"
         return f"The checkpoint {self.directory / str(step)} is corrupt{what}. Remove it {cure}."
 
+    def _other_model(self, step: int, name: str) -> str:
+        return (
+            f"The checkpoint {self.directory / str(step)} leaves out {name}, which does not train, and the run that is "
+            "to go on has another one: begin with the model that that run began with."
+        )
+
     def _open(self) -> Any:
         if self._manager is None:
             import orbax.checkpoint as ocp
@@ -272,9 +290,20 @@ def _parts(state: State) -> tuple[PyTree, PyTree, PyTree]:
     return state.server, state.clients, state.best
 
 
-def _keyed(leaves: list[np.ndarray]) -> dict[str, np.ndarray]:
+def _left_out(state: State, frozen: str) -> set[int]:
+    """The numbers of the parameters that do not train, of the model and of the best one."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(_parts(state))
+    found = set()
+    for i, (path, _) in enumerate(paths):
+        of_model = path[0].idx != 1 and len(path) > 2 and getattr(path[1], "name", "") == "params"
+        if of_model and re.search(frozen, tree.leaf_name(path[2:])):
+            found.add(i)
+    return found
+
+
+def _keyed(leaves: list[np.ndarray], left_out: Collection[int] = ()) -> dict[str, np.ndarray]:
     """The arrays as Orbax takes them: without empty ones, which Orbax cannot store."""
-    return {str(i): x for i, x in enumerate(leaves) if x.size}
+    return {str(i): x for i, x in enumerate(leaves) if x.size and i not in left_out}
 
 
 def _shapes_on_disk(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
@@ -293,5 +322,5 @@ def _hash(text: str) -> str:
 
 def _digest_of_record(record: dict[str, Any]) -> str:
     """A hash of the record."""
-    told = [record[name] for name in ("run", "leaves", "members") if name in record]  # older ones have no members
+    told = [record[name] for name in ("run", "leaves", "members", "left_out") if name in record]  # not all have all
     return _hash(json.dumps(told, sort_keys=True))

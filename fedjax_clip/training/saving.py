@@ -113,7 +113,7 @@ class Saver:
         """Saves the state after ``done`` rounds if a checkpoint is due, at the end, or if the run stops."""
         run = self.run
         if run.checkpoints is not None and (stop or done == run.rounds or done % run.checkpoint_every == 0):
-            run.checkpoints.save(done, self.state(done, dispatcher, kept))
+            run.checkpoints.save(done, self.state(done, dispatcher, kept), run.algorithm.frozen)
 
     def interrupts(self) -> contextlib.AbstractContextManager[Callable[[], bool]]:
         """Delays a first Ctrl-C until the dispatch ends, if there are checkpoints: until then no state is valid."""

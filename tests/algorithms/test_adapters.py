@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from oracles import adapters as oracle
+from oracles import dora
 from problems import Run, assert_close, parameters, population, softmax_loss
 
 import fedjax_clip as fc
@@ -76,6 +77,27 @@ def test_fedsa_lora_keeps_b_at_the_clients():
     assert history[0]["bytes_up"] == 3 * 4 * RANK * 4
 
 
+def test_dora_trains_length_and_direction_apart():
+    made = tuned(dora=True)
+    params = start()
+    assert_close(made.fresh(jax.random.key(0))["w"]["m"], np.linalg.norm(params["base"]["w"], axis=0), 1e-6, 0)
+    m = params["adapters"]["w"]["m"] = np.array([0.5, 1.5, 1.0], np.float32)
+    run = Run(frozen(fc.fedavg(made.per_example_loss, TX)), population())
+    planned = run.for_oracle(params, IDS)
+    cohorts = [
+        {c: (w, [[(x, y) for x, y, u in zip(*batch) if u] for batch in own]) for c, (w, own) in r.items()}
+        for r in planned
+    ]
+    assert {u for r in planned for _, own in r.values() for batch in own for u in batch[2].tolist()} <= {0.0, 1.0}
+    server, _, history = run.rounds(params, IDS)
+    w, c, a, b, scale = given()
+    expected = dora.dora(w, c, a, b, m, scale, cohorts, LR)
+    assert_close([server.params["adapters"]["w"][k] for k in "abm"], list(expected), rtol=2e-4, atol=1e-5)
+    merged = dora.merged(w, *expected, scale)
+    assert_close(made.merge(server.params)["w"], merged, rtol=2e-4, atol=1e-5)
+    assert history[0]["bytes_up"] == 3 * 4 * (RANK * (4 + 3) + 3)
+
+
 @pytest.mark.parametrize("outside", [True, False])
 def test_fedex_lora_leaves_the_residual_in_the_base(outside):
     algorithm = fc.adapters.residual(tuned(), TX)
@@ -133,10 +155,12 @@ class Net(nn.Module):
         return nn.Dense(3, use_bias=False)(x)
 
 
-def test_beside_is_the_merged_model():
+@pytest.mark.parametrize("dora", [False, True])
+def test_beside_is_the_merged_model(dora):
     loss = fc.tasks.classifier(Net())
     params = Net().init(jax.random.key(0), np.zeros((1, 4)))
-    merged, beside = (fc.lora(loss, params, 2, alpha=3.0, beside=how) for how in (False, True))
+    params["params"]["Dense_0"]["bias"] += 0.3
+    merged, beside = (fc.lora(loss, params, 2, alpha=3.0, beside=how, dora=dora) for how in (False, True))
     x = merged.init(jax.random.key(1))
     x["adapters"] = jax.tree.map(lambda x: x + 0.1, x["adapters"])
     batch = {k: v[:6] for k, v in population().examples.items()}
@@ -157,7 +181,7 @@ def test_beside_is_the_merged_model():
         )
         for of in (beside, merged)
     ]
-    assert matrices[0] == 0 < matrices[1]  # neither W + A B nor its gradient
+    assert dora or matrices[0] == 0 < matrices[1]  # neither W + A B nor its gradient; DoRA squares W
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -200,8 +224,10 @@ def test_what_is_refused():
     with pytest.raises(fc.InvalidInput, match="train whole and have an adapter"):
         fc.lora(loss, params, 2, whole="Dense_1")
     few = fc.lora(loss, fc.models.quantised(params), 2, "Dense_0/kernel")
-    with pytest.raises(fc.InvalidInput, match="not in few bits"):
-        Run(fc.adapters.residual(few, TX), population()).rounds(few.init(jax.random.key(0)), IDS)
+    lengths = fc.lora(loss, params, 2, "Dense_0/kernel", dora=True)
+    for refused in (few, lengths, fc.lora(loss, params, 2, "Dense_0/kernel", whole="Dense_1")):
+        with pytest.raises(fc.InvalidInput, match="by A B alone"):
+            Run(fc.adapters.residual(refused, TX), population()).rounds(refused.init(jax.random.key(0)), IDS)
     with pytest.raises(fc.InvalidInput, match="Flax Dense layers"):
         trained(frozen(fc.fedavg(tuned(beside=True).per_example_loss, TX)))
     with pytest.raises(fc.InvalidInput, match="made by fc.lora"):

@@ -152,7 +152,9 @@ def test_each_damage_of_a_checkpoint_is_refused_or_changes_no_bit(checkpoint, tm
 
 def test_a_checkpoint_of_zeros_without_end_is_refused_before_they_are_read(tmp_path, monkeypatch):
     with monkeypatch.context() as forging:  # its record is that of STATE, its array takes a thousand times the memory
-        forging.setattr(checkpoint_module, "_keyed", lambda leaves: {"0": np.zeros((2**21, 7)), "1": np.zeros(5, "i4")})
+        forging.setattr(
+            checkpoint_module, "_keyed", lambda leaves, left_out: {"0": np.zeros((2**21, 7)), "1": np.zeros(5, "i4")}
+        )
         Checkpoints(tmp_path).save(1, STATE)
     read, items = Checkpoints._read, []
     monkeypatch.setattr(Checkpoints, "_read", lambda self, *what: items.append(what[1]) or read(self, *what))

@@ -210,3 +210,28 @@ def test_a_home_directory_is_meant(tmp_path, monkeypatch):
         Checkpoints(tmp_path / "\udcff")
     with pytest.raises(fc.InvalidInput, match="keep must be a whole number of at least 1, not 0"):
         Checkpoints(tmp_path, keep=0)
+
+
+def test_parameters_that_do_not_train_are_left_out_and_a_run_goes_on_with_its_own(tmp_path):
+    def whole(params, batch, key):
+        return loss({"w": params["w"] + params["base"][:2]}, batch, key)
+
+    algorithm = fc.partially_frozen(fc.scaffold(whole, optax.sgd(0.1)), "^base")
+    params = PARAMS | {"base": np.arange(50_000, dtype=np.float32) / 50_000}
+    evaluate = fc.evaluator(whole, {"all": DATA})
+    run = functools.partial(
+        train, algorithm=algorithm, params=params, evaluate=evaluate, eval_every=1, best=fc.extend.Best("all/loss")
+    )
+    run(tmp_path / "saved", 2)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) < params["base"].nbytes
+    resumed, at_once = run(tmp_path / "saved", 4), run(tmp_path / "at once", 4)
+    for of in (lambda x: x.params, lambda x: x.best.params):
+        for name, x in of(at_once).items():
+            np.testing.assert_array_equal(of(resumed)[name], x)
+    saved = Checkpoints(tmp_path / "saved").state(algorithm, params)
+    assert saved.rounds == 4
+    np.testing.assert_array_equal(saved.server.params["base"], params["base"])
+    with pytest.raises(fc.InvalidInput, match=r"leaves out server.*base.*another one: begin with the model"):
+        run(tmp_path / "saved", 5, params=params | {"base": params["base"] + 1})
+    with pytest.raises(fc.InvalidInput, match=r"leaves out .*base"):
+        Checkpoints(tmp_path / "saved").state(algorithm, params | {"base": params["base"] + 1})
