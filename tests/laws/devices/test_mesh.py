@@ -118,6 +118,31 @@ def test_a_frozen_base_is_split_too(texts, params):
     assert_identical(in_two.params["base"], jax.tree.map(np.asarray, params))
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_decoders_base_is_split_and_its_adapters_train_alike(texts, bits):
+    llama = fc.models.Llama(VOCABULARY, width=128, hidden=128, layers=1, heads=4, key_heads=2)
+    base = llama.init(jax.random.key(0), np.zeros((1, LENGTH), np.int32))
+    base = base if bits == 32 else fc.models.quantised(base, bits)
+    tuned = fc.lora(fc.tasks.next_token(llama), base, 2, "query|value", beside=True)
+    tokens = np.concatenate([texts.examples["x"], texts.examples["y"][:, -1:]], 1)
+    chats = {"tokens": tokens, "segments": np.ones_like(tokens), "answers": tokens % 3 > 0}
+    data, split = fc.FederatedData(chats, texts.offsets), fc.placement.mesh(clients=4, model=2)
+    algorithm = fc.partially_frozen(fc.fedavg(tuned.per_example_loss, optax.sgd(0.5)), tuned.frozen)
+    start = tuned.init(jax.random.key(1))
+    server = send_server(algorithm.init(start), split)
+    size = sum(x.nbytes for x in jax.tree.leaves(base))
+    assert (
+        held(server.params["base"], jax.devices()[0]) < (0.55 if bits == 32 else 0.6) * size
+    )  # small scales lie whole
+
+    def train(devices):
+        return fc.train(algorithm, data, start, rounds=2, cohort_size=4, batch_size=4, devices=devices)
+
+    in_two, whole = train(split), train(jax.local_devices()[:4])
+    assert_close(in_two.params["adapters"], whole.params["adapters"], rtol=1e-4, atol=1e-5)
+    assert max(abs(np.asarray(x)).max() for x in jax.tree.leaves(whole.params["adapters"])) > 1e-3
+
+
 def test_every_part_of_a_rounds_state_follows_the_parameters_of_its_name():
     data, split = population(), fc.placement.mesh(clients=2, model=2, shard={"^w": PartitionSpec("model")})
     link = fc.uplink.error_feedback(fc.uplink.clip_by_global_norm(0.5), fc.uplink.compress(fc.compression.top_k(0.5)))
