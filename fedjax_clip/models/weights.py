@@ -75,6 +75,7 @@ class Pretrained:
         config = _config(self.model) | ({} if self.end is None else {"eos_token_id": self.end})
         files.write(path / "config.json", json.dumps(config, indent=2) + "\n")
         safetensors.flax.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+        (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)  # the package's file is its owner's
         if self.tokenizer is not None:
             self.tokenizer.save(str(path / "tokenizer.json"))
             about = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": self.template}

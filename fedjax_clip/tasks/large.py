@@ -93,9 +93,10 @@ def chats(
       tune: ``"lora"`` trains adapters alone, ``"full"`` all parameters.
       rank, pattern, alpha: of the adapters, as for ``fc.lora``.
       bits: of the frozen kernels: 32, 8 or 4 (``fc.models.quantised``).
-      length, pack: of rows of tokens, see ``fc.data.sources.chats``.
+      length: tokens of a row, see ``fc.data.sources.chats``.
+      pack: whether a row holds as many of a client's chats as fit, see ``fc.data.sources.packed``.
       held_out_clients: fraction of the clients that is never trained on.
-      held_out_examples: fraction of the other clients' rows that is never trained on.
+      held_out_examples: fraction of the other clients' chats that is never trained on.
       samples: how many held-out chats the model answers in the report.
       seed: of both splits.
 
@@ -111,8 +112,9 @@ def chats(
     """
     _check(tune, ("lora", "full"), bits, samples)
     loaded = models.pretrained(model)
-    data = sources.chats(file, loaded, by, length, pack)
-    return _decoder(loaded, data, tune, rank, pattern, alpha, bits, held_out_clients, held_out_examples, samples, seed)
+    data = sources.chats(file, loaded, by, length)
+    held_out = held_out_clients, held_out_examples
+    return _decoder(loaded, data, tune, rank, pattern, alpha, bits, pack, *held_out, samples, seed)
 
 
 def shakespeare_dialogues(
@@ -142,8 +144,9 @@ def shakespeare_dialogues(
     """
     _check(tune, ("lora", "full"), bits, samples)
     loaded = models.pretrained(model)
-    data = sources.dialogues(loaded, (plays,) if isinstance(plays, str) else plays, length, pack)
-    return _decoder(loaded, data, tune, rank, pattern, alpha, bits, held_out_clients, held_out_examples, samples, seed)
+    data = sources.dialogues(loaded, (plays,) if isinstance(plays, str) else plays, length)
+    held_out = held_out_clients, held_out_examples
+    return _decoder(loaded, data, tune, rank, pattern, alpha, bits, pack, *held_out, samples, seed)
 
 
 def tweets_bert(
@@ -249,6 +252,7 @@ def _decoder(
     pattern: str,
     alpha: float | None,
     bits: int,
+    pack: bool,
     held_out_clients: float,
     held_out_examples: float,
     samples: int,
@@ -259,6 +263,9 @@ def _decoder(
     model = loaded.model.clone(rematerialise=True)
     train, clients = data.split_clients(held_out_clients, seed)
     train, examples = train.split_examples(held_out_examples, seed)
+    chosen = _first_chats(clients, samples)
+    if pack:
+        train, examples, clients = map(sources.packed, (train, examples, clients))
     held_out = {"examples": examples, "clients": clients}
     task = Task(
         *(train, held_out, lambda key: loaded.params, next_token(model)), summarise=perplexity, evaluated_at_once=4
@@ -267,7 +274,6 @@ def _decoder(
     merge: Callable[[Params], Params] = lambda params: params  # noqa: E731
     if tune == "lora":
         merge = lora(next_token(model), loaded.params, rank, pattern, alpha).merge
-    chosen = _first_chats(clients, samples)
     return dataclasses.replace(
         tuned,
         samples=lambda params: _answered(loaded, merge(params), chosen),
@@ -279,7 +285,8 @@ def _first_chats(data: FederatedData, count: int) -> list[tuple[np.ndarray, np.n
     """The prompt and the answer, as tokens, of the first chat of each of the first clients."""
     chosen = []
     for row in data.offsets[:-1][:count]:
-        tokens, answers = (data.examples[k][row][data.examples["segments"][row] == 1] for k in ("tokens", "answers"))
+        there = data.fields()["segments"][row] > 0
+        tokens, answers = (data.fields()[name][row][there] for name in ("tokens", "answers"))
         begin = int(np.argmax(answers))
         end = begin + int(np.argmin(np.append(answers[begin:], False)))
         chosen.append((tokens[:begin], tokens[begin:end]))

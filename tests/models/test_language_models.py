@@ -96,6 +96,7 @@ def test_what_is_written_is_read_again(tmp_path, name):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "end": 1}, "a"))
     fc.models.Pretrained(whole.model, whole.params, tokenizer, "{{ messages }}", 1).save(tmp_path / "model")
+    assert len({file.stat().st_mode for file in (tmp_path / "model").iterdir()}) == 1
     again = fc.models.pretrained(tmp_path / "model")
     assert (again.model, again.template, again.end) == (whole.model, "{{ messages }}", 1)
     assert again.tokenizer.to_str() == tokenizer.to_str()

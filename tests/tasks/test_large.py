@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import fedjax_clip as fc
 from fedjax_clip.core import tree
-from fedjax_clip.data.sources import dialogue, text
+from fedjax_clip.data.sources import text
 from fedjax_clip.tasks import large
 
 pytest.importorskip("tokenizers")
@@ -33,7 +33,7 @@ def words(tokens):
 
 
 def test_answers_are_the_assistants_messages_and_their_ends():
-    data = fc.data.sources.chats(ROWS, model(), length=16, pack=False)
+    data = fc.data.sources.chats(ROWS, model(), length=16)
     assert (data.names, data.sizes.tolist()) == (["ann", "bob"], [3, 1])
     found = [words(t[a]) for t, a in zip(data.examples["tokens"], data.examples["answers"])]
     assert found == ["c d <end>", "e <end>", "a b c <end>", "b <end> d e <end>"]
@@ -43,7 +43,7 @@ def test_answers_are_the_assistants_messages_and_their_ends():
 
 
 def test_chats_share_rows_and_long_ones_are_cut():
-    data = fc.data.sources.chats(ROWS, model(), length=16)
+    data = fc.data.sources.packed(fc.data.sources.chats(ROWS, model(), length=16))
     assert data.sizes.tolist() == [2, 1]
     assert data.examples["segments"][0].tolist() == [1] * 9 + [2] * 6 + [0] * 2
     cut = fc.data.sources.chats(ROWS, model(), length=7)
@@ -58,21 +58,32 @@ def test_chats_share_rows_and_long_ones_are_cut():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(9, 20))
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=9), min_size=1, max_size=3), st.integers(9, 20))
 def test_packing_loses_nothing_and_overlaps_nothing(sizes, length):
-    pieces = [(np.arange(1, n + 1, dtype=np.int32) * 100 + i, np.arange(n) % 2 == 1) for i, n in enumerate(sizes)]
-    rows = dialogue.packed(pieces, length)
-    found = []
-    for tokens, segments, answers in zip(rows["tokens"], rows["segments"], rows["answers"]):
-        assert not tokens[segments == 0].any()
-        assert not answers[segments == 0].any()
-        found += [(tokens[segments == s], answers[segments == s]) for s in range(1, segments.max() + 1)]
-    found.sort(key=lambda piece: piece[0][0])
-    for (a, b), (c, d) in zip(pieces, found, strict=True):
-        np.testing.assert_array_equal(a, c)
-        np.testing.assert_array_equal(b, d)
-    assert len(rows["tokens"]) <= len(sizes)
-    assert rows["tokens"].shape[1] == length
+    clients, next_token = {}, 1
+    for c, own in enumerate(sizes):
+        rows = {k: np.zeros((len(own), length), t) for k, t in (("tokens", "i4"), ("segments", "i4"), ("answers", "?"))}
+        for i, n in enumerate(own):
+            rows["tokens"][i, :n], rows["segments"][i, :n] = np.arange(next_token, next_token + n), 1
+            rows["answers"][i, :n] = rows["tokens"][i, :n] % 2
+            next_token += n
+        clients[str(c)] = rows
+    apart = fc.FederatedData.from_clients(clients)
+    together = fc.data.sources.packed(apart)
+    assert together.names == apart.names
+
+    def texts(data, client):
+        found = []
+        for row in range(data.offsets[client], data.offsets[client + 1]):
+            tokens, segments, answers = (data.examples[k][row] for k in ("tokens", "segments", "answers"))
+            np.testing.assert_array_equal(answers, (tokens % 2 == 1) & (tokens > 0))
+            np.testing.assert_array_equal(segments > 0, tokens > 0)
+            found += [tokens[segments == s].tolist() for s in range(1, segments.max() + 1)]
+        return sorted(found)
+
+    for client in range(len(sizes)):
+        assert texts(together, client) == texts(apart, client)
+    assert np.all(together.sizes <= apart.sizes)
 
 
 def losses(loaded, data):
@@ -84,7 +95,8 @@ def losses(loaded, data):
 
 def test_the_loss_of_chats_that_share_a_row_is_that_of_each_alone():
     loaded = model()
-    apart, together = (fc.data.sources.chats(ROWS, loaded, length=30, pack=p) for p in (False, True))
+    apart = fc.data.sources.chats(ROWS, loaded, length=30)
+    together = fc.data.sources.packed(apart)
     (one, own), (both, shared) = losses(loaded, apart), losses(loaded, together)
     assert (len(one), len(both)) == (4, 2)
     ann = (one[:3] * own["answer_tokens"][:3]).sum() / own["answer_tokens"][:3].sum()
@@ -177,7 +189,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model().save("tiny")
     names = [f"c{i}" for i in range(6)]
-    rows = [{**ROWS[i % 4], "client": name} for name in names for i in range(0, 4, 2) for _ in range(3)]
+    rows = [{**ROWS[i % 4], "client": name} for name in names for i in range(0, 4, 2)]  # two of them fit in a row
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 

@@ -4,7 +4,7 @@ Large packages are imported only when they are needed, and nothing is downloaded
 """
 
 from fedjax_clip.data.sources.archives import npz, save_npz
-from fedjax_clip.data.sources.dialogue import chats, dialogues
+from fedjax_clip.data.sources.dialogue import chats, dialogues, packed
 from fedjax_clip.data.sources.hugging_face import flwr, huggingface
 from fedjax_clip.data.sources.pictures import FASHION_MNIST, digits, fashion_mnist, mnist
 from fedjax_clip.data.sources.text import shakespeare, text_files, tweets
@@ -20,6 +20,7 @@ __all__ = [
     "huggingface",
     "mnist",
     "npz",
+    "packed",
     "save_npz",
     "shakespeare",
     "text_files",

@@ -1,5 +1,6 @@
 """Chats for the fine-tuning of decoders: by a chat template to tokens, of which those of the answers count."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,6 @@ def chats(
     model: Any,
     by: str = "client",
     length: int = 256,
-    pack: bool = True,
 ) -> FederatedData:
     """Chats as tokens for a decoder; each belongs to the client that a column names.
 
@@ -32,11 +32,11 @@ def chats(
       model: of ``fc.models.pretrained``; its tokenizer and its chat template are used.
       by: the column that names the client.
       length: tokens that the model sees in a row.
-      pack: whether a row holds as many of a client's chats as fit, first fit in their order; else each has its own.
 
     Returns:
-      ``{"tokens": int32 [N, length + 1], "segments": int32, "answers": bool}``, all ``[N, length + 1]``: which chat of
-      the row a token belongs to, from 1, or 0 for padding; and whether a loss counts it.
+      ``{"tokens": int32, "segments": int32, "answers": bool}``, all ``[N, length + 1]``, a chat a row. Segments say
+      which chat of the row a token belongs to, here 1, or 0 for padding; answers, whether a loss counts the token.
+      ``fc.data.sources.packed`` puts several chats in a row.
 
     Raises:
       InvalidInput: a file that cannot be read, a row without chat or client, by its number; a model without template;
@@ -53,14 +53,13 @@ def chats(
     found: dict[str, list[Chat]] = {}
     for number, row in enumerate(_rows(source), 1):
         found.setdefault(_client(row, by, number), []).append(_messages(row, number))
-    return _encoded(found, model.tokenizer, render, length, pack)
+    return _encoded(found, model.tokenizer, render, length)
 
 
 def dialogues(
     model: Any,
     plays: Sequence[str] = ("hamlet", "macbeth", "othello"),
     length: int = 256,
-    pack: bool = True,
     min_speeches: int = 5,
 ) -> FederatedData:
     """Shakespeare's dialogues: the speech before is the prompt, and the role's own the answer; roles are clients.
@@ -68,7 +67,7 @@ def dialogues(
     A system message names role and play. The first speech of a scene answers nothing, and is left out.
 
     Args:
-      model, length, pack: as for ``chats``.
+      model, length: as for ``chats``.
       plays: as for ``fc.data.sources.shakespeare``.
       min_speeches: roles with fewer answers are left out.
 
@@ -97,7 +96,7 @@ def dialogues(
     found = {name: own for name, own in sorted(found.items()) if len(own) >= min_speeches}
     if not found:
         raise InvalidInput(f"No role of {', '.join(plays)} has {min_speeches} answers.")
-    return _encoded(found, model.tokenizer, render, length, pack)
+    return _encoded(found, model.tokenizer, render, length)
 
 
 def _rows(source: Any) -> Iterable[Mapping[str, Any]]:
@@ -173,23 +172,23 @@ def _template(model: Any) -> Callable[..., str]:
 
 
 def _encoded(
-    clients: Mapping[str, Sequence[Chat]], tokenizer: Any, render: Callable[..., str], length: int, pack: bool
+    clients: Mapping[str, Sequence[Chat]], tokenizer: Any, render: Callable[..., str], length: int
 ) -> FederatedData:
     rows = {}
     for name, own in clients.items():
         texts, spans = zip(*(_answers(chat, render) for chat in own), strict=True)
-        pieces = []
-        for encoding, answered in zip(tokenizer.encode_batch(texts, add_special_tokens=False), spans, strict=True):
-            tokens = np.array(encoding.ids[: length + 1], np.int32)
+        tokens, segments = np.zeros((2, len(own), length + 1), np.int32)
+        answers = np.zeros((len(own), length + 1), bool)
+        for i, encoding in enumerate(tokenizer.encode_batch(texts, add_special_tokens=False)):
+            ids = encoding.ids[: length + 1]
+            here = i, slice(len(ids))
+            tokens[here], segments[here] = ids, 1
             starts = np.array([start for start, _ in encoding.offsets[: length + 1]], np.int64)
-            counts = np.zeros(len(tokens), bool)
-            for a, b in answered:
-                counts |= (a <= starts) & (starts < b)
-            counts[:1] = False  # nothing comes before it
-            if counts.any():
-                pieces.append((tokens, counts))
-        if pieces:
-            rows[name] = packed(pieces, length + 1, pack)
+            for a, b in spans[i]:
+                answers[here] |= (a <= starts) & (starts < b)
+        answers[:, 0] = False  # nothing comes before it
+        if (kept := answers.any(1)).any():
+            rows[name] = {"tokens": tokens[kept], "segments": segments[kept], "answers": answers[kept]}
     if not rows:
         raise InvalidInput(f"No answer begins within {length} tokens: give a larger length.")
     return FederatedData.from_clients(rows)
@@ -210,36 +209,36 @@ def _answers(chat: Chat, render: Callable[..., str]) -> tuple[str, list[tuple[in
     return whole, spans
 
 
-def packed(
-    pieces: Sequence[tuple[np.ndarray, np.ndarray]], length: int, together: bool = True
-) -> dict[str, np.ndarray]:
-    """Texts in rows of one length, first fit in their order.
+def packed(data: FederatedData) -> FederatedData:
+    """The same chats in fewer rows: each takes the first row of its client with room for it.
 
     Args:
-      pieces: ``(tokens [T], answers [T])`` of each text, T at most ``length``.
-      length: of a row.
-      together: whether several may share a row.
+      data: from ``chats`` or ``dialogues``, a chat a row; hold examples out before.
 
     Returns:
-      ``{"tokens", "segments", "answers"}``, ``[N, length]`` each, see ``chats``.
+      Rows in which chats have numbers from 1 in ``segments``. A model sees each by itself (``fc.models.Llama``).
+
+    Example:
+      >>> rows = [{"client": "ann", "prompt": "To be?", "completion": "Aye."} for _ in range(3)]
+      >>> data = fc.data.sources.chats(rows, decoder, length=20)
+      >>> fc.data.sources.packed(data).sizes.tolist(), data.sizes.tolist()
+      ([1], [3])
     """
-    rows: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    free: list[int] = []
-    for piece in pieces:
-        size = len(piece[0])
-        fits = next((i for i, left in enumerate(free) if together and left >= size), None)
-        if fits is None:
-            fits = len(rows)
-            rows.append([])
-            free.append(length)
-        rows[fits].append(piece)
-        free[fits] -= size
-    tokens, segments = np.zeros((2, len(rows), length), np.int32)
-    answers = np.zeros((len(rows), length), bool)
-    for i, row in enumerate(rows):
-        at = 0
-        for number, (own, counts) in enumerate(row, 1):
-            here = slice(at, at + len(own))
-            tokens[i, here], segments[i, here], answers[i, here] = own, number, counts
-            at += len(own)
-    return {"tokens": tokens, "segments": segments, "answers": answers}
+    fields, clients = data.fields(), {}
+    sizes = (fields["segments"] > 0).sum(1)
+    length = fields["tokens"].shape[1]
+    for c, (start, stop) in enumerate(itertools.pairwise(data.offsets)):
+        places, free = [], list[int]()  # of each chat: its row and where in it; of each row: what is left
+        for size in sizes[start:stop]:
+            row = next((i for i, left in enumerate(free) if left >= size), len(free))
+            free += [length] * (row == len(free))
+            places.append((row, length - free[row]))
+            free[row] -= int(size)
+        rows = {name: np.zeros((len(free), length), x.dtype) for name, x in fields.items()}
+        for i, (row, at) in enumerate(places, start):
+            here = row, slice(at, at + sizes[i])
+            for name, x in fields.items():
+                rows[name][here] = x[i, : sizes[i]]
+            rows["segments"][here] = rows["segments"][row].max() + 1 if at else 1
+        clients[data.name(c)] = rows
+    return FederatedData.from_clients(clients)
