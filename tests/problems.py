@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -98,6 +99,27 @@ def leaky_error_feedback(bound: float) -> Uplink:
 
 clipped_sgd = optax.chain(fc.clipping.clip_by_global_norm(0.7), optax.sgd(0.2))
 
+
+TUNED = fc.lora(softmax_loss, parameters(), 2, "w", 3.0)
+
+
+def over_adapters(make: Callable[..., fc.extend.Algorithm]) -> fc.extend.Algorithm:
+    """An algorithm of ``fc.adapters`` that begins with the model ``parameters()`` and draws the adapters itself."""
+    inside = fc.partially_frozen(make(TUNED, clipped_sgd), TUNED.untouched)
+
+    def begin(params):
+        return {"base": params, "adapters": TUNED.fresh(jax.random.key(0))}
+
+    return inside._replace(
+        init=lambda params: inside.init(begin(params)), init_client=lambda params: inside.init_client(begin(params))
+    )
+
+
+def model(params: Any) -> Any:
+    """The model of an entry's parameters."""
+    return TUNED.merge(params) if "adapters" in params else params
+
+
 # Every algorithm, with the options that change its state or its path: each law runs over all of them.
 ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
     "fedavg": lambda: fc.fedavg(softmax_loss, clipped_sgd),
@@ -115,6 +137,9 @@ ENTRIES: dict[str, Callable[[], fc.extend.Algorithm]] = {
         softmax_loss, clipped_sgd, fc.fedopt.fedadam(0.03), uplink=fc.uplink.clip_by_global_norm(0.2)
     ),
     "fedsgd": lambda: fc.fedsgd(softmax_loss, clipped_sgd),
+    "adapters, residual": lambda: over_adapters(fc.adapters.residual),
+    "adapters, stacked": lambda: over_adapters(fc.adapters.stacked),
+    "adapters, decomposed": lambda: over_adapters(fc.adapters.decomposed),
     "fedavg, kept history": lambda: fc.fedavg(
         softmax_loss, optax.chain(fc.clipping.auto_clip(50, window=8), optax.sgd(0.2)), keep_opt_state=True
     ),

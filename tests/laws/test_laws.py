@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import COHORTS, ENTRIES, OUTSIDE, assert_close, assert_identical, entry, parameters
+from problems import COHORTS, ENTRIES, OUTSIDE, assert_close, assert_identical, entry, model, parameters
 
 import fedjax_clip as fc
 from fedjax_clip.core.metrics import check_names
@@ -27,8 +27,10 @@ def test_rounds_are_finite_and_move_the_parameters(name, run):
     params = server.params
     if run.algorithm.personal is not None:
         params = run.algorithm.personal(params, jax.tree.map(lambda xs: xs[COHORTS[0][0]], clients))
+    params = model(params)
     moved = {k for k, x in params.items() if np.any(x != parameters()[k])}
-    assert moved == set(params) - ({"b"} if name == "fedbabu" else set())  # whose head stays
+    stays = name == "fedbabu" or name.startswith("adapters")  # the head, or what has no adapter
+    assert moved == set(params) - ({"b"} if stays else set())
     assert int(server.round) == len(COHORTS)
     assert [m["clients"] for m in history] == [2 if name == "power_of_choice" else 3] * 3
     for own in history[0].keys() - {"accuracy"} if name not in OUTSIDE else ():  # which no loss may report
@@ -105,7 +107,11 @@ def test_a_run_that_goes_on_from_a_checkpoint_or_a_state_has_the_same_bits(run, 
 
 
 P = sum(x.size for x in parameters().values())
+A_AND_B = 2 * (4 + 3)  # floats of an adapter of rank 2 of w
 TRAFFIC = {  # (down, up): floats that a client is sent in a round, and sends, where they are not the parameters once
+    "adapters, residual": (A_AND_B + 4 * 3, A_AND_B),  # of the cohort's factors and the matrix the smaller
+    "adapters, stacked": (4 * 3, A_AND_B),
+    "adapters, decomposed": (A_AND_B, A_AND_B),
     "episode": (P + 2 * P, P + P),  # x, then x and G; g, then y - x
     "episode_plus": (2 * P, 2 * P),
     "fedavg, compressed": (
@@ -207,6 +213,8 @@ def test_a_round_without_clients_leaves_the_parameters(name, run):
     server, _, history = run.rounds(parameters(), [[]])
     if name.startswith("fedavg, private"):  # must not tell that nobody came: the round is noise
         assert np.any(server.params["w"] != parameters()["w"])
+    elif name.startswith("adapters"):  # the same model, perhaps by others
+        assert_close(model(server.params), parameters(), rtol=1e-5, atol=1e-6)
     else:
         assert_identical(server.params, run.start(parameters())[0].params)
     assert history[0]["clients"] == 0

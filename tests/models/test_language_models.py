@@ -174,6 +174,13 @@ def test_a_directory_that_cannot_be_read_says_why(tmp_path, what):
         fc.models.pretrained(broken(copied(tmp_path), what))
 
 
+@pytest.mark.parametrize("changes", [{"hidden_act": "relu"}, {"position_embedding_type": "relative_key"}])
+def test_a_bert_that_computes_something_else_is_refused(tmp_path, changes):
+    edited(path := copied(tmp_path, "bert"), **changes)
+    with pytest.raises(fc.InvalidInput, match="another activation than gelu, or with relative positions"):
+        fc.models.pretrained(path)
+
+
 def test_files_of_no_model_are_refused(tmp_path):
     for name, told in (
         ("none", "There is no model"),
