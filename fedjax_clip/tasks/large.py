@@ -127,7 +127,7 @@ def shakespeare_dialogues(
     bits: int = 32,
     length: int = 256,
     pack: bool = True,
-    held_out_clients: float = 0.2,
+    held_out_clients: float = 0.1,
     held_out_examples: float = 0.1,
     samples: int = 3,
     seed: int = 0,

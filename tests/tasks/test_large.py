@@ -246,3 +246,18 @@ def test_an_encoder_learns_tweets(tmp_path, monkeypatch, tune):
         "head": 4 * 27, "lora": 4 * (27 + 2 * 2 * 16), "full": sum(x.nbytes for x in before.values())
     }[tune]  # fmt: skip
     np.testing.assert_array_equal(task.data.examples["x"][0, 3:], 0)
+
+
+@pytest.mark.parametrize("scope", [None, fc.clipping.layer()])
+def test_each_rows_gradient_of_the_adapters_is_clipped_and_only_that_travels(files, scope):
+    """No step is longer than the clip, by layer: the base's gradient does not count."""
+    task = fc.tasks.chats("chats.jsonl", "tiny", rank=2, length=20, samples=0)
+    params = jax.tree.map(np.asarray, task.init(jax.random.key(0)))
+    clip = fc.clipping.clip(0.01, scope=scope)
+    algorithm = fc.fedavg(task.per_example_loss, optax.sgd(1.0), gradient=fc.local.per_example_gradient(clip))
+    algorithm = fc.partially_frozen(algorithm, task.frozen)
+    result = fc.train(algorithm, task.data, params, rounds=1, batch_size=4, local_steps=1)
+    moved = jax.tree.map(lambda x, y: np.linalg.norm(x - y), result.params["adapters"], params["adapters"])
+    lengths = np.array(jax.tree.leaves(moved))
+    assert 0 < np.linalg.norm(lengths) <= 0.01 * (1 if scope is None else np.sqrt(len(lengths))) * (1 + 1e-5)
+    assert result.history[0]["bytes_up"] == 5 * sum(x.nbytes for x in jax.tree.leaves(params["adapters"]))
