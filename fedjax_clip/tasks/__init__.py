@@ -19,7 +19,7 @@ from fedjax_clip.tasks.language import (
     text_files,
     tweets,
 )
-from fedjax_clip.tasks.large import chats, next_token, shakespeare_dialogues, tweets_bert
+from fedjax_clip.tasks.large import chats, next_token, shakespeare_dialogues, texts, tweets_bert
 from fedjax_clip.tasks.loading import Model, Predictions, load, save
 from fedjax_clip.tasks.packaged import ames, chem97, heart, schools
 from fedjax_clip.tasks.predictor import Predictor
@@ -73,6 +73,7 @@ __all__ = [
     "shakespeare_transformer",
     "stream",
     "text_files",
+    "texts",
     "tfds",
     "tweets",
     "tweets_bert",

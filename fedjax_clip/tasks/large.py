@@ -1,4 +1,4 @@
-"""Fine-tuning of published models: chats by a decoder, tweets by an encoder."""
+"""Fine-tuning of published models: chats by a decoder, classes of texts by an encoder."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,7 @@ from fedjax_clip.core.types import Array, InvalidInput, Params, PerExampleLoss
 from fedjax_clip.data import partition, sources
 from fedjax_clip.data.population import FederatedData
 from fedjax_clip.data.sources import text
+from fedjax_clip.data.sources.dialogue import rows_of, value
 from fedjax_clip.tasks.base import Sample, Task, classifier, cross_entropy, hits
 from fedjax_clip.training.scores import Values
 
@@ -174,21 +175,107 @@ def tweets_bert(
     Example:
       >>> task = fc.tasks.tweets_bert(tune="head")  # doctest: +SKIP
     """
+    loaded = _encoder(model, tune)
+    written, labels = text.read_tweets()
+    examples = {"x": tokens_of(loaded, written, length), "y": labels}
+    train, held_out = partition.dirichlet(examples, num_clients, dirichlet, seed=seed).split_examples(0.1, seed)
+    return _classified(loaded, train, {"examples": held_out}, len(text.SENTIMENTS), tune, rank, pattern, alpha)
+
+
+def texts(
+    file: str,
+    model: str = MINILM,
+    column: str = "text",
+    label: str = "label",
+    by: str = "client",
+    tune: str = "lora",
+    rank: int = 8,
+    pattern: str = "query|value",
+    alpha: float | None = None,
+    length: int = 64,
+    held_out_clients: float = 0.2,
+    held_out_examples: float = 0.2,
+    seed: int = 0,
+) -> Task:
+    """Classifies your own texts by a published encoder and a new head.
+
+    Args:
+      file: a table (.csv, UTF-8, with a header) or .jsonl.
+      model: as for ``fc.models.pretrained``.
+      column: of the texts.
+      label: the column of the classes, which are its words in their order.
+      by: the column that names the client.
+      tune, rank, pattern, alpha: as for ``tweets_bert``.
+      length: tokens kept of each text; fewer are padded with 0.
+      held_out_clients: fraction of the clients that is never trained on.
+      held_out_examples: fraction of the other clients' texts that is never trained on.
+      seed: of both splits.
+
+    Raises:
+      InvalidInput: a file that cannot be read, a row without text, class or client, one class only ...
+
+    Example:
+      >>> import pathlib
+      >>> rows = [f"{name},{word} me,{word}" for name in ("ann", "bob", "eve") for word in ("call", "write") * 3]
+      >>> _ = pathlib.Path("mail.csv").write_text("\\n".join(["client,text,label", *rows]))
+      >>> bert = fc.models.Bert(11, width=8, hidden=12, layers=1, heads=2, positions=64)
+      >>> weights = bert.init(key, np.zeros((1, 4), np.int32))
+      >>> fc.models.Pretrained(bert, weights, decoder.tokenizer).save("encoder")
+      >>> task = fc.tasks.texts("mail.csv", "encoder", rank=2)
+      >>> task.data.labels
+      {'y': ('call', 'write')}
+    """
+    loaded = _encoder(model, tune)
+    clients: dict[str, list[tuple[str, str]]] = {}
+    for number, row in enumerate(rows_of(file), 1):
+        told = value(row, column, number, "text"), value(row, label, number, "class")
+        clients.setdefault(value(row, by, number, "client"), []).append(told)
+    classes = sorted({y for own in clients.values() for _, y in own})
+    if len(classes) < 2:
+        raise InvalidInput(f"{file}: {label} has {len(classes) or 'no'} class: there is nothing to tell apart.")
+    examples = {
+        name: {
+            "x": tokens_of(loaded, [x for x, _ in own], length),
+            "y": np.array([classes.index(y) for _, y in own], np.int32),
+        }
+        for name, own in clients.items()
+    }
+    data = dataclasses.replace(FederatedData.from_clients(examples), labels={"y": tuple(classes)})
+    train, strangers = data.split_clients(held_out_clients, seed)
+    train, held_out = train.split_examples(held_out_examples, seed)
+    sets = {"examples": held_out, "clients": strangers}
+    return _classified(loaded, train, sets, len(classes), tune, rank, pattern, alpha)
+
+
+def _encoder(model: str, tune: str) -> models.Pretrained:
+    """A published encoder."""
     _check(tune, ("lora", "head", "full"))
     loaded = models.pretrained(model)
     if not isinstance(loaded.model, models.Bert):
-        raise InvalidInput(f"{model} is no encoder: tweets_bert takes a model of the BERT family.")
-    texts, labels = text.read_tweets()
-    examples = {"x": tokens_of(loaded, texts, length), "y": labels}
-    data = partition.dirichlet(examples, num_clients, dirichlet, seed=seed)
-    train, held_out = data.split_examples(0.1, seed)
-    classes = models.TextClassifier(loaded.model, len(text.SENTIMENTS))
+        raise InvalidInput(f"{model} is no encoder: texts are classified by a model of the BERT family.")
+    return loaded
+
+
+def _classified(
+    loaded: models.Pretrained,
+    train: FederatedData,
+    held_out: Mapping[str, FederatedData],
+    num_classes: int,
+    tune: str,
+    rank: int,
+    pattern: str,
+    alpha: float | None,
+) -> Task:
+    """Texts as tokens ``x``, with classes ``y``, by an encoder and a new head."""
+    encoder: Any = loaded.model
+    classes = models.TextClassifier(encoder, num_classes)
+    sample = jnp.zeros((1, train.fields()["x"].shape[1]), jnp.int32)
 
     def init(key: Array) -> Params:
-        fresh = classes.init(key, jnp.zeros((1, length), jnp.int32))
+        fresh = classes.init(key, sample)
         return {"params": {**fresh["params"], "encoder": loaded.params["params"]}}
 
-    task = Task(train, {"examples": held_out}, init, classifier(classes), evaluated_at_once=256)
+    task = Task(train, held_out, init, classifier(classes), evaluated_at_once=256)
     return _tuned(task, tune, rank, pattern, alpha, head="^params/head/")
 
 

@@ -248,6 +248,38 @@ def test_an_encoder_learns_tweets(tmp_path, monkeypatch, tune):
     np.testing.assert_array_equal(task.data.examples["x"][0, 3:], 0)
 
 
+def written(tmp_path, header="client,text,label", rows=()):
+    rows = rows or [f"c{i},{word} d e,{word}" for i in range(6) for word in "ab" * 3]
+    (tmp_path / "texts.csv").write_text("\n".join([header, *rows]))
+    return tmp_path / "texts.csv"
+
+
+def test_your_own_texts_are_classified(tmp_path):
+    model("bert").save(tmp_path / "bert")
+    task = fc.tasks.texts(str(written(tmp_path)), str(tmp_path / "bert"), tune="head", length=8)
+    params = jax.tree.map(np.asarray, task.init(jax.random.key(0)))
+    algorithm = fc.partially_frozen(fc.fedavg(task.per_example_loss, optax.adam(0.1)), task.frozen)
+    result = fc.train(algorithm, task.data, params, rounds=20, batch_size=4)
+    scores = fc.evaluator(task.per_example_loss, task.evaluation)(result.params)
+    assert (scores["examples/accuracy"], scores["clients/accuracy"]) == (1, 1)
+    assert task.data.labels == {"y": ("a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "told"),
+    [
+        ("who,text,label", (), "Row 1 names no client in 'client'; it has who, text, label"),
+        ("client,said,label", (), "Row 1 names no text in 'text'"),
+        ("client,text,mood", (), "Row 1 names no class in 'label'"),
+        ("client,text,label", ("c0,a,a", "c1,b,a"), "has 1 class"),
+    ],
+)
+def test_texts_that_cannot_be_classified_are_named(tmp_path, header, rows, told):
+    model("bert").save(tmp_path / "bert")
+    with pytest.raises(fc.InvalidInput, match=told):
+        fc.tasks.texts(str(written(tmp_path, header, rows)), str(tmp_path / "bert"))
+
+
 @pytest.mark.parametrize("scope", [None, fc.clipping.layer()])
 def test_each_rows_gradient_of_the_adapters_is_clipped_and_only_that_travels(files, scope):
     """No step is longer than the clip, by layer: the base's gradient does not count."""

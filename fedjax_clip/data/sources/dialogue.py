@@ -1,5 +1,7 @@
 """Chats for the fine-tuning of decoders: by a chat template to tokens, of which those of the answers count."""
 
+import csv
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,8 +53,8 @@ def chats(
     checks.count("length", length, most=2**20)
     render = _template(model)
     found: dict[str, list[Chat]] = {}
-    for number, row in enumerate(_rows(source), 1):
-        found.setdefault(_client(row, by, number), []).append(_messages(row, number))
+    for number, row in enumerate(rows_of(source), 1):
+        found.setdefault(value(row, by, number, "client"), []).append(_messages(row, number))
     return _encoded(found, model.tokenizer, render, length)
 
 
@@ -99,11 +101,14 @@ def dialogues(
     return _encoded(found, model.tokenizer, render, length)
 
 
-def _rows(source: Any) -> Iterable[Mapping[str, Any]]:
+def rows_of(source: Any) -> Iterable[Mapping[str, Any]]:
+    """The rows of a .csv or .jsonl file, or rows as they are."""
     if not isinstance(source, str) and not hasattr(source, "__fspath__"):
         return source
     path = files.expanded(source)
     rows = []
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text.read(path, "utf-8-sig"), newline="")))
     for number, line in enumerate(text.read(path, "utf-8-sig").splitlines(), 1):
         try:
             row = json.loads(line) if line.strip() else {}
@@ -115,10 +120,11 @@ def _rows(source: Any) -> Iterable[Mapping[str, Any]]:
     return rows
 
 
-def _client(row: Mapping[str, Any], by: str, number: int) -> str:
-    if row.get(by) is None:
-        raise InvalidInput(f"Row {number} names no client in {by!r}; it has {', '.join(map(str, row))}.")
-    return str(row[by])
+def value(row: Mapping[str, Any], column: str, number: int, what: str) -> str:
+    """A row's entry in a column, as text; one that is not there is refused."""
+    if row.get(column) is None:
+        raise InvalidInput(f"Row {number} names no {what} in {column!r}; it has {', '.join(map(str, row))}.")
+    return str(row[column])
 
 
 def _messages(row: Mapping[str, Any], number: int) -> Chat:
