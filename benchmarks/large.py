@@ -2,8 +2,9 @@
 
   python benchmarks/large.py tweets       # head, LoRA: rates by one seed, measured on three others
   python benchmarks/large.py dialogues    # perplexity before and after, three seeds
+  python benchmarks/large.py step         # time and memory of a bare local step of SmolLM2's shapes, random weights
 
-It needs the packages of docs/tasks/lora.md. Each run is kept in large.json, so the same command goes on.
+The first two need the packages of docs/tasks/fine_tuning.md. Each run is kept in large.json, so they go on.
 """
 
 import json
@@ -86,5 +87,34 @@ def dialogues() -> None:
         )
 
 
+def step() -> None:
+    """One row of 256 tokens, adapters of rank 8, the base in 32, 8 and 4 bits, in turns."""
+    model = fc.models.Llama(49_152, rematerialise=True)
+    params = model.init(jax.random.key(0), np.zeros((1, 4), np.int32))
+    tokens = np.random.default_rng(0).integers(49_152, size=(1, 257)).astype(np.int32)
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "answers": np.ones(tokens.shape, bool)}
+    cases = {}
+    for bits in (32, 8, 4):
+        base = params if bits == 32 else fc.models.quantised(params, bits)
+        tuned = fc.lora(fc.tasks.next_token(model), base, 8, "query|value", beside=True)
+        whole = tuned.init(jax.random.key(1))
+
+        def mean(adapters: Any, base: Any, tuned: Any = tuned) -> Any:
+            return tuned.per_example_loss({"base": base, "adapters": adapters}, batch, None)[0].mean()
+
+        arguments = whole["adapters"], whole["base"]
+        compiled = jax.jit(jax.grad(mean)).lower(*arguments).compile()
+        cases[bits] = compiled, arguments, list[float]()
+    for _ in range(6):
+        for compiled, arguments, seconds in cases.values():
+            began = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            seconds.append(time.perf_counter() - began)
+    for bits, (compiled, _, seconds) in cases.items():
+        memory = compiled.memory_analysis()
+        sizes = memory.temp_size_in_bytes / 1e9, memory.argument_size_in_bytes / 1e9
+        print(f"{bits} bits: {np.median(seconds[1:]):.2f} s, {sizes[0]:.2f} GB of temporaries, {sizes[1]:.2f} GB given")
+
+
 if __name__ == "__main__":
-    {"tweets": tweets, "dialogues": dialogues}[sys.argv[1]]()
+    {"tweets": tweets, "dialogues": dialogues, "step": step}[sys.argv[1]]()

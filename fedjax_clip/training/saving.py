@@ -55,9 +55,11 @@ class Saver:
             server = run.algorithm.init(run.params)
         if run.sampler.replacement and jax.tree.leaves(alike):
             raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
-        nothing = () if run.best is None else best.begin(jax.tree.map(np.asarray, run.params))
+        begun = run.params if run.state is None else run.state.server.params  # checkpoints leave out what stays of it
+        nothing = () if run.best is None else best.begin(jax.tree.map(np.asarray, begun))
         state = State(server, alike, self.identity, self.members, 0, nothing)
-        found = None if run.checkpoints is None else run.checkpoints.restore(state)
+        saved = state._replace(server=server._replace(params=begun))
+        found = None if run.checkpoints is None else run.checkpoints.restore(saved)
         place = getattr(run.checkpoints, "place", None)
         if found is None and run.state is not None:
             going_on.check_alike(run.algorithm, state, run.state)

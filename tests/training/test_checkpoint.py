@@ -231,6 +231,15 @@ def test_parameters_that_do_not_train_are_left_out_and_a_run_goes_on_with_its_ow
     saved = Checkpoints(tmp_path / "saved").state(algorithm, params)
     assert saved.rounds == 4
     np.testing.assert_array_equal(saved.server.params["base"], params["base"])
+    other = params | {"base": 2 * params["base"]}
+    going_on = functools.partial(
+        train, algorithm=algorithm, params=params, state=run(tmp_path / "b", 2, params=other).state
+    )
+    going_on(tmp_path / "c", 3)  # of a state with a base of its own, which is not that of params
+    resumed = going_on(tmp_path / "c", 4)
+    for name, x in going_on(tmp_path / "d", 4).params.items():
+        np.testing.assert_array_equal(resumed.params[name], x)
+    np.testing.assert_array_equal(resumed.params["base"], other["base"])
     with pytest.raises(fc.InvalidInput, match=r"leaves out server.*base.*another one: begin with the model"):
         run(tmp_path / "saved", 5, params=params | {"base": params["base"] + 1})
     with pytest.raises(fc.InvalidInput, match=r"leaves out .*base"):
