@@ -55,10 +55,13 @@ class Saver:
             server = run.algorithm.init(run.params)
         if run.sampler.replacement and jax.tree.leaves(alike):
             raise InvalidInput("This algorithm's clients keep a state, so a sampler with replacement cannot serve it.")
-        begun = run.params if run.state is None else run.state.server.params  # checkpoints leave out what stays of it
-        nothing = () if run.best is None else best.begin(jax.tree.map(np.asarray, begun))
+        # What stays of a model is not in checkpoints: it is that of the state that the run went on from, if it did.
+        given = run.state.server.params if run.state is not None and run.algorithm.frozen else None
+        nothing = (
+            () if run.best is None else best.begin(jax.tree.map(np.asarray, run.params if given is None else given))
+        )
         state = State(server, alike, self.identity, self.members, 0, nothing)
-        saved = state._replace(server=server._replace(params=begun))
+        saved = state if given is None else state._replace(server=server._replace(params=given))
         found = None if run.checkpoints is None else run.checkpoints.restore(saved)
         place = getattr(run.checkpoints, "place", None)
         if found is None and run.state is not None:
