@@ -69,7 +69,8 @@ def summary(directory: rundir.RunDirectory, noisy: bool) -> str:
     simulated = f", {last['simulated_seconds']:,.0f} s of the clients' time" if "simulated_seconds" in last else ""
     lines.append(f"training           {last['round']:.0f} rounds{seconds}{simulated}")
     pictures = [path.name for path in directory.path.glob("*.png")]
-    served = [name for name in ("clients.npz", "model.json") if (directory.path / name).exists()]
+    beside = "clients.npz", "model.json", "samples.json", "model"
+    served = [name for name in beside if (directory.path / name).exists()]
     files = ["report.html", *sorted(pictures), "metrics.jsonl", "params.npz", *served, "tensorboard"]
     lines.append(f"run directory      {directory.path}: {', '.join(files)}")
     if claim is not None:
